@@ -1,0 +1,7 @@
+//! The store on one disk.
+
+mod error;
+mod sealed;
+
+pub use error::DiskError;
+pub use sealed::Sealed;

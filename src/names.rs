@@ -1,0 +1,277 @@
+//! Names that a user, a manager or a directory listing gives us, checked once.
+//!
+//! Why: an image's name becomes a directory, an NBD export and a worker's name; an unchecked one
+//! is a path traversal.
+//! How: parsed into types whose value obeys the rules; everything downstream takes the type.
+//! Never: joins a string that is not one of these types into a path.
+//! Start at [`ImageName`].
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// Why a name is refused. The message prints the name and the rule.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{what} {found:?} is not usable: {rule}")]
+pub struct NameError {
+    /// What was being named: "image name", "disk UUID", "image uuid".
+    pub what: &'static str,
+    /// The text as given, cut to 80 characters.
+    pub found: String,
+    /// The rule that it breaks, in words.
+    pub rule: &'static str,
+}
+
+impl NameError {
+    fn new(what: &'static str, found: &str, rule: &'static str) -> Self {
+        Self { what, found: found.chars().take(80).collect(), rule }
+    }
+}
+
+/// An image's name: a DNS label as in RFC 1123 (`a-z 0-9 -`, 1 to 63 characters, no dash at an end).
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ImageName(String);
+
+impl ImageName {
+    /// Longest name in bytes.
+    pub const MAX_LEN: usize = 63;
+
+    /// Checks `text` against the rules of a DNS label.
+    ///
+    /// # Errors
+    /// [`NameError`] with the broken rule.
+    pub fn parse(text: &str) -> Result<Self, NameError> {
+        let refuse = |rule| Err(NameError::new("image name", text, rule));
+        if text.is_empty() || text.len() > Self::MAX_LEN {
+            return refuse("a name has 1 to 63 characters");
+        }
+        if !text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-') {
+            return refuse("a name has only a-z, 0-9 and '-'");
+        }
+        if text.starts_with('-') || text.ends_with('-') {
+            return refuse("a name begins and ends with a letter or digit");
+        }
+        Ok(Self(text.to_owned()))
+    }
+
+    /// The best name that can be made of a URL's or a path's last part:
+    /// `…/Debian_12-cloud.qcow2?x=1` gives `debian-12-cloud`. `None` if nothing usable is left.
+    #[must_use]
+    pub fn suggest(source: &str) -> Option<Self> {
+        let path = source.split(['?', '#']).next().unwrap_or(source);
+        let last = path.trim_end_matches('/').rsplit('/').next()?;
+        let stem = [".qcow2", ".img", ".raw", ".qcow", ".iso"]
+            .iter()
+            .find_map(|ext| last.to_ascii_lowercase().strip_suffix(ext).map(str::to_owned))
+            .unwrap_or_else(|| last.to_ascii_lowercase());
+        let mut name: String = stem
+            .chars()
+            .map(|c| if c.is_ascii_lowercase() || c.is_ascii_digit() { c } else { '-' })
+            .collect();
+        while name.contains("--") {
+            name = name.replace("--", "-");
+        }
+        let name: String = name.trim_matches('-').chars().take(Self::MAX_LEN).collect();
+        Self::parse(name.trim_matches('-')).ok()
+    }
+
+    /// The name as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for ImageName {
+    type Error = NameError;
+    fn try_from(text: String) -> Result<Self, NameError> {
+        Self::parse(&text)
+    }
+}
+
+impl From<ImageName> for String {
+    fn from(name: ImageName) -> Self {
+        name.0
+    }
+}
+
+impl std::str::FromStr for ImageName {
+    type Err = NameError;
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        Self::parse(text)
+    }
+}
+
+impl fmt::Display for ImageName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Longhorn's image uuid: 8 lower-case hex digits, given once, never changed.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ImageUuid(String);
+
+impl ImageUuid {
+    /// Checks `text`: 1 to 36 characters of `0-9a-f-`, so that Longhorn's files are adopted too.
+    ///
+    /// # Errors
+    /// [`NameError`] with the broken rule.
+    pub fn parse(text: &str) -> Result<Self, NameError> {
+        let ok = (1..=36).contains(&text.len())
+            && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f' | b'-'));
+        if !ok {
+            return Err(NameError::new("image uuid", text, "a uuid is 1 to 36 of 0-9, a-f, '-'"));
+        }
+        Ok(Self(text.to_owned()))
+    }
+
+    /// A new random uuid of 8 hex digits.
+    ///
+    /// # Errors
+    /// The system has no random numbers to give.
+    pub fn random() -> std::io::Result<Self> {
+        Ok(Self(random_hex(4)?))
+    }
+
+    /// The uuid as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for ImageUuid {
+    type Error = NameError;
+    fn try_from(text: String) -> Result<Self, NameError> {
+        Self::parse(&text)
+    }
+}
+
+impl From<ImageUuid> for String {
+    fn from(uuid: ImageUuid) -> Self {
+        uuid.0
+    }
+}
+
+impl fmt::Display for ImageUuid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A disk's UUID, from its `longhorn-disk.cfg`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct DiskUuid(String);
+
+impl DiskUuid {
+    /// Checks `text`: 8 to 64 characters of `0-9 a-z A-Z -`.
+    ///
+    /// # Errors
+    /// [`NameError`] with the broken rule.
+    pub fn parse(text: &str) -> Result<Self, NameError> {
+        let ok = (8..=64).contains(&text.len())
+            && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+        if !ok {
+            return Err(NameError::new("disk UUID", text, "a UUID is 8 to 64 letters, digits, '-'"));
+        }
+        Ok(Self(text.to_owned()))
+    }
+
+    /// A new random UUID (version 4, RFC 9562).
+    ///
+    /// # Errors
+    /// The system has no random numbers to give.
+    pub fn random() -> std::io::Result<Self> {
+        let hex = random_hex(16)?;
+        Ok(Self(format!(
+            "{}-{}-4{}-8{}-{}",
+            &hex[0..8],
+            &hex[8..12],
+            &hex[13..16],
+            &hex[17..20],
+            &hex[20..32]
+        )))
+    }
+
+    /// The UUID as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The first 8 characters, as a copy's handler is named by them.
+    #[must_use]
+    pub fn first8(&self) -> &str {
+        &self.0[..8]
+    }
+}
+
+impl TryFrom<String> for DiskUuid {
+    type Error = NameError;
+    fn try_from(text: String) -> Result<Self, NameError> {
+        Self::parse(&text)
+    }
+}
+
+impl From<DiskUuid> for String {
+    fn from(uuid: DiskUuid) -> Self {
+        uuid.0
+    }
+}
+
+impl fmt::Display for DiskUuid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// `len_bytes` random bytes as lower-case hex.
+fn random_hex(len_bytes: usize) -> std::io::Result<String> {
+    use std::io::Read;
+    let mut bytes = vec![0u8; len_bytes];
+    std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(hex(&bytes))
+}
+
+/// `bytes` as lower-case hex.
+#[must_use]
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_a_dns_label() {
+        for good in ["a", "debian-12", "0", &"x".repeat(63)] {
+            assert_eq!(ImageName::parse(good).unwrap().as_str(), good);
+        }
+        for bad in ["", "-a", "a-", "A", "a.b", "a/b", "../a", "a b", "ä", &"x".repeat(64)] {
+            assert!(ImageName::parse(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_name_is_suggested_from_the_last_part_of_a_url() {
+        let name = |s| ImageName::suggest(s).map(String::from);
+        assert_eq!(name("https://h/Debian_12-cloud.qcow2?x=1"), Some("debian-12-cloud".into()));
+        assert_eq!(name("/tmp/a b..img"), Some("a-b".into()));
+        assert_eq!(name("https://h/"), Some("h".into()));
+        assert_eq!(name("///"), None);
+    }
+
+    #[test]
+    fn random_uuids_obey_their_own_rules() {
+        let disk = DiskUuid::random().unwrap();
+        assert_eq!(DiskUuid::parse(disk.as_str()).unwrap(), disk);
+        assert_eq!(disk.as_str().len(), 36);
+        let image = ImageUuid::random().unwrap();
+        assert_eq!(ImageUuid::parse(image.as_str()).unwrap(), image);
+    }
+}
