@@ -212,8 +212,8 @@ pub struct Report {
     pub copy: CopyId,
     /// Which of the workers that this copy has had.
     pub generation: u64,
-    /// What it says.
-    pub event: WorkerEvent,
+    /// What it says; `None` once its task has ended (the manager adds that itself).
+    pub event: Option<WorkerEvent>,
 }
 
 /// A worker's way to report. Cheap to clone; progress is thinned, so the queue stays short.
@@ -249,6 +249,15 @@ impl Reporter {
             }
             *last = Some((now, key.0, key.1));
         }
+        self.pass(Some(event));
+    }
+
+    /// Says that the worker's task has ended.
+    pub(super) fn ended(&self) {
+        self.pass(None);
+    }
+
+    fn pass(&self, event: Option<WorkerEvent>) {
         let report = Report { copy: self.copy.clone(), generation: self.generation, event };
         let _gone = self.tx.send(report);
     }
@@ -373,7 +382,7 @@ mod tests {
             seen.push(report.event);
         }
         assert!(seen.len() < 1_000, "{} reports", seen.len());
-        assert!(seen.contains(&in_phase(Phase::Verifying)) && seen.contains(&WorkerEvent::Started));
+        assert!(seen.contains(&Some(in_phase(Phase::Verifying))));
     }
 
     #[tokio::test]
