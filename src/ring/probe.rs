@@ -77,7 +77,9 @@ impl Probe {
         if self.kind == SinkKind::Uring {
             match UringSink::new() {
                 Ok(sink) => return Box::new(sink),
-                Err(error) => tracing::warn!(%error, "no ring for this transfer: writing on threads"),
+                Err(error) => {
+                    tracing::warn!(%error, "no ring for this transfer: writing on threads")
+                }
             }
         }
         Box::new(ThreadSink::new())

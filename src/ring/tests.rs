@@ -29,8 +29,9 @@ fn target(direct: bool) -> Arc<File> {
     use rustix::fs::{Mode, OFlags};
     let dir = std::env::temp_dir();
     let extra = if direct { OFlags::DIRECT } else { OFlags::empty() };
-    let fd = rustix::fs::open(&dir, OFlags::TMPFILE | OFlags::RDWR | extra, Mode::RUSR | Mode::WUSR)
-        .unwrap();
+    let fd =
+        rustix::fs::open(&dir, OFlags::TMPFILE | OFlags::RDWR | extra, Mode::RUSR | Mode::WUSR)
+            .unwrap();
     Arc::new(File::from(fd))
 }
 
@@ -60,7 +61,8 @@ fn every_write_is_reported_once_and_lands_where_it_should() {
         tags.sort_unstable();
         assert_eq!(tags, (0..40).map(|t| (t, true)).collect::<Vec<_>>());
         assert_eq!(pool.in_use(), 0);
-        let plain = File::open(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&*file)));
+        let plain =
+            File::open(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&*file)));
         let mut bytes = vec![0; PAGE_BYTES * 40];
         plain.unwrap().read_exact_at(&mut bytes, 0).unwrap();
         for (index, page) in bytes.chunks(PAGE_BYTES).enumerate() {

@@ -80,10 +80,8 @@ impl UringSink {
             Err(_negative) => {
                 let error = io::Error::from_raw_os_error(-result);
                 entry.again += 1;
-                let transient = matches!(
-                    error.kind(),
-                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-                );
+                let transient =
+                    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted);
                 if transient && entry.again <= MAX_AGAIN { None } else { Some(Err(error)) }
             }
         };
