@@ -176,7 +176,11 @@ impl DiskUuid {
         let ok = (8..=64).contains(&text.len())
             && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
         if !ok {
-            return Err(NameError::new("disk UUID", text, "a UUID is 8 to 64 letters, digits, '-'"));
+            return Err(NameError::new(
+                "disk UUID",
+                text,
+                "a UUID is 8 to 64 letters, digits, '-'",
+            ));
         }
         Ok(Self(text.to_owned()))
     }
