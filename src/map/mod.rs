@@ -1,1 +1,17 @@
-//! (room to be furnished)
+//! All `mmap` of the program, behind safe types.
+//!
+//! Why: a mapped page serves any number of readers from one page cache, but a page that cannot
+//! be read (disk error, file cut short) kills the process that touches it with SIGBUS.
+//! How: a mapped image is only ever an address for the kernel: [`send_pieces`] and
+//! [`FileMap::populate`] report EFAULT where a load instruction would die. Tables of our own live
+//! in a memfd that cannot shrink, and are read as atomics.
+//! Never: hands out a `&[u8]` into a mapped file, or maps a file for writing.
+//! Start at [`FileMap`], [`send_pieces`] and [`SharedTable`].
+
+mod file;
+mod send;
+mod table;
+
+pub use file::{FileMap, KernelSlice};
+pub use send::{MAX_PIECES, Piece, send_pieces};
+pub use table::SharedTable;

@@ -1,0 +1,212 @@
+//! Decoded clusters in memory, shared by all views of a process.
+//!
+//! Why: decoding 64 KiB costs some hundred times as much as copying 4 KiB of it, and readers of one
+//! base image read the same clusters.
+//! How: a cache bounded in bytes, keyed by view and cluster. The first reader of a cluster decodes
+//! it; others that want the same one wait for that, and nobody else waits.
+//! Never: grows past its limit, or keeps the clusters of a view that is closed.
+//! Start at [`DecodedCache::process_wide`].
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
+
+use bytes::Bytes;
+use quick_cache::sync::{Cache, DefaultLifecycle};
+use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
+
+use crate::units::{GuestOffset, MIB};
+
+/// Bytes that the process-wide cache may hold.
+const DEFAULT_CAPACITY_BYTES: u64 = 64 * MIB;
+/// What a shard must hold at least, so that a cluster of the largest size (2 MiB) is kept.
+const MIN_SHARD_BYTES: u64 = 8 * MIB;
+/// Memory that an entry costs beside its cluster, roughly.
+const ENTRY_OVERHEAD_BYTES: u64 = 128;
+
+/// A decoded cluster: a cheap handle on shared memory, valid after it has left the cache.
+#[derive(Clone, Debug)]
+pub struct Decoded {
+    /// What a guest reads from `start` on; ends with the cluster or with the disk.
+    pub bytes: Bytes,
+    /// Guest position of the cluster's first byte.
+    pub start: GuestOffset,
+}
+
+impl Decoded {
+    /// The bytes from guest position `at` to the end of the cluster, without a copy; empty if
+    /// `at` is not inside.
+    #[must_use]
+    pub fn from(&self, at: GuestOffset) -> Bytes {
+        let skip = at.0.checked_sub(self.start.0).and_then(|n| usize::try_from(n).ok());
+        match skip {
+            Some(skip) if skip < self.bytes.len() => self.bytes.slice(skip..),
+            Some(_) | None => Bytes::new(),
+        }
+    }
+}
+
+/// Which cluster of which view.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Key {
+    pub(super) view: u64,
+    pub(super) cluster: u64,
+}
+
+#[derive(Clone)]
+struct ByBytes;
+
+impl Weighter<Key, Bytes> for ByBytes {
+    fn weight(&self, _: &Key, bytes: &Bytes) -> u64 {
+        bytes.len() as u64 + ENTRY_OVERHEAD_BYTES
+    }
+}
+
+/// A bounded cache of decoded clusters; cheap to share, safe for any number of threads.
+pub struct DecodedCache {
+    clusters: Cache<Key, Bytes, ByBytes>,
+    next_view: AtomicU64,
+}
+
+impl fmt::Debug for DecodedCache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (held, capacity) = (self.clusters.weight(), self.clusters.capacity());
+        f.debug_struct("DecodedCache")
+            .field("held_bytes", &held)
+            .field("capacity_bytes", &capacity)
+            .finish_non_exhaustive()
+    }
+}
+
+impl DecodedCache {
+    /// A cache that holds up to `capacity_bytes` of clusters; with 0 it keeps nothing.
+    #[must_use]
+    pub fn new(capacity_bytes: u64) -> Arc<Self> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let shards = usize::try_from(capacity_bytes / MIN_SHARD_BYTES).unwrap_or(usize::MAX);
+        // Typical clusters are 64 KiB; the estimate only sizes the index.
+        let items = usize::try_from(capacity_bytes / (64 * 1024)).unwrap_or(usize::MAX).max(1);
+        let options = OptionsBuilder::new()
+            .shards(shards.clamp(1, cores * 4))
+            .estimated_items_capacity(items)
+            .weight_capacity(capacity_bytes)
+            .build()
+            .expect("both capacities are set");
+        let clusters = Cache::with_options(
+            options,
+            ByBytes,
+            DefaultHashBuilder::default(),
+            DefaultLifecycle::default(),
+        );
+        Arc::new(Self { clusters, next_view: AtomicU64::new(0) })
+    }
+
+    /// The cache that views use unless they are given another: 64 MiB for the whole process.
+    #[must_use]
+    pub fn process_wide() -> Arc<Self> {
+        static SHARED: LazyLock<Arc<DecodedCache>> =
+            LazyLock::new(|| DecodedCache::new(DEFAULT_CAPACITY_BYTES));
+        Arc::clone(&SHARED)
+    }
+
+    /// Bytes of clusters held now, with a little for each entry.
+    #[must_use]
+    pub fn held_bytes(&self) -> u64 {
+        self.clusters.weight()
+    }
+
+    /// A number for the keys of one view.
+    pub(super) fn register_view(&self) -> u64 {
+        self.next_view.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The cluster of `key`, decoded by `decode` if it is not here. An error is not kept.
+    pub(super) fn get_or_decode<E>(
+        &self,
+        key: Key,
+        decode: impl FnOnce() -> Result<Bytes, E>,
+    ) -> Result<Bytes, E> {
+        self.clusters.get_or_insert_with(&key, decode)
+    }
+
+    /// Forgets the clusters of a view that is closed.
+    pub(super) fn forget_view(&self, view: u64) {
+        self.clusters.retain(|key, _| key.view != view);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::convert::Infallible;
+    use std::sync::Barrier;
+
+    fn key(cluster: u64) -> Key {
+        Key { view: 1, cluster }
+    }
+
+    #[test]
+    fn two_readers_of_a_cluster_decode_it_once() {
+        let cache = DecodedCache::new(1 << 20);
+        let decoded = AtomicU64::new(0);
+        let together = Barrier::new(8);
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    together.wait();
+                    let bytes = cache.get_or_decode(key(5), || {
+                        decoded.fetch_add(1, Ordering::Relaxed);
+                        Ok::<_, Infallible>(Bytes::from(vec![9; 1000]))
+                    });
+                    assert_eq!(bytes.unwrap().len(), 1000);
+                });
+            }
+        });
+        assert_eq!(decoded.into_inner(), 1);
+    }
+
+    #[test]
+    fn a_slow_decode_does_not_hold_up_other_clusters() {
+        let cache = DecodedCache::new(1 << 20);
+        let value = cache.get_or_decode(key(0), || {
+            // Every other key must be free while this one is being decoded.
+            for n in 1..200 {
+                std::thread::scope(|scope| {
+                    let other =
+                        || cache.get_or_decode(key(n), || Ok::<_, Infallible>(Bytes::new()));
+                    scope.spawn(other).join().unwrap().unwrap();
+                });
+            }
+            Ok::<_, Infallible>(Bytes::from_static(b"slow"))
+        });
+        assert_eq!(value.unwrap(), "slow");
+    }
+
+    #[test]
+    fn it_stays_below_its_limit_and_keeps_the_largest_clusters() {
+        let cache = DecodedCache::new(DEFAULT_CAPACITY_BYTES);
+        let cluster = Bytes::from(vec![0; 2 << 20]);
+        for n in 0..100 {
+            cache.get_or_decode(key(n), || Ok::<_, Infallible>(cluster.clone())).unwrap();
+            assert!(cache.held_bytes() <= DEFAULT_CAPACITY_BYTES);
+        }
+        assert!(cache.held_bytes() > DEFAULT_CAPACITY_BYTES / 4);
+        cache.forget_view(1);
+        assert_eq!(cache.held_bytes(), 0);
+    }
+
+    #[test]
+    fn an_error_is_given_to_the_reader_and_not_kept() {
+        let cache = DecodedCache::new(1 << 20);
+        assert_eq!(cache.get_or_decode(key(1), || Err("damaged")), Err("damaged"));
+        assert_eq!(cache.get_or_decode(key(1), || Ok::<_, &str>(Bytes::new())), Ok(Bytes::new()));
+    }
+
+    #[test]
+    fn a_part_of_a_decoded_cluster_is_found_by_guest_position() {
+        let decoded = Decoded { bytes: Bytes::from_static(b"0123"), start: GuestOffset(100) };
+        assert_eq!(decoded.from(GuestOffset(102)), "23");
+        assert!(decoded.from(GuestOffset(104)).is_empty());
+        assert!(decoded.from(GuestOffset(99)).is_empty());
+    }
+}

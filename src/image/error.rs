@@ -1,0 +1,156 @@
+//! Why an image is refused, and why a read of it fails.
+//!
+//! Why: whoever sees the message must be able to find the byte and know what to do.
+//! How: one enum for opening and one for reading; the fields are coordinates.
+//! Never: repeats the source's text in its own.
+//! Start at [`ImageError`] and [`ReadError`].
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::Format;
+use super::qcow2::{Fault, FaultKind};
+use crate::units::{FileOffset, GuestOffset};
+
+/// What a caller can do about an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// The bytes are at fault: retrying can't help, the file must be replaced.
+    Refuse,
+    /// The host is at fault: a later try may work.
+    Retry,
+    /// The caller is at fault.
+    Bug,
+}
+
+/// Why an image is refused. Fields are coordinates; the message prints all of them.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "each field is named in the message above it")]
+pub enum ImageError {
+    /// The bytes contradict the format.
+    #[error(
+        "{}: {field} at byte {at} is {found:#x}, need {need}; run `qemu-img check`",
+        path.display()
+    )]
+    Malformed { path: PathBuf, field: &'static str, at: FileOffset, found: u64, need: &'static str },
+    /// The bytes are right, and use what we do not serve.
+    #[error(
+        "{}: {field} at byte {at} is {found:#x}, need {need}; \
+         rewrite the image with `qemu-img convert -O qcow2`",
+        path.display()
+    )]
+    Unsupported {
+        path: PathBuf,
+        field: &'static str,
+        at: FileOffset,
+        found: u64,
+        need: &'static str,
+    },
+    /// The declared format and the content differ.
+    #[error("{}: declared {declared}, but the content is {found}; declare {found}", path.display())]
+    FormatMismatch { path: PathBuf, declared: Format, found: Format },
+    /// A file of no bytes is no disk.
+    #[error("{}: the file is empty; give an image of at least 1 byte", path.display())]
+    Empty { path: PathBuf },
+    /// The file could not be read.
+    #[error("{}: cannot read {len_bytes} bytes at byte {at}", path.display())]
+    Read {
+        path: PathBuf,
+        at: FileOffset,
+        len_bytes: usize,
+        #[source]
+        source: io::Error,
+    },
+    /// The host refused a map of the file, or of a table.
+    #[error("{}: cannot map {len_bytes} bytes of {what}", path.display())]
+    Map {
+        path: PathBuf,
+        what: &'static str,
+        len_bytes: u64,
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl ImageError {
+    /// What a caller can do about it.
+    #[must_use]
+    pub fn class(&self) -> Class {
+        match self {
+            Self::Malformed { .. }
+            | Self::Unsupported { .. }
+            | Self::FormatMismatch { .. }
+            | Self::Empty { .. } => Class::Refuse,
+            Self::Read { .. } | Self::Map { .. } => Class::Retry,
+        }
+    }
+
+    pub(super) fn fault(path: &Path, fault: Fault) -> Self {
+        let Fault { kind, field, at, found, need } = fault;
+        let path = path.to_owned();
+        match kind {
+            FaultKind::Malformed => Self::Malformed { path, field, at, found, need },
+            FaultKind::Unsupported => Self::Unsupported { path, field, at, found, need },
+        }
+    }
+
+    pub(super) fn read(path: &Path, at: u64, len_bytes: usize, source: io::Error) -> Self {
+        Self::Read { path: path.to_owned(), at: FileOffset(at), len_bytes, source }
+    }
+}
+
+/// Why a range of a view can't be read. The rest of the view stays readable.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "each field is named in the message above it")]
+pub enum ReadError {
+    /// The range is not all inside the disk.
+    #[error("{len_bytes} bytes at guest byte {at} are past the disk's end at {size_bytes}")]
+    PastEnd { at: GuestOffset, len_bytes: u64, size_bytes: u64 },
+    /// A table entry contradicts the format.
+    #[error(
+        "{}: {field} at byte {at} is {found:#x}, need {need}; run `qemu-img check`",
+        path.display()
+    )]
+    Malformed { path: PathBuf, field: &'static str, at: FileOffset, found: u64, need: &'static str },
+    /// A compressed cluster's stream is damaged.
+    #[error(
+        "{}: {what} in the cluster at guest byte {at}, stored at byte {stored_at}; \
+         run `qemu-img check` and fetch the image again",
+        path.display()
+    )]
+    Decode { path: PathBuf, what: &'static str, at: GuestOffset, stored_at: FileOffset },
+    /// The file could not be read.
+    #[error("{}: cannot read {len_bytes} bytes at byte {at}", path.display())]
+    Io {
+        path: PathBuf,
+        at: FileOffset,
+        len_bytes: usize,
+        #[source]
+        source: io::Error,
+    },
+    /// A cluster was asked for that is not compressed.
+    #[error("guest byte {at} is not in a compressed cluster; ask run_at first")]
+    NotEncoded { at: GuestOffset },
+}
+
+impl ReadError {
+    /// What a caller can do about it.
+    #[must_use]
+    pub fn class(&self) -> Class {
+        match self {
+            Self::PastEnd { .. } | Self::NotEncoded { .. } => Class::Bug,
+            Self::Malformed { .. } | Self::Decode { .. } => Class::Refuse,
+            Self::Io { .. } => Class::Retry,
+        }
+    }
+
+    #[expect(dead_code, reason = "QCOW2 tables use it in the next change")]
+    pub(super) fn fault(path: &Path, fault: Fault) -> Self {
+        let Fault { kind: _, field, at, found, need } = fault;
+        Self::Malformed { path: path.to_owned(), field, at, found, need }
+    }
+
+    pub(super) fn io(path: &Path, at: u64, len_bytes: usize, source: io::Error) -> Self {
+        Self::Io { path: path.to_owned(), at: FileOffset(at), len_bytes, source }
+    }
+}

@@ -1,0 +1,130 @@
+//! What a file is: format, sizes, and what is odd about it.
+//!
+//! Why: a person wants to see it, a manager needs the virtual size, and a copy is sealed only after
+//! all of its tables were checked.
+//! How: [`inspect`] reads the header and every table entry, in bounded memory; opening a view
+//! reads the header only and checks the rest when it is touched.
+//! Never: follows a path from inside the file, or decodes data.
+//! Start at [`inspect`].
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::format::{PROBE_LEN_BYTES, looks_like};
+use super::qcow2::{self, Compression};
+use super::{Format, ImageError, detect};
+
+/// What a file is. `clusters` is known only after a full check.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Info {
+    /// By content, or as declared.
+    pub format: Format,
+    /// Length of the disk that a guest sees.
+    pub virtual_size_bytes: u64,
+    /// Length of the file.
+    pub file_size_bytes: u64,
+    /// Bytes of the file that occupy disk space (`st_blocks * 512`).
+    pub allocated_bytes: u64,
+    /// QCOW2 only: bytes of one cluster.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cluster_size_bytes: Option<u64>,
+    /// QCOW2 only: 2 (`compat=0.10`) or 3 (`compat=1.1`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub qcow2_version: Option<u32>,
+    /// QCOW2 only: how compressed clusters, if there are any, are compressed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compression: Option<Compression>,
+    /// QCOW2 only: internal snapshots, which are ignored.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub snapshots: Option<u32>,
+    /// QCOW2 only, and only from [`inspect`]: guest clusters by kind.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clusters: Option<ClusterCounts>,
+    /// Oddities that change no byte, in words: dirty bit, reserved bits, looks like a VMDK.
+    pub notes: Vec<String>,
+}
+
+/// Guest clusters by kind; their sum is the disk's size in clusters, rounded up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ClusterCounts {
+    /// Stored as they are.
+    pub data: u64,
+    /// Zero, by a flag or because nothing is stored.
+    pub zero: u64,
+    /// Stored compressed.
+    pub compressed: u64,
+}
+
+/// Checks `file` whole, as it must be before a copy is sealed: the header and every table entry.
+///
+/// `path` is for messages. `declared` is what its owner says it is; `None` takes the content's
+/// word. A file that is declared raw is raw, whatever it holds (with a note).
+///
+/// # Errors
+/// [`ImageError`] that names the first field at fault, or the read that failed.
+pub fn inspect(file: &File, path: &Path, declared: Option<Format>) -> Result<Info, ImageError> {
+    let mut info = identify(file, path, declared)?;
+    if info.format == Format::Qcow2 {
+        let image = qcow2::Image::open(file, path, info.file_size_bytes)?;
+        image.describe(&mut info);
+        image.check(file, path, &mut info)?;
+    }
+    Ok(info)
+}
+
+/// What the first bytes and the file's inode say; the QCOW2 fields are not filled in yet.
+pub(super) fn identify(
+    file: &File,
+    path: &Path,
+    declared: Option<Format>,
+) -> Result<Info, ImageError> {
+    let meta = file.metadata().map_err(|source| ImageError::read(path, 0, 0, source))?;
+    if meta.len() == 0 {
+        return Err(ImageError::Empty { path: path.to_owned() });
+    }
+    let first_bytes = read_up_to(file, PROBE_LEN_BYTES, path)?;
+    let found = detect(&first_bytes);
+    let format = declared.unwrap_or(found);
+    if format == Format::Qcow2 && found != Format::Qcow2 {
+        return Err(ImageError::FormatMismatch { path: path.to_owned(), declared: format, found });
+    }
+    let mut notes = Vec::new();
+    if let (Format::Raw, Some(name)) = (format, looks_like(&first_bytes)) {
+        notes.push(format!("served as a raw disk, but the content looks like {name}"));
+    }
+    Ok(Info {
+        format,
+        virtual_size_bytes: meta.len(),
+        file_size_bytes: meta.len(),
+        allocated_bytes: meta.blocks().saturating_mul(512),
+        cluster_size_bytes: None,
+        qcow2_version: None,
+        compression: None,
+        snapshots: None,
+        clusters: None,
+        notes,
+    })
+}
+
+/// The first `len_bytes` of the file, or all of a shorter one.
+pub(super) fn read_up_to(
+    file: &File,
+    len_bytes: usize,
+    path: &Path,
+) -> Result<Vec<u8>, ImageError> {
+    let mut bytes = vec![0; len_bytes];
+    let mut filled = 0;
+    while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        match file.read_at(rest, filled as u64) {
+            Ok(0) => break,
+            Ok(count) => filled += count,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(source) => return Err(ImageError::read(path, filled as u64, len_bytes, source)),
+        }
+    }
+    bytes.truncate(filled);
+    Ok(bytes)
+}
