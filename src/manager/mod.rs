@@ -1,1 +1,36 @@
-//! (room to be furnished)
+//! What should be: images, copies, attachments; decided here, performed elsewhere.
+//!
+//! Why: one place that knows the rules of the lifecycle, so that each rule can be tested alone and
+//! the same rules can later be driven by Kubernetes objects.
+//! How: a pure core ([`World`]: state and event in, actions out) and a driver ([`Manager`]) that
+//! owns the world, writes records to the catalog before it acts, and performs the actions.
+//! Never: blocks, touches bytes, or does anything that the core didn't ask for.
+//! Start at [`World`], then [`Manager`]; what it asks of the node is [`Backend`].
+
+pub mod backend;
+mod command;
+mod driver;
+mod error;
+mod perform;
+pub mod records;
+pub mod source;
+mod status;
+mod step;
+#[cfg(test)]
+mod tests;
+pub mod worker;
+mod world;
+
+pub use backend::{
+    Backend, BackendError, Cancel, CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy,
+    FoundState, Phase, Progress, Report, Reporter, WorkerEvent, WorkerHandle,
+};
+pub use command::{Command, NewAttachment, NewImage, Outcome, READER_MAX_LEN};
+pub use driver::{Exporter, Manager, Object, Subscription, Told};
+pub use error::ManagerError;
+pub(crate) use perform::{chain, unix_now_s};
+pub use records::{AttachmentId, AttachmentRecord, Expected, Facts, Format, ImageRecord};
+pub use source::SourceUrl;
+pub use status::{AttachmentStatus, CopyStatus, ImageStatus};
+pub use step::{BACK_OFF_FIRST, BACK_OFF_MOST, back_off};
+pub use world::{Action, AttachmentState, Change, CopyState, Event, World};

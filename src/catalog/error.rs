@@ -1,0 +1,65 @@
+//! Why the catalog refused or failed.
+
+use std::path::PathBuf;
+
+/// Why the catalog refused or failed. The message prints every field, and never a record's bytes.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "each field is named in the message above it")]
+pub enum CatalogError {
+    /// Somebody else changed the record since it was read.
+    #[error("{kind} {key:?} is at revision {found:?}, expected {expected}; read it again")]
+    Conflict { kind: &'static str, key: String, found: Option<u64>, expected: String },
+    /// Another process has the file open.
+    #[error("{}: in use by another daemon; stop it, or give another disk", path.display())]
+    Locked { path: PathBuf },
+    /// The file can't be opened or created.
+    #[error("{}: cannot open the catalog", path.display())]
+    Open {
+        path: PathBuf,
+        #[source]
+        source: Box<redb::Error>,
+    },
+    /// The file can't be created with its mode, or its directory can't be made durable.
+    #[error("{}: cannot {op}", path.display())]
+    File {
+        op: &'static str,
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    /// A transaction failed: nothing of it was kept.
+    #[error("{}: cannot {op}", path.display())]
+    Store {
+        op: &'static str,
+        path: PathBuf,
+        #[source]
+        source: Box<redb::Error>,
+    },
+    /// A record is shorter than its own revision.
+    #[error("{}: {kind} {key:?} is damaged ({len_bytes} bytes)", path.display())]
+    Damaged { path: PathBuf, kind: &'static str, key: String, len_bytes: usize },
+    /// A record that isn't the JSON it should be. Line and column only: the text may be a secret.
+    #[error("{kind} {key:?} does not read: {category} at line {line} column {column}")]
+    Decode { kind: &'static str, key: String, category: &'static str, line: usize, column: usize },
+    /// A record that can't be written as JSON.
+    #[error("{kind} {key:?} cannot be written as JSON")]
+    Encode {
+        kind: &'static str,
+        key: String,
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+impl CatalogError {
+    pub(super) fn decode(kind: &'static str, key: &str, error: &serde_json::Error) -> Self {
+        let category = match error.classify() {
+            serde_json::error::Category::Io => "input error",
+            serde_json::error::Category::Syntax => "no JSON",
+            serde_json::error::Category::Data => "a field is missing or of the wrong type",
+            serde_json::error::Category::Eof => "it ends too early",
+        };
+        let (line, column) = (error.line(), error.column());
+        Self::Decode { kind, key: key.to_owned(), category, line, column }
+    }
+}

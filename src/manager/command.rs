@@ -1,0 +1,330 @@
+//! Commands: what users ask for, judged before anything changes.
+//!
+//! Why: a refused command must leave no trace, and an accepted one must be the same when repeated.
+//! How: each command checks, changes facts, and lets the reconciling pass find the actions.
+//! Never: starts a transfer for a mere `create` (rule 1).
+//! Start at [`World::command`].
+
+use std::time::Duration;
+
+use super::backend::DiskStatus;
+use super::error::ManagerError;
+use super::records::{AttachmentId, AttachmentRecord, Expected, Format, ImageRecord, Want};
+use super::source::SourceUrl;
+use super::world::{Action, Attachment, AttachmentState, Change, Image, Touched, Worker, World};
+use crate::names::{DiskUuid, ImageName, ImageUuid};
+
+/// Longest label of a reader in bytes.
+pub const READER_MAX_LEN: usize = 128;
+
+/// An image as a user asks for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewImage {
+    /// Its name.
+    pub name: ImageName,
+    /// Used only if the image is new.
+    pub uuid: ImageUuid,
+    /// Where the bytes come from.
+    pub source: SourceUrl,
+    /// Digests that the bytes must have.
+    pub expected: Expected,
+    /// Format, if the user says it.
+    pub declared_format: Option<Format>,
+    /// Disks on which to bring it in at once; usually none (rule 1).
+    pub disks: Vec<DiskUuid>,
+    /// Seconds since 1970, UTC.
+    pub created_unix_s: u64,
+}
+
+/// A reader as a user asks for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewAttachment {
+    /// Used only if the attachment is new.
+    pub id: AttachmentId,
+    /// The image to read.
+    pub image: ImageName,
+    /// The disk whose copy to read; `None` = one that has it, else one with room.
+    pub disk: Option<DiskUuid>,
+    /// What the reader calls itself. With a label, the same image, disk and label are the same
+    /// attachment; without one, each is new.
+    pub reader: String,
+    /// Seconds since 1970, UTC.
+    pub created_unix_s: u64,
+}
+
+/// What a user asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Know an image.
+    Create(NewImage),
+    /// Bring it in on a disk now; `None` = one that has or wants it, else one with room.
+    Fetch(ImageName, Option<DiskUuid>),
+    /// Remove it and its copies.
+    Delete {
+        /// Which.
+        name: ImageName,
+        /// NBD sessions that are open on it now.
+        sessions: usize,
+    },
+    /// Read it.
+    Attach(NewAttachment),
+    /// Read it no more.
+    Detach(AttachmentId),
+}
+
+/// What an accepted command is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// An image, and whether it is new.
+    Image(ImageName, bool),
+    /// An attachment, and whether it is new.
+    Attachment(AttachmentId, bool),
+    /// Nothing is left to show.
+    Done,
+}
+
+impl World {
+    /// Judges `command` and, if it is accepted, gives what it is about and what to do.
+    ///
+    /// # Errors
+    /// [`ManagerError`]; the world is then as it was.
+    pub fn command(
+        &mut self,
+        now: Duration,
+        command: Command,
+    ) -> Result<(Outcome, Vec<Action>), ManagerError> {
+        let mut touched = Touched::default();
+        let outcome = match command {
+            Command::Create(new) => self.create(new, &mut touched)?,
+            Command::Fetch(name, disk) => {
+                self.usable(&name)?;
+                let disk = self.choose_disk(&name, disk)?;
+                self.want(&name, &disk, &mut touched);
+                Outcome::Image(name, false)
+            }
+            Command::Delete { name, sessions } => self.delete(name, sessions, &mut touched)?,
+            Command::Attach(new) => self.attach(new, &mut touched)?,
+            Command::Detach(id) => {
+                let gone = self.attachments.remove(&id);
+                let Some(gone) = gone else { return Err(ManagerError::NoSuchAttachment { id }) };
+                touched.actions.push(Action::ForgetAttachment(id.clone()));
+                let change = Change::AttachmentDeleted(id, gone.record.image.clone());
+                touched.actions.push(Action::Announce(change));
+                touched.images.insert(gone.record.image);
+                Outcome::Done
+            }
+        };
+        Ok((outcome, self.finish(now, touched)))
+    }
+
+    fn usable(&self, name: &ImageName) -> Result<&Image, ManagerError> {
+        match self.images.get(name) {
+            None => Err(ManagerError::NoSuchImage { name: name.clone() }),
+            Some(image) if image.record.deleting => {
+                Err(ManagerError::BeingDeleted { name: name.clone() })
+            }
+            Some(image) => Ok(image),
+        }
+    }
+
+    /// Rules 1 and 13.
+    fn create(&mut self, new: NewImage, touched: &mut Touched) -> Result<Outcome, ManagerError> {
+        for disk in &new.disks {
+            self.disk(disk).ok_or_else(|| ManagerError::NoSuchDisk { disk: disk.clone() })?;
+        }
+        let name = new.name.clone();
+        let is_new = !self.images.contains_key(&name);
+        if is_new {
+            let record = ImageRecord {
+                name: new.name,
+                uuid: new.uuid,
+                source: Some(new.source),
+                expected: new.expected,
+                declared_format: new.declared_format,
+                facts: None,
+                disks: std::collections::BTreeMap::new(),
+                deleting: false,
+                created_unix_s: new.created_unix_s,
+            };
+            touched.actions.push(Action::SaveImage(record.clone()));
+            touched.actions.push(Action::Announce(Change::ImageCreated(name.clone())));
+            self.images.insert(name.clone(), Image::new(record));
+        } else {
+            same_image(&self.usable(&name)?.record, &new)?;
+            self.expect_more(&name, new.expected, new.declared_format, touched);
+        }
+        for disk in &new.disks {
+            self.want(&name, disk, touched);
+        }
+        Ok(Outcome::Image(name, is_new))
+    }
+
+    /// Takes over expectations that the record lacks; only before the first copy is wanted.
+    fn expect_more(
+        &mut self,
+        name: &ImageName,
+        expected: Expected,
+        declared: Option<Format>,
+        touched: &mut Touched,
+    ) {
+        let Some(image) = self.images.get_mut(name) else { return };
+        if !image.record.disks.is_empty() {
+            return;
+        }
+        let record = &mut image.record;
+        let before = record.clone();
+        record.expected.sha256 = record.expected.sha256.take().or(expected.sha256);
+        record.expected.sha512 = record.expected.sha512.take().or(expected.sha512);
+        record.declared_format = record.declared_format.or(declared);
+        if *record != before {
+            touched.actions.push(Action::SaveImage(record.clone()));
+            touched.images.insert(name.clone());
+        }
+    }
+
+    /// Rule 12.
+    fn delete(
+        &mut self,
+        name: ImageName,
+        sessions: usize,
+        touched: &mut Touched,
+    ) -> Result<Outcome, ManagerError> {
+        let attachments = self.attachments_of(&name).count();
+        let Some(image) = self.images.get_mut(&name) else {
+            return Err(ManagerError::NoSuchImage { name });
+        };
+        if image.record.deleting {
+            return Ok(Outcome::Image(name, false));
+        }
+        if attachments > 0 || sessions > 0 {
+            return Err(ManagerError::InUse { name, attachments, sessions });
+        }
+        image.record.deleting = true;
+        for copy in image.copies.values_mut() {
+            copy.retry_at = None;
+        }
+        touched.actions.push(Action::SaveImage(image.record.clone()));
+        touched.images.insert(name.clone());
+        Ok(Outcome::Image(name, false))
+    }
+
+    /// Rule 2.
+    fn attach(
+        &mut self,
+        new: NewAttachment,
+        touched: &mut Touched,
+    ) -> Result<Outcome, ManagerError> {
+        let len_bytes = new.reader.len();
+        if len_bytes > READER_MAX_LEN || new.reader.chars().any(char::is_control) {
+            return Err(ManagerError::BadReader { len_bytes });
+        }
+        self.usable(&new.image)?;
+        let disk = self.choose_disk(&new.image, new.disk)?;
+        let known = self.attachments_of(&new.image).find(|a| {
+            !new.reader.is_empty() && a.record.reader == new.reader && a.record.disk == disk
+        });
+        let known = known.map(|a| a.record.id.clone());
+        self.want(&new.image, &disk, touched);
+        if let Some(id) = known {
+            return Ok(Outcome::Attachment(id, false));
+        }
+        let record = AttachmentRecord {
+            id: new.id.clone(),
+            image: new.image.clone(),
+            disk,
+            reader: new.reader,
+            created_unix_s: new.created_unix_s,
+        };
+        touched.actions.push(Action::SaveAttachment(record.clone()));
+        touched.actions.push(Action::Announce(Change::AttachmentCreated(new.id.clone())));
+        touched.images.insert(new.image);
+        let attachment = Attachment { record, announced: AttachmentState::Waiting };
+        self.attachments.insert(new.id.clone(), attachment);
+        Ok(Outcome::Attachment(new.id, true))
+    }
+
+    /// A copy is wanted on `disk`; a refused or waiting one is tried again now.
+    fn want(&mut self, name: &ImageName, disk: &DiskUuid, touched: &mut Touched) {
+        let Some(image) = self.images.get_mut(name) else { return };
+        let before = image.record.disks.get(disk).cloned();
+        let copy = image.copy_on(disk);
+        (copy.refused, copy.retry_at) = (false, None);
+        if copy.worker == Worker::Idle && !copy.state.is_sealed() {
+            copy.failures = 0;
+        }
+        image.record.disks.insert(disk.clone(), Want::default());
+        if before != Some(Want::default()) {
+            touched.actions.push(Action::SaveImage(image.record.clone()));
+            touched.images.insert(name.clone());
+        }
+    }
+
+    /// The named disk, else one with a sealed copy, else a wanted one, else the first with room.
+    fn choose_disk(
+        &self,
+        name: &ImageName,
+        disk: Option<DiskUuid>,
+    ) -> Result<DiskUuid, ManagerError> {
+        if let Some(disk) = disk {
+            let known = self.disk(&disk).is_some();
+            return if known { Ok(disk) } else { Err(ManagerError::NoSuchDisk { disk }) };
+        }
+        let image = self.usable(name)?;
+        let here = |uuid: &DiskUuid| self.disk(uuid).is_some_and(|d| d.healthy);
+        let mut copies = image.copies.iter().filter(|(uuid, _)| here(uuid));
+        if let Some((uuid, _)) = copies.clone().find(|(_, copy)| copy.state.is_sealed()) {
+            return Ok(uuid.clone());
+        }
+        if let Some((uuid, _)) = copies.next() {
+            return Ok(uuid.clone());
+        }
+        let need_bytes = image.record.facts.as_ref().map_or(0, |f| f.size_bytes);
+        let room = |d: &&DiskStatus| {
+            d.healthy && d.free_bytes.saturating_sub(d.reserved_bytes) > need_bytes
+        };
+        match self.disks.iter().find(room) {
+            Some(disk) => Ok(disk.uuid.clone()),
+            None => Err(ManagerError::NoRoom { name: name.clone(), need_bytes }),
+        }
+    }
+}
+
+/// The existing image is the one that is asked for, as far as both say.
+fn same_image(record: &ImageRecord, new: &NewImage) -> Result<(), ManagerError> {
+    if record.source.as_ref() != Some(&new.source) {
+        let name = record.name.clone();
+        let source_text = record
+            .source
+            .as_ref()
+            .map_or_else(|| "none (found on a disk)".to_owned(), ToString::to_string);
+        return Err(ManagerError::OtherSource { name, source_text });
+    }
+    let facts = record.facts.as_ref();
+    let pairs = [
+        (
+            "sha256",
+            record.expected.sha256.clone().or_else(|| facts.and_then(|f| f.sha256.clone())),
+            new.expected.sha256.clone(),
+        ),
+        (
+            "sha512",
+            record.expected.sha512.clone().or_else(|| facts.and_then(|f| f.sha512.clone())),
+            new.expected.sha512.clone(),
+        ),
+        (
+            "format",
+            record.declared_format.or(facts.map(|f| f.format)).map(|f| f.to_string()),
+            new.declared_format.map(|f| f.to_string()),
+        ),
+    ];
+    for (what, found, given) in pairs {
+        let Some(given) = given else { continue };
+        let fetched_unchecked = found.is_none() && !record.disks.is_empty();
+        let found = found.unwrap_or_else(|| "not known".to_owned());
+        if fetched_unchecked || (found != given && found != "not known") {
+            let name = record.name.clone();
+            return Err(ManagerError::OtherExpectation { name, what, found, given });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,216 @@
+//! The manager's front: a handle that commands, questions and watchers go through.
+//!
+//! Why: one task owns the world, so there are no locks, and one order for all that happens.
+//! How: each call is a message with a place for the answer; the task is in `perform.rs`.
+//! Never: waits for a transfer.
+//! Start at [`Manager::start`].
+
+use std::sync::Arc;
+
+use tokio::sync::{broadcast, mpsc, oneshot};
+
+use super::backend::{Backend, BackendError, CopyId};
+use super::command::{Command, NewAttachment, NewImage};
+use super::error::ManagerError;
+use super::perform::Driver;
+use super::records::AttachmentId;
+use super::status::{AttachmentStatus, ImageStatus};
+use super::world::{Change, World};
+use crate::catalog::{Catalog, CatalogError};
+use crate::names::{DiskUuid, ImageName};
+
+/// Commands that may wait; more senders wait in line.
+const COMMANDS: usize = 64;
+
+/// Opens ready copies for readers, under the image's name.
+pub trait Exporter: Send + Sync + 'static {
+    /// Opens `copy` as the image's export. Blocks.
+    ///
+    /// # Errors
+    /// [`BackendError`] if its view can't be opened.
+    fn publish(&self, copy: &CopyId) -> Result<(), BackendError>;
+
+    /// Closes the image's export and its sessions. Quick.
+    fn withdraw(&self, image: &ImageName);
+
+    /// Sessions that are open on the image's export now.
+    fn sessions(&self, image: &ImageName) -> usize;
+}
+
+/// What a change is about, as it is after the change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Object {
+    /// An image.
+    Image(ImageStatus),
+    /// An image that is no more.
+    ImageGone(ImageName),
+    /// An attachment.
+    Attachment(AttachmentStatus),
+    /// An attachment that is no more, and the image that it read.
+    AttachmentGone(AttachmentId, ImageName),
+}
+
+/// One change, as watchers are told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Told {
+    /// Grows by one with each change since the daemon's start.
+    pub id: u64,
+    /// What changed.
+    pub change: Change,
+    /// The thing itself.
+    pub object: Object,
+}
+
+/// Everything as it is, and every change after that: nothing falls between.
+#[derive(Debug)]
+pub struct Subscription {
+    /// Id of the last change that is in the snapshot.
+    pub last_id: u64,
+    /// All images.
+    pub images: Vec<ImageStatus>,
+    /// All attachments.
+    pub attachments: Vec<AttachmentStatus>,
+    /// What follows. A watcher that is too slow gets `Lagged`.
+    pub changes: broadcast::Receiver<Arc<Told>>,
+}
+
+pub(super) enum Message {
+    Command(Command, oneshot::Sender<Result<Answer, ManagerError>>),
+    Read(Box<dyn FnOnce(&World) + Send>),
+    Subscribe(oneshot::Sender<Subscription>),
+    Stop(oneshot::Sender<()>),
+}
+
+pub(super) enum Answer {
+    Image(Box<ImageStatus>, bool),
+    Attachment(Box<AttachmentStatus>, bool),
+    Done,
+}
+
+/// A handle on the manager's task. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Manager {
+    tx: mpsc::Sender<Message>,
+}
+
+impl Manager {
+    /// Reads the records, scans the disks, and starts the task; due copies start at once.
+    ///
+    /// # Errors
+    /// [`CatalogError`] if the records can't be read or a found copy's record can't be stored.
+    pub async fn start(
+        catalog: Arc<dyn Catalog>,
+        backend: Arc<dyn Backend>,
+        exporter: Arc<dyn Exporter>,
+    ) -> Result<Self, CatalogError> {
+        let (tx, commands) = mpsc::channel(COMMANDS);
+        let (reports_tx, reports) = mpsc::unbounded_channel();
+        let mut driver = Driver::new(catalog, backend, exporter, reports_tx);
+        driver.restore().await?;
+        tokio::spawn(driver.run(commands, reports));
+        Ok(Self { tx })
+    }
+
+    /// Knows an image; true if it is new.
+    ///
+    /// # Errors
+    /// [`ManagerError`]; nothing was changed.
+    pub async fn create(&self, new: NewImage) -> Result<(ImageStatus, bool), ManagerError> {
+        match self.command(Command::Create(new)).await? {
+            Answer::Image(image, is_new) => Ok((*image, is_new)),
+            Answer::Attachment(..) | Answer::Done => Err(ManagerError::Stopping),
+        }
+    }
+
+    /// Brings an image in on a disk now.
+    ///
+    /// # Errors
+    /// [`ManagerError`]; nothing was changed.
+    pub async fn fetch(
+        &self,
+        name: ImageName,
+        disk: Option<DiskUuid>,
+    ) -> Result<ImageStatus, ManagerError> {
+        match self.command(Command::Fetch(name, disk)).await? {
+            Answer::Image(image, _) => Ok(*image),
+            Answer::Attachment(..) | Answer::Done => Err(ManagerError::Stopping),
+        }
+    }
+
+    /// Begins to delete an image. `None` if it is gone already.
+    ///
+    /// # Errors
+    /// [`ManagerError::InUse`] while anybody reads it; others if it can't be found or stored.
+    pub async fn delete(&self, name: ImageName) -> Result<Option<ImageStatus>, ManagerError> {
+        match self.command(Command::Delete { name, sessions: 0 }).await? {
+            Answer::Image(image, _) => Ok(Some(*image)),
+            Answer::Attachment(..) | Answer::Done => Ok(None),
+        }
+    }
+
+    /// Reads an image; true if the attachment is new.
+    ///
+    /// # Errors
+    /// [`ManagerError`]; nothing was changed.
+    pub async fn attach(
+        &self,
+        new: NewAttachment,
+    ) -> Result<(AttachmentStatus, bool), ManagerError> {
+        match self.command(Command::Attach(new)).await? {
+            Answer::Attachment(attachment, is_new) => Ok((*attachment, is_new)),
+            Answer::Image(..) | Answer::Done => Err(ManagerError::Stopping),
+        }
+    }
+
+    /// Reads an image no more.
+    ///
+    /// # Errors
+    /// [`ManagerError`]; nothing was changed.
+    pub async fn detach(&self, id: AttachmentId) -> Result<(), ManagerError> {
+        self.command(Command::Detach(id)).await.map(|_| ())
+    }
+
+    /// What `look` makes of the world, as it is between two changes.
+    ///
+    /// # Errors
+    /// [`ManagerError::Stopping`].
+    pub async fn read<T, F>(&self, look: F) -> Result<T, ManagerError>
+    where
+        T: Send + 'static,
+        F: FnOnce(&World) -> T + Send + 'static,
+    {
+        let (tx, rx) = oneshot::channel();
+        let look = Box::new(move |world: &World| drop(tx.send(look(world))));
+        self.send(Message::Read(look)).await?;
+        rx.await.map_err(|_| ManagerError::Stopping)
+    }
+
+    /// Everything as it is, and every change after that.
+    ///
+    /// # Errors
+    /// [`ManagerError::Stopping`].
+    pub async fn subscribe(&self) -> Result<Subscription, ManagerError> {
+        let (tx, rx) = oneshot::channel();
+        self.send(Message::Subscribe(tx)).await?;
+        rx.await.map_err(|_| ManagerError::Stopping)
+    }
+
+    /// Stops every worker, so that what is durable is kept, and ends the task. Later calls give
+    /// [`ManagerError::Stopping`].
+    pub async fn stop(&self) {
+        let (tx, rx) = oneshot::channel();
+        if self.send(Message::Stop(tx)).await.is_ok() {
+            let _ended = rx.await;
+        }
+    }
+
+    async fn command(&self, command: Command) -> Result<Answer, ManagerError> {
+        let (tx, rx) = oneshot::channel();
+        self.send(Message::Command(command, tx)).await?;
+        rx.await.map_err(|_| ManagerError::Stopping)?
+    }
+
+    async fn send(&self, message: Message) -> Result<(), ManagerError> {
+        self.tx.send(message).await.map_err(|_| ManagerError::Stopping)
+    }
+}

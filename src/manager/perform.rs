@@ -1,0 +1,353 @@
+//! The task that owns the world and performs what the core asks for.
+//!
+//! Why: one owner needs no locks, and gives one order to commands, reports and what watchers see.
+//! How: messages in, [`World::command`] or [`World::step`], then the records are made durable,
+//! then the actions are performed in their order. What blocks runs on blocking threads; what lasts
+//! runs in workers, and their reports come back as events.
+//! Never: decides; never holds up a command for a transfer.
+//! Start at [`Driver::run`].
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::{broadcast, mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::backend::{Backend, CopyId, CopyTask, Report, Reporter};
+use super::command::{Command, Outcome};
+use super::driver::{Answer, Exporter, Message, Object, Subscription, Told};
+use super::error::ManagerError;
+use super::records::{AttachmentRecord, ImageRecord};
+use super::world::{Action, Change, Event, World};
+use crate::catalog::{Catalog, CatalogError, Expect, Kind, Revision, list_as, put_as};
+
+/// Changes that a slow watcher may be behind before it is told and dropped.
+const CHANGES: usize = 1024;
+/// How often the disks are looked at without being asked.
+const DISKS_EVERY: Duration = Duration::from_secs(30);
+
+pub(super) struct Driver {
+    world: World,
+    revisions: HashMap<(Kind, String), Revision>,
+    catalog: Arc<dyn Catalog>,
+    backend: Arc<dyn Backend>,
+    exporter: Arc<dyn Exporter>,
+    started: Instant,
+    reports_tx: mpsc::UnboundedSender<Report>,
+    workers: HashMap<CopyId, (u64, watch::Sender<bool>)>,
+    /// Blocking work, and workers' ends; each gives an event, if any.
+    tasks: JoinSet<Option<Event>>,
+    changes: broadcast::Sender<Arc<Told>>,
+    last_id: u64,
+}
+
+impl Driver {
+    pub(super) fn new(
+        catalog: Arc<dyn Catalog>,
+        backend: Arc<dyn Backend>,
+        exporter: Arc<dyn Exporter>,
+        reports_tx: mpsc::UnboundedSender<Report>,
+    ) -> Self {
+        Self {
+            world: World::default(),
+            revisions: HashMap::new(),
+            catalog,
+            backend,
+            exporter,
+            started: Instant::now(),
+            reports_tx,
+            workers: HashMap::new(),
+            tasks: JoinSet::new(),
+            changes: broadcast::channel(CHANGES).0,
+            last_id: 0,
+        }
+    }
+
+    pub(super) async fn restore(&mut self) -> Result<(), CatalogError> {
+        let (catalog, backend) = (self.catalog.clone(), self.backend.clone());
+        let read = move || -> Result<_, CatalogError> {
+            let images = list_as(&*catalog, Kind::Image)?;
+            let attachments = list_as(&*catalog, Kind::Attachment)?;
+            Ok((images, attachments, backend.disks(), backend.scan()))
+        };
+        let (images, attachments, disks, found) = blocking(read).await?;
+        let images: Vec<(ImageRecord, Revision)> = images;
+        let attachments: Vec<(AttachmentRecord, Revision)> = attachments;
+        for (record, revision) in &images {
+            self.revisions.insert((Kind::Image, record.name.to_string()), *revision);
+        }
+        for (record, revision) in &attachments {
+            self.revisions.insert((Kind::Attachment, record.id.to_string()), *revision);
+        }
+        let images = images.into_iter().map(|(record, _)| record).collect();
+        let attachments = attachments.into_iter().map(|(record, _)| record).collect();
+        let (world, actions) = World::restore(images, attachments, disks, found, unix_now_s());
+        self.world = world;
+        self.save_first(&actions).await?;
+        let due = self.world.step(self.now(), Event::Tick);
+        self.save_first(&due).await?;
+        self.perform(due);
+        Ok(())
+    }
+
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    pub(super) async fn run(
+        mut self,
+        mut commands: mpsc::Receiver<Message>,
+        mut reports: mpsc::UnboundedReceiver<Report>,
+    ) {
+        let mut disks_at = Instant::now() + DISKS_EVERY;
+        loop {
+            let wake =
+                self.world.next_wake().map_or(disks_at, |at| disks_at.min(self.started + at));
+            let event = tokio::select! {
+                message = commands.recv() => match message {
+                    Some(Message::Stop(done)) => {
+                        self.stop().await;
+                        let _caller_gone = done.send(());
+                        return;
+                    }
+                    Some(message) => {
+                        self.answer(message).await;
+                        continue;
+                    }
+                    None => return self.stop().await,
+                },
+                Some(report) = reports.recv() => Event::Worker(report),
+                Some(done) = self.tasks.join_next() => match done {
+                    Ok(Some(event)) => event,
+                    Ok(None) => continue,
+                    Err(error) => {
+                        tracing::error!(%error, "a task of the manager died");
+                        continue;
+                    }
+                },
+                () = tokio::time::sleep_until(wake) => {
+                    if Instant::now() >= disks_at {
+                        disks_at = Instant::now() + DISKS_EVERY;
+                        self.look_at_disks().await;
+                    }
+                    Event::Tick
+                }
+            };
+            self.happen(event).await;
+        }
+    }
+
+    /// An event's records are stored if they can be; if not, the files on disk still tell.
+    async fn happen(&mut self, event: Event) {
+        if let Event::Worker(Report { copy, generation, event: None }) = &event
+            && self.workers.get(copy).is_some_and(|(number, _)| number == generation)
+        {
+            self.workers.remove(copy);
+        }
+        let actions = self.world.step(self.now(), event);
+        if let Err(error) = self.save_first(&actions).await {
+            tracing::error!(error = %chain(&error), "a record is not stored; the next change tries");
+        }
+        self.perform(actions);
+    }
+
+    async fn look_at_disks(&mut self) {
+        let backend = self.backend.clone();
+        let disks = blocking(move || backend.disks()).await;
+        self.happen(Event::Disks(disks)).await;
+    }
+
+    async fn answer(&mut self, message: Message) {
+        match message {
+            Message::Command(command, reply) => {
+                let answer = self.command(command).await;
+                let _caller_gone = reply.send(answer);
+            }
+            Message::Read(look) => look(&self.world),
+            Message::Subscribe(reply) => {
+                let subscription = Subscription {
+                    last_id: self.last_id,
+                    images: self.world.images(),
+                    attachments: self.world.attachments(),
+                    changes: self.changes.subscribe(),
+                };
+                let _caller_gone = reply.send(subscription);
+            }
+            Message::Stop(_) => {}
+        }
+    }
+
+    /// A command whose records can't be stored leaves no trace.
+    async fn command(&mut self, mut command: Command) -> Result<Answer, ManagerError> {
+        if matches!(command, Command::Create(_) | Command::Fetch(..) | Command::Attach(_)) {
+            self.look_at_disks().await;
+        }
+        if let Command::Delete { name, sessions } = &mut command {
+            *sessions = self.exporter.sessions(name);
+        }
+        let before = self.world.clone();
+        let (outcome, actions) = self.world.command(self.now(), command)?;
+        if let Err(error) = self.save_first(&actions).await {
+            self.world = before;
+            return Err(error.into());
+        }
+        let answer = match outcome {
+            Outcome::Image(name, is_new) => {
+                self.world.image(&name).map(|image| Answer::Image(Box::new(image), is_new))
+            }
+            Outcome::Attachment(id, is_new) => {
+                self.world.attachment(&id).map(|a| Answer::Attachment(Box::new(a), is_new))
+            }
+            Outcome::Done => None,
+        };
+        self.perform(actions);
+        Ok(answer.unwrap_or(Answer::Done))
+    }
+
+    /// Stores every record that the actions name, before any of them is performed.
+    async fn save_first(&mut self, actions: &[Action]) -> Result<(), CatalogError> {
+        for action in actions {
+            match action {
+                Action::SaveImage(record) => {
+                    self.save(Kind::Image, record.name.as_str(), record.clone()).await?;
+                }
+                Action::SaveAttachment(record) => {
+                    self.save(Kind::Attachment, record.id.as_str(), record.clone()).await?;
+                }
+                Action::ForgetImage(name) => self.forget(Kind::Image, name.as_str()).await?,
+                Action::ForgetAttachment(id) => self.forget(Kind::Attachment, id.as_str()).await?,
+                Action::Start(..)
+                | Action::Cancel(_)
+                | Action::Remove(_)
+                | Action::Publish(_)
+                | Action::Withdraw(_)
+                | Action::Announce(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn save<T: serde::Serialize + Send + 'static>(
+        &mut self,
+        kind: Kind,
+        key: &str,
+        record: T,
+    ) -> Result<(), CatalogError> {
+        let at = (kind, key.to_owned());
+        let expect = self.revisions.get(&at).map_or(Expect::Absent, |r| Expect::At(*r));
+        let (catalog, key) = (self.catalog.clone(), key.to_owned());
+        let put = move || put_as(&*catalog, kind, &key, &record, expect);
+        self.revisions.insert(at, blocking(put).await?);
+        Ok(())
+    }
+
+    async fn forget(&mut self, kind: Kind, key: &str) -> Result<(), CatalogError> {
+        let (catalog, owned) = (self.catalog.clone(), key.to_owned());
+        blocking(move || catalog.delete(kind, &owned, Expect::Any)).await?;
+        self.revisions.remove(&(kind, key.to_owned()));
+        Ok(())
+    }
+
+    fn perform(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::SaveImage(_)
+                | Action::SaveAttachment(_)
+                | Action::ForgetImage(_)
+                | Action::ForgetAttachment(_) => {}
+                Action::Start(task, generation) => self.start_worker(*task, generation),
+                Action::Cancel(copy) => {
+                    if let Some((_, cancel)) = self.workers.get(&copy) {
+                        cancel.send_replace(true);
+                    }
+                }
+                Action::Remove(copy) => {
+                    let backend = self.backend.clone();
+                    self.tasks.spawn_blocking(move || {
+                        let result = backend.remove(&copy).map_err(|e| e.message);
+                        Some(Event::Removed(copy, result))
+                    });
+                }
+                Action::Publish(copy) => {
+                    let exporter = self.exporter.clone();
+                    self.tasks.spawn_blocking(move || {
+                        let result = exporter.publish(&copy).map_err(|e| (e.class, e.message));
+                        Some(Event::Published(copy, result))
+                    });
+                }
+                Action::Withdraw(name) => self.exporter.withdraw(&name),
+                Action::Announce(change) => self.announce(change),
+            }
+        }
+    }
+
+    fn start_worker(&mut self, task: CopyTask, generation: u64) {
+        tracing::info!(worker = %task.worker, disk = %task.id.disk, "worker starts");
+        let copy = task.id.clone();
+        let reporter = Reporter::new(copy.clone(), generation, self.reports_tx.clone());
+        let (cancel, join) = self.backend.start(task, reporter.clone()).into_parts();
+        self.workers.insert(copy, (generation, cancel));
+        self.tasks.spawn(async move {
+            if let Err(error) = join.await {
+                tracing::error!(%error, "a worker died");
+            }
+            // In the same channel as its reports, so that it comes after them.
+            reporter.ended();
+            None
+        });
+    }
+
+    fn announce(&mut self, change: Change) {
+        let object = match &change {
+            Change::ImageCreated(name)
+            | Change::ImageUpdated(name)
+            | Change::ImageProgress(name) => self.world.image(name).map(Object::Image),
+            Change::ImageDeleted(name) => Some(Object::ImageGone(name.clone())),
+            Change::AttachmentCreated(id) | Change::AttachmentUpdated(id) => {
+                self.world.attachment(id).map(Object::Attachment)
+            }
+            Change::AttachmentDeleted(id, image) => {
+                Some(Object::AttachmentGone(id.clone(), image.clone()))
+            }
+        };
+        let Some(object) = object else { return };
+        self.last_id += 1;
+        let _nobody_watches =
+            self.changes.send(Arc::new(Told { id: self.last_id, change, object }));
+    }
+
+    /// Cancels the workers and waits until they, and all blocking work, have ended.
+    async fn stop(&mut self) {
+        for (_, cancel) in self.workers.values() {
+            cancel.send_replace(true);
+        }
+        while self.tasks.join_next().await.is_some() {}
+    }
+}
+
+/// Runs what blocks on a thread that may. A panic there goes on here.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(value) => value,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+/// The message of an error with those of its sources.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}
+
+/// Seconds since 1970, UTC; 0 if the clock is before.
+#[must_use]
+pub(crate) fn unix_now_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}

@@ -1,0 +1,245 @@
+//! The manager's records: what the catalog keeps across restarts, as JSON.
+//!
+//! Why: a restart must find every image, every wanted disk and every reader as they were.
+//! How: plain data with serde. Unknown fields are ignored, so an older daemon reads what a newer
+//! one wrote. The state of a copy isn't here: the files on the disk are its only witness.
+//! Never: holds what can be read from the disk, or a credential outside [`SourceUrl`].
+//! Start at [`ImageRecord`].
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::source::{self, SourceUrl};
+use crate::names::{DiskUuid, ImageName, ImageUuid, NameError};
+
+/// How the bytes of an image's file are laid out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Format {
+    /// The file's bytes are the guest's bytes.
+    Raw,
+    /// QEMU's copy-on-write format, version 2 or 3.
+    Qcow2,
+}
+
+impl Format {
+    /// `raw` or `qcow2`.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl From<crate::image::Format> for Format {
+    fn from(format: crate::image::Format) -> Self {
+        match format {
+            crate::image::Format::Raw => Self::Raw,
+            crate::image::Format::Qcow2 => Self::Qcow2,
+        }
+    }
+}
+
+impl From<Format> for crate::image::Format {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Raw => Self::Raw,
+            Format::Qcow2 => Self::Qcow2,
+        }
+    }
+}
+
+/// The digests that a user expects of an image's file: lower-case hex, checked on arrival.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Expected {
+    /// 64 hex digits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
+    /// 128 hex digits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha512: Option<String>,
+}
+
+impl Expected {
+    /// Checks and lower-cases digests as a user gives them.
+    ///
+    /// # Errors
+    /// [`NameError`] names the digest with the wrong length or a character that isn't hex.
+    pub fn parse(sha256: Option<&str>, sha512: Option<&str>) -> Result<Self, NameError> {
+        Ok(Self {
+            sha256: sha256.map(|t| hex_digest("sha256", t, 64, "64 hex digits")).transpose()?,
+            sha512: sha512.map(|t| hex_digest("sha512", t, 128, "128 hex digits")).transpose()?,
+        })
+    }
+}
+
+fn hex_digest(
+    what: &'static str,
+    text: &str,
+    digits: usize,
+    rule: &'static str,
+) -> Result<String, NameError> {
+    if text.len() == digits && text.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return Ok(text.to_ascii_lowercase());
+    }
+    Err(NameError { what, found: text.chars().take(80).collect(), rule })
+}
+
+/// What the first good copy told about the image: write-once; a copy that differs is refused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Facts {
+    /// Format of the file.
+    pub format: Format,
+    /// Size of the disk that a guest sees, in bytes.
+    pub virtual_size_bytes: u64,
+    /// Length of the file in bytes.
+    pub size_bytes: u64,
+    /// Digest of the file, if one was computed: 64 hex digits.
+    #[serde(default)]
+    pub sha256: Option<String>,
+    /// Digest of the file, if one was computed: 128 hex digits.
+    #[serde(default)]
+    pub sha512: Option<String>,
+}
+
+/// One disk on which a copy is wanted.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Want {
+    /// Why the last try was refused for good; it isn't tried again until somebody asks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<String>,
+}
+
+/// One image: where it comes from, what is expected of it, where it is wanted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageRecord {
+    /// The name, unique on this node.
+    pub name: ImageName,
+    /// Given once, never changed (rule 1); part of every copy's directory name.
+    pub uuid: ImageUuid,
+    /// Where the bytes come from. `None` for an image that was found on a disk.
+    #[serde(default, with = "source::whole")]
+    pub source: Option<SourceUrl>,
+    /// What the user says of its digests.
+    #[serde(default)]
+    pub expected: Expected,
+    /// What the user says of its format; `None` = look.
+    #[serde(default)]
+    pub declared_format: Option<Format>,
+    /// What the first good copy told.
+    #[serde(default)]
+    pub facts: Option<Facts>,
+    /// The disks on which a copy is wanted.
+    #[serde(default)]
+    pub disks: BTreeMap<DiskUuid, Want>,
+    /// Being deleted: copies go first, then this record.
+    #[serde(default)]
+    pub deleting: bool,
+    /// Seconds since 1970, UTC.
+    pub created_unix_s: u64,
+}
+
+/// An attachment's name: 8 hex digits, given by the manager.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct AttachmentId(String);
+
+impl AttachmentId {
+    /// Checks `text`: 8 lower-case hex digits.
+    ///
+    /// # Errors
+    /// [`NameError`] with the rule.
+    pub fn parse(text: &str) -> Result<Self, NameError> {
+        let ok = text.len() == 8 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        if !ok {
+            let found = text.chars().take(80).collect();
+            let rule = "an attachment's id is 8 of 0-9, a-f";
+            return Err(NameError { what: "attachment id", found, rule });
+        }
+        Ok(Self(text.to_owned()))
+    }
+
+    /// A new random id.
+    ///
+    /// # Errors
+    /// The system has no random numbers to give.
+    pub fn random() -> std::io::Result<Self> {
+        Ok(Self(ImageUuid::random()?.as_str().to_owned()))
+    }
+
+    /// The id as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for AttachmentId {
+    type Error = NameError;
+    fn try_from(text: String) -> Result<Self, NameError> {
+        Self::parse(&text)
+    }
+}
+
+impl From<AttachmentId> for String {
+    fn from(id: AttachmentId) -> Self {
+        id.0
+    }
+}
+
+impl fmt::Display for AttachmentId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// One reader of an image on a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttachmentRecord {
+    /// Its name.
+    pub id: AttachmentId,
+    /// The image it reads.
+    pub image: ImageName,
+    /// The disk whose copy it reads.
+    pub disk: DiskUuid,
+    /// What the reader calls itself; may be empty.
+    #[serde(default)]
+    pub reader: String,
+    /// Seconds since 1970, UTC.
+    pub created_unix_s: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_of_a_newer_daemon_is_read() {
+        let json = r#"{"name":"a","uuid":"0a1b","created_unix_s":7,"colour":"blue",
+                       "source":"https://u:pw@h/a?t=1","disks":{"0123456789":{"later":1}}}"#;
+        let record: ImageRecord = serde_json::from_str(json).unwrap();
+        assert_eq!(record.source.as_ref().unwrap().expose().as_str(), "https://u:pw@h/a?t=1");
+        let again: ImageRecord =
+            serde_json::from_str(&serde_json::to_string(&record).unwrap()).unwrap();
+        assert_eq!(again, record);
+        assert!(!format!("{record:?}").contains("pw"));
+    }
+
+    #[test]
+    fn a_digest_of_the_wrong_length_is_refused() {
+        assert!(Expected::parse(Some(&"a".repeat(63)), None).is_err());
+        assert!(Expected::parse(Some(&"g".repeat(64)), None).is_err());
+        let ok = Expected::parse(Some(&"A".repeat(64)), Some(&"0".repeat(128))).unwrap();
+        assert_eq!(ok.sha256, Some("a".repeat(64)));
+    }
+}

@@ -1,0 +1,382 @@
+//! Events, and the reconciling pass that turns facts into actions.
+//!
+//! Why: the rules of the lifecycle in one place each, testable as tables.
+//! How: [`World::step`] takes in one event; then, for each image, what is missing is asked for:
+//! workers for wanted copies, the export for the first sealed one, removal for deleted ones.
+//! Never: asks for the same thing twice: the fact that it was asked for is part of the world.
+//! Start at [`World::step`].
+
+use std::time::Duration;
+
+use super::backend::{CopyId, CopyInfo, CopyTask, FailureClass, Report, WorkerEvent};
+use super::records::Facts;
+use super::world::{
+    Action, AttachmentState, Change, Copy, CopyState, Event, Export, Image, Touched, Worker, World,
+};
+use crate::names::{DiskUuid, ImageName};
+
+/// Wait after the first failure; doubles with each further one (rule 7).
+pub const BACK_OFF_FIRST: Duration = Duration::from_secs(1);
+/// Longest wait between two tries.
+pub const BACK_OFF_MOST: Duration = Duration::from_secs(300);
+
+/// The wait after `failures` failures in a row.
+#[must_use]
+pub fn back_off(failures: u32) -> Duration {
+    let doublings = failures.saturating_sub(1).min(16);
+    (BACK_OFF_FIRST * (1 << doublings)).min(BACK_OFF_MOST)
+}
+
+impl World {
+    /// Takes in one event at `now` (since the daemon's start) and says what to do.
+    pub fn step(&mut self, now: Duration, event: Event) -> Vec<Action> {
+        let mut touched = Touched::default();
+        match event {
+            Event::Worker(report) => self.hear(now, report, &mut touched),
+            Event::Published(copy, result) => self.published(now, &copy, result, &mut touched),
+            Event::Removed(copy, result) => self.removed(now, &copy, result, &mut touched),
+            Event::Disks(disks) => self.disks = disks,
+            Event::Tick => {}
+        }
+        self.finish(now, touched)
+    }
+
+    /// Reconciles every image and tells the watchers what was touched.
+    pub(super) fn finish(&mut self, now: Duration, mut touched: Touched) -> Vec<Action> {
+        let names: Vec<ImageName> = self.images.keys().cloned().collect();
+        for name in names {
+            self.reconcile(now, &name, &mut touched);
+        }
+        let mut actions = touched.actions;
+        for name in &touched.images {
+            actions.push(Action::Announce(Change::ImageUpdated(name.clone())));
+        }
+        for name in touched.progress.difference(&touched.images) {
+            actions.push(Action::Announce(Change::ImageProgress(name.clone())));
+        }
+        let states: Vec<(_, AttachmentState)> = self
+            .attachments
+            .iter()
+            .map(|(id, a)| (id.clone(), self.attachment_state(&a.record).0))
+            .collect();
+        for (id, state) in states {
+            if let Some(attachment) = self.attachments.get_mut(&id)
+                && attachment.announced != state
+            {
+                attachment.announced = state;
+                actions.push(Action::Announce(Change::AttachmentUpdated(id)));
+            }
+        }
+        actions
+    }
+
+    fn copy_mut(&mut self, id: &CopyId) -> Option<(&mut Copy, &mut Export)> {
+        let image = self.images.get_mut(&id.image)?;
+        if image.record.uuid != id.uuid {
+            return None;
+        }
+        image.copies.get_mut(&id.disk).map(|copy| (copy, &mut image.export))
+    }
+
+    /// A worker's report (rules 4 to 7). One of an older worker changes nothing.
+    fn hear(&mut self, now: Duration, report: Report, touched: &mut Touched) {
+        let Report { copy: id, generation, event } = report;
+        let Some((copy, _)) = self.copy_mut(&id) else { return };
+        let current = match copy.worker {
+            Worker::Idle => return,
+            Worker::Running(number) | Worker::Stopping(number) => number,
+        };
+        if current != generation {
+            return;
+        }
+        let stopping = matches!(copy.worker, Worker::Stopping(_));
+        match event {
+            None => {
+                copy.worker = Worker::Idle;
+                if matches!(copy.state, CopyState::Starting | CopyState::InProgress) {
+                    let message = "its worker ended without a result".to_owned();
+                    fail(copy, now, FailureClass::Retry, message, false);
+                }
+                touched.images.insert(id.image);
+            }
+            Some(_) if stopping || copy.state.is_sealed() => {}
+            Some(WorkerEvent::Started) => {
+                touched.progress.insert(id.image);
+            }
+            Some(WorkerEvent::Progress(progress)) => {
+                let first = copy.state != CopyState::InProgress;
+                copy.state = CopyState::InProgress;
+                copy.message.clone_from(&progress.message);
+                copy.progress = progress;
+                let told = if first { &mut touched.images } else { &mut touched.progress };
+                told.insert(id.image);
+            }
+            Some(WorkerEvent::Ready(info)) => self.sealed(now, &id, info, touched),
+            Some(WorkerEvent::Failed { class, message, cleaned }) => {
+                fail(copy, now, class, message, cleaned);
+                self.note_refusal(&id, touched);
+                touched.images.insert(id.image);
+            }
+        }
+    }
+
+    /// A copy is complete: what it tells is recorded once, and held against the next (rule 20).
+    fn sealed(&mut self, now: Duration, id: &CopyId, info: CopyInfo, touched: &mut Touched) {
+        touched.images.insert(id.image.clone());
+        let Some(image) = self.images.get_mut(&id.image) else { return };
+        let Some(copy) = image.copies.get_mut(&id.disk) else { return };
+        let facts = info.facts();
+        if let Some(fault) = image.record.facts.as_ref().and_then(|known| differs(known, &facts)) {
+            fail(copy, now, FailureClass::Refuse, fault, false);
+            return self.note_refusal(id, touched);
+        }
+        copy.state = CopyState::ReadyForTransfer;
+        copy.progress.bytes_done = info.size_bytes;
+        copy.progress.bytes_total = Some(info.size_bytes);
+        copy.progress.rate_bytes_per_s = 0;
+        copy.message.clear();
+        (copy.failures, copy.retry_at, copy.bytes_at_failure) = (0, None, 0);
+        copy.info = Some(info);
+        let merged = merge(image.record.facts.take(), facts);
+        image.record.facts = Some(merged);
+        touched.actions.push(Action::SaveImage(image.record.clone()));
+    }
+
+    /// Keeps a refusal in the record, so that a restart doesn't try again by itself.
+    fn note_refusal(&mut self, id: &CopyId, touched: &mut Touched) {
+        let Some(image) = self.images.get_mut(&id.image) else { return };
+        let Some(copy) = image.copies.get(&id.disk) else { return };
+        let Some(want) = image.record.disks.get_mut(&id.disk) else { return };
+        if copy.refused && !image.record.deleting {
+            want.refused = Some(copy.message.clone());
+            touched.actions.push(Action::SaveImage(image.record.clone()));
+        }
+    }
+
+    fn published(
+        &mut self,
+        now: Duration,
+        id: &CopyId,
+        result: Result<(), (FailureClass, String)>,
+        touched: &mut Touched,
+    ) {
+        let Some((copy, export)) = self.copy_mut(id) else { return };
+        if *export != Export::Opening(id.disk.clone()) {
+            return;
+        }
+        touched.images.insert(id.image.clone());
+        match result {
+            Ok(()) => {
+                *export = Export::Open(id.disk.clone());
+                copy.state = CopyState::Ready;
+            }
+            Err((class, message)) => {
+                *export = Export::Closed;
+                fail(copy, now, class, message, false);
+                self.note_refusal(id, touched);
+            }
+        }
+    }
+
+    fn removed(
+        &mut self,
+        now: Duration,
+        id: &CopyId,
+        result: Result<(), String>,
+        touched: &mut Touched,
+    ) {
+        let Some((copy, _)) = self.copy_mut(id) else { return };
+        if !copy.removing {
+            return;
+        }
+        copy.removing = false;
+        touched.images.insert(id.image.clone());
+        if let Err(message) = result {
+            fail(copy, now, FailureClass::Retry, message, false);
+        } else if let Some(image) = self.images.get_mut(&id.image) {
+            image.copies.remove(&id.disk);
+        }
+    }
+
+    fn reconcile(&mut self, now: Duration, name: &ImageName, touched: &mut Touched) {
+        let Some(image) = self.images.get_mut(name) else { return };
+        if image.record.deleting {
+            if delete_step(now, image, touched) {
+                self.images.remove(name);
+                touched.images.remove(name);
+                touched.progress.remove(name);
+            }
+            return;
+        }
+        let disks = &self.disks;
+        let fit = |uuid: &DiskUuid| disks.iter().any(|d| &d.uuid == uuid && d.healthy);
+        let wanted: Vec<DiskUuid> = image.copies.keys().cloned().collect();
+        for disk in &wanted {
+            start_step(now, image, disk, fit(disk), &mut self.generation, touched);
+        }
+        publish_step(image, touched);
+    }
+}
+
+/// Rule 3 and 7: a wanted copy without a worker gets one, after its back-off.
+fn start_step(
+    now: Duration,
+    image: &mut Image,
+    disk: &DiskUuid,
+    disk_is_fit: bool,
+    generation: &mut u64,
+    touched: &mut Touched,
+) {
+    let id = image.copy_id(disk);
+    let record = &image.record;
+    let Some(copy) = image.copies.get_mut(disk) else { return };
+    if copy.worker != Worker::Idle || copy.state.is_sealed() || copy.refused {
+        return;
+    }
+    if !disk_is_fit {
+        if copy.state != CopyState::Unknown {
+            copy.state = CopyState::Unknown;
+            copy.retry_at = None;
+            copy.message = format!("disk {disk} is not there or not healthy; see `bedplate disks`");
+            touched.images.insert(id.image);
+        }
+        return;
+    }
+    if copy.retry_at.is_some_and(|at| now < at) {
+        return;
+    }
+    *generation += 1;
+    copy.worker = Worker::Running(*generation);
+    copy.state = CopyState::Starting;
+    copy.retry_at = None;
+    let task = CopyTask {
+        worker: copy.worker_name.clone(),
+        source: record.source.clone(),
+        expected: record.expected.clone(),
+        declared_format: record.declared_format,
+        facts: record.facts.clone(),
+        id,
+    };
+    touched.images.insert(record.name.clone());
+    touched.actions.push(Action::Start(Box::new(task), *generation));
+}
+
+/// The first sealed copy is opened for readers; the others are ready as soon as it is.
+fn publish_step(image: &mut Image, touched: &mut Touched) {
+    let mut became_ready = false;
+    match &image.export {
+        Export::Opening(_) => {}
+        Export::Open(_) => {
+            for copy in image.copies.values_mut() {
+                if copy.state == CopyState::ReadyForTransfer {
+                    copy.state = CopyState::Ready;
+                    became_ready = true;
+                }
+            }
+        }
+        Export::Closed => {
+            let sealed = image.copies.iter().find(|(_, copy)| copy.state.is_sealed());
+            if let Some((disk, _)) = sealed {
+                let disk = disk.clone();
+                touched.actions.push(Action::Publish(image.copy_id(&disk)));
+                image.export = Export::Opening(disk);
+            }
+        }
+    }
+    if became_ready {
+        touched.images.insert(image.record.name.clone());
+    }
+}
+
+/// Rule 12: the export closes, workers stop, files go, then the record. True once all is gone.
+fn delete_step(now: Duration, image: &mut Image, touched: &mut Touched) -> bool {
+    match image.export {
+        Export::Opening(_) => return false,
+        Export::Open(_) => {
+            image.export = Export::Closed;
+            touched.actions.push(Action::Withdraw(image.record.name.clone()));
+        }
+        Export::Closed => {}
+    }
+    let disks: Vec<DiskUuid> = image.copies.keys().cloned().collect();
+    for disk in disks {
+        let id = image.copy_id(&disk);
+        let Some(copy) = image.copies.get_mut(&disk) else { continue };
+        match copy.worker {
+            Worker::Running(number) => {
+                copy.worker = Worker::Stopping(number);
+                touched.actions.push(Action::Cancel(id));
+            }
+            Worker::Idle if !copy.removing && copy.retry_at.is_none_or(|at| now >= at) => {
+                copy.removing = true;
+                copy.retry_at = None;
+                touched.actions.push(Action::Remove(id));
+            }
+            Worker::Idle | Worker::Stopping(_) => {}
+        }
+    }
+    if image.copies.is_empty() {
+        touched.actions.push(Action::ForgetImage(image.record.name.clone()));
+        touched.actions.push(Action::Announce(Change::ImageDeleted(image.record.name.clone())));
+        return true;
+    }
+    false
+}
+
+/// One try of a copy has failed.
+fn fail(copy: &mut Copy, now: Duration, class: FailureClass, message: String, cleaned: bool) {
+    copy.state = if cleaned { CopyState::FailedAndCleanup } else { CopyState::Failed };
+    copy.message = message;
+    copy.progress.rate_bytes_per_s = 0;
+    if cleaned {
+        copy.progress.bytes_done = 0;
+    }
+    match class {
+        FailureClass::Refuse => {
+            copy.refused = true;
+            copy.retry_at = None;
+        }
+        FailureClass::Retry => {
+            let moved_on = copy.progress.bytes_done > copy.bytes_at_failure;
+            copy.failures = if moved_on { 1 } else { copy.failures.saturating_add(1) };
+            copy.bytes_at_failure = copy.progress.bytes_done;
+            copy.retry_at = Some(now + back_off(copy.failures));
+        }
+    }
+}
+
+/// The first fact in which a new copy isn't the image that the earlier one was.
+pub(super) fn differs(known: &Facts, new: &Facts) -> Option<String> {
+    let differ = |what: &str, a: &dyn std::fmt::Display, b: &dyn std::fmt::Display| {
+        Some(format!(
+            "{what} is {b}, an earlier copy had {a}: the source has changed; \
+             delete the image, or create the new one under another name"
+        ))
+    };
+    if known.size_bytes != new.size_bytes {
+        return differ("size in bytes", &known.size_bytes, &new.size_bytes);
+    }
+    if known.virtual_size_bytes != new.virtual_size_bytes {
+        return differ("virtual size in bytes", &known.virtual_size_bytes, &new.virtual_size_bytes);
+    }
+    if known.format != new.format {
+        return differ("format", &known.format, &new.format);
+    }
+    let digests = [("sha256", &known.sha256, &new.sha256), ("sha512", &known.sha512, &new.sha512)];
+    for (what, a, b) in digests {
+        if let (Some(a), Some(b)) = (a, b)
+            && a != b
+        {
+            return differ(what, a, b);
+        }
+    }
+    None
+}
+
+/// Known facts stand; a digest that was not known is added.
+fn merge(known: Option<Facts>, new: Facts) -> Facts {
+    let Some(mut known) = known else { return new };
+    known.sha256 = known.sha256.or(new.sha256);
+    known.sha512 = known.sha512.or(new.sha512);
+    known
+}

@@ -1,0 +1,382 @@
+//! The world as the manager sees it: images, their copies, their readers, the disks.
+//!
+//! Why: all that decides what happens next is in one value, without clocks, tasks or files.
+//! How: commands ([`World::command`]) and events ([`World::step`]) change facts; then one
+//! reconciling pass derives the actions from the facts, so the order of events doesn't matter.
+//! Time is given from outside, as the duration since the daemon started.
+//! Never: performs anything; an [`Action`] is a request to the driver.
+//! Start at [`World`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::backend::{
+    CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy, FoundState, Progress,
+};
+use super::records::{AttachmentId, AttachmentRecord, Expected, ImageRecord, Want};
+use super::step::differs;
+use crate::names::{DiskUuid, ImageName};
+
+/// State of a copy, in Longhorn's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CopyState {
+    /// Wanted; no worker yet.
+    Pending,
+    /// Its worker was started and has no bytes yet.
+    Starting,
+    /// Bytes arrive or are checked.
+    InProgress,
+    /// Complete and sealed; not yet open for readers.
+    ReadyForTransfer,
+    /// Complete, sealed, open for readers.
+    Ready,
+    /// The last try failed; what was durable is kept.
+    Failed,
+    /// The last try failed, and its partial file was removed.
+    FailedAndCleanup,
+    /// Its disk isn't there, or isn't healthy.
+    Unknown,
+}
+
+impl CopyState {
+    /// The word for people and for the wire.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Starting => "starting",
+            Self::InProgress => "in-progress",
+            Self::ReadyForTransfer => "ready-for-transfer",
+            Self::Ready => "ready",
+            Self::Failed => "failed",
+            Self::FailedAndCleanup => "failed-and-cleanup",
+            Self::Unknown => "unknown",
+        }
+    }
+
+    /// True once the bytes are complete and sealed.
+    #[must_use]
+    pub fn is_sealed(self) -> bool {
+        matches!(self, Self::ReadyForTransfer | Self::Ready)
+    }
+}
+
+impl fmt::Display for CopyState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// State of an attachment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AttachmentState {
+    /// Its copy isn't ready yet; work goes on.
+    Waiting,
+    /// Its copy can be read.
+    Ready,
+    /// Its copy was refused for good; the message says why.
+    Failed,
+}
+
+impl AttachmentState {
+    /// The word for people and for the wire.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Ready => "ready",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// What the driver is asked to do, in this order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Store the record; everything after it in the list waits until it is durable.
+    SaveImage(ImageRecord),
+    /// Remove the record.
+    ForgetImage(ImageName),
+    /// Store the record.
+    SaveAttachment(AttachmentRecord),
+    /// Remove the record.
+    ForgetAttachment(AttachmentId),
+    /// Start the worker with this number.
+    Start(Box<CopyTask>, u64),
+    /// Ask the copy's worker to stop.
+    Cancel(CopyId),
+    /// Remove the copy's files; answer with [`Event::Removed`].
+    Remove(CopyId),
+    /// Open the copy for readers; answer with [`Event::Published`].
+    Publish(CopyId),
+    /// Close the image's export.
+    Withdraw(ImageName),
+    /// Tell the watchers.
+    Announce(Change),
+}
+
+/// What changed, for watchers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// A new image.
+    ImageCreated(ImageName),
+    /// Something of an image other than a worker's progress.
+    ImageUpdated(ImageName),
+    /// Only the progress of a worker.
+    ImageProgress(ImageName),
+    /// The image and its files are gone.
+    ImageDeleted(ImageName),
+    /// A new attachment.
+    AttachmentCreated(AttachmentId),
+    /// Its state changed.
+    AttachmentUpdated(AttachmentId),
+    /// It is gone; it read this image.
+    AttachmentDeleted(AttachmentId, ImageName),
+}
+
+/// What happened, apart from commands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A worker's report; `event` is `None` once its task has ended.
+    Worker(super::backend::Report),
+    /// The answer to [`Action::Publish`].
+    Published(CopyId, Result<(), (FailureClass, String)>),
+    /// The answer to [`Action::Remove`].
+    Removed(CopyId, Result<(), String>),
+    /// The disks as they are now.
+    Disks(Vec<DiskStatus>),
+    /// Time has passed, or the daemon has just started.
+    Tick,
+}
+
+/// A copy's worker, as far as the world knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Worker {
+    Idle,
+    Running(u64),
+    Stopping(u64),
+}
+
+/// Who has the image's export open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Export {
+    Closed,
+    Opening(DiskUuid),
+    Open(DiskUuid),
+}
+
+/// One image on one disk.
+#[derive(Clone, Debug)]
+pub(super) struct Copy {
+    pub(super) worker_name: String,
+    pub(super) state: CopyState,
+    pub(super) worker: Worker,
+    pub(super) removing: bool,
+    pub(super) progress: Progress,
+    pub(super) info: Option<CopyInfo>,
+    pub(super) failures: u32,
+    /// Bytes that were there at the last failure: more at the next one means that trying helps.
+    pub(super) bytes_at_failure: u64,
+    pub(super) retry_at: Option<Duration>,
+    pub(super) refused: bool,
+    pub(super) message: String,
+}
+
+impl Copy {
+    pub(super) fn new(worker_name: String) -> Self {
+        Self {
+            worker_name,
+            state: CopyState::Pending,
+            worker: Worker::Idle,
+            removing: false,
+            progress: Progress::default(),
+            info: None,
+            failures: 0,
+            bytes_at_failure: 0,
+            retry_at: None,
+            refused: false,
+            message: String::new(),
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Image {
+    pub(super) record: ImageRecord,
+    pub(super) copies: BTreeMap<DiskUuid, Copy>,
+    pub(super) export: Export,
+}
+
+impl Image {
+    pub(super) fn new(record: ImageRecord) -> Self {
+        let mut image = Self { record, copies: BTreeMap::new(), export: Export::Closed };
+        let wanted: Vec<_> =
+            image.record.disks.iter().map(|(d, want)| (d.clone(), want.clone())).collect();
+        for (disk, want) in wanted {
+            let copy = image.copy_on(&disk);
+            if let Some(why) = want.refused {
+                (copy.state, copy.refused, copy.message) = (CopyState::Failed, true, why);
+            }
+        }
+        image
+    }
+
+    /// The copy on `disk`, wanted from now on.
+    pub(super) fn copy_on(&mut self, disk: &DiskUuid) -> &mut Copy {
+        self.record.disks.entry(disk.clone()).or_default();
+        let name = worker_name(&self.record.name, disk, self.copies.keys());
+        self.copies.entry(disk.clone()).or_insert_with(|| Copy::new(name))
+    }
+
+    pub(super) fn copy_id(&self, disk: &DiskUuid) -> CopyId {
+        CopyId {
+            image: self.record.name.clone(),
+            uuid: self.record.uuid.clone(),
+            disk: disk.clone(),
+        }
+    }
+}
+
+/// `<image name>-<first 8 of disk UUID>`, or 16 when another disk begins with the same 8.
+fn worker_name<'a>(
+    image: &ImageName,
+    disk: &DiskUuid,
+    mut others: impl Iterator<Item = &'a DiskUuid>,
+) -> String {
+    let clash = others.any(|other| other != disk && other.first8() == disk.first8());
+    let part: String = disk.as_str().chars().take(if clash { 16 } else { 8 }).collect();
+    format!("{image}-{part}")
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Attachment {
+    pub(super) record: AttachmentRecord,
+    /// What watchers were told last.
+    pub(super) announced: AttachmentState,
+}
+
+/// Everything that the manager knows.
+#[derive(Clone, Debug, Default)]
+pub struct World {
+    pub(super) images: BTreeMap<ImageName, Image>,
+    pub(super) attachments: BTreeMap<AttachmentId, Attachment>,
+    pub(super) disks: Vec<DiskStatus>,
+    pub(super) generation: u64,
+}
+
+/// What a change has touched, until it is told at the end.
+#[derive(Debug, Default)]
+pub(super) struct Touched {
+    pub(super) actions: Vec<Action>,
+    pub(super) images: BTreeSet<ImageName>,
+    pub(super) progress: BTreeSet<ImageName>,
+}
+
+impl World {
+    /// The world at start, from the records, the disks and what was found on them. Unfinished
+    /// copies of wanted disks are `failed`, due at once; whole ones wait for their export.
+    /// Records that must be stored first are in the actions; then send [`Event::Tick`].
+    #[must_use]
+    pub fn restore(
+        images: Vec<ImageRecord>,
+        attachments: Vec<AttachmentRecord>,
+        disks: Vec<DiskStatus>,
+        found: Vec<FoundCopy>,
+        now_unix_s: u64,
+    ) -> (Self, Vec<Action>) {
+        let mut world = Self { disks, ..Self::default() };
+        world.images = images.into_iter().map(|r| (r.name.clone(), Image::new(r))).collect();
+        for record in attachments {
+            let attachment = Attachment { announced: AttachmentState::Waiting, record };
+            world.attachments.insert(attachment.record.id.clone(), attachment);
+        }
+        let actions = found.into_iter().filter_map(|f| world.adopt(f, now_unix_s)).collect();
+        (world, actions)
+    }
+
+    /// Takes in one found copy. Gives the record if it is new or wants one disk more.
+    fn adopt(&mut self, found: FoundCopy, now_unix_s: u64) -> Option<Action> {
+        let CopyId { image: name, uuid, disk } = found.id;
+        let is_new = !self.images.contains_key(&name);
+        if is_new {
+            if matches!(found.state, FoundState::Filling { .. }) {
+                return None;
+            }
+            let record = ImageRecord {
+                name: name.clone(),
+                uuid: uuid.clone(),
+                source: None,
+                expected: Expected::default(),
+                declared_format: None,
+                facts: None,
+                disks: BTreeMap::new(),
+                deleting: false,
+                created_unix_s: now_unix_s,
+            };
+            self.images.insert(name.clone(), Image::new(record));
+        }
+        let image = self.images.get_mut(&name)?;
+        if image.record.uuid != uuid {
+            return None;
+        }
+        let before = (!is_new).then(|| image.record.clone());
+        image.copy_on(&disk);
+        let Some(copy) = image.copies.get_mut(&disk) else { return None };
+        // A refused copy stays refused, whole or not, until somebody asks for it.
+        match found.state {
+            FoundState::Ready(info) if !copy.refused => {
+                let known = image.record.facts.get_or_insert_with(|| info.facts());
+                if let Some(fault) = differs(known, &info.facts()) {
+                    (copy.state, copy.refused) = (CopyState::Failed, true);
+                    copy.message.clone_from(&fault);
+                    image.record.disks.insert(disk, Want { refused: Some(fault) });
+                } else {
+                    copy.state = CopyState::ReadyForTransfer;
+                    copy.info = Some(info);
+                }
+            }
+            FoundState::Filling { bytes_present, bytes_total } if !copy.refused => {
+                copy.progress.bytes_done = bytes_present;
+                copy.progress.bytes_total = bytes_total;
+                copy.state = CopyState::Failed;
+                copy.message = "the daemon restarted; resumes from what is durable".to_owned();
+            }
+            FoundState::Ready(_) | FoundState::Filling { .. } | FoundState::NeedsCheck => {}
+        }
+        (before.as_ref() != Some(&image.record)).then(|| Action::SaveImage(image.record.clone()))
+    }
+
+    /// When something is due that no event will bring; `None` if nothing is.
+    #[must_use]
+    pub fn next_wake(&self) -> Option<Duration> {
+        let copies = self.images.values().flat_map(|i| i.copies.values());
+        copies.filter(|c| c.worker == Worker::Idle && !c.removing).filter_map(|c| c.retry_at).min()
+    }
+
+    pub(super) fn disk(&self, uuid: &DiskUuid) -> Option<&DiskStatus> {
+        self.disks.iter().find(|d| &d.uuid == uuid)
+    }
+
+    pub(super) fn attachments_of<'a>(
+        &'a self,
+        name: &'a ImageName,
+    ) -> impl Iterator<Item = &'a Attachment> {
+        self.attachments.values().filter(move |a| &a.record.image == name)
+    }
+
+    /// What a reader of this copy can expect now.
+    pub(super) fn attachment_state(&self, record: &AttachmentRecord) -> (AttachmentState, String) {
+        let copy = self.images.get(&record.image).and_then(|i| i.copies.get(&record.disk));
+        match copy {
+            Some(c) if c.state == CopyState::Ready => (AttachmentState::Ready, String::new()),
+            Some(c) if c.refused => (AttachmentState::Failed, c.message.clone()),
+            Some(c) => (AttachmentState::Waiting, c.message.clone()),
+            None => (AttachmentState::Failed, "the image is gone; detach".to_owned()),
+        }
+    }
+}
