@@ -107,7 +107,7 @@ fn an_empty_file_is_refused() {
 
 #[test]
 fn a_declared_format_must_agree_with_the_content() {
-    let fixture = fixture(1 * MIB);
+    let fixture = fixture(MIB);
     let sealed = Sealed::open_path(&fixture.path).unwrap();
     let error = View::open(sealed, Some(Format::Qcow2)).unwrap_err();
     assert!(matches!(error, ImageError::FormatMismatch { .. }), "{error}");

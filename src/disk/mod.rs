@@ -1,7 +1,36 @@
-//! The store on one disk.
+//! The store on one disk: layout, sparse writes, presence, seal, adoption.
+//!
+//! Why: what the engine says it has must be there after `kill -9` and power loss at any moment,
+//! and Longhorn must be able to take the files over as they are.
+//! How: bytes arrive in a [`Filling`] through a [`Writer`]; the presence file says what of it is
+//! durable; sealing turns it into a [`Sealed`], which is all that can be served.
+//! Never: talks to a network, or knows what an image's bytes mean.
+//! Start at [`Disk::open`], then [`Filling`].
 
+mod cfg;
+mod digests;
+mod dir;
 mod error;
+mod filling;
+mod page;
+mod presence;
+mod readback;
 mod sealed;
+mod space;
+mod store;
+mod writer;
 
+#[cfg(test)]
+mod tests;
+
+pub use cfg::{CopyCfg, go_time};
+pub use digests::{DigestSet, Digests, Hasher};
+pub use dir::Dir;
 pub use error::DiskError;
+pub use filling::{Filling, Layout, SealError, SealRecord};
+pub use presence::{MAX_FILE_BYTES, Presence, UNIT_BYTES, Version};
+pub use readback::{hash_file, hash_range};
 pub use sealed::Sealed;
+pub use space::{Reservation, Space, Usage};
+pub use store::{CopyId, CopyRecord, CopyState, Disk};
+pub use writer::{Block, Writer, WriterStats, WriterStopped};

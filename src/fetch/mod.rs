@@ -1,1 +1,29 @@
-//! (room to be furnished)
+//! Transfer: from a source's bytes to a verified file on a disk.
+//!
+//! Why: an image should be ready about when its last byte arrives, checked, and no fault of
+//! network, server or power may cost more than the bytes in flight.
+//! How: one stream is copied into pooled aligned buffers; each full buffer goes to the disk writer
+//! and to the digest thread, and is free again when both are done with it. No free buffer means
+//! the body is not read: that is all the back-pressure. Every answer is held against the version
+//! of the source that the bytes here belong to.
+//! Never: knows image formats, or believes a server: what it says is checked or bounded.
+//! Start at [`transfer`], or [`pull`] for a plain file.
+
+mod digest;
+mod error;
+mod expect;
+mod http;
+mod local;
+mod pipeline;
+mod progress;
+mod pull;
+pub mod source;
+mod transfer;
+mod version;
+
+pub use error::{Class, FetchError};
+pub use expect::{Expect, ExpectError};
+pub use progress::{Phase, Progress, Snapshot};
+pub use pull::{PullRequest, Pulled, pull};
+pub use source::{SourceError, SourceUrl};
+pub use transfer::{Engine, Fetched, Policy, transfer};

@@ -1,0 +1,245 @@
+//! Digests of a copy's bytes, and the file that keeps them: `backing.digests`.
+//!
+//! Why: "complete" must mean "the right bytes"; and a byte that rots later should be found by the
+//! MiB that holds it.
+//! How: [`Hasher`] takes the file's bytes in order, once, and feeds every digest that was asked
+//! for; xxh3-64 of each MiB is always made, since it costs next to nothing.
+//! Never: compares anything; callers do.
+//! Start at [`Hasher::update`].
+
+use sha2::{Digest, Sha256, Sha512};
+use xxhash_rust::xxh3::Xxh3;
+
+use super::page::{CONTENT_BYTES, Page};
+use super::{Dir, DiskError};
+use crate::names::hex;
+use crate::units::MIB;
+
+const MAGIC: &[u8; 8] = b"BEDDIGS1";
+/// xxh3 words of one page.
+const WORDS_PER_PAGE: usize = CONTENT_BYTES / 8;
+static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
+
+/// Which cryptographic digests to make.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DigestSet {
+    /// SHA-256 (FIPS 180-4).
+    pub sha256: bool,
+    /// SHA-512 (FIPS 180-4), Longhorn's checksum.
+    pub sha512: bool,
+}
+
+/// The digests of a whole file.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Digests {
+    /// SHA-256 in lower-case hex, if it was made.
+    pub sha256: Option<String>,
+    /// SHA-512 in lower-case hex, if it was made.
+    pub sha512: Option<String>,
+    /// xxh3-64 of each MiB; the last may be short.
+    pub xxh3_per_mib: Vec<u64>,
+}
+
+/// Takes a file's bytes in order and makes its digests.
+pub struct Hasher {
+    sha256: Option<Sha256>,
+    sha512: Option<Sha512>,
+    block: Xxh3,
+    blocks: Vec<u64>,
+    len_bytes: u64,
+}
+
+impl std::fmt::Debug for Hasher {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Hasher").field("len_bytes", &self.len_bytes).finish_non_exhaustive()
+    }
+}
+
+impl Hasher {
+    /// A hasher at byte 0.
+    #[must_use]
+    pub fn new(set: DigestSet) -> Self {
+        Self {
+            sha256: set.sha256.then(Sha256::new),
+            sha512: set.sha512.then(Sha512::new),
+            block: Xxh3::new(),
+            blocks: Vec::new(),
+            len_bytes: 0,
+        }
+    }
+
+    /// How many bytes were taken so far: the file offset of the next one.
+    #[must_use]
+    pub fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    /// Takes the next bytes.
+    pub fn update(&mut self, bytes: &[u8]) {
+        if let Some(sha) = &mut self.sha256 {
+            sha.update(bytes);
+        }
+        if let Some(sha) = &mut self.sha512 {
+            sha.update(bytes);
+        }
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let room = MIB - self.len_bytes % MIB;
+            let take = usize::try_from(room).unwrap_or(usize::MAX).min(rest.len());
+            self.block.update(&rest[..take]);
+            self.len_bytes += take as u64;
+            if self.len_bytes.is_multiple_of(MIB) {
+                self.blocks.push(self.block.digest());
+                self.block.reset();
+            }
+            rest = &rest[take..];
+        }
+    }
+
+    /// Takes the next `len_bytes` bytes, all zero.
+    pub fn update_zeroes(&mut self, len_bytes: u64) {
+        let mut left = len_bytes;
+        while left > 0 {
+            let take = usize::try_from(left).unwrap_or(usize::MAX).min(ZEROES.len());
+            self.update(&ZEROES[..take]);
+            left -= take as u64;
+        }
+    }
+
+    /// The digests of all that was taken.
+    #[must_use]
+    pub fn finish(mut self) -> Digests {
+        if !self.len_bytes.is_multiple_of(MIB) {
+            self.blocks.push(self.block.digest());
+        }
+        Digests {
+            sha256: self.sha256.map(|sha| hex(&sha.finalize())),
+            sha512: self.sha512.map(|sha| hex(&sha.finalize())),
+            xxh3_per_mib: self.blocks,
+        }
+    }
+}
+
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Head {
+    size_bytes: u64,
+    sha256: Option<String>,
+    sha512: Option<String>,
+}
+
+impl Digests {
+    /// Writes the digests of a file of `size_bytes` as `name` in `dir`; durable when this returns.
+    ///
+    /// Layout: a header page (magic, length of the JSON, JSON), then pages of 511 little-endian
+    /// xxh3 words, each page with its CRC-32.
+    ///
+    /// # Errors
+    /// [`DiskError::Io`] or [`DiskError::Full`].
+    pub fn store(&self, dir: &Dir, name: &str, size_bytes: u64) -> Result<(), DiskError> {
+        let head = Head { size_bytes, sha256: self.sha256.clone(), sha512: self.sha512.clone() };
+        let json = serde_json::to_vec(&head).unwrap_or_default();
+        let mut page = Page::new();
+        page.content_mut()[..8].copy_from_slice(MAGIC);
+        page.set_word(8, json.len() as u64);
+        page.content_mut()[16..16 + json.len()].copy_from_slice(&json);
+        page.seal();
+        let mut bytes = page.bytes().to_vec();
+        for words in self.xxh3_per_mib.chunks(WORDS_PER_PAGE) {
+            let mut page = Page::new();
+            for (index, word) in words.iter().enumerate() {
+                page.set_word(index * 8, *word);
+            }
+            page.seal();
+            bytes.extend_from_slice(page.bytes());
+        }
+        dir.replace(name, &bytes)
+    }
+
+    /// The digests in the file `name` of `dir`, with the size they speak for. `None` if there is
+    /// none, or it is damaged.
+    ///
+    /// # Errors
+    /// [`DiskError::Io`].
+    pub fn load(dir: &Dir, name: &str) -> Result<Option<(Self, u64)>, DiskError> {
+        let read_failed = |e| DiskError::io("read", &dir.join(name), e);
+        let Some(file) = dir.try_open_file(name, rustix::fs::OFlags::RDONLY)? else {
+            return Ok(None);
+        };
+        let Some(page) = Page::read(&file, 0).map_err(read_failed)? else { return Ok(None) };
+        let Some(head) = parse_head(&page) else { return Ok(None) };
+        let blocks = usize::try_from(head.size_bytes.div_ceil(MIB)).unwrap_or(usize::MAX);
+        let mut words = Vec::new();
+        for index in 0..blocks.div_ceil(WORDS_PER_PAGE) {
+            let page = Page::read(&file, 1 + index as u64).map_err(read_failed)?;
+            let Some(page) = page else { return Ok(None) };
+            words.extend((0..WORDS_PER_PAGE).map(|word| page.word(word * 8)));
+        }
+        words.truncate(blocks);
+        let digests = Self { sha256: head.sha256, sha512: head.sha512, xxh3_per_mib: words };
+        Ok(Some((digests, head.size_bytes)))
+    }
+
+    /// Which cryptographic digests are known.
+    #[must_use]
+    pub fn known(&self) -> DigestSet {
+        DigestSet { sha256: self.sha256.is_some(), sha512: self.sha512.is_some() }
+    }
+}
+
+fn parse_head(page: &Page) -> Option<Head> {
+    let len = usize::try_from(page.word(8)).ok()?;
+    let json = page.content().get(16..)?.get(..len)?;
+    (&page.content()[..8] == MAGIC).then(|| serde_json::from_slice(json).ok())?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BOTH: DigestSet = DigestSet { sha256: true, sha512: true };
+
+    #[test]
+    fn digests_are_those_of_the_standard() {
+        let mut hasher = Hasher::new(BOTH);
+        hasher.update(b"abc");
+        let digests = hasher.finish();
+        // FIPS 180-4 example values.
+        assert_eq!(
+            digests.sha256.unwrap(),
+            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        );
+        assert!(digests.sha512.unwrap().starts_with("ddaf35a193617abacc417349ae204131"));
+        assert_eq!(digests.xxh3_per_mib, vec![xxhash_rust::xxh3::xxh3_64(b"abc")]);
+    }
+
+    #[test]
+    fn pieces_and_zero_runs_hash_as_the_whole() {
+        let mut bytes = vec![0u8; 3 * 1024 * 1024 + 77];
+        bytes[..1000].fill(3);
+        bytes[2_500_000..].fill(9);
+        let mut whole = Hasher::new(BOTH);
+        whole.update(&bytes);
+        let mut pieces = Hasher::new(BOTH);
+        pieces.update(&bytes[..1]);
+        pieces.update(&bytes[1..1000]);
+        pieces.update_zeroes(2_499_000);
+        pieces.update(&bytes[2_500_000..]);
+        assert_eq!(pieces.len_bytes(), bytes.len() as u64);
+        assert_eq!(pieces.finish(), whole.finish());
+    }
+
+    #[test]
+    fn stored_digests_come_back_and_damage_is_noticed() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = Dir::open(temp.path()).unwrap();
+        let size = 1200 * MIB + 1;
+        let digests =
+            Digests { sha256: Some("ab".into()), sha512: None, xxh3_per_mib: (0..1201).collect() };
+        digests.store(&dir, "d", size).unwrap();
+        assert_eq!(Digests::load(&dir, "d").unwrap(), Some((digests, size)));
+        use std::os::unix::fs::FileExt;
+        let file = dir.open_file("d", rustix::fs::OFlags::RDWR).unwrap();
+        file.write_all_at(&[1], 5000).unwrap();
+        assert_eq!(Digests::load(&dir, "d").unwrap(), None);
+    }
+}

@@ -1,0 +1,352 @@
+//! A file that is still being brought in: has writes, has no reads for servers.
+//!
+//! Why: unfinished bytes must never be served, and nothing may write once they are.
+//! How: the data goes to `*.tmp`, its durable units to the presence file; [`Filling::seal`]
+//! consumes the writer's side and renames. A unit that is not known to be durable is a hole before
+//! it is written again, so that a zero run needs no write.
+//! Never: keeps bytes of one version of the source under the bits of another.
+//! Start at [`Filling::open`], then [`Filling::begin`], [`super::Writer`], [`Filling::seal`].
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
+
+use super::cfg::{CopyCfg, go_time};
+use super::digests::Digests;
+use super::presence::{MAX_FILE_BYTES, Presence, Version};
+use super::space::{Reservation, Space};
+use super::{Dir, DiskError, Sealed};
+use crate::ring::PAGE_BYTES;
+
+/// The names of one image's files in their directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// The finished file.
+    pub data: String,
+    /// The file while it is filling.
+    pub partial: String,
+    /// Its presence bits.
+    pub presence: String,
+    /// Digests of the finished file; `None` to keep none.
+    pub digests: Option<String>,
+    /// Longhorn's record of the finished file; `None` to keep none.
+    pub cfg: Option<String>,
+}
+
+impl Layout {
+    /// A copy in the store, with Longhorn's names.
+    #[must_use]
+    pub fn copy() -> Self {
+        Self {
+            data: "backing".into(),
+            partial: "backing.tmp".into(),
+            presence: "backing.presence".into(),
+            digests: Some("backing.digests".into()),
+            cfg: Some("backing.cfg".into()),
+        }
+    }
+
+    /// A file that a person asked for by name, outside any store.
+    #[must_use]
+    pub fn file(name: &str) -> Self {
+        Self {
+            data: name.into(),
+            partial: format!("{name}.part"),
+            presence: format!("{name}.part.presence"),
+            digests: None,
+            cfg: None,
+        }
+    }
+}
+
+/// What the store writes beside a sealed copy.
+#[derive(Clone, Debug, Default)]
+pub struct SealRecord {
+    /// The image's uuid.
+    pub uuid: String,
+    /// Bytes of the disk that a guest sees.
+    pub virtual_size_bytes: u64,
+    /// Digests of the file.
+    pub digests: Digests,
+    /// The SHA-512 that the creator asked for, if any.
+    pub expected_sha512: Option<String>,
+}
+
+/// A file that is being brought in.
+#[derive(Debug)]
+pub struct Filling {
+    dir: Dir,
+    layout: Layout,
+    space: Space,
+    file: Arc<File>,
+    presence: Option<Arc<Mutex<Presence>>>,
+    total_bytes: Option<u64>,
+    reservation: Option<Arc<Reservation>>,
+}
+
+/// Why a file was not sealed. It can go on filling, or be discarded.
+#[derive(Debug)]
+pub struct SealError {
+    /// The file, as it was.
+    pub filling: Box<Filling>,
+    /// What went wrong.
+    pub error: DiskError,
+}
+
+impl Filling {
+    /// Opens the unfinished file of `layout` in `dir`, or begins one. What an earlier run left
+    /// durable is taken over; anything else in the file is not believed.
+    ///
+    /// # Errors
+    /// [`DiskError::Io`].
+    pub fn open(dir: Dir, layout: Layout, space: Space) -> Result<Self, DiskError> {
+        let file = dir.open_file(&layout.partial, OFlags::RDWR | OFlags::CREATE)?;
+        let len = file.metadata().map_err(|e| DiskError::io("stat", dir.path(), e))?.len();
+        let presence = Presence::load(&dir, &layout.presence)?.filter(|presence| {
+            // A file shorter than its last present unit was cut by somebody else.
+            let total = presence.version().total_bytes.unwrap_or(0);
+            let missing = presence.missing(total);
+            let here_to = match missing.last() {
+                Some(last) if last.end == total => last.start,
+                Some(_) | None => total,
+            };
+            len >= here_to
+        });
+        let total_bytes = presence.as_ref().and_then(|p| p.version().total_bytes);
+        let presence = presence.map(|p| Arc::new(Mutex::new(p)));
+        let file = Arc::new(file);
+        Ok(Self { dir, layout, space, file, presence, total_bytes, reservation: None })
+    }
+
+    /// Path of the unfinished file, for messages.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
+        self.dir.join(&self.layout.partial)
+    }
+
+    /// The version that the durable bytes belong to; `None` if there are none.
+    #[must_use]
+    pub fn version(&self) -> Option<Version> {
+        let presence = self.presence.as_ref()?;
+        Some(presence.lock().unwrap_or_else(PoisonError::into_inner).version().clone())
+    }
+
+    /// Length of the whole file in bytes, once known.
+    #[must_use]
+    pub fn total_bytes(&self) -> Option<u64> {
+        self.total_bytes
+    }
+
+    /// The byte ranges that are not durable yet. All of them before [`Filling::begin`].
+    #[must_use]
+    pub fn missing(&self) -> Vec<Range<u64>> {
+        let total = self.total_bytes.unwrap_or(0);
+        match &self.presence {
+            Some(presence) => {
+                presence.lock().unwrap_or_else(PoisonError::into_inner).missing(total)
+            }
+            None if total == 0 => Vec::new(),
+            None => std::iter::once(0..total).collect(),
+        }
+    }
+
+    /// Bytes that are durably here.
+    #[must_use]
+    pub fn present_bytes(&self) -> u64 {
+        let missing: u64 = self.missing().iter().map(|range| range.end - range.start).sum();
+        self.total_bytes.unwrap_or(0).saturating_sub(missing)
+    }
+
+    /// The file for reading back what is durable (digests, inspection).
+    #[must_use]
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// Throws away whatever is here and starts on `version`.
+    ///
+    /// # Errors
+    /// [`DiskError::NoSpace`] if it cannot fit, [`DiskError::Io`].
+    pub fn begin(&mut self, version: &Version) -> Result<(), DiskError> {
+        let path = self.path();
+        if version.total_bytes.is_some_and(|total| total > MAX_FILE_BYTES) {
+            let why = format!("longer than the limit of {MAX_FILE_BYTES} bytes");
+            return Err(DiskError::Damaged { path, field: "source length", why });
+        }
+        self.presence = None;
+        self.reservation = None;
+        // The bits must be gone for good before the bytes that they speak for are.
+        self.dir.remove_file(&self.layout.presence)?;
+        self.dir.sync()?;
+        self.file.set_len(0).map_err(|e| DiskError::io("truncate", &path, e))?;
+        self.total_bytes = version.total_bytes;
+        let presence = Presence::create(&self.dir, &self.layout.presence, version.clone())?;
+        self.presence = Some(Arc::new(Mutex::new(presence)));
+        self.prepare()
+    }
+
+    /// Goes on with the durable bytes that are here: reserves room for the rest, and makes sure
+    /// that what is missing is a hole.
+    ///
+    /// # Errors
+    /// As [`Filling::begin`].
+    pub fn resume(&mut self) -> Result<(), DiskError> {
+        self.prepare()
+    }
+
+    fn prepare(&mut self) -> Result<(), DiskError> {
+        let Some(total) = self.total_bytes else { return Ok(()) };
+        let (path, missing) = (self.path(), self.missing());
+        self.reservation = None;
+        let need = missing.iter().map(|range| range.end - range.start).sum();
+        self.reservation = Some(Arc::new(self.space.reserve(need)?));
+        let padded = total.next_multiple_of(PAGE_BYTES as u64);
+        let set_len = |len| self.file.set_len(len).map_err(|e| DiskError::write(&path, len, e));
+        if self.file.metadata().is_ok_and(|meta| meta.len() > padded) {
+            set_len(padded)?;
+        }
+        for range in &missing {
+            self.punch_if_data(range).map_err(|e| DiskError::io("punch a hole in", &path, e))?;
+        }
+        set_len(padded)
+    }
+
+    /// Bytes that were written but never became durable may be anything: back to a hole.
+    fn punch_if_data(&self, range: &Range<u64>) -> io::Result<()> {
+        match rustix::fs::seek(&*self.file, SeekFrom::Data(range.start)) {
+            Ok(data) if data < range.end => {}
+            Ok(_) | Err(rustix::io::Errno::NXIO) => return Ok(()),
+            Err(e) => return Err(e.into()),
+        }
+        let end = range.end.next_multiple_of(PAGE_BYTES as u64);
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&*self.file, flags, range.start, end - range.start)?;
+        Ok(())
+    }
+
+    /// What [`super::Writer`] needs of this file.
+    pub(super) fn write_side(&self) -> Result<WriteSide, DiskError> {
+        let path = self.path();
+        let Some(presence) = &self.presence else {
+            let why = "nothing was begun".to_owned();
+            return Err(DiskError::Damaged { path, field: "presence", why });
+        };
+        let direct = self.dir.open_file(&self.layout.partial, OFlags::RDWR | OFlags::DIRECT);
+        Ok(WriteSide {
+            path,
+            plain: Arc::clone(&self.file),
+            direct: direct.ok().map(Arc::new),
+            presence: Arc::clone(presence),
+            reservation: self.reservation.clone(),
+            total_known: self.total_bytes.is_some(),
+        })
+    }
+
+    /// Tells the length of a source that did not say it, at its end: all of it was written.
+    ///
+    /// # Errors
+    /// [`DiskError::Io`].
+    pub fn end_at(&mut self, total_bytes: u64) -> Result<(), DiskError> {
+        let path = self.path();
+        let tag = self.version().map(|version| version.tag).unwrap_or_default();
+        self.file
+            .set_len(total_bytes.next_multiple_of(PAGE_BYTES as u64))
+            .and_then(|()| self.file.sync_all())
+            .map_err(|e| DiskError::write(&path, total_bytes, e))?;
+        let version = Version { total_bytes: Some(total_bytes), tag };
+        let mut presence = Presence::create(&self.dir, &self.layout.presence, version)?;
+        presence.commit(std::slice::from_ref(&(0..total_bytes)))?;
+        self.presence = Some(Arc::new(Mutex::new(presence)));
+        self.total_bytes = Some(total_bytes);
+        Ok(())
+    }
+
+    /// Makes the file final: durable, named, read-only. Nothing writes to it after this.
+    ///
+    /// # Errors
+    /// [`SealError`] gives the file back; what is durable stays so.
+    pub fn seal(self, record: &SealRecord) -> Result<Sealed, SealError> {
+        match self.try_seal(record) {
+            Ok(sealed) => Ok(sealed),
+            Err(error) => Err(SealError { filling: Box::new(self), error }),
+        }
+    }
+
+    fn try_seal(&self, record: &SealRecord) -> Result<Sealed, DiskError> {
+        let (path, total) = (self.path(), self.total_bytes.unwrap_or(0));
+        let missing: u64 = self.missing().iter().map(|range| range.end - range.start).sum();
+        if self.total_bytes.is_none() || missing > 0 {
+            return Err(DiskError::Incomplete { path, missing, total });
+        }
+        let failed = |e| DiskError::write(&path, total, e);
+        self.file.set_len(total).map_err(failed)?;
+        rustix::fs::fchmod(&*self.file, rustix::fs::Mode::from_raw_mode(0o444))
+            .map_err(|e| DiskError::io("chmod", &path, e.into()))?;
+        self.file.sync_all().map_err(failed)?;
+        if let Some(name) = &self.layout.digests {
+            record.digests.store(&self.dir, name, total)?;
+        }
+        if let Some(name) = &self.layout.cfg {
+            let cfg = copy_cfg(&self.dir.join(&self.layout.data), &self.file, record)?;
+            store_cfg(&self.dir, name, &cfg)?;
+        }
+        self.dir.rename(&self.layout.partial, &self.layout.data)?;
+        self.dir.remove_file(&self.layout.presence)?;
+        let file = self.dir.open_file(&self.layout.data, OFlags::RDONLY)?;
+        Sealed::from_file(file, self.dir.join(&self.layout.data))
+    }
+
+    /// Removes the unfinished file and its bits.
+    ///
+    /// # Errors
+    /// [`DiskError::Io`].
+    pub fn discard(self) -> Result<(), DiskError> {
+        self.dir.remove_file(&self.layout.presence)?;
+        self.dir.remove_file(&self.layout.partial)?;
+        self.dir.sync()
+    }
+}
+
+/// The handles that a [`super::Writer`] works with.
+#[derive(Debug)]
+pub(super) struct WriteSide {
+    pub(super) path: PathBuf,
+    pub(super) plain: Arc<File>,
+    pub(super) direct: Option<Arc<File>>,
+    pub(super) presence: Arc<Mutex<Presence>>,
+    pub(super) reservation: Option<Arc<Reservation>>,
+    pub(super) total_known: bool,
+}
+
+fn clamp_i64(bytes: u64) -> i64 {
+    i64::try_from(bytes).unwrap_or(i64::MAX)
+}
+
+/// Longhorn's record of the file as it is now.
+pub(super) fn copy_cfg(
+    data_path: &std::path::Path,
+    file: &File,
+    record: &SealRecord,
+) -> Result<CopyCfg, DiskError> {
+    use std::os::unix::fs::MetadataExt;
+    let meta = file.metadata().map_err(|e| DiskError::io("stat", data_path, e))?;
+    Ok(CopyCfg {
+        name: data_path.display().to_string(),
+        uuid: record.uuid.clone(),
+        size: clamp_i64(meta.len()),
+        virtual_size: clamp_i64(record.virtual_size_bytes),
+        real_size: clamp_i64(meta.blocks().saturating_mul(512)),
+        expected_checksum: record.expected_sha512.clone().unwrap_or_default(),
+        current_checksum: record.digests.sha512.clone().unwrap_or_default(),
+        modification_time: go_time(&meta),
+    })
+}
+
+pub(super) fn store_cfg(dir: &Dir, name: &str, cfg: &CopyCfg) -> Result<(), DiskError> {
+    let json = serde_json::to_vec(cfg).unwrap_or_default();
+    dir.replace(name, &json)
+}

@@ -1,0 +1,107 @@
+//! Pages of our own small files: 4 KiB, the last four bytes a CRC-32 of the rest.
+//!
+//! Why: a page is what a disk may tear; a torn one must be known as such.
+//! How: [`Page::seal`] before the write, [`Page::check`] after the read.
+//! Never: returns the content of a page whose checksum is wrong.
+//! Start at [`Page`].
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+/// Bytes of a page on disk.
+pub const PAGE_BYTES: usize = 4096;
+/// Bytes of a page that carry content; the CRC-32 (little endian) follows them.
+pub const CONTENT_BYTES: usize = PAGE_BYTES - 4;
+
+/// One page in memory.
+#[derive(Clone)]
+pub struct Page([u8; PAGE_BYTES]);
+
+impl Page {
+    /// A page of zero content, not sealed.
+    #[must_use]
+    pub fn new() -> Self {
+        Self([0; PAGE_BYTES])
+    }
+
+    /// The content.
+    #[must_use]
+    pub fn content(&self) -> &[u8] {
+        &self.0[..CONTENT_BYTES]
+    }
+
+    /// The content, to be changed before [`Page::write`].
+    pub fn content_mut(&mut self) -> &mut [u8] {
+        &mut self.0[..CONTENT_BYTES]
+    }
+
+    /// Sets the checksum over the content.
+    pub fn seal(&mut self) {
+        let crc = crc32fast::hash(self.content());
+        self.0[CONTENT_BYTES..].copy_from_slice(&crc.to_le_bytes());
+    }
+
+    /// True if the checksum is that of the content.
+    #[must_use]
+    pub fn check(&self) -> bool {
+        self.0[CONTENT_BYTES..] == crc32fast::hash(self.content()).to_le_bytes()
+    }
+
+    /// The whole page as it stands on disk.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// A little-endian word of the content, at byte `at`; zero outside.
+    #[must_use]
+    pub fn word(&self, at: usize) -> u64 {
+        self.content()
+            .get(at..at + 8)
+            .and_then(|bytes| bytes.try_into().ok())
+            .map_or(0, u64::from_le_bytes)
+    }
+
+    /// Sets a little-endian word of the content.
+    ///
+    /// # Panics
+    /// `at + 8` is past the content.
+    pub fn set_word(&mut self, at: usize, word: u64) {
+        self.content_mut()[at..at + 8].copy_from_slice(&word.to_le_bytes());
+    }
+
+    /// Reads page `index` of `file`; `None` if it is past the end, torn or damaged.
+    ///
+    /// # Errors
+    /// The read itself failed.
+    pub fn read(file: &File, index: u64) -> io::Result<Option<Self>> {
+        let mut page = Self::new();
+        match file.read_exact_at(&mut page.0, index.saturating_mul(PAGE_BYTES as u64)) {
+            Ok(()) => Ok(page.check().then_some(page)),
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Seals the page and writes it as page `index` of `file`. Not durable before a sync.
+    ///
+    /// # Errors
+    /// The write failed.
+    pub fn write(&mut self, file: &File, index: u64) -> io::Result<()> {
+        self.seal();
+        file.write_all_at(&self.0, index * PAGE_BYTES as u64)
+    }
+}
+
+impl Default for Page {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl std::fmt::Debug for Page {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Page").field("valid", &self.check()).finish_non_exhaustive()
+    }
+}

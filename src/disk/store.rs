@@ -1,0 +1,348 @@
+//! One disk: a directory with a UUID, a lock, and the copies in it.
+//!
+//! Why: everything that happens to files of copies happens here, under names that were checked.
+//! How: Longhorn's layout, `<disk>/backing-images/<name>-<uuid>/backing`; a copy with a valid
+//! record and an unchanged modification time is ready at once, another is hashed first.
+//! Never: decides which copies there should be.
+//! Start at [`Disk::open`], then [`Disk::scan`].
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, OFlags};
+
+use super::cfg::{CopyCfg, DiskCfg, go_time};
+use super::digests::Digests;
+use super::filling::{Filling, Layout, SealRecord, copy_cfg, store_cfg};
+use super::readback::hash_file;
+use super::space::Space;
+use super::{DigestSet, Dir, DiskError, Hasher, Sealed};
+use crate::names::{DiskUuid, ImageName, ImageUuid};
+
+const DISK_CFG: &str = "longhorn-disk.cfg";
+const IMAGES_DIR: &str = "backing-images";
+const LOCK_FILE: &str = "bedplate.lock";
+
+/// One disk, locked by this process.
+#[derive(Debug)]
+pub struct Disk {
+    root: Dir,
+    images: Dir,
+    uuid: DiskUuid,
+    space: Space,
+    _lock: File,
+}
+
+/// Identifies a copy on a disk.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CopyId {
+    /// The image's name.
+    pub name: ImageName,
+    /// The image's uuid.
+    pub uuid: ImageUuid,
+}
+
+impl CopyId {
+    fn dir_name(&self) -> String {
+        format!("{}-{}", self.name, self.uuid)
+    }
+
+    /// `debian-12-4f3e2d1c` as the parts before and after the last dash.
+    fn parse(dir_name: &str) -> Option<Self> {
+        let (name, uuid) = dir_name.rsplit_once('-')?;
+        Some(Self { name: ImageName::parse(name).ok()?, uuid: ImageUuid::parse(uuid).ok()? })
+    }
+}
+
+/// What is known of a finished copy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CopyRecord {
+    /// Bytes of the file.
+    pub size_bytes: u64,
+    /// Bytes of the guest's disk; 0 if the record's writer did not know.
+    pub virtual_size_bytes: u64,
+    /// Digests of the file, as far as they were made.
+    pub digests: Digests,
+}
+
+/// A copy found on a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CopyState {
+    /// Finished, recorded, not touched since.
+    Ready(CopyRecord),
+    /// Finished, but without a valid record, or changed since: [`Disk::verify`] decides.
+    Unchecked,
+    /// Unfinished.
+    Filling {
+        /// Bytes that are durably here.
+        present_bytes: u64,
+        /// Bytes of the whole, if known.
+        total_bytes: Option<u64>,
+    },
+}
+
+impl Disk {
+    /// Opens the disk in directory `root` and locks it. With `create`, a directory without
+    /// `longhorn-disk.cfg` (or none at all) becomes a disk with a new UUID.
+    ///
+    /// # Errors
+    /// [`DiskError::Locked`], [`DiskError::NotADisk`], [`DiskError::DiskFile`], [`DiskError::Io`].
+    pub fn open(root: &Path, create: bool) -> Result<Self, DiskError> {
+        if create {
+            std::fs::create_dir_all(root).map_err(|e| DiskError::io("make directory", root, e))?;
+        }
+        let root = Dir::open(root)?;
+        let lock = take_lock(&root)?;
+        let uuid = disk_uuid(&root, create)?;
+        let images = root.make_dir(IMAGES_DIR)?;
+        let space = Space::of(&root)?;
+        Ok(Self { root, images, uuid, space, _lock: lock })
+    }
+
+    /// The disk's UUID.
+    #[must_use]
+    pub fn uuid(&self) -> &DiskUuid {
+        &self.uuid
+    }
+
+    /// The disk's directory.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        self.root.path()
+    }
+
+    /// The room on the disk.
+    #[must_use]
+    pub fn space(&self) -> &Space {
+        &self.space
+    }
+
+    /// Where the sealed file of a copy is, or will be: the path that a replica opens.
+    #[must_use]
+    pub fn data_path(&self, id: &CopyId) -> PathBuf {
+        self.images.path().join(id.dir_name()).join(Layout::copy().data)
+    }
+
+    /// Every copy on the disk. Directories with other names are left alone.
+    ///
+    /// # Errors
+    /// [`DiskError::Io`] if the disk itself can't be read. Trouble with one copy is logged and
+    /// that copy is [`CopyState::Unchecked`].
+    pub fn scan(&self) -> Result<Vec<(CopyId, CopyState)>, DiskError> {
+        let mut found = Vec::new();
+        for dir_name in self.images.names()? {
+            let Some(id) = CopyId::parse(&dir_name) else { continue };
+            match self.copy_state(&id) {
+                Ok(Some(state)) => found.push((id, state)),
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::warn!(copy = %dir_name, %error, "cannot judge a copy");
+                    found.push((id, CopyState::Unchecked));
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// The state of one copy; `None` if there is nothing of it.
+    ///
+    /// # Errors
+    /// [`DiskError::Io`].
+    pub fn copy_state(&self, id: &CopyId) -> Result<Option<CopyState>, DiskError> {
+        let Some(dir) = self.copy_dir(id)? else { return Ok(None) };
+        let layout = Layout::copy();
+        if let Some(file) = dir.try_open_file(&layout.data, OFlags::RDONLY)? {
+            let record = ready_record(&dir, &layout, &file)?;
+            return Ok(Some(record.map_or(CopyState::Unchecked, CopyState::Ready)));
+        }
+        if dir.try_open_file(&layout.partial, OFlags::RDONLY)?.is_none() {
+            return Ok(None);
+        }
+        let filling = Filling::open(dir, layout, self.space.clone())?;
+        let (present_bytes, total_bytes) = (filling.present_bytes(), filling.total_bytes());
+        Ok(Some(CopyState::Filling { present_bytes, total_bytes }))
+    }
+
+    fn copy_dir(&self, id: &CopyId) -> Result<Option<Dir>, DiskError> {
+        match self.images.open_dir(&id.dir_name()) {
+            Ok(dir) => Ok(Some(dir)),
+            Err(DiskError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+                Ok(None)
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// The unfinished file of a copy, made if there is none.
+    ///
+    /// # Errors
+    /// [`DiskError::Io`].
+    pub fn filling(&self, id: &CopyId) -> Result<Filling, DiskError> {
+        let dir = self.images.make_dir(&id.dir_name())?;
+        Filling::open(dir, Layout::copy(), self.space.clone())
+    }
+
+    /// The sealed file of a ready copy.
+    ///
+    /// # Errors
+    /// [`DiskError::Io`] if there is none.
+    pub fn sealed(&self, id: &CopyId) -> Result<Sealed, DiskError> {
+        let dir = self.images.open_dir(&id.dir_name())?;
+        let layout = Layout::copy();
+        let file = dir.open_file(&layout.data, OFlags::RDONLY)?;
+        Sealed::from_file(file, dir.join(&layout.data))
+    }
+
+    /// Hashes a finished file whose record is missing or outdated. If its digest is the recorded
+    /// one, or none was recorded, the record is written anew and the copy is ready.
+    ///
+    /// `progress` is told the bytes read so far; it ends the work by returning false.
+    ///
+    /// # Errors
+    /// [`DiskError::DigestMismatch`]: the bytes are not those that were recorded.
+    pub fn verify(
+        &self,
+        id: &CopyId,
+        virtual_size_bytes: u64,
+        want: DigestSet,
+        progress: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<CopyRecord, DiskError> {
+        let dir = self.images.open_dir(&id.dir_name())?;
+        let layout = Layout::copy();
+        let path = dir.join(&layout.data);
+        let file = dir.open_file(&layout.data, OFlags::RDONLY)?;
+        let size_bytes = file.metadata().map_err(|e| DiskError::io("stat", &path, e))?.len();
+        let (old_cfg, recorded) = recorded_digests(&dir, &layout)?;
+        let known = recorded.known();
+        let mut hasher = Hasher::new(DigestSet {
+            sha256: known.sha256 || want.sha256,
+            sha512: known.sha512 || want.sha512,
+        });
+        hash_file(&file, &path, size_bytes, &mut hasher, progress)?;
+        let digests = hasher.finish();
+        compare(&path, "SHA-256", recorded.sha256.as_ref(), digests.sha256.as_ref())?;
+        compare(&path, "SHA-512", recorded.sha512.as_ref(), digests.sha512.as_ref())?;
+        let expected = old_cfg.map(|cfg| cfg.expected_checksum).filter(|text| !text.is_empty());
+        let record = SealRecord {
+            uuid: id.uuid.to_string(),
+            virtual_size_bytes,
+            digests: digests.clone(),
+            expected_sha512: expected,
+        };
+        if let Some(name) = &layout.digests {
+            digests.store(&dir, name, size_bytes)?;
+        }
+        if let Some(name) = &layout.cfg {
+            store_cfg(&dir, name, &copy_cfg(&path, &file, &record)?)?;
+        }
+        Ok(CopyRecord { size_bytes, virtual_size_bytes, digests })
+    }
+
+    /// Removes all files of a copy. The caller knows that nobody uses it.
+    ///
+    /// # Errors
+    /// [`DiskError::Io`]. A copy that is not there is fine.
+    pub fn remove(&self, id: &CopyId) -> Result<(), DiskError> {
+        let Some(dir) = self.copy_dir(id)? else { return Ok(()) };
+        let layout = Layout::copy();
+        // The bits go first: without them nothing of an unfinished file is believed.
+        dir.remove_file(&layout.presence)?;
+        for name in dir.names()? {
+            dir.remove_file(&name)?;
+        }
+        dir.sync()?;
+        self.images.remove_dir(&id.dir_name())?;
+        self.images.sync()
+    }
+}
+
+fn compare(
+    path: &Path,
+    kind: &'static str,
+    expected: Option<&String>,
+    found: Option<&String>,
+) -> Result<(), DiskError> {
+    match (expected, found) {
+        (Some(expected), Some(found)) if expected != found => {
+            let (expected, found) = (expected.clone(), found.clone());
+            Err(DiskError::DigestMismatch { path: path.to_owned(), kind, expected, found })
+        }
+        (Some(_) | None, Some(_) | None) => Ok(()),
+    }
+}
+
+/// What `backing.cfg` and `backing.digests` say, whatever the file's state.
+fn recorded_digests(dir: &Dir, layout: &Layout) -> Result<(Option<CopyCfg>, Digests), DiskError> {
+    let cfg = read_cfg(dir, layout)?;
+    let mut digests = match &layout.digests {
+        Some(name) => Digests::load(dir, name)?.map(|(digests, _)| digests).unwrap_or_default(),
+        None => Digests::default(),
+    };
+    if let Some(cfg) = &cfg {
+        let recorded = [&cfg.current_checksum, &cfg.expected_checksum];
+        let recorded = recorded.into_iter().find(|text| !text.is_empty());
+        if let Some(text) = recorded {
+            digests.sha512 = Some(text.to_ascii_lowercase());
+        }
+    }
+    Ok((cfg, digests))
+}
+
+fn read_cfg(dir: &Dir, layout: &Layout) -> Result<Option<CopyCfg>, DiskError> {
+    let Some(name) = &layout.cfg else { return Ok(None) };
+    let Some(bytes) = dir.read_small(name)? else { return Ok(None) };
+    Ok(serde_json::from_slice(&bytes).ok())
+}
+
+/// The record of a finished file, if it is valid and the file was not touched since.
+fn ready_record(dir: &Dir, layout: &Layout, file: &File) -> Result<Option<CopyRecord>, DiskError> {
+    let meta = file.metadata().map_err(|e| DiskError::io("stat", dir.path(), e))?;
+    let (cfg, mut digests) = recorded_digests(dir, layout)?;
+    let Some(cfg) = cfg else { return Ok(None) };
+    let same = u64::try_from(cfg.size) == Ok(meta.len())
+        && cfg.modification_time == go_time(&meta)
+        && !meta.is_dir();
+    if !same {
+        return Ok(None);
+    }
+    if digests.xxh3_per_mib.len() as u64 != meta.len().div_ceil(crate::units::MIB) {
+        digests.xxh3_per_mib = Vec::new();
+    }
+    let virtual_size_bytes = u64::try_from(cfg.virtual_size).unwrap_or(0);
+    Ok(Some(CopyRecord { size_bytes: meta.len(), virtual_size_bytes, digests }))
+}
+
+/// Locks the disk for this process, by `flock`: the lock ends with the process, however it ends.
+fn take_lock(root: &Dir) -> Result<File, DiskError> {
+    let path = root.join(LOCK_FILE);
+    let mut lock = root.open_file(LOCK_FILE, OFlags::RDWR | OFlags::CREATE)?;
+    if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        let mut holder = String::new();
+        let _ = (&lock).take(32).read_to_string(&mut holder);
+        let holder = holder.trim().chars().filter(char::is_ascii_digit).collect();
+        return Err(DiskError::Locked { path: root.path().to_owned(), holder });
+    }
+    // The number is only for messages; the lock itself is the flock.
+    lock.set_len(0)
+        .and_then(|()| lock.seek(SeekFrom::Start(0)).map(drop))
+        .and_then(|()| writeln!(lock, "{}", std::process::id()))
+        .map_err(|e| DiskError::write(&path, 0, e))?;
+    Ok(lock)
+}
+
+fn disk_uuid(root: &Dir, create: bool) -> Result<DiskUuid, DiskError> {
+    let path = root.join(DISK_CFG);
+    let Some(bytes) = root.read_small(DISK_CFG)? else {
+        if !create {
+            return Err(DiskError::NotADisk { path: root.path().to_owned() });
+        }
+        let uuid = DiskUuid::random().map_err(|e| DiskError::io("make a UUID for", &path, e))?;
+        let cfg = DiskCfg { disk_uuid: uuid.to_string() };
+        root.replace(DISK_CFG, &serde_json::to_vec(&cfg).unwrap_or_default())?;
+        return Ok(uuid);
+    };
+    let cfg: DiskCfg = serde_json::from_slice(&bytes)
+        .map_err(|e| DiskError::DiskFile { path: path.clone(), why: e.to_string() })?;
+    DiskUuid::parse(&cfg.disk_uuid).map_err(|e| DiskError::DiskFile { path, why: e.to_string() })
+}

@@ -1,0 +1,151 @@
+//! Why a transfer failed: what, where, and whether trying again can help.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::disk::DiskError;
+
+/// What a caller does about an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// Trying again cannot help: the request, the source or its bytes are wrong.
+    Refuse,
+    /// A fault that may pass: the network, the server, a full disk.
+    Retry,
+    /// The caller itself ended it.
+    Cancelled,
+}
+
+/// Why a transfer failed. URLs are redacted; the message prints every field.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "each field is named in the message above it")]
+pub enum FetchError {
+    #[error("{url}: cannot connect; check the host, the network and any proxy")]
+    Connect {
+        url: String,
+        #[source]
+        source: reqwest::Error,
+    },
+    #[error("{url}: {reason}; give the final URL")]
+    Redirect { url: String, reason: String },
+    #[error("{url}: the server answered {status}; {hint}")]
+    Status { url: String, status: u16, hint: &'static str, retry_after_s: Option<u64> },
+    #[error("{url}: no byte arrived for {seconds} s at byte {at:#x}")]
+    Stalled { url: String, at: u64, seconds: u64 },
+    #[error("{url}: the connection broke at byte {at:#x}")]
+    Broken {
+        url: String,
+        at: u64,
+        #[source]
+        source: reqwest::Error,
+    },
+    #[error("{url}: the server ended the body at byte {at:#x} of {total:#x}")]
+    Short { url: String, at: u64, total: u64 },
+    #[error("{url}: the server sent more than the {total:#x} bytes that it announced")]
+    TooMuch { url: String, total: u64 },
+    #[error(
+        "{url}: the transfer broke at byte {at:#x}, and the server cannot resume it (no byte ranges, or no strong ETag to tell versions apart); run it again to start over, or give a digest"
+    )]
+    CannotResume {
+        url: String,
+        at: u64,
+        #[source]
+        source: Box<FetchError>,
+    },
+    #[error("{url}: header {field} is {found:?}, need {need}; the server or a proxy is broken")]
+    Header { url: String, field: &'static str, found: String, need: String },
+    #[error("{url}: the image changed while it was brought in ({what}); run it again")]
+    Changed { url: String, what: String },
+    #[error("{url}: the source is empty; check the URL")]
+    Empty { url: String },
+    #[error("{url}: {total} bytes, more than the limit of {limit}")]
+    TooLarge { url: String, total: u64, limit: u64 },
+    #[error(
+        "{url}: {kind} is {found}, expected {expected}; the bytes were thrown away: check the digest and the URL"
+    )]
+    Digest { url: String, kind: &'static str, expected: String, found: String },
+    #[error("{}: cannot {op}", path.display())]
+    Local {
+        op: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    #[error("cannot set up an HTTP client")]
+    Client {
+        #[source]
+        source: reqwest::Error,
+    },
+    #[error("no memory for a buffer")]
+    Memory {
+        #[source]
+        source: io::Error,
+    },
+    #[error("gave up after {attempts} attempts without a new byte")]
+    GaveUp {
+        attempts: u32,
+        #[source]
+        source: Box<FetchError>,
+    },
+    #[error("cancelled; what is durable is kept")]
+    Cancelled,
+}
+
+impl FetchError {
+    /// Whether trying again can help.
+    #[must_use]
+    pub fn class(&self) -> Class {
+        match self {
+            Self::Connect { .. }
+            | Self::Stalled { .. }
+            | Self::Broken { .. }
+            | Self::Short { .. }
+            | Self::CannotResume { .. }
+            | Self::Changed { .. }
+            | Self::GaveUp { .. }
+            | Self::Memory { .. } => Class::Retry,
+            Self::Status { status, .. } => match status {
+                408 | 425 | 429 | 500..=599 => Class::Retry,
+                _ => Class::Refuse,
+            },
+            Self::Disk(error) if error.may_retry() => Class::Retry,
+            Self::Redirect { .. }
+            | Self::TooMuch { .. }
+            | Self::Header { .. }
+            | Self::Empty { .. }
+            | Self::TooLarge { .. }
+            | Self::Digest { .. }
+            | Self::Local { .. }
+            | Self::Disk(_)
+            | Self::Client { .. } => Class::Refuse,
+            Self::Cancelled => Class::Cancelled,
+        }
+    }
+
+    /// The message with its causes, one line: `a: b: c`.
+    #[must_use]
+    pub fn report(&self) -> String {
+        let mut text = self.to_string();
+        let mut source = std::error::Error::source(self);
+        while let Some(error) = source {
+            let cause = error.to_string();
+            if !text.contains(&cause) {
+                text = format!("{text}: {cause}");
+            }
+            source = error.source();
+        }
+        text
+    }
+}
+
+/// What to tell a person about an HTTP status.
+pub(super) fn status_hint(status: u16) -> &'static str {
+    match status {
+        401 | 403 => "the server wants other credentials, or the signature has expired",
+        404 | 410 => "check the URL",
+        408 | 425 | 429 | 500..=599 => "the server is busy or broken; try again later",
+        _ => "it does not serve this as a file",
+    }
+}

@@ -1,0 +1,217 @@
+//! One HTTP request for a range of the source, and the checks of its answer.
+//!
+//! Why: servers and proxies lie: they ignore ranges, answer with another version, encode bodies,
+//! redirect in circles.
+//! How: always a GET with `Range`, never a HEAD (pre-signed URLs refuse it); status, Content-Range,
+//! Content-Encoding and validators are held against what was asked (RFC 9110 sections 14 and 15).
+//! Never: gives bytes to a caller before the answer's headers were judged.
+//! Start at [`Client::get`].
+
+use std::ops::Range;
+use std::time::Duration;
+
+use reqwest::header::{
+    CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderName, IF_RANGE,
+    LAST_MODIFIED, RANGE, RETRY_AFTER,
+};
+use reqwest::{Response, StatusCode, redirect};
+
+use super::error::{FetchError, status_hint};
+use super::source::SourceUrl;
+use super::transfer::Policy;
+use super::version::Remote;
+
+/// Makes requests for one source.
+#[derive(Debug)]
+pub(super) struct Client {
+    http: reqwest::Client,
+    url: SourceUrl,
+}
+
+/// A judged answer, its body not yet read.
+#[derive(Debug)]
+pub(super) struct Answer {
+    /// The version that the server speaks of.
+    pub(super) remote: Remote,
+    /// The bytes of the object that the body holds; `None` where the end is not known.
+    pub(super) start: u64,
+    /// Length of the whole object, if told.
+    pub(super) total: Option<u64>,
+    /// True if the server served the range that was asked for.
+    pub(super) ranged: bool,
+    body: Response,
+}
+
+impl Client {
+    pub(super) fn new(url: &SourceUrl, policy: &Policy) -> Result<Self, FetchError> {
+        install_crypto();
+        let max_redirects = policy.max_redirects;
+        let http = reqwest::Client::builder()
+            .http1_only()
+            .connect_timeout(policy.connect_timeout)
+            .redirect(redirect::Policy::custom(move |attempt| {
+                judge_redirect(attempt, max_redirects)
+            }))
+            .referer(false)
+            .user_agent(concat!("bedplate/", env!("CARGO_PKG_VERSION")))
+            .build()
+            .map_err(|source| FetchError::Client { source })?;
+        Ok(Self { http, url: url.clone() })
+    }
+
+    /// The URL for messages.
+    pub(super) fn shown(&self) -> String {
+        self.url.to_string()
+    }
+
+    /// Asks for `range` (to the end if its end is `u64::MAX`) of the version `same`, if given.
+    pub(super) async fn get(
+        &self,
+        range: Range<u64>,
+        same: Option<&Remote>,
+        policy: &Policy,
+    ) -> Result<Answer, FetchError> {
+        let bytes = match range.end {
+            u64::MAX => format!("bytes={}-", range.start),
+            end => format!("bytes={}-{}", range.start, end.saturating_sub(1)),
+        };
+        let mut request = self.http.get(self.url.expose().clone()).header(RANGE, bytes);
+        if let Some(etag) = same.and_then(|remote| remote.etag.as_deref()) {
+            request = request.header(IF_RANGE, etag);
+        }
+        let stalled = || FetchError::Stalled {
+            url: self.shown(),
+            at: range.start,
+            seconds: policy.stall_timeout.as_secs(),
+        };
+        let sent =
+            tokio::time::timeout(policy.stall_timeout + policy.connect_timeout, request.send());
+        let body = sent.await.map_err(|_elapsed| stalled())?.map_err(|e| self.request_failed(e))?;
+        self.judge(body, range.start)
+    }
+
+    fn request_failed(&self, error: reqwest::Error) -> FetchError {
+        let (url, is_redirect) = (self.shown(), error.is_redirect());
+        // The error's own text would show the whole URL.
+        let source = error.without_url();
+        if is_redirect {
+            let reason = std::error::Error::source(&source)
+                .map_or_else(|| "a redirect that is not followed".to_owned(), ToString::to_string);
+            return FetchError::Redirect { url, reason };
+        }
+        FetchError::Connect { url, source }
+    }
+
+    fn judge(&self, body: Response, asked: u64) -> Result<Answer, FetchError> {
+        let headers = body.headers();
+        let text = |name: HeaderName| header_text(headers, &name);
+        let remote = Remote::new(text(ETAG), text(LAST_MODIFIED));
+        let encoding = text(CONTENT_ENCODING).filter(|e| !e.eq_ignore_ascii_case("identity"));
+        if let Some(found) = encoding {
+            return Err(self.bad_header("Content-Encoding", found, "none: bytes as they are"));
+        }
+        let length = text(CONTENT_LENGTH).and_then(|text| text.parse::<u64>().ok());
+        match body.status() {
+            StatusCode::PARTIAL_CONTENT => {
+                let found = text(CONTENT_RANGE).unwrap_or_default();
+                let (start, end, total) = parse_content_range(found)
+                    .ok_or_else(|| self.bad_header("Content-Range", found, "bytes A-B/TOTAL"))?;
+                if start != asked || total.is_some_and(|total| end > total) {
+                    let need = format!("a range that begins at {asked}");
+                    return Err(self.bad_header("Content-Range", found, &need));
+                }
+                if length.is_some_and(|length| length != end - start) {
+                    let need = format!("{} as in Content-Range", end - start);
+                    return Err(self.bad_header(
+                        "Content-Length",
+                        text(CONTENT_LENGTH).unwrap_or_default(),
+                        &need,
+                    ));
+                }
+                Ok(Answer { remote, start, total, ranged: true, body })
+            }
+            StatusCode::OK => Ok(Answer { remote, start: 0, total: length, ranged: false, body }),
+            StatusCode::RANGE_NOT_SATISFIABLE => Err(self.beyond_end(headers, asked)),
+            status => {
+                let retry_after_s = text(RETRY_AFTER).and_then(|text| text.trim().parse().ok());
+                let (url, status) = (self.shown(), status.as_u16());
+                Err(FetchError::Status { url, status, hint: status_hint(status), retry_after_s })
+            }
+        }
+    }
+
+    fn beyond_end(&self, headers: &HeaderMap, asked: u64) -> FetchError {
+        let found = header_text(headers, &CONTENT_RANGE).unwrap_or_default();
+        let total = found.trim().strip_prefix("bytes */").and_then(|t| t.parse::<u64>().ok());
+        match total {
+            Some(0) => FetchError::Empty { url: self.shown() },
+            Some(total) if total <= asked => FetchError::Changed {
+                url: self.shown(),
+                what: format!("it has {total} bytes now, and byte {asked} was asked for"),
+            },
+            Some(_) | None => self.bad_header("Content-Range", found, "an answer to a valid range"),
+        }
+    }
+
+    fn bad_header(&self, field: &'static str, found: &str, need: &str) -> FetchError {
+        let found = found.chars().take(120).collect();
+        FetchError::Header { url: self.shown(), field, found, need: need.to_owned() }
+    }
+}
+
+impl Answer {
+    /// The next bytes of the body, `None` at its end. `at` is their place in the file.
+    pub(super) async fn chunk(
+        &mut self,
+        at: u64,
+        client: &Client,
+        stall: Duration,
+    ) -> Result<Option<bytes::Bytes>, FetchError> {
+        match tokio::time::timeout(stall, self.body.chunk()).await {
+            Ok(Ok(chunk)) => Ok(chunk),
+            Ok(Err(error)) => {
+                Err(FetchError::Broken { url: client.shown(), at, source: error.without_url() })
+            }
+            Err(_elapsed) => {
+                Err(FetchError::Stalled { url: client.shown(), at, seconds: stall.as_secs() })
+            }
+        }
+    }
+}
+
+fn header_text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
+    headers.get(name).and_then(|value| value.to_str().ok())
+}
+
+/// `bytes A-B/TOTAL` as (A, B + 1, TOTAL); the total may be `*` (RFC 9110 section 14.4).
+pub(super) fn parse_content_range(text: &str) -> Option<(u64, u64, Option<u64>)> {
+    let (range, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
+    let (first, last) = range.split_once('-')?;
+    let (first, last) = (first.trim().parse::<u64>().ok()?, last.trim().parse::<u64>().ok()?);
+    let total = match total.trim() {
+        "*" => None,
+        digits => Some(digits.parse::<u64>().ok()?),
+    };
+    let end = last.checked_add(1)?;
+    (first < end).then_some((first, end, total))
+}
+
+fn judge_redirect(attempt: redirect::Attempt<'_>, max: usize) -> redirect::Action {
+    let from_https = attempt.previous().last().is_some_and(|url| url.scheme() == "https");
+    let scheme = attempt.url().scheme().to_owned();
+    if attempt.previous().len() > max {
+        return attempt.error(format!("more than {max} redirects"));
+    }
+    match scheme.as_str() {
+        "https" => attempt.follow(),
+        "http" if !from_https => attempt.follow(),
+        "http" => attempt.error("a redirect from https to http is not followed"),
+        other => attempt.error(format!("a redirect to a {other:?} URL is not followed")),
+    }
+}
+
+/// rustls wants one crypto provider named for the process.
+fn install_crypto() {
+    // A second call finds the first one's provider in place, which is as good.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}

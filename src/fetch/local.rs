@@ -1,0 +1,123 @@
+//! A file on this node as a source.
+//!
+//! Why: an image may be here already; it is copied as sparse as it is.
+//! How: holes are asked for (SEEK_DATA) and passed on as zero ranges without being read; size and
+//! time of the file are its version, checked again at the end.
+//! Never: opens anything but a regular file.
+//! Start at [`LocalFile::open`].
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
+
+use super::error::FetchError;
+use super::pipeline::{Pipeline, Stopped};
+use super::progress::Progress;
+use super::version::Remote;
+use crate::disk::{Sealed, UNIT_BYTES};
+use crate::ring::{BLOCK_BYTES, Buf, BufPool};
+
+/// An open source file.
+#[derive(Debug)]
+pub(super) struct LocalFile {
+    file: File,
+    path: PathBuf,
+    /// Length in bytes.
+    pub(super) len_bytes: u64,
+    /// Its version: inode, size and change time, in the form of a strong validator.
+    pub(super) remote: Remote,
+}
+
+fn version_of(file: &File, path: &Path) -> Result<(u64, Remote), FetchError> {
+    let meta = file.metadata().map_err(|source| FetchError::Local {
+        op: "stat",
+        path: path.to_owned(),
+        source,
+    })?;
+    let (inode, len, time, nanos) = (meta.ino(), meta.len(), meta.mtime(), meta.mtime_nsec());
+    let tag = format!("\"file-{inode}-{len}-{time}.{nanos}\"");
+    Ok((len, Remote::new(Some(&tag), None)))
+}
+
+impl LocalFile {
+    pub(super) fn open(path: &Path) -> Result<Self, FetchError> {
+        let sealed = Sealed::open_path(path)?;
+        let file = sealed.file().try_clone().map_err(|source| FetchError::Local {
+            op: "open",
+            path: path.to_owned(),
+            source,
+        })?;
+        let (len_bytes, remote) = version_of(&file, path)?;
+        if len_bytes == 0 {
+            return Err(FetchError::Empty { url: path.display().to_string() });
+        }
+        Ok(Self { file, path: path.to_owned(), len_bytes, remote })
+    }
+
+    fn failed(&self, op: &'static str, source: io::Error) -> FetchError {
+        FetchError::Local { op, path: self.path.clone(), source }
+    }
+
+    /// The whole units from `at` on, up to `end`, that are a hole.
+    fn hole_len(&self, at: u64, end: u64) -> Result<u64, FetchError> {
+        let data = match rustix::fs::seek(&self.file, SeekFrom::Data(at)) {
+            Ok(data) => data.min(end),
+            Err(Errno::NXIO) => end,
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => at,
+            Err(e) => return Err(self.failed("seek in", e.into())),
+        };
+        Ok(if data == end { end - at } else { (data - at) / UNIT_BYTES * UNIT_BYTES })
+    }
+
+    fn read(&self, buf: &mut Buf, at: u64, len: usize) -> Result<(), FetchError> {
+        use std::os::unix::fs::FileExt;
+        let read = self.file.read_exact_at(&mut buf.spare(len)[..len], at);
+        read.map_err(|e| self.failed("read", e))?;
+        buf.set_len(len);
+        Ok(())
+    }
+
+    /// Copies `range` into the pipeline. Blocks the thread; `pool` waits on `runtime`.
+    pub(super) fn copy(
+        &self,
+        range: std::ops::Range<u64>,
+        pipeline: &mut Pipeline,
+        pool: &BufPool,
+        runtime: &tokio::runtime::Handle,
+        progress: &Progress,
+    ) -> Result<Result<(), Stopped>, FetchError> {
+        let mut at = range.start;
+        while at < range.end {
+            if progress.is_stopped() {
+                return Err(FetchError::Cancelled);
+            }
+            let hole = self.hole_len(at, range.end)?;
+            let pushed = if hole > 0 {
+                at += hole;
+                pipeline.push_zeroes(hole)
+            } else {
+                let room = BLOCK_BYTES as u64 - at % BLOCK_BYTES as u64;
+                let len = usize::try_from(room.min(range.end - at)).unwrap_or(BLOCK_BYTES);
+                let buf = runtime.block_on(pool.take());
+                let mut buf = buf.map_err(|source| FetchError::Memory { source })?;
+                self.read(&mut buf, at, len)?;
+                progress.add_received(len as u64);
+                at += len as u64;
+                pipeline.push_buf(buf)
+            };
+            if pushed.is_err() {
+                return Ok(pushed);
+            }
+        }
+        let (_, now) = version_of(&self.file, &self.path)?;
+        if now != self.remote {
+            let what = "its size or time is another".to_owned();
+            return Err(FetchError::Changed { url: self.path.display().to_string(), what });
+        }
+        Ok(Ok(()))
+    }
+}

@@ -1,0 +1,143 @@
+//! How far a transfer is, readable at any time, and the way to stop it.
+//!
+//! Why: a progress bar, an event stream and a metric want the same numbers, and none may slow the
+//! transfer down.
+//! How: atomics that the transfer stores to and anybody loads.
+//! Never: blocks.
+//! Start at [`Progress::snapshot`].
+
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use tokio::sync::Notify;
+
+/// What a transfer is busy with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Phase {
+    /// Waiting for the source's first answer.
+    Connecting,
+    /// Bytes arrive.
+    Fetching,
+    /// Bytes that are here are being read back and hashed.
+    Verifying,
+    /// Waiting before it tries again.
+    Retrying,
+}
+
+/// The numbers at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Bytes of the file that have arrived, those of earlier runs included.
+    pub bytes_done: u64,
+    /// Bytes of the whole file, if the source has said.
+    pub bytes_total: Option<u64>,
+    /// Bytes that came from the source in this run.
+    pub bytes_received: u64,
+    /// What it is busy with.
+    pub phase: Phase,
+    /// Failed attempts so far.
+    pub retries: u32,
+    /// Why the last attempt failed; empty if none did.
+    pub message: String,
+}
+
+/// Shared between a transfer and whoever watches it.
+#[derive(Debug)]
+pub struct Progress {
+    done: AtomicU64,
+    total: AtomicU64,
+    received: AtomicU64,
+    phase: AtomicU8,
+    retries: AtomicU32,
+    message: Mutex<String>,
+    stopped: AtomicBool,
+    stop: Notify,
+}
+
+const UNKNOWN: u64 = u64::MAX;
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self {
+            done: AtomicU64::new(0),
+            total: AtomicU64::new(UNKNOWN),
+            received: AtomicU64::new(0),
+            phase: AtomicU8::new(Phase::Connecting as u8),
+            retries: AtomicU32::new(0),
+            message: Mutex::default(),
+            stopped: AtomicBool::new(false),
+            stop: Notify::new(),
+        }
+    }
+}
+
+impl Progress {
+    /// The numbers now.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        let total = self.total.load(Ordering::Relaxed);
+        Snapshot {
+            bytes_done: self.done.load(Ordering::Relaxed),
+            bytes_total: (total != UNKNOWN).then_some(total),
+            bytes_received: self.received.load(Ordering::Relaxed),
+            phase: match self.phase.load(Ordering::Relaxed) {
+                1 => Phase::Fetching,
+                2 => Phase::Verifying,
+                3 => Phase::Retrying,
+                _ => Phase::Connecting,
+            },
+            retries: self.retries.load(Ordering::Relaxed),
+            message: self.message.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+        }
+    }
+
+    /// Ends the transfer: what has arrived is made durable, then it returns
+    /// [`super::FetchError::Cancelled`].
+    pub fn stop(&self) {
+        self.stopped.store(true, Ordering::SeqCst);
+        self.stop.notify_waiters();
+    }
+
+    /// True once [`Progress::stop`] was called.
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::SeqCst)
+    }
+
+    /// Resolves once [`Progress::stop`] was called.
+    pub async fn stopped(&self) {
+        let notified = self.stop.notified();
+        tokio::pin!(notified);
+        // Registered before the flag is read, so that a stop in between is not missed.
+        notified.as_mut().enable();
+        if !self.is_stopped() {
+            notified.await;
+        }
+    }
+
+    pub(super) fn set_phase(&self, phase: Phase) {
+        self.phase.store(phase as u8, Ordering::Relaxed);
+    }
+
+    pub(super) fn set_total(&self, total: Option<u64>) {
+        self.total.store(total.unwrap_or(UNKNOWN), Ordering::Relaxed);
+    }
+
+    pub(super) fn set_done(&self, bytes: u64) {
+        self.done.store(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn add_done(&self, bytes: u64) {
+        self.done.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn add_received(&self, bytes: u64) {
+        self.received.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn failed_once(&self, message: String) {
+        self.retries.fetch_add(1, Ordering::Relaxed);
+        *self.message.lock().unwrap_or_else(PoisonError::into_inner) = message;
+    }
+}

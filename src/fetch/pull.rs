@@ -1,0 +1,90 @@
+//! The transfer alone: a URL into a plain file, as curl is used.
+//!
+//! Why: half of the engine is useful without the other, and easy to compare with its peers.
+//! How: the same path as a copy's, with names beside the output: `FILE.part` and its presence file
+//! while it fills, so that the same command resumes; `FILE` once it is complete and checked.
+//! Never: leaves an unchecked file under the final name.
+//! Start at [`pull`].
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::error::FetchError;
+use super::expect::Expect;
+use super::progress::Progress;
+use super::source::SourceUrl;
+use super::transfer::{Engine, Fetched, transfer};
+use crate::disk::{Digests, Dir, DiskError, Filling, Layout, SealRecord, Sealed, Space};
+
+/// What to pull, and where to.
+#[derive(Debug)]
+pub struct PullRequest {
+    /// Where the bytes come from.
+    pub url: SourceUrl,
+    /// The file to make; an existing one is replaced when the new one is complete.
+    pub output: PathBuf,
+    /// Digests that the bytes must have.
+    pub expect: Expect,
+}
+
+/// A pulled file.
+#[derive(Debug)]
+pub struct Pulled {
+    /// The file, open for reading.
+    pub sealed: Sealed,
+    /// Its digests.
+    pub digests: Digests,
+    /// Bytes that came from the source in this run.
+    pub received_bytes: u64,
+}
+
+/// Brings `request.url` into `request.output`.
+///
+/// # Errors
+/// [`FetchError`]. What has arrived is kept for the next try, but for bytes with a wrong digest.
+pub async fn pull(
+    engine: &Engine,
+    request: &PullRequest,
+    progress: &Arc<Progress>,
+) -> Result<Pulled, FetchError> {
+    let (dir, name) = split(&request.output)?;
+    let space = Space::of(&dir)?;
+    let mut filling = Filling::open(dir, Layout::file(&name), space)?;
+    let fetched = transfer(engine, &request.url, &request.expect, &mut filling, progress).await;
+    match fetched {
+        Ok(Fetched { digests, .. }) => {
+            let sealing = tokio::task::spawn_blocking(move || filling.seal(&SealRecord::default()));
+            let sealed = match sealing.await {
+                Ok(result) => result.map_err(|refused| refused.error)?,
+                Err(error) => std::panic::resume_unwind(error.into_panic()),
+            };
+            let received_bytes = progress.snapshot().bytes_received;
+            Ok(Pulled { sealed, digests, received_bytes })
+        }
+        Err(error @ FetchError::Digest { .. }) => {
+            filling.discard()?;
+            Err(error)
+        }
+        // A refused request that brought nothing leaves nothing.
+        Err(error) => {
+            if filling.present_bytes() == 0 {
+                filling.discard()?;
+            }
+            Err(error)
+        }
+    }
+}
+
+fn split(output: &Path) -> Result<(Dir, String), FetchError> {
+    let unusable = || {
+        let source = std::io::Error::from(std::io::ErrorKind::InvalidFilename);
+        FetchError::Disk(DiskError::io("write to", output, source))
+    };
+    let name = output.file_name().and_then(|name| name.to_str()).ok_or_else(unusable)?;
+    let parent = match output.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+        Some(parent) => parent,
+        None => return Err(unusable()),
+    };
+    Ok((Dir::open(parent)?, name.to_owned()))
+}

@@ -1,0 +1,198 @@
+//! Where an image comes from: a URL that may carry credentials.
+//!
+//! Why: a password in a URL's userinfo, or a signature in its query, must never reach a log, an
+//! answer, an event or a process list (invariant 8).
+//! How: `Display` and `Debug` print the redacted form; the type has no `Serialize`, so a wire type
+//! can't hold it by accident. The catalog alone keeps it whole, through [`whole`].
+//! Never: gives the whole URL to anybody who doesn't say [`SourceUrl::expose`].
+//! Start at [`SourceUrl::parse`].
+
+use std::fmt;
+use std::path::Path;
+
+use url::Url;
+
+/// What replaces each secret part.
+const REDACTED: &str = "***";
+
+/// An http, https or file URL. Prints itself without userinfo and without query values.
+#[derive(Clone, PartialEq, Eq)]
+pub struct SourceUrl(Url);
+
+/// Why a source is refused. Never prints the text as given: it may hold a password.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SourceError {
+    /// Not a URL at all.
+    #[error("source is not a URL ({reason}); give http://, https:// or file:///absolute/path")]
+    NotAUrl {
+        /// The parser's words, without the text.
+        reason: String,
+    },
+    /// A URL of a scheme that nothing here can fetch.
+    #[error("scheme {scheme:?} is not supported; give http://, https:// or file://")]
+    Scheme {
+        /// The scheme as given.
+        scheme: String,
+    },
+    /// No host in an http URL, or a host or no absolute path in a file URL.
+    #[error("{scheme} URL has {fault}; give {need}")]
+    Shape {
+        /// "http", "https" or "file".
+        scheme: String,
+        /// What is wrong.
+        fault: &'static str,
+        /// What it should look like.
+        need: &'static str,
+    },
+    /// Longer than [`SourceUrl::MAX_LEN`].
+    #[error("source has {len_bytes} bytes; a URL has at most {}", SourceUrl::MAX_LEN)]
+    TooLong {
+        /// Length as given, in bytes.
+        len_bytes: usize,
+    },
+}
+
+impl SourceUrl {
+    /// Longest URL in bytes. Pre-signed URLs of the large clouds stay below 4 KiB.
+    pub const MAX_LEN: usize = 8192;
+
+    /// Parses an absolute http, https or file URL.
+    ///
+    /// # Errors
+    /// [`SourceError`]; its text holds nothing of the URL but its scheme.
+    pub fn parse(text: &str) -> Result<Self, SourceError> {
+        if text.len() > Self::MAX_LEN {
+            return Err(SourceError::TooLong { len_bytes: text.len() });
+        }
+        let url = Url::parse(text).map_err(|e| SourceError::NotAUrl { reason: e.to_string() })?;
+        let shape =
+            |fault, need| Err(SourceError::Shape { scheme: url.scheme().to_owned(), fault, need });
+        match url.scheme() {
+            "http" | "https" => Ok(Self(url)),
+            "file" if url.host().is_some() => shape("a host", "file:///absolute/path"),
+            "file" if url.to_file_path().is_err() || url.path() == "/" => {
+                shape("no path of a file", "file:///absolute/path")
+            }
+            "file" => Ok(Self(url)),
+            other => Err(SourceError::Scheme { scheme: other.to_owned() }),
+        }
+    }
+
+    /// The URL of a file on this node. `None` unless `path` is absolute.
+    #[must_use]
+    pub fn from_file_path(path: &Path) -> Option<Self> {
+        Url::from_file_path(path).ok().map(Self)
+    }
+
+    /// The whole URL, credentials included: only for the request itself and the catalog.
+    #[must_use]
+    pub fn expose(&self) -> &Url {
+        &self.0
+    }
+
+    /// The path, if this is a file on this node.
+    #[must_use]
+    pub fn file_path(&self) -> Option<std::path::PathBuf> {
+        (self.0.scheme() == "file").then(|| self.0.to_file_path().ok()).flatten()
+    }
+}
+
+impl fmt::Display for SourceUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let url = &self.0;
+        write!(f, "{}://", url.scheme())?;
+        if !url.username().is_empty() || url.password().is_some() {
+            write!(f, "{REDACTED}@")?;
+        }
+        f.write_str(url.host_str().unwrap_or(""))?;
+        if let Some(port) = url.port() {
+            write!(f, ":{port}")?;
+        }
+        f.write_str(url.path())?;
+        let Some(query) = url.query() else { return Ok(()) };
+        for (index, pair) in query.split('&').enumerate() {
+            f.write_str(if index == 0 { "?" } else { "&" })?;
+            match pair.split_once('=') {
+                Some((key, _value)) => write!(f, "{key}={REDACTED}")?,
+                None => f.write_str(REDACTED)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for SourceUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SourceUrl({self})")
+    }
+}
+
+impl std::str::FromStr for SourceUrl {
+    type Err = SourceError;
+    fn from_str(text: &str) -> Result<Self, SourceError> {
+        Self::parse(text)
+    }
+}
+
+/// Serde for the catalog's records: `#[serde(with = "source::whole")]` on an `Option<SourceUrl>`.
+pub mod whole {
+    use super::SourceUrl;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    /// Writes the whole URL.
+    ///
+    /// # Errors
+    /// The serializer's.
+    pub fn serialize<S: Serializer>(url: &Option<SourceUrl>, out: S) -> Result<S::Ok, S::Error> {
+        url.as_ref().map(|u| u.expose().as_str()).serialize(out)
+    }
+
+    /// Reads it back, with the checks of [`SourceUrl::parse`].
+    ///
+    /// # Errors
+    /// The deserializer's, or a record whose URL breaks the rules.
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<SourceUrl>, D::Error> {
+        let text = Option::<String>::deserialize(from)?;
+        text.map(|t| SourceUrl::parse(&t)).transpose().map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_printed_source_has_no_credentials() {
+        let cases = [
+            (
+                "https://bob:hunter2@h.example:8443/a/b.qcow2",
+                "https://***@h.example:8443/a/b.qcow2",
+            ),
+            ("https://hunter2@h/a", "https://***@h/a"),
+            (
+                "https://h/a?X-Amz-Signature=hunter2&v=hunter2",
+                "https://h/a?X-Amz-Signature=***&v=***",
+            ),
+            ("https://h/a?hunter2", "https://h/a?***"),
+            ("https://h/a#hunter2", "https://h/a"),
+            ("file:///data/a%20b.img", "file:///data/a%20b.img"),
+        ];
+        for (whole, printed) in cases {
+            let url = SourceUrl::parse(whole).unwrap();
+            assert_eq!(url.to_string(), printed);
+            assert_eq!(format!("{url:?}"), format!("SourceUrl({printed})"));
+            assert_eq!(url.expose().as_str(), whole);
+        }
+    }
+
+    #[test]
+    fn a_refused_source_is_not_printed() {
+        for bad in
+            ["hunter2", "https://u:hunter2@", "ftp://u:hunter2@h/", "file://hunter2/x", "file:///"]
+        {
+            let text = SourceUrl::parse(bad).unwrap_err().to_string();
+            assert!(!text.contains("hunter2"), "{text}");
+        }
+        assert!(SourceUrl::parse(&format!("http://h/{}", "a".repeat(9000))).is_err());
+    }
+}

@@ -1,0 +1,96 @@
+//! The version of a remote object, and when two answers speak of the same one.
+//!
+//! Why: a partial file that is continued with bytes of another version is a corrupt mix that no
+//! status code shows. Tools that resume by length alone produce it and exit with 0.
+//! How: a strong ETag decides (RFC 9110 section 8.8.3). Without one, a resume needs a digest from
+//! the user, which proves the whole in the end.
+//! Never: takes equal lengths for equal bytes.
+//! Start at [`Remote::may_resume`].
+
+use serde::{Deserialize, Serialize};
+
+/// Longest validator that is kept, in bytes; a longer one counts as none.
+const MAX_VALIDATOR_BYTES: usize = 1024;
+
+/// What a server said about the version of its object.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Remote {
+    /// The strong ETag with its quotes.
+    pub(super) etag: Option<String>,
+    /// `Last-Modified` as sent.
+    pub(super) last_modified: Option<String>,
+}
+
+/// What may be done with bytes that are already here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Resume {
+    /// They belong to this version.
+    Same,
+    /// They may; the user's digest will tell.
+    Unproven,
+    /// They do not, or nothing can tell.
+    No,
+}
+
+impl Remote {
+    /// From header values. A weak ETag (`W/"…"`) says nothing about bytes and is dropped.
+    pub(super) fn new(etag: Option<&str>, last_modified: Option<&str>) -> Self {
+        let keep = |text: Option<&str>| {
+            text.filter(|t| !t.is_empty() && t.len() <= MAX_VALIDATOR_BYTES).map(str::to_owned)
+        };
+        Self {
+            etag: keep(etag.filter(|tag| tag.starts_with('"') && tag.ends_with('"'))),
+            last_modified: keep(last_modified),
+        }
+    }
+
+    /// The form in which the store keeps it.
+    pub(super) fn to_tag(&self) -> String {
+        serde_json::to_string(self).unwrap_or_default()
+    }
+
+    /// From the store's form. Text of another kind is a version that matches none.
+    pub(super) fn from_tag(tag: &str) -> Self {
+        serde_json::from_str(tag).unwrap_or_default()
+    }
+
+    /// Whether bytes of version `self` may be continued with bytes of version `now`.
+    pub(super) fn may_resume(&self, now: &Self, has_digest: bool) -> Resume {
+        if let (Some(then), Some(now)) = (&self.etag, &now.etag) {
+            return if then == now { Resume::Same } else { Resume::No };
+        }
+        let moved = match (&self.last_modified, &now.last_modified) {
+            (Some(then), Some(now)) => then != now,
+            (None, None) => false,
+            (Some(_), None) | (None, Some(_)) => true,
+        };
+        if has_digest && !moved { Resume::Unproven } else { Resume::No }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_strong_etag_or_a_digest_allows_a_resume() {
+        let strong = Remote::new(Some("\"a\""), Some("Mon"));
+        let other = Remote::new(Some("\"b\""), Some("Mon"));
+        let weak = Remote::new(Some("W/\"a\""), Some("Mon"));
+        let none = Remote::new(None, None);
+        assert_eq!(strong.may_resume(&strong, false), Resume::Same);
+        assert_eq!(strong.may_resume(&other, true), Resume::No);
+        assert_eq!(weak.may_resume(&weak, false), Resume::No);
+        assert_eq!(weak.may_resume(&weak, true), Resume::Unproven);
+        assert_eq!(weak.may_resume(&none, true), Resume::No);
+        assert_eq!(none.may_resume(&none, true), Resume::Unproven);
+        assert_eq!(none.may_resume(&none, false), Resume::No);
+    }
+
+    #[test]
+    fn the_stored_form_comes_back() {
+        let version = Remote::new(Some("\"a\""), Some("Mon"));
+        assert_eq!(Remote::from_tag(&version.to_tag()), version);
+        assert_eq!(Remote::from_tag("junk"), Remote::default());
+    }
+}

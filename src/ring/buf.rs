@@ -1,0 +1,162 @@
+//! Page-aligned 1 MiB buffers from a pool of fixed size.
+//!
+//! Why: O_DIRECT wants aligned memory, and memory must not grow with image size or network speed.
+//! How: a permit per buffer; who gets none waits, and while it waits the network is not read, so
+//! the sender's window closes. That is all the back-pressure there is.
+//! Never: hands out more than its capacity, or a buffer that somebody still reads.
+//! Start at [`BufPool::take`].
+
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use memmap2::MmapMut;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Capacity of a buffer in bytes; also the unit of [`crate::disk`]'s writes.
+pub const BLOCK_BYTES: usize = 1 << 20;
+/// Alignment of direct writes in bytes: covers every logical block size in use.
+pub const PAGE_BYTES: usize = 4096;
+
+#[derive(Debug)]
+struct Shared {
+    free: Mutex<Vec<MmapMut>>,
+    permits: Arc<Semaphore>,
+    capacity: usize,
+}
+
+/// A fixed number of buffers, shared by all transfers of a process.
+#[derive(Clone, Debug)]
+pub struct BufPool(Arc<Shared>);
+
+impl BufPool {
+    /// A pool of `capacity` buffers of [`BLOCK_BYTES`]. Memory is taken when first used.
+    #[must_use]
+    pub fn new(capacity: usize) -> Self {
+        Self(Arc::new(Shared {
+            free: Mutex::new(Vec::new()),
+            permits: Arc::new(Semaphore::new(capacity)),
+            capacity,
+        }))
+    }
+
+    /// An empty buffer, as soon as one is free.
+    ///
+    /// # Errors
+    /// The system has no memory to give.
+    pub async fn take(&self) -> io::Result<Buf> {
+        let permit = Arc::clone(&self.0.permits)
+            .acquire_owned()
+            .await
+            .map_err(|_closed| io::Error::other("buffer pool is closed"))?;
+        self.with_permit(permit)
+    }
+
+    /// An empty buffer if one is free now.
+    ///
+    /// # Errors
+    /// All are in use (`WouldBlock`), or the system has no memory to give.
+    pub fn try_take(&self) -> io::Result<Buf> {
+        let permit = Arc::clone(&self.0.permits)
+            .try_acquire_owned()
+            .map_err(|_none| io::Error::from(io::ErrorKind::WouldBlock))?;
+        self.with_permit(permit)
+    }
+
+    /// How many buffers are in use.
+    #[must_use]
+    pub fn in_use(&self) -> usize {
+        self.0.capacity - self.0.permits.available_permits()
+    }
+
+    fn with_permit(&self, permit: OwnedSemaphorePermit) -> io::Result<Buf> {
+        let kept = self.0.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let memory = match kept {
+            Some(memory) => memory,
+            None => MmapMut::map_anon(BLOCK_BYTES)?,
+        };
+        Ok(Buf { memory: Some(memory), len: 0, pool: Arc::clone(&self.0), _permit: permit })
+    }
+}
+
+/// One buffer. Filled by one owner, then shared read-only in an `Arc`; returns to its pool on drop.
+#[derive(Debug)]
+pub struct Buf {
+    memory: Option<MmapMut>,
+    len: usize,
+    pool: Arc<Shared>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Buf {
+    fn memory(&self) -> &MmapMut {
+        self.memory.as_ref().expect("memory leaves only in drop")
+    }
+
+    /// The bytes that were put in.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.memory()[..self.len]
+    }
+
+    /// The bytes that were put in, and zeroes up to the next page: what a direct write takes.
+    /// Only right after [`Buf::pad`].
+    #[must_use]
+    pub fn padded(&self) -> &[u8] {
+        &self.memory()[..self.len.next_multiple_of(PAGE_BYTES)]
+    }
+
+    /// Bytes in the buffer.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True if nothing was put in yet.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// True if nothing more fits below `limit` bytes.
+    #[must_use]
+    pub fn is_full(&self, limit: usize) -> bool {
+        self.len >= limit.min(BLOCK_BYTES)
+    }
+
+    /// Copies as much of `bytes` as fits below `limit` bytes in all; returns how much that was.
+    pub fn fill(&mut self, bytes: &[u8], limit: usize) -> usize {
+        let room = limit.min(BLOCK_BYTES).saturating_sub(self.len);
+        let count = room.min(bytes.len());
+        let start = self.len;
+        let memory = self.memory.as_mut().expect("memory leaves only in drop");
+        memory[start..start + count].copy_from_slice(&bytes[..count]);
+        self.len += count;
+        count
+    }
+
+    /// Room for a reader to put bytes into, up to `limit` bytes in all; see [`Buf::set_len`].
+    pub fn spare(&mut self, limit: usize) -> &mut [u8] {
+        let start = self.len;
+        let memory = self.memory.as_mut().expect("memory leaves only in drop");
+        &mut memory[start..limit.min(BLOCK_BYTES).max(start)]
+    }
+
+    /// Sets how many bytes count, after [`Buf::spare`] was filled or to cut a tail off.
+    pub fn set_len(&mut self, len: usize) {
+        self.len = len.min(BLOCK_BYTES);
+    }
+
+    /// Zeroes the rest of the last page, which a direct write carries along.
+    pub fn pad(&mut self) {
+        let (start, end) = (self.len, self.len.next_multiple_of(PAGE_BYTES));
+        self.memory.as_mut().expect("memory leaves only in drop")[start..end].fill(0);
+    }
+}
+
+impl Drop for Buf {
+    fn drop(&mut self) {
+        if let Some(memory) = self.memory.take() {
+            self.pool.free.lock().unwrap_or_else(PoisonError::into_inner).push(memory);
+        }
+    }
+}
