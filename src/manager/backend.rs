@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::records::{Expected, Facts, Format};
-use super::source::SourceUrl;
+use crate::fetch::SourceUrl;
 use crate::image::View;
 use crate::names::{DiskUuid, ImageName, ImageUuid};
 

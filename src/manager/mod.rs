@@ -13,7 +13,6 @@ mod driver;
 mod error;
 mod perform;
 pub mod records;
-pub mod source;
 mod status;
 mod step;
 #[cfg(test)]
@@ -21,6 +20,7 @@ mod tests;
 pub mod worker;
 mod world;
 
+pub use crate::fetch::SourceUrl;
 pub use backend::{
     Backend, BackendError, Cancel, CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy,
     FoundState, Phase, Progress, Report, Reporter, WorkerEvent, WorkerHandle,
@@ -30,7 +30,6 @@ pub use driver::{Exporter, Manager, Object, Subscription, Told};
 pub use error::ManagerError;
 pub(crate) use perform::{chain, unix_now_s};
 pub use records::{AttachmentId, AttachmentRecord, Expected, Facts, Format, ImageRecord};
-pub use source::SourceUrl;
 pub use status::{AttachmentStatus, CopyStatus, ImageStatus};
 pub use step::{BACK_OFF_FIRST, BACK_OFF_MOST, back_off};
 pub use world::{Action, AttachmentState, Change, CopyState, Event, World};
