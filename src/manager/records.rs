@@ -11,53 +11,9 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::source::{self, SourceUrl};
+use crate::fetch::source::{self, SourceUrl};
+use crate::image::Format;
 use crate::names::{DiskUuid, ImageName, ImageUuid, NameError};
-
-/// How the bytes of an image's file are laid out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Format {
-    /// The file's bytes are the guest's bytes.
-    Raw,
-    /// QEMU's copy-on-write format, version 2 or 3.
-    Qcow2,
-}
-
-impl Format {
-    /// `raw` or `qcow2`.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Raw => "raw",
-            Self::Qcow2 => "qcow2",
-        }
-    }
-}
-
-impl fmt::Display for Format {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-impl From<crate::image::Format> for Format {
-    fn from(format: crate::image::Format) -> Self {
-        match format {
-            crate::image::Format::Raw => Self::Raw,
-            crate::image::Format::Qcow2 => Self::Qcow2,
-        }
-    }
-}
-
-impl From<Format> for crate::image::Format {
-    fn from(format: Format) -> Self {
-        match format {
-            Format::Raw => Self::Raw,
-            Format::Qcow2 => Self::Qcow2,
-        }
-    }
-}
 
 /// The digests that a user expects of an image's file: lower-case hex, checked on arrival.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
