@@ -1,1 +1,19 @@
-//! (room to be furnished)
+//! Views to readers.
+//!
+//! Why: one view has many readers, of several kinds, and all must see the same bytes.
+//! How: [`Exports`] says which view has which name and who reads it now; each server is a folder
+//! that looks names up there. [`Warmth`] keeps what is known about pages in memory, for all.
+//! Never: changes a byte of an image, or opens one.
+//! Start at [`Exports`] and [`nbd::Server`].
+
+pub mod nbd;
+
+mod error;
+mod exports;
+mod stats;
+mod warmth;
+
+pub use error::ServeError;
+pub use exports::{Attachment, Export, Exports};
+pub use stats::{CounterValues, Counters};
+pub use warmth::{Wanted, Warmth};

@@ -1,0 +1,250 @@
+//! READ, CACHE and BLOCK_STATUS: from runs of a view to replies.
+//!
+//! Why: data, zeroes and compressed clusters alternate inside one request, and each has its
+//! cheapest answer: mapped bytes, a hole, a decoded cluster that is kept until it is sent.
+//! How: the range is walked run by run. With structured replies neighbouring data share a chunk
+//! and zeroes become holes; otherwise everything is one flat payload.
+//! Never: says hole for data, or touches a mapped byte.
+//! Start at [`Session::read`]. Protocol: "Request types", "Structured reply types".
+
+use zerocopy::byteorder::big_endian::U32;
+
+use super::handshake::ALLOCATION_ID;
+use super::reply::{OpenChunk, UNREADABLE};
+use super::session::{End, Range, Session};
+use super::transport::Transport;
+use super::wire::{NbdError, StatusExtent, allocation};
+use crate::image::{ReadError, Run, RunKind};
+use crate::serve::Wanted;
+use crate::units::{FileOffset, GuestOffset};
+
+/// Runs that one BLOCK_STATUS or CACHE looks at; the client asks again for the rest.
+const MAX_LOOKUPS: usize = 1 << 18;
+/// Read errors of one session that are logged as warnings; a client may repeat one for ever.
+const LOGGED_ERRORS: u32 = 8;
+
+/// How far the walk over one READ has come.
+struct Walk {
+    range: Range,
+    at: GuestOffset,
+    left: u32,
+    sequential: bool,
+    /// Zeroes become holes, and data chunks; otherwise all goes into one payload.
+    chunked: bool,
+    open: Option<OpenChunk>,
+}
+
+impl Walk {
+    fn advance(&mut self, len_bytes: u32) {
+        self.at = self.at.advance(u64::from(len_bytes));
+        self.left -= len_bytes;
+    }
+}
+
+impl<T: Transport> Session<'_, T> {
+    /// Answers READ. `whole` is DF: at most one content chunk.
+    pub(super) fn read(&mut self, range: Range, whole: bool) -> Result<(), End> {
+        let sequential = self.is_sequential(&range);
+        let at = GuestOffset(range.offset);
+        if range.len_bytes == 0 {
+            self.batch.done();
+            return Ok(());
+        }
+        self.tally.bytes += u64::from(range.len_bytes);
+        let chunked = self.agreed.structured && (!whole || self.is_all_zero(range));
+        if !self.agreed.structured {
+            self.batch.simple_head();
+        } else if !chunked {
+            self.batch.whole_data(at, range.len_bytes);
+        }
+        let left = range.len_bytes;
+        self.walk(Walk { range, at, left, sequential, chunked, open: None })
+    }
+
+    /// One run of zeroes from end to end, so that a single hole chunk answers it.
+    fn is_all_zero(&self, range: Range) -> bool {
+        let whole = u64::from(range.len_bytes);
+        self.run_at(GuestOffset(range.offset), whole)
+            .is_ok_and(|run| run.kind == RunKind::Zero && run.len_bytes == whole)
+    }
+
+    fn run_at(&self, at: GuestOffset, limit_bytes: u64) -> Result<Run, ReadError> {
+        self.agreed.attachment.export().view().run_at(at, limit_bytes)
+    }
+
+    fn walk(&mut self, mut walk: Walk) -> Result<(), End> {
+        while walk.left > 0 {
+            let room = self.batch.room(self.limits.batch_bytes);
+            if room == 0 {
+                self.close_chunk(&mut walk, false);
+                if self.flush()?.last_failed {
+                    return Ok(());
+                }
+                // Whole chunks may be followed by an error; half a flat payload may not.
+                self.batch.resume(walk.range.cookie, walk.chunked);
+                continue;
+            }
+            let run = match self.run_at(walk.at, u64::from(walk.left)) {
+                Ok(run) => run,
+                Err(error) => return self.unreadable(&walk, &error),
+            };
+            // Only what takes room is cut to the room there is: a hole is 32 bytes.
+            let len_bytes =
+                u32::try_from(run.len_bytes).map_or(walk.left, |len| len.min(walk.left));
+            let clipped = u32::try_from(room).map_or(len_bytes, |room| len_bytes.min(room));
+            match run.kind {
+                RunKind::Zero if walk.chunked => {
+                    self.close_chunk(&mut walk, false);
+                    self.batch.hole(walk.at, len_bytes, len_bytes == walk.left);
+                    walk.advance(len_bytes);
+                }
+                RunKind::Zero => {
+                    self.batch.zeroes(clipped as usize);
+                    walk.advance(clipped);
+                }
+                RunKind::Data(stored_at) => self.data(&mut walk, stored_at, clipped),
+                RunKind::Encoded => {
+                    if let Err(error) = self.encoded(&mut walk, clipped) {
+                        return self.unreadable(&walk, &error);
+                    }
+                }
+            }
+        }
+        self.close_chunk(&mut walk, true);
+        Ok(())
+    }
+
+    fn data(&mut self, walk: &mut Walk, stored_at: FileOffset, len_bytes: u32) {
+        self.open_chunk(walk);
+        let wanted = Wanted {
+            at: stored_at,
+            len_bytes: len_bytes as usize,
+            whole_request_bytes: walk.range.len_bytes,
+            sequential: walk.sequential,
+        };
+        let warmth = self.agreed.attachment.export().warmth();
+        self.batch.mapped(walk.open.as_mut(), walk.at, wanted, warmth);
+        walk.advance(len_bytes);
+    }
+
+    fn encoded(&mut self, walk: &mut Walk, len_bytes: u32) -> Result<(), ReadError> {
+        let cluster = self.agreed.attachment.export().view().decoded(walk.at)?;
+        let start = usize::try_from(walk.at.0 - cluster.start.0).unwrap_or(usize::MAX);
+        let there = cluster.bytes.len().saturating_sub(start);
+        let len_bytes = u32::try_from(there).map_or(len_bytes, |there| len_bytes.min(there));
+        if len_bytes == 0 {
+            return Err(ReadError::NotEncoded { at: walk.at });
+        }
+        self.open_chunk(walk);
+        self.batch.decoded(walk.open.as_mut(), cluster, start, len_bytes as usize);
+        walk.advance(len_bytes);
+        Ok(())
+    }
+
+    fn open_chunk(&mut self, walk: &mut Walk) {
+        if walk.chunked && walk.open.is_none() {
+            walk.open = Some(self.batch.open_data(walk.at));
+        }
+    }
+
+    fn close_chunk(&mut self, walk: &mut Walk, done: bool) {
+        if let Some(open) = walk.open.take() {
+            self.batch.close_data(&open, done);
+        }
+    }
+
+    fn unreadable(&mut self, walk: &Walk, error: &ReadError) -> Result<(), End> {
+        self.log(walk.at, error);
+        self.fail(NbdError::Io, UNREADABLE)
+    }
+
+    fn log(&mut self, at: GuestOffset, error: &ReadError) {
+        let export = self.agreed.attachment.export().name();
+        self.errors_logged = self.errors_logged.saturating_add(1);
+        if self.errors_logged <= LOGGED_ERRORS {
+            tracing::warn!(export, %at, error = error as &dyn std::error::Error, "read failed");
+        } else {
+            tracing::debug!(export, %at, error = error as &dyn std::error::Error, "read failed");
+        }
+    }
+
+    /// Starts reading what the client says it will want. A hint: errors show when it is read.
+    pub(super) fn cache(&mut self, range: Range) {
+        let mut at = GuestOffset(range.offset);
+        let mut left = u64::from(range.len_bytes);
+        let export = self.agreed.attachment.export();
+        for _ in 0..MAX_LOOKUPS {
+            let Ok(run) = self.run_at(at, left) else { return };
+            if let RunKind::Data(stored_at) = run.kind {
+                export.warmth().ask(export.view().map(), stored_at, run.len_bytes);
+            }
+            (at, left) = (at.advance(run.len_bytes), left - run.len_bytes);
+            if left == 0 {
+                return;
+            }
+        }
+    }
+
+    /// Answers BLOCK_STATUS. `one` is REQ_ONE: a single extent.
+    pub(super) fn block_status(&mut self, range: Range, one: bool) -> Result<(), End> {
+        if !self.agreed.allocation {
+            return self.fail(NbdError::Inval, "no metadata context was selected");
+        }
+        if range.len_bytes == 0 {
+            return self.fail(NbdError::Inval, "a status of no bytes");
+        }
+        let max_extents = if one { 1 } else { self.limits.status_extents.max(1) };
+        let mut extents = std::mem::take(&mut self.extents);
+        let result = self.collect_extents(range, max_extents, &mut extents);
+        match result {
+            Ok(()) => self.batch.status(ALLOCATION_ID, &extents),
+            Err((at, error)) => {
+                self.log(at, &error);
+                self.fail(
+                    NbdError::Io,
+                    "the image's tables are damaged here; see the server's log",
+                )?;
+            }
+        }
+        extents.clear();
+        self.extents = extents;
+        Ok(())
+    }
+
+    /// Merged extents from the range's first byte on, at most `max_extents`, at least one.
+    fn collect_extents(
+        &self,
+        range: Range,
+        max_extents: usize,
+        extents: &mut Vec<StatusExtent>,
+    ) -> Result<(), (GuestOffset, ReadError)> {
+        let mut at = GuestOffset(range.offset);
+        let mut left = range.len_bytes;
+        for _ in 0..MAX_LOOKUPS {
+            let run = match self.run_at(at, u64::from(left)) {
+                Ok(run) => run,
+                // What is known so far is an answer; the client comes back for the rest.
+                Err(_) if !extents.is_empty() => return Ok(()),
+                Err(error) => return Err((at, error)),
+            };
+            let flags = match run.kind {
+                RunKind::Zero => allocation::HOLE_ZERO,
+                RunKind::Data(_) | RunKind::Encoded => allocation::DATA,
+            };
+            let len_bytes = u32::try_from(run.len_bytes).map_or(left, |len| len.min(left));
+            if let Some(last) = extents.last_mut().filter(|last| last.flags.get() == flags) {
+                last.len_bytes += len_bytes;
+            } else if extents.len() < max_extents {
+                let (len_bytes, flags) = (U32::new(len_bytes), U32::new(flags));
+                extents.push(StatusExtent { len_bytes, flags });
+            } else {
+                return Ok(());
+            }
+            (at, left) = (at.advance(u64::from(len_bytes)), left - len_bytes);
+            if left == 0 {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,342 @@
+//! From the greeting to the transmission phase: bytes in, bytes out, no I/O.
+//!
+//! Why: this is the first thing that a stranger talks to.
+//! How: [`Handshake::advance`] looks at what has arrived, appends answers, and says what it used;
+//! an option is looked at only when all of it is there.
+//! Never: waits, allocates by a client's number, or tells an unknown option from a session's end.
+//! Start at [`Handshake::advance`]. Protocol: "Fixed newstyle negotiation", "Option types".
+
+use zerocopy::byteorder::big_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::limits::{Limits, MAX_READ_BYTES, PREFERRED_BLOCK_BYTES};
+use super::options::{self, InfoRequest, Malformed, MetaRequest};
+use super::transport::Socket;
+use super::wire::{self, ExportNameReply, Greeting, InfoBlockSize, InfoExport, OptionHead};
+use super::wire::{OptionReplyHead, export_flag, handshake_flag, info, option, option_reply};
+use crate::serve::{Attachment, Export, Exports};
+
+/// The one metadata context, and its number in replies.
+const ALLOCATION: &str = "base:allocation";
+/// Context number of `base:allocation`.
+pub(super) const ALLOCATION_ID: u32 = 1;
+
+/// What client and server have agreed on.
+#[derive(Debug)]
+pub(super) struct Agreed {
+    /// The export, held.
+    pub(super) attachment: Attachment,
+    /// Structured replies.
+    pub(super) structured: bool,
+    /// `base:allocation` was selected for this export.
+    pub(super) allocation: bool,
+}
+
+/// What to do next.
+#[derive(Debug)]
+pub(super) enum Step {
+    /// Not all of the next message is here.
+    More,
+    /// So many bytes are used up, and the answers are in the output.
+    Used(usize),
+    /// So many bytes are used up; after the answers, requests follow.
+    Enter(usize, Agreed),
+    /// After the answers the session ends, as the client asked.
+    Leave,
+    /// The session ends: a rule was broken that has no error reply.
+    Refuse(&'static str),
+}
+
+/// The state of one negotiation.
+#[derive(Debug)]
+pub(super) struct Handshake<'a> {
+    exports: &'a Exports,
+    limits: &'a Limits,
+    socket: Option<Socket>,
+    flags_known: bool,
+    no_zeroes: bool,
+    options: u32,
+    structured: bool,
+    /// Canonical name of the export for which `base:allocation` was selected.
+    allocation_of: Option<String>,
+}
+
+/// The first bytes that a server sends.
+pub(super) fn greeting() -> Greeting {
+    Greeting {
+        init: U64::new(wire::INIT_MAGIC),
+        newstyle: U64::new(wire::OPTION_MAGIC),
+        flags: U16::new(handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES),
+    }
+}
+
+impl<'a> Handshake<'a> {
+    /// A negotiation whose greeting has been sent. `socket` is how the export hangs it up later.
+    pub(super) fn new(exports: &'a Exports, limits: &'a Limits, socket: Option<Socket>) -> Self {
+        Self {
+            exports,
+            limits,
+            socket,
+            flags_known: false,
+            no_zeroes: false,
+            options: 0,
+            structured: false,
+            allocation_of: None,
+        }
+    }
+
+    /// Takes the next message off the front of `input` and appends its answer to `out`.
+    pub(super) fn advance(&mut self, input: &[u8], out: &mut Vec<u8>) -> Step {
+        if !self.flags_known {
+            return self.client_flags(input);
+        }
+        let Ok((head, rest)) = OptionHead::read_from_prefix(input) else {
+            return Step::More;
+        };
+        if head.magic.get() != wire::OPTION_MAGIC {
+            return Step::Refuse("an option without its magic number");
+        }
+        let Ok(len_bytes) = usize::try_from(head.len_bytes.get()) else {
+            return Step::Refuse("an option longer than memory");
+        };
+        if len_bytes > self.limits.option_bytes {
+            return Step::Refuse("an option longer than the server takes");
+        }
+        let Some(data) = rest.get(..len_bytes) else { return Step::More };
+        self.options += 1;
+        if self.options > self.limits.options {
+            return Step::Refuse("more options than the server takes");
+        }
+        let used = size_of::<OptionHead>() + len_bytes;
+        self.option(head.option.get(), data, used, out)
+    }
+
+    fn client_flags(&mut self, input: &[u8]) -> Step {
+        let Ok((flags, _)) = U32::read_from_prefix(input) else { return Step::More };
+        let known = u32::from(handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES);
+        if flags.get() & !known != 0 {
+            return Step::Refuse("unknown client flags");
+        }
+        self.no_zeroes = flags.get() & u32::from(handshake_flag::NO_ZEROES) != 0;
+        self.flags_known = true;
+        Step::Used(size_of::<U32>())
+    }
+
+    fn option(&mut self, number: u32, data: &[u8], used: usize, out: &mut Vec<u8>) -> Step {
+        let mut answer = Answer { out, option: number };
+        match number {
+            option::EXPORT_NAME => return self.export_name(data, used, answer.out),
+            option::GO => return self.go(data, used, &mut answer),
+            option::ABORT => {
+                answer.ack();
+                return Step::Leave;
+            }
+            option::LIST => self.list(data, &mut answer),
+            option::INFO => {
+                if let Some((request, export)) = self.find_info(data, &mut answer) {
+                    self.describe(&request, &export, &mut answer);
+                    answer.ack();
+                }
+            }
+            option::STRUCTURED_REPLY if data.is_empty() => {
+                self.structured = true;
+                answer.ack();
+            }
+            option::STRUCTURED_REPLY => answer.invalid("STRUCTURED_REPLY has no data"),
+            option::LIST_META_CONTEXT => self.list_contexts(data, &mut answer),
+            option::SET_META_CONTEXT => self.set_contexts(data, &mut answer),
+            option::STARTTLS if !data.is_empty() => answer.invalid("STARTTLS has no data"),
+            option::STARTTLS => {
+                answer.refuse(option_reply::ERR_UNSUP, "there is no TLS here; go on without it");
+            }
+            _unknown => answer.refuse(option_reply::ERR_UNSUP, "this option is not known here"),
+        }
+        Step::Used(used)
+    }
+
+    fn export_name(&mut self, data: &[u8], used: usize, out: &mut Vec<u8>) -> Step {
+        let Ok(name) = options::export_name(data) else {
+            return Step::Refuse("an export name that is no string");
+        };
+        let Some(agreed) = self.enter(name) else {
+            return Step::Refuse("EXPORT_NAME of an export that is not here");
+        };
+        let size_bytes = U64::new(agreed.attachment.export().view().size_bytes());
+        let flags = U16::new(self.flags());
+        out.extend_from_slice(ExportNameReply { size_bytes, flags }.as_bytes());
+        if !self.no_zeroes {
+            out.extend_from_slice(&[0; 124]);
+        }
+        Step::Enter(used, agreed)
+    }
+
+    fn go(&mut self, data: &[u8], used: usize, answer: &mut Answer<'_>) -> Step {
+        let Some((request, found)) = self.find_info(data, answer) else {
+            return Step::Used(used);
+        };
+        // The export may have been removed since it was found; attaching is what counts.
+        let Some(agreed) = self.enter(found.name()) else {
+            answer.unknown(request.name);
+            return Step::Used(used);
+        };
+        self.describe(&request, agreed.attachment.export(), answer);
+        answer.ack();
+        Step::Enter(used, agreed)
+    }
+
+    fn enter(&mut self, name: &str) -> Option<Agreed> {
+        let attachment = self.exports.attach(name, self.socket.clone())?;
+        let allocation = self.allocation_of.as_deref() == Some(attachment.export().name());
+        Some(Agreed { attachment, structured: self.structured, allocation })
+    }
+
+    fn flags(&self) -> u16 {
+        let df = if self.structured { export_flag::SEND_DF } else { 0 };
+        export_flag::HAS_FLAGS
+            | export_flag::READ_ONLY
+            | export_flag::SEND_FLUSH
+            | export_flag::CAN_MULTI_CONN
+            | export_flag::SEND_CACHE
+            | df
+    }
+
+    /// The export that INFO or GO names, or `None` with the error in the answer.
+    fn find_info<'d>(
+        &self,
+        data: &'d [u8],
+        answer: &mut Answer<'_>,
+    ) -> Option<(InfoRequest<'d>, std::sync::Arc<Export>)> {
+        match InfoRequest::parse(data) {
+            Ok(request) => Some((request, self.find(request.name, answer)?)),
+            Err(Malformed(why)) => {
+                answer.invalid(why);
+                None
+            }
+        }
+    }
+
+    fn find(&self, name: &str, answer: &mut Answer<'_>) -> Option<std::sync::Arc<Export>> {
+        let export = self.exports.get(name);
+        if export.is_none() {
+            answer.unknown(name);
+        }
+        export
+    }
+
+    fn describe(&self, request: &InfoRequest<'_>, export: &Export, answer: &mut Answer<'_>) {
+        let whole = InfoExport {
+            kind: U16::new(info::EXPORT),
+            size_bytes: U64::new(export.view().size_bytes()),
+            flags: U16::new(self.flags()),
+        };
+        answer.reply(option_reply::INFO, &[whole.as_bytes()]);
+        if request.wants_name {
+            let kind = U16::new(info::NAME);
+            answer.reply(option_reply::INFO, &[kind.as_bytes(), export.name().as_bytes()]);
+        }
+        if request.wants_description && !export.description().is_empty() {
+            let kind = U16::new(info::DESCRIPTION);
+            answer.reply(option_reply::INFO, &[kind.as_bytes(), export.description().as_bytes()]);
+        }
+        if request.wants_block_size {
+            let sizes = InfoBlockSize {
+                kind: U16::new(info::BLOCK_SIZE),
+                minimum: U32::new(1),
+                preferred: U32::new(PREFERRED_BLOCK_BYTES),
+                maximum: U32::new(MAX_READ_BYTES),
+            };
+            answer.reply(option_reply::INFO, &[sizes.as_bytes()]);
+        }
+    }
+
+    fn list(&self, data: &[u8], answer: &mut Answer<'_>) {
+        if !data.is_empty() {
+            return answer.invalid("LIST has no data");
+        }
+        for export in self.exports.list() {
+            let name = export.name().as_bytes();
+            let name_bytes = u32::try_from(name.len()).expect("a name has at most 4096 bytes");
+            let head = U32::new(name_bytes);
+            let description = export.description().as_bytes();
+            answer.reply(option_reply::SERVER, &[head.as_bytes(), name, description]);
+        }
+        answer.ack();
+    }
+
+    fn list_contexts(&self, data: &[u8], answer: &mut Answer<'_>) {
+        let Some(request) = self.find_meta(data, answer) else { return };
+        if request.no_queries || request.names_base || request.names_allocation {
+            let unused_id = U32::ZERO;
+            answer
+                .reply(option_reply::META_CONTEXT, &[unused_id.as_bytes(), ALLOCATION.as_bytes()]);
+        }
+        answer.ack();
+    }
+
+    fn set_contexts(&mut self, data: &[u8], answer: &mut Answer<'_>) {
+        // Whatever comes of it, an earlier selection is over.
+        self.allocation_of = None;
+        let Some(request) = self.find_meta(data, answer) else { return };
+        if request.names_allocation {
+            self.allocation_of = self.exports.get(request.name).map(|e| e.name().to_owned());
+            let id = U32::new(ALLOCATION_ID);
+            answer.reply(option_reply::META_CONTEXT, &[id.as_bytes(), ALLOCATION.as_bytes()]);
+        }
+        answer.ack();
+    }
+
+    fn find_meta<'d>(&self, data: &'d [u8], answer: &mut Answer<'_>) -> Option<MetaRequest<'d>> {
+        if !self.structured {
+            answer.invalid("metadata contexts need structured replies; ask for those first");
+            return None;
+        }
+        match MetaRequest::parse(data) {
+            Ok(request) => self.find(request.name, answer).map(|_export| request),
+            Err(Malformed(why)) => {
+                answer.invalid(why);
+                None
+            }
+        }
+    }
+}
+
+/// Replies to one option.
+struct Answer<'a> {
+    out: &'a mut Vec<u8>,
+    option: u32,
+}
+
+impl Answer<'_> {
+    fn reply(&mut self, reply: u32, data: &[&[u8]]) {
+        let len_bytes = data.iter().map(|part| part.len()).sum::<usize>();
+        let head = OptionReplyHead {
+            magic: U64::new(wire::OPTION_REPLY_MAGIC),
+            option: U32::new(self.option),
+            reply: U32::new(reply),
+            len_bytes: U32::new(u32::try_from(len_bytes).expect("a name and a description")),
+        };
+        self.out.extend_from_slice(head.as_bytes());
+        data.iter().for_each(|part| self.out.extend_from_slice(part));
+    }
+
+    fn ack(&mut self) {
+        self.reply(option_reply::ACK, &[]);
+    }
+
+    fn refuse(&mut self, reply: u32, text: &str) {
+        self.reply(reply, &[text.as_bytes()]);
+    }
+
+    fn invalid(&mut self, why: &str) {
+        self.refuse(option_reply::ERR_INVALID, why);
+    }
+
+    fn unknown(&mut self, name: &str) {
+        let shown: String = name.chars().take(80).collect();
+        let text = match name {
+            "" => "there is no default export here; name one (NBD_OPT_LIST shows them)".to_owned(),
+            _ => format!("no export is named {shown:?} here; NBD_OPT_LIST shows them"),
+        };
+        self.refuse(option_reply::ERR_UNKNOWN, &text);
+    }
+}

@@ -1,0 +1,342 @@
+//! One connection, from greeting to goodbye.
+//!
+//! Why: a client is slow, broken or hostile on a thread of its own, and nobody else notices.
+//! How: receive what has arrived, answer all of it into a [`Batch`], send the batch, again.
+//! Never: holds a lock on the way of a byte, or waits for a client while it owes it an answer.
+//! Start at [`serve`]. Protocol: "Transmission".
+
+use std::io;
+use std::time::Instant;
+
+use zerocopy::IntoBytes;
+use zerocopy::byteorder::big_endian::U64;
+
+use super::handshake::{Agreed, Handshake, Step, greeting};
+use super::limits::{Limits, MAX_READ_BYTES};
+use super::reply::{Batch, Sent, send_all};
+use super::transport::{Socket, Transport};
+use super::wire::{self, NbdError, Request, StatusExtent, command, command_flag};
+use crate::serve::{CounterValues, Exports};
+
+/// Bytes that are received at once in the transmission phase, at least: a thousand requests.
+const INBOX_BYTES: usize = 32 << 10;
+/// READs in a row, each beginning where the last one ended, that make a sequential reader.
+const SEQUENTIAL_READS: u32 = 3;
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+pub enum End {
+    /// The client asked for it.
+    #[error("the client said goodbye")]
+    Goodbye,
+    /// The peer closed the connection, or it was hung up from our side.
+    #[error("the connection was closed")]
+    HungUp,
+    /// No transmission phase within [`Limits::handshake`].
+    #[error("the handshake took too long")]
+    TooSlow,
+    /// A rule of the protocol was broken that has no error reply.
+    #[error("the client broke the protocol: {0}")]
+    Protocol(&'static str),
+    /// Half a reply was sent when the other half could not be read.
+    #[error("an image became unreadable in the middle of a reply")]
+    Unreadable,
+    /// The socket failed.
+    #[error("the socket failed")]
+    Socket(#[source] io::Error),
+}
+
+impl End {
+    pub(super) fn from_io(error: io::Error) -> Self {
+        use io::ErrorKind::{BrokenPipe, ConnectionReset, TimedOut, WouldBlock};
+        let kind = error.kind();
+        if matches!(kind, BrokenPipe | ConnectionReset) {
+            Self::HungUp
+        } else if matches!(kind, WouldBlock | TimedOut) {
+            Self::TooSlow
+        } else {
+            Self::Socket(error)
+        }
+    }
+}
+
+/// Serves one connection until it ends, and says why it did.
+///
+/// `socket`, if there is one, is what [`Exports::close`] hangs up.
+pub fn serve<T: Transport>(
+    transport: &mut T,
+    socket: Option<Socket>,
+    exports: &Exports,
+    limits: &Limits,
+) -> End {
+    let mut inbox = Inbox::new(limits);
+    let agreed = match negotiate(transport, &mut inbox, socket, exports, limits) {
+        Ok(agreed) => agreed,
+        Err(end) => return end,
+    };
+    let structured = agreed.structured;
+    let mut session = Session {
+        transport,
+        limits,
+        agreed,
+        inbox,
+        batch: Batch::new(structured),
+        tally: CounterValues::default(),
+        extents: Vec::new(),
+        next_read: u64::MAX,
+        in_a_row: 0,
+        errors_logged: 0,
+    };
+    match session.run() {
+        Ok(never) => match never {},
+        Err(end) => end,
+    }
+}
+
+fn negotiate<T: Transport>(
+    transport: &mut T,
+    inbox: &mut Inbox,
+    socket: Option<Socket>,
+    exports: &Exports,
+    limits: &Limits,
+) -> Result<Agreed, End> {
+    let deadline = Instant::now() + limits.handshake;
+    let mut handshake = Handshake::new(exports, limits, socket);
+    let mut out = greeting().as_bytes().to_vec();
+    loop {
+        let step = handshake.advance(inbox.bytes(), &mut out);
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(End::TooSlow);
+        }
+        if !out.is_empty() || matches!(step, Step::More) {
+            transport.set_time_left(Some(left)).map_err(End::from_io)?;
+        }
+        send_all(transport, &out)?;
+        out.clear();
+        match step {
+            Step::More => inbox.fill(transport)?,
+            Step::Used(count) => inbox.consume(count),
+            Step::Leave => return Err(End::Goodbye),
+            Step::Refuse(why) => return Err(End::Protocol(why)),
+            Step::Enter(count, agreed) => {
+                inbox.consume(count);
+                transport.set_time_left(None).map_err(End::from_io)?;
+                return Ok(agreed);
+            }
+        }
+    }
+}
+
+/// The transmission phase of one connection.
+pub(super) struct Session<'a, T> {
+    pub(super) transport: &'a mut T,
+    pub(super) limits: &'a Limits,
+    pub(super) agreed: Agreed,
+    inbox: Inbox,
+    pub(super) batch: Batch,
+    pub(super) tally: CounterValues,
+    /// Memory for BLOCK_STATUS, empty between requests.
+    pub(super) extents: Vec<StatusExtent>,
+    /// Where the last READ ended.
+    next_read: u64,
+    in_a_row: u32,
+    pub(super) errors_logged: u32,
+}
+
+/// A request whose range is inside the export, with its fields in host order.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Range {
+    pub(super) cookie: U64,
+    pub(super) offset: u64,
+    pub(super) len_bytes: u32,
+}
+
+impl<T: Transport> Session<'_, T> {
+    fn run(&mut self) -> Result<std::convert::Infallible, End> {
+        loop {
+            let result = self.answer_arrived();
+            // What was asked before the end of a session is answered first.
+            self.flush()?;
+            result?;
+            self.inbox.fill(self.transport)?;
+        }
+    }
+
+    /// Answers all whole requests in the inbox.
+    fn answer_arrived(&mut self) -> Result<(), End> {
+        loop {
+            let Some(request) = Request::first_in(self.inbox.bytes()) else {
+                return self.inbox.check_magic();
+            };
+            if request.magic.get() != wire::REQUEST_MAGIC {
+                return Err(End::Protocol("a request without its magic number"));
+            }
+            self.inbox.consume(size_of::<Request>());
+            self.answer(&request)?;
+            if self.batch.room(self.limits.batch_bytes) == 0 {
+                self.flush()?;
+            }
+        }
+    }
+
+    fn answer(&mut self, request: &Request) -> Result<(), End> {
+        let flags = request.flags.get();
+        self.tally.requests += 1;
+        match request.command.get() {
+            command::DISC => return Err(End::Goodbye),
+            command::WRITE => self.drain(request.len_bytes.get())?,
+            _without_payload => {}
+        }
+        self.batch.begin(request.cookie);
+        match request.command.get() {
+            command::WRITE | command::TRIM | command::WRITE_ZEROES => {
+                self.fail(NbdError::Perm, "this export is read-only")
+            }
+            command::READ if flags & !self.read_flags() == 0 => {
+                let Some(range) = self.checked(request)? else { return Ok(()) };
+                self.read(range, flags & command_flag::DF != 0)
+            }
+            command::BLOCK_STATUS if flags & !command_flag::REQ_ONE == 0 => {
+                let Some(range) = self.checked(request)? else { return Ok(()) };
+                self.block_status(range, flags & command_flag::REQ_ONE != 0)
+            }
+            command::CACHE if flags == 0 => {
+                let Some(range) = self.checked(request)? else { return Ok(()) };
+                self.cache(range);
+                self.batch.done();
+                Ok(())
+            }
+            command::FLUSH if flags == 0 => {
+                self.batch.done();
+                Ok(())
+            }
+            command::READ | command::BLOCK_STATUS | command::CACHE | command::FLUSH => {
+                self.fail(NbdError::Inval, "this command has no such flag")
+            }
+            _unknown => self.fail(NbdError::Inval, "this command is not known here"),
+        }
+    }
+
+    fn read_flags(&self) -> u16 {
+        if self.agreed.structured { command_flag::DF } else { 0 }
+    }
+
+    /// The request's range if it is inside the export and short enough; else the error is in the
+    /// batch, and `None` comes back.
+    fn checked(&mut self, request: &Request) -> Result<Option<Range>, End> {
+        let (offset, len_bytes) = (request.offset.get(), request.len_bytes.get());
+        let size_bytes = self.agreed.attachment.export().view().size_bytes();
+        let end = offset.checked_add(u64::from(len_bytes));
+        if end.is_none_or(|end| end > size_bytes) {
+            self.fail(NbdError::Inval, "the range is not all inside the export")?;
+            return Ok(None);
+        }
+        if request.command.get() == command::READ && len_bytes > MAX_READ_BYTES {
+            // EOVERFLOW tells a client to try smaller; simple replies have only EINVAL for it.
+            let structured = self.agreed.structured;
+            let error = if structured { NbdError::Overflow } else { NbdError::Inval };
+            self.fail(error, "longer than the maximum payload of 32 MiB")?;
+            return Ok(None);
+        }
+        Ok(Some(Range { cookie: request.cookie, offset, len_bytes }))
+    }
+
+    /// Answers the current request with an error.
+    pub(super) fn fail(&mut self, error: NbdError, text: &str) -> Result<(), End> {
+        self.tally.errors += 1;
+        self.batch.fail(error, text)
+    }
+
+    /// Throws the payload of a refused WRITE away.
+    fn drain(&mut self, len_bytes: u32) -> Result<(), End> {
+        if len_bytes > MAX_READ_BYTES {
+            return Err(End::Protocol("a write of more than the maximum payload"));
+        }
+        let mut left = len_bytes as usize;
+        loop {
+            let here = left.min(self.inbox.bytes().len());
+            self.inbox.consume(here);
+            left -= here;
+            if left == 0 {
+                return Ok(());
+            }
+            // The client may want its earlier answers before it sends the rest.
+            self.flush()?;
+            self.inbox.fill(self.transport)?;
+        }
+    }
+
+    /// Notes where a READ ends; true if this one went on where the last ones ended.
+    pub(super) fn is_sequential(&mut self, range: &Range) -> bool {
+        let follows = range.offset == self.next_read;
+        self.in_a_row = if follows { self.in_a_row.saturating_add(1) } else { 0 };
+        self.next_read = range.offset + u64::from(range.len_bytes);
+        self.in_a_row >= SEQUENTIAL_READS
+    }
+
+    /// Sends what has been gathered.
+    pub(super) fn flush(&mut self) -> Result<Sent, End> {
+        if self.batch.is_empty() {
+            return Ok(Sent::default());
+        }
+        let export = self.agreed.attachment.export();
+        let sent = self.batch.send(self.transport, export.view(), export.warmth());
+        self.tally.errors += sent.as_ref().map_or(0, |sent| sent.failed);
+        export.counters().add_batch(self.tally);
+        self.tally = CounterValues::default();
+        sent
+    }
+}
+
+/// Received bytes that are not used yet, in a buffer that never grows.
+struct Inbox {
+    buffer: Vec<u8>,
+    start: usize,
+    end: usize,
+}
+
+impl Inbox {
+    fn new(limits: &Limits) -> Self {
+        // The longest option has to fit whole.
+        let len = INBOX_BYTES.max(limits.option_bytes + size_of::<wire::OptionHead>());
+        Self { buffer: vec![0; len], start: 0, end: 0 }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.buffer[self.start..self.end]
+    }
+
+    fn consume(&mut self, count: usize) {
+        assert!(count <= self.end - self.start, "only bytes that were looked at are consumed");
+        self.start += count;
+    }
+
+    /// A first word that can never become a request ends the session without waiting for more.
+    fn check_magic(&self) -> Result<(), End> {
+        match self.bytes().first_chunk() {
+            Some(first) if u32::from_be_bytes(*first) != wire::REQUEST_MAGIC => {
+                Err(End::Protocol("a request without its magic number"))
+            }
+            _right_or_not_here_yet => Ok(()),
+        }
+    }
+
+    /// Waits for more bytes.
+    fn fill<T: Transport>(&mut self, transport: &mut T) -> Result<(), End> {
+        if self.start > 0 {
+            self.buffer.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        let space = &mut self.buffer[self.end..];
+        assert!(!space.is_empty(), "the longest message fits");
+        match transport.receive(space).map_err(End::from_io)? {
+            0 => Err(End::HungUp),
+            count => {
+                self.end += count;
+                Ok(())
+            }
+        }
+    }
+}
