@@ -1,1 +1,65 @@
-//! (room to be furnished)
+//! The control socket: HTTP/1.1 and JSON on a Unix socket; the only way in for commands.
+//!
+//! Why: one door, versioned (`/v1`), that `curl --unix-socket` opens as well as our own CLI does.
+//! How: one table of routes ([`routes`]), thin handlers that ask the manager, wire types of their
+//! own ([`types`]) in which no credential fits, and an event stream that begins with everything as
+//! it is. Who may come in is decided by the kernel's word on the peer ([`peer`]).
+//! Never: does I/O on images; prints or sends a credential; lets a slow peer hold up another.
+//! Start at [`routes::table`], then [`server::Server`]; `openapi.json` describes all of it.
+
+mod body;
+pub mod client;
+mod error;
+mod events;
+mod handlers;
+mod metrics;
+pub mod peer;
+pub mod routes;
+pub mod server;
+pub mod types;
+mod wire;
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use crate::manager::{Backend, Manager};
+pub use metrics::HttpCounters;
+pub use wire::{nbd_uri, rfc3339};
+
+/// What the handlers work with. Cheap to clone.
+#[derive(Clone)]
+pub struct App(Arc<AppParts>);
+
+/// The parts of an [`App`].
+pub struct AppParts {
+    /// Decides and knows.
+    pub manager: Manager,
+    /// For the disks, as they are now.
+    pub backend: Arc<dyn Backend>,
+    /// Where the NBD server listens.
+    pub nbd_socket: std::path::PathBuf,
+    /// Looks at the host and the daemon; may block.
+    pub doctor: Box<dyn Fn() -> Vec<types::Check> + Send + Sync>,
+    /// Sessions now open on an image's export.
+    pub sessions: Box<dyn Fn(&crate::names::ImageName) -> usize + Send + Sync>,
+    /// True once the daemon shuts down: streams end.
+    pub closing: watch::Receiver<bool>,
+    /// Counts of answers.
+    pub http: HttpCounters,
+}
+
+impl App {
+    /// Wraps the parts.
+    #[must_use]
+    pub fn new(parts: AppParts) -> Self {
+        Self(Arc::new(parts))
+    }
+}
+
+impl std::ops::Deref for App {
+    type Target = AppParts;
+    fn deref(&self) -> &AppParts {
+        &self.0
+    }
+}

@@ -1,0 +1,109 @@
+//! A refused request: status, fixed code, message, hint.
+//!
+//! Why: a script acts on the code, a person on the hint; both come from one table.
+//! Never: repeats the text of a request: it may hold a credential.
+//! Start at [`ApiError`].
+
+use axum::Json;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+
+use super::types::{ErrorBody, Problem};
+use crate::manager::ManagerError;
+
+/// A refused request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ApiError {
+    pub(crate) status: StatusCode,
+    pub(crate) code: &'static str,
+    pub(crate) message: String,
+    pub(crate) hint: String,
+}
+
+impl ApiError {
+    pub(crate) fn new(
+        status: StatusCode,
+        code: &'static str,
+        message: impl Into<String>,
+        hint: impl Into<String>,
+    ) -> Self {
+        Self { status, code, message: message.into(), hint: hint.into() }
+    }
+
+    pub(crate) fn bad_request(message: impl Into<String>) -> Self {
+        Self::new(
+            StatusCode::BAD_REQUEST,
+            "bad-request",
+            message,
+            "see GET /v1/openapi.json for what this route takes",
+        )
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let problem =
+            Problem { code: self.code.to_owned(), message: self.message, hint: self.hint };
+        (self.status, Json(ErrorBody { error: problem })).into_response()
+    }
+}
+
+impl From<crate::names::NameError> for ApiError {
+    fn from(error: crate::names::NameError) -> Self {
+        Self::bad_request(error.to_string())
+    }
+}
+
+impl From<std::io::Error> for ApiError {
+    fn from(error: std::io::Error) -> Self {
+        let message = format!("cannot get random numbers: {error}");
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message, "")
+    }
+}
+
+impl From<ManagerError> for ApiError {
+    fn from(error: ManagerError) -> Self {
+        let (status, code, hint) = match &error {
+            ManagerError::NoSuchImage { .. } => {
+                (StatusCode::NOT_FOUND, "not-found", "`bedplate list` shows the images")
+            }
+            ManagerError::NoSuchDisk { .. } => {
+                (StatusCode::NOT_FOUND, "not-found", "`bedplate disks` shows the disks")
+            }
+            ManagerError::NoSuchAttachment { .. } => (
+                StatusCode::NOT_FOUND,
+                "not-found",
+                "`curl --unix-socket SOCKET http://localhost/v1/attachments` lists them",
+            ),
+            ManagerError::OtherSource { .. } => {
+                (StatusCode::CONFLICT, "name-taken", "give another name, or delete that image")
+            }
+            ManagerError::OtherExpectation { .. } => (
+                StatusCode::CONFLICT,
+                "name-taken",
+                "drop the expectation, give another name, or delete that image",
+            ),
+            ManagerError::InUse { .. } => {
+                (StatusCode::CONFLICT, "in-use", "detach its readers, then try again")
+            }
+            ManagerError::BeingDeleted { .. } => {
+                (StatusCode::CONFLICT, "deleting", "wait until it is gone, then try again")
+            }
+            ManagerError::NoRoom { .. } => (
+                StatusCode::INSUFFICIENT_STORAGE,
+                "no-room",
+                "free space or delete an image; `bedplate disks` shows the room",
+            ),
+            ManagerError::BadReader { .. } => (StatusCode::BAD_REQUEST, "bad-request", ""),
+            ManagerError::Catalog(_) => (
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "catalog",
+                "see the daemon's log; `bedplate doctor` looks at its disk",
+            ),
+            ManagerError::Stopping => {
+                (StatusCode::SERVICE_UNAVAILABLE, "shutting-down", "try again when it is back")
+            }
+        };
+        Self::new(status, code, crate::manager::chain(&error), hint)
+    }
+}

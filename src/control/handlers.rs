@@ -1,0 +1,186 @@
+//! The handlers: parse, ask the manager, show.
+//!
+//! Never: decide; each is a few lines.
+//! Start at [`super::routes::table`].
+
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+
+use super::App;
+use super::body::Body;
+use super::error::ApiError;
+use super::types::{
+    Attachment, Attachments, CreateAttachment, CreateImage, Disks, Doctor, FetchImage, Health,
+    Image, Images,
+};
+use super::wire;
+use crate::manager::{
+    AttachmentId, AttachmentStatus, Expected, Format, ImageStatus, NewAttachment, NewImage,
+    SourceUrl, unix_now_s,
+};
+use crate::names::{DiskUuid, ImageName, ImageUuid};
+
+type Answer<T> = Result<T, ApiError>;
+
+/// The OpenAPI document, as it is in the source tree.
+pub const OPENAPI: &str = include_str!("openapi.json");
+
+fn show(app: &App, status: &ImageStatus) -> Json<Image> {
+    Json(wire::image(status, &app.nbd_socket))
+}
+
+fn show_attachment(app: &App, status: &AttachmentStatus) -> Json<Attachment> {
+    Json(wire::attachment(status, &app.nbd_socket))
+}
+
+fn no_image(name: &ImageName) -> ApiError {
+    crate::manager::ManagerError::NoSuchImage { name: name.clone() }.into()
+}
+
+pub(super) async fn list_images(State(app): State<App>) -> Answer<Json<Images>> {
+    let all = app.manager.read(crate::manager::World::images).await?;
+    Ok(Json(Images { images: all.iter().map(|i| wire::image(i, &app.nbd_socket)).collect() }))
+}
+
+pub(super) async fn create_image(
+    State(app): State<App>,
+    Body(body): Body<CreateImage>,
+) -> Answer<Response> {
+    let (image, is_new) = app.manager.create(new_image(&body)?).await?;
+    let status = if is_new { StatusCode::CREATED } else { StatusCode::OK };
+    Ok((status, show(&app, &image)).into_response())
+}
+
+/// Checks a request to create an image. Of the URL only the scheme may be in an error.
+fn new_image(body: &CreateImage) -> Answer<NewImage> {
+    let source = SourceUrl::parse(&body.url).map_err(|e| {
+        let hint = "give the URL of an image file";
+        ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "refused-source", e.to_string(), hint)
+    })?;
+    let name = match &body.name {
+        Some(name) => ImageName::parse(name)?,
+        None => ImageName::suggest(source.expose().path())
+            .ok_or_else(|| ApiError::bad_request("the URL's last part gives no name; give one"))?,
+    };
+    let declared_format = match body.format.as_deref() {
+        None => None,
+        Some("raw") => Some(Format::Raw),
+        Some("qcow2") => Some(Format::Qcow2),
+        Some(_) => return Err(ApiError::bad_request("format: unknown; give raw or qcow2")),
+    };
+    let disks: Result<Vec<_>, _> = body.disks.iter().map(|d| DiskUuid::parse(d)).collect();
+    Ok(NewImage {
+        name,
+        uuid: ImageUuid::random()?,
+        source,
+        expected: Expected::parse(body.sha256.as_deref(), body.sha512.as_deref())?,
+        declared_format,
+        disks: disks?,
+        created_unix_s: unix_now_s(),
+    })
+}
+
+pub(super) async fn get_image(
+    State(app): State<App>,
+    Path(name): Path<String>,
+) -> Answer<Json<Image>> {
+    let name = ImageName::parse(&name)?;
+    let wanted = name.clone();
+    let found = app.manager.read(move |world| world.image(&wanted)).await?;
+    found.map(|image| show(&app, &image)).ok_or_else(|| no_image(&name))
+}
+
+pub(super) async fn delete_image(
+    State(app): State<App>,
+    Path(name): Path<String>,
+) -> Answer<Response> {
+    match app.manager.delete(ImageName::parse(&name)?).await? {
+        Some(image) => Ok((StatusCode::ACCEPTED, show(&app, &image)).into_response()),
+        None => Ok(StatusCode::NO_CONTENT.into_response()),
+    }
+}
+
+pub(super) async fn fetch_image(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    Body(body): Body<FetchImage>,
+) -> Answer<Response> {
+    let disk = body.disk.as_deref().map(DiskUuid::parse).transpose()?;
+    let image = app.manager.fetch(ImageName::parse(&name)?, disk).await?;
+    Ok((StatusCode::ACCEPTED, show(&app, &image)).into_response())
+}
+
+pub(super) async fn list_disks(State(app): State<App>) -> Answer<Json<Disks>> {
+    let backend = app.backend.clone();
+    let disks = blocking(move || backend.disks()).await?;
+    Ok(Json(Disks { disks: disks.iter().map(wire::disk).collect() }))
+}
+
+pub(super) async fn list_attachments(State(app): State<App>) -> Answer<Json<Attachments>> {
+    let all = app.manager.read(crate::manager::World::attachments).await?;
+    let attachments = all.iter().map(|a| wire::attachment(a, &app.nbd_socket)).collect();
+    Ok(Json(Attachments { attachments }))
+}
+
+pub(super) async fn create_attachment(
+    State(app): State<App>,
+    Body(body): Body<CreateAttachment>,
+) -> Answer<Response> {
+    let new = NewAttachment {
+        id: AttachmentId::random()?,
+        image: ImageName::parse(&body.image)?,
+        disk: body.disk.as_deref().map(DiskUuid::parse).transpose()?,
+        reader: body.reader.unwrap_or_default(),
+        created_unix_s: unix_now_s(),
+    };
+    let (attachment, is_new) = app.manager.attach(new).await?;
+    let status = if is_new { StatusCode::CREATED } else { StatusCode::OK };
+    Ok((status, show_attachment(&app, &attachment)).into_response())
+}
+
+pub(super) async fn get_attachment(
+    State(app): State<App>,
+    Path(id): Path<String>,
+) -> Answer<Json<Attachment>> {
+    let id = AttachmentId::parse(&id)?;
+    let wanted = id.clone();
+    let found = app.manager.read(move |world| world.attachment(&wanted)).await?;
+    let missing = || crate::manager::ManagerError::NoSuchAttachment { id };
+    Ok(show_attachment(&app, &found.ok_or_else(missing)?))
+}
+
+pub(super) async fn delete_attachment(
+    State(app): State<App>,
+    Path(id): Path<String>,
+) -> Answer<StatusCode> {
+    app.manager.detach(AttachmentId::parse(&id)?).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+pub(super) async fn doctor(State(app): State<App>) -> Answer<Json<Doctor>> {
+    let parts = app.clone();
+    Ok(Json(Doctor { checks: blocking(move || (parts.doctor)()).await? }))
+}
+
+pub(super) async fn health(State(app): State<App>) -> Answer<Json<Health>> {
+    // A round through the manager's task: an answer means that it lives.
+    app.manager.read(|_| ()).await?;
+    let version = env!("CARGO_PKG_VERSION").to_owned();
+    Ok(Json(Health { status: "ok".to_owned(), version }))
+}
+
+pub(super) async fn openapi() -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, "application/json")], OPENAPI)
+}
+
+/// Runs what may block on a thread that may.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Answer<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| {
+        let message = "a check died; see the daemon's log";
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message, "")
+    })
+}

@@ -1,0 +1,103 @@
+//! `/metrics`: Prometheus text.
+//!
+//! Why: a node's operator sees copies, disks and answers without asking one by one.
+//! How: gauges are made of the world at each scrape; only answers are counted as they happen.
+//! Never: a label that a stranger chooses, or one that holds a URL.
+//! Start at [`scrape`].
+
+use axum::extract::State;
+use axum::http::{Method, StatusCode, header};
+use axum::response::IntoResponse;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::Registry;
+
+use super::App;
+use super::error::ApiError;
+use super::handlers::blocking;
+
+type Labels = Vec<(&'static str, String)>;
+
+/// Answers by method, route and status.
+#[derive(Clone, Debug, Default)]
+pub struct HttpCounters(Family<Labels, Counter>);
+
+impl HttpCounters {
+    pub(super) fn count(&self, method: &Method, route: Option<&str>, status: StatusCode) {
+        let known = [Method::GET, Method::POST, Method::DELETE];
+        let method = if known.contains(method) { method.as_str() } else { "other" };
+        let labels = vec![
+            ("method", method.to_owned()),
+            ("route", route.unwrap_or("none").to_owned()),
+            ("status", status.as_u16().to_string()),
+        ];
+        self.0.get_or_create(&labels).inc();
+    }
+}
+
+pub(super) async fn scrape(State(app): State<App>) -> Result<impl IntoResponse, ApiError> {
+    let backend = app.backend.clone();
+    let disks = blocking(move || backend.disks()).await?;
+    let (images, attachments) =
+        app.manager.read(|world| (world.images(), world.attachments())).await?;
+    let mut registry = Registry::with_prefix("bedplate");
+    let version = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
+    registry.register("build", "Version of the daemon", version);
+    registry.register("http_requests", "Answers on the control socket", app.http.0.clone());
+
+    let count = |len: usize| i64::try_from(len).unwrap_or(i64::MAX);
+    let gauge = |registry: &mut Registry, name: &str, help: &str, value: i64| {
+        let gauge = Gauge::<i64>::default();
+        gauge.set(value);
+        registry.register(name, help, gauge);
+    };
+    gauge(&mut registry, "images", "Images known", count(images.len()));
+    gauge(&mut registry, "attachments", "Attachments held", count(attachments.len()));
+
+    let copies = Family::<Labels, Gauge>::default();
+    let done = Family::<Labels, Gauge>::default();
+    let retries = Family::<Labels, Gauge>::default();
+    let sessions = Family::<Labels, Gauge>::default();
+    for image in &images {
+        let name = &image.record.name;
+        let open = count((app.sessions)(name));
+        sessions.get_or_create(&vec![("image", name.to_string())]).set(open);
+        for copy in &image.copies {
+            copies.get_or_create(&vec![("state", copy.state.to_string())]).inc();
+            let labels = vec![("image", name.to_string()), ("disk", copy.disk.to_string())];
+            let bytes = i64::try_from(copy.progress.bytes_done).unwrap_or(i64::MAX);
+            done.get_or_create(&labels).set(bytes);
+            retries.get_or_create(&labels).set(i64::from(copy.progress.retries));
+        }
+    }
+    registry.register("copies", "Copies by state", copies);
+    registry.register("copy_bytes", "Bytes of a copy that are here", done);
+    registry.register("copy_retries", "Tries of a copy's source after the first", retries);
+    registry.register("nbd_sessions", "NBD sessions open on an image", sessions);
+
+    let [total, free, reserved, healthy] =
+        std::array::from_fn(|_| Family::<Labels, Gauge>::default());
+    for disk in &disks {
+        let labels = vec![("disk", disk.uuid.to_string())];
+        let bytes = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        total.get_or_create(&labels).set(bytes(disk.total_bytes));
+        free.get_or_create(&labels).set(bytes(disk.free_bytes));
+        reserved.get_or_create(&labels).set(bytes(disk.reserved_bytes));
+        healthy.get_or_create(&labels).set(i64::from(disk.healthy));
+    }
+    registry.register("disk_total_bytes", "Size of the disk's file system", total);
+    registry.register("disk_free_bytes", "Bytes that may still be written", free);
+    registry.register("disk_reserved_bytes", "Bytes that transfers have reserved", reserved);
+    registry.register("disk_healthy", "1 if copies may be started on the disk", healthy);
+
+    let mut text = String::new();
+    encode(&mut text, &registry).map_err(|_| {
+        let message = "the metrics can't be written as text";
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message, "")
+    })?;
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    Ok(([(header::CONTENT_TYPE, kind)], text))
+}

@@ -1,0 +1,39 @@
+//! Who may use the control socket: the kernel's word on the peer's uid and gid.
+//!
+//! Why: file modes alone fail with a wrong umask or a directory that was opened up.
+//! How: root, the daemon's own uid, and what the configuration names. For a group, the peer's own
+//! group or one of those that `/proc` lists for it.
+//! Never: trusts anything that the peer says.
+//! Start at [`Allowed::admits`].
+
+use tokio::net::unix::UCred;
+
+/// Who is let in besides root and the daemon's own user.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Allowed {
+    /// These users.
+    pub uids: Vec<u32>,
+    /// Members of these groups.
+    pub gids: Vec<u32>,
+}
+
+impl Allowed {
+    /// Whether this peer may come in.
+    #[must_use]
+    pub fn admits(&self, peer: &UCred) -> bool {
+        let own = rustix::process::geteuid().as_raw();
+        let uid = peer.uid();
+        if uid == 0 || uid == own || self.uids.contains(&uid) || self.gids.contains(&peer.gid()) {
+            return true;
+        }
+        !self.gids.is_empty()
+            && peer.pid().is_some_and(|pid| groups_of(pid).iter().any(|g| self.gids.contains(g)))
+    }
+}
+
+/// The supplementary groups of a process; none if it is gone.
+fn groups_of(pid: i32) -> Vec<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("Groups:"));
+    line.unwrap_or_default().split_whitespace().filter_map(|g| g.parse().ok()).collect()
+}

@@ -1,0 +1,75 @@
+//! The one table of routes.
+//!
+//! Why: the router, the OpenAPI document and the tests must agree; all read this.
+//! Start at [`table`].
+
+use axum::Router;
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::StatusCode;
+use axum::middleware::Next;
+use axum::response::Response;
+use axum::routing::{MethodRouter, delete, get, post};
+
+use super::error::ApiError;
+use super::{App, events, handlers, metrics};
+
+/// One method of one path.
+pub struct Route {
+    /// `GET`, `POST` or `DELETE`.
+    pub method: &'static str,
+    /// With `{name}` for what varies.
+    pub path: &'static str,
+    handler: MethodRouter<App>,
+}
+
+/// Every route.
+#[must_use]
+pub fn table() -> Vec<Route> {
+    let route = |method, path, handler| Route { method, path, handler };
+    vec![
+        route("GET", "/v1/images", get(handlers::list_images)),
+        route("POST", "/v1/images", post(handlers::create_image)),
+        route("GET", "/v1/images/{name}", get(handlers::get_image)),
+        route("DELETE", "/v1/images/{name}", delete(handlers::delete_image)),
+        route("POST", "/v1/images/{name}/fetch", post(handlers::fetch_image)),
+        route("GET", "/v1/disks", get(handlers::list_disks)),
+        route("GET", "/v1/attachments", get(handlers::list_attachments)),
+        route("POST", "/v1/attachments", post(handlers::create_attachment)),
+        route("GET", "/v1/attachments/{id}", get(handlers::get_attachment)),
+        route("DELETE", "/v1/attachments/{id}", delete(handlers::delete_attachment)),
+        route("GET", "/v1/events", get(events::stream)),
+        route("GET", "/v1/doctor", get(handlers::doctor)),
+        route("GET", "/v1/openapi.json", get(handlers::openapi)),
+        route("GET", "/healthz", get(handlers::health)),
+        route("GET", "/metrics", get(metrics::scrape)),
+    ]
+}
+
+/// The router over [`table`], with JSON for what no route matches.
+pub fn router(app: App) -> Router {
+    let mut router = Router::new();
+    for route in table() {
+        router = router.route(route.path, route.handler);
+    }
+    router
+        .fallback(|| async {
+            let hint = "see GET /v1/openapi.json for the routes";
+            ApiError::new(StatusCode::NOT_FOUND, "no-such-route", "no such route", hint)
+        })
+        .method_not_allowed_fallback(|| async {
+            let (code, message) = ("method-not-allowed", "this route has no such method");
+            let hint = "see GET /v1/openapi.json for the methods";
+            ApiError::new(StatusCode::METHOD_NOT_ALLOWED, code, message, hint)
+        })
+        .layer(axum::middleware::from_fn_with_state(app.clone(), count))
+        .with_state(app)
+}
+
+/// Counts an answer under its route's pattern, never under the path itself.
+async fn count(State(app): State<App>, request: Request, next: Next) -> Response {
+    let method = request.method().clone();
+    let route = request.extensions().get::<MatchedPath>().map(|p| p.as_str().to_owned());
+    let response = next.run(request).await;
+    app.http.count(&method, route.as_deref(), response.status());
+    response
+}

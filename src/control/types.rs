@@ -1,0 +1,281 @@
+//! The wire types of `/v1`: what the daemon sends and what the CLI and scripts read.
+//!
+//! Why: the contract is in one file, apart from the manager's own types, which may change.
+//! How: plain serde. Every property of an answer is always there (`null` when not known); readers
+//! ignore properties that they don't know, the daemon refuses them in requests.
+//! Never: a type that holds a credential: a source is text that was redacted already.
+//! Start at [`Image`].
+
+use serde::{Deserialize, Serialize};
+
+/// Digests of an image's file, lower-case hex.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Digests {
+    /// 64 hex digits.
+    pub sha256: Option<String>,
+    /// 128 hex digits.
+    pub sha512: Option<String>,
+}
+
+/// Where readers find an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nbd {
+    /// Path of the NBD server's Unix socket.
+    pub socket: String,
+    /// Name of the export: the image's name.
+    pub export: String,
+    /// Both, as an NBD URI.
+    pub uri: String,
+}
+
+/// One copy of an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Copy {
+    /// UUID of its disk.
+    pub disk: String,
+    /// Name of its worker.
+    pub worker: String,
+    /// `pending`, `starting`, `in-progress`, `ready-for-transfer`, `ready`, `failed`,
+    /// `failed-and-cleanup` or `unknown`.
+    pub state: String,
+    /// `connecting`, `fetching`, `verifying`, `sealing` or `retrying`; `null` unless it is worked
+    /// on.
+    pub phase: Option<String>,
+    /// Bytes of the file that are here.
+    pub bytes_done: u64,
+    /// Length of the file.
+    pub bytes_total: Option<u64>,
+    /// Bytes per second, over the last seconds.
+    pub rate_bytes_per_s: u64,
+    /// Time left at that rate.
+    pub eta_s: Option<u64>,
+    /// Bytes that the file occupies on its disk.
+    pub stored_bytes: Option<u64>,
+    /// How many times the source was tried again.
+    pub retries: u32,
+    /// True if it failed for good: only a new attach or fetch tries again.
+    pub refused: bool,
+    /// Why it failed, or what is worth knowing; may be empty.
+    pub message: String,
+}
+
+/// One image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Image {
+    /// Its name.
+    pub name: String,
+    /// Given once, never changed.
+    pub uuid: String,
+    /// Its URL, without userinfo and query values; `null` for an image found on a disk.
+    pub source: Option<String>,
+    /// Digests that the user expects.
+    pub expected: Digests,
+    /// `raw` or `qcow2`: found, or else declared.
+    pub format: Option<String>,
+    /// Size of the disk that a guest sees.
+    pub virtual_size_bytes: Option<u64>,
+    /// Length of the file.
+    pub size_bytes: Option<u64>,
+    /// Bytes that all copies occupy.
+    pub stored_bytes: Option<u64>,
+    /// Digests that were computed.
+    pub digests: Digests,
+    /// Its copies, by disk.
+    pub copies: Vec<Copy>,
+    /// How many attachments hold it.
+    pub attachments: u64,
+    /// True while it is being deleted.
+    pub deleting: bool,
+    /// Where to read it; `null` until a copy is ready.
+    pub nbd: Option<Nbd>,
+    /// RFC 3339, UTC.
+    pub created_at: String,
+}
+
+/// One disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disk {
+    /// From its `longhorn-disk.cfg`.
+    pub uuid: String,
+    /// Its directory.
+    pub path: String,
+    /// Size of its file system.
+    pub total_bytes: u64,
+    /// Bytes that may still be written.
+    pub free_bytes: u64,
+    /// Bytes of those that running transfers have reserved.
+    pub reserved_bytes: u64,
+    /// How bytes are written: `uring` or `threads`.
+    pub sink: String,
+    /// False: no copy is started here.
+    pub healthy: bool,
+    /// Why not, or what is worth knowing; may be empty.
+    pub message: String,
+}
+
+/// One reader of an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attachment {
+    /// Its id.
+    pub id: String,
+    /// The image that it reads.
+    pub image: String,
+    /// UUID of the disk whose copy it reads.
+    pub disk: String,
+    /// What the reader calls itself; may be empty.
+    pub reader: String,
+    /// `waiting`, `ready` or `failed`.
+    pub state: String,
+    /// Why it waits or failed; may be empty.
+    pub message: String,
+    /// Where to read; `null` until it is ready.
+    pub nbd: Option<Nbd>,
+    /// RFC 3339, UTC.
+    pub created_at: String,
+}
+
+/// One event of `/v1/events`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// Grows with each change; the events of the snapshot have the id of the last change in it.
+    pub id: u64,
+    /// `image.snapshot`, `attachment.snapshot`, `snapshot.end`, `image.created`, `image.updated`,
+    /// `image.progress`, `image.deleted`, `attachment.created`, `attachment.updated`,
+    /// `attachment.deleted`, or `lagged` (events were lost; the stream ends; connect again).
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The image or attachment; what is deleted has only its name or id (and image).
+    pub object: serde_json::Value,
+}
+
+/// How good one checked thing is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// As it should be.
+    Ok,
+    /// Works, but slower or less safely.
+    Warn,
+    /// Does not work.
+    Fail,
+}
+
+/// One line of `/v1/doctor`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Check {
+    /// What was looked at.
+    pub name: String,
+    /// How it is.
+    pub level: Level,
+    /// What was found.
+    pub message: String,
+    /// What to do; empty if nothing.
+    pub hint: String,
+}
+
+/// Answer of `/v1/images`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Images {
+    /// By name.
+    pub images: Vec<Image>,
+}
+
+/// Answer of `/v1/disks`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disks {
+    /// In the order of the configuration.
+    pub disks: Vec<Disk>,
+}
+
+/// Answer of `/v1/attachments`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attachments {
+    /// By id.
+    pub attachments: Vec<Attachment>,
+}
+
+/// Answer of `/v1/doctor`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Doctor {
+    /// Every check.
+    pub checks: Vec<Check>,
+}
+
+/// Answer of `/healthz`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Health {
+    /// `ok`.
+    pub status: String,
+    /// Version of the daemon.
+    pub version: String,
+}
+
+/// Body of `POST /v1/images`. Its `Debug` shows no URL.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreateImage {
+    /// Its name; default: made of the URL's last part.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// http, https or file URL; may hold credentials.
+    pub url: String,
+    /// Digest that the file must have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
+    /// Digest that the file must have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha512: Option<String>,
+    /// `raw` or `qcow2`; default: look.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<String>,
+    /// Disks on which to bring it in at once; default none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<String>,
+}
+
+impl std::fmt::Debug for CreateImage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CreateImage").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// Body of `POST /v1/images/{name}/fetch`; may be absent.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FetchImage {
+    /// On which disk; default: one that has or wants it, else one with room.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<String>,
+}
+
+/// Body of `POST /v1/attachments`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreateAttachment {
+    /// The image to read.
+    pub image: String,
+    /// On which disk; default as for a fetch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<String>,
+    /// What the reader calls itself. With a label, repeating the request gives the same one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reader: Option<String>,
+}
+
+/// Why a request was refused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// A fixed word for programs.
+    pub code: String,
+    /// What and where.
+    pub message: String,
+    /// What to do; may be empty.
+    pub hint: String,
+}
+
+/// Body of every answer whose status is 400 or more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// The problem.
+    pub error: Problem,
+}

@@ -1,0 +1,185 @@
+//! The manager's facts as wire types.
+//!
+//! Why: here, and only here, a record becomes an answer; so here credentials stay out.
+//! Start at [`image`].
+
+use std::path::Path;
+
+use super::types::{Attachment, Copy, Digests, Disk, Event, Image, Nbd};
+use crate::manager::{
+    AttachmentState, AttachmentStatus, Change, CopyState, CopyStatus, DiskStatus, ImageStatus,
+};
+use crate::names::ImageName;
+
+/// An image for the wire.
+pub(crate) fn image(status: &ImageStatus, nbd_socket: &Path) -> Image {
+    let record = &status.record;
+    let facts = record.facts.as_ref();
+    let sealed: Vec<u64> =
+        status.copies.iter().filter_map(|c| c.info.as_ref()).map(|i| i.stored_bytes).collect();
+    Image {
+        name: record.name.to_string(),
+        uuid: record.uuid.to_string(),
+        source: record.source.as_ref().map(ToString::to_string),
+        expected: Digests {
+            sha256: record.expected.sha256.clone(),
+            sha512: record.expected.sha512.clone(),
+        },
+        format: facts.map(|f| f.format).or(record.declared_format).map(|f| f.to_string()),
+        virtual_size_bytes: facts.map(|f| f.virtual_size_bytes),
+        size_bytes: facts.map(|f| f.size_bytes),
+        stored_bytes: (!sealed.is_empty()).then(|| sealed.iter().sum()),
+        digests: Digests {
+            sha256: facts.and_then(|f| f.sha256.clone()),
+            sha512: facts.and_then(|f| f.sha512.clone()),
+        },
+        copies: status.copies.iter().map(copy).collect(),
+        attachments: status.attachments as u64,
+        deleting: record.deleting,
+        nbd: status.exported.then(|| nbd(&record.name, nbd_socket)),
+        created_at: rfc3339(record.created_unix_s),
+    }
+}
+
+fn copy(status: &CopyStatus) -> Copy {
+    let progress = &status.progress;
+    let busy = matches!(status.state, CopyState::Starting | CopyState::InProgress);
+    let left = progress.bytes_total.map(|total| total.saturating_sub(progress.bytes_done));
+    let eta = left.and_then(|left| left.checked_div(progress.rate_bytes_per_s));
+    Copy {
+        disk: status.disk.to_string(),
+        worker: status.worker.clone(),
+        state: status.state.to_string(),
+        phase: busy.then(|| progress.phase.as_str().to_owned()),
+        bytes_done: progress.bytes_done,
+        bytes_total: progress.bytes_total,
+        rate_bytes_per_s: progress.rate_bytes_per_s,
+        eta_s: eta.filter(|_| busy),
+        stored_bytes: status.info.as_ref().map(|i| i.stored_bytes),
+        retries: progress.retries,
+        refused: status.refused,
+        message: status.message.clone(),
+    }
+}
+
+/// An attachment for the wire.
+pub(crate) fn attachment(status: &AttachmentStatus, nbd_socket: &Path) -> Attachment {
+    let record = &status.record;
+    let ready = status.state == AttachmentState::Ready;
+    Attachment {
+        id: record.id.to_string(),
+        image: record.image.to_string(),
+        disk: record.disk.to_string(),
+        reader: record.reader.clone(),
+        state: status.state.as_str().to_owned(),
+        message: status.message.clone(),
+        nbd: ready.then(|| nbd(&record.image, nbd_socket)),
+        created_at: rfc3339(record.created_unix_s),
+    }
+}
+
+/// A disk for the wire.
+pub(crate) fn disk(status: &DiskStatus) -> Disk {
+    Disk {
+        uuid: status.uuid.to_string(),
+        path: status.path.display().to_string(),
+        total_bytes: status.total_bytes,
+        free_bytes: status.free_bytes,
+        reserved_bytes: status.reserved_bytes,
+        sink: status.sink.clone(),
+        healthy: status.healthy,
+        message: status.message.clone(),
+    }
+}
+
+/// A change for the wire.
+pub(crate) fn event(told: &crate::manager::Told, nbd_socket: &Path) -> Event {
+    use crate::manager::Object;
+    let kind = match told.change {
+        Change::ImageCreated(_) => "image.created",
+        Change::ImageUpdated(_) => "image.updated",
+        Change::ImageProgress(_) => "image.progress",
+        Change::ImageDeleted(_) => "image.deleted",
+        Change::AttachmentCreated(_) => "attachment.created",
+        Change::AttachmentUpdated(_) => "attachment.updated",
+        Change::AttachmentDeleted(..) => "attachment.deleted",
+    };
+    let object = match &told.object {
+        Object::Image(status) => serde_json::json!(image(status, nbd_socket)),
+        Object::ImageGone(name) => serde_json::json!({ "name": name }),
+        Object::Attachment(status) => serde_json::json!(attachment(status, nbd_socket)),
+        Object::AttachmentGone(id, name) => serde_json::json!({ "id": id, "image": name }),
+    };
+    Event { id: told.id, kind: kind.to_owned(), object }
+}
+
+fn nbd(name: &ImageName, socket: &Path) -> Nbd {
+    Nbd {
+        socket: socket.display().to_string(),
+        export: name.to_string(),
+        uri: nbd_uri(name.as_str(), socket),
+    }
+}
+
+/// The URI of an export on a Unix socket: `nbd+unix:///NAME?socket=PATH`, escaped (NBD URI spec).
+#[must_use]
+pub fn nbd_uri(export: &str, socket: &Path) -> String {
+    use std::os::unix::ffi::OsStrExt;
+    let (export, socket) = (escape(export.as_bytes()), escape(socket.as_os_str().as_bytes()));
+    format!("nbd+unix:///{export}?socket={socket}")
+}
+
+/// RFC 3986: everything but unreserved characters and `/` as `%XX`.
+pub(crate) fn escape(bytes: &[u8]) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte);
+    let escaped = |&byte: &u8| match plain(byte) {
+        true => char::from(byte).to_string(),
+        false => format!("%{byte:02X}"),
+    };
+    bytes.iter().map(escaped).collect()
+}
+
+/// Seconds since 1970 as RFC 3339 in UTC: `2026-01-31T23:59:59Z`.
+#[must_use]
+pub fn rfc3339(unix_s: u64) -> String {
+    let (days, rest) = (unix_s / 86_400, unix_s % 86_400);
+    // Civil date from days since 1970-03-01 shifted to 0000-03-01 (Howard Hinnant's algorithm).
+    let z = days + 719_468;
+    let (era, day_of_era) = (z / 146_097, z % 146_097);
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_rfc_3339() {
+        // From `date -u -d @N +%FT%TZ`.
+        for (unix_s, text) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (951_782_399, "2000-02-28T23:59:59Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (1_795_409_925, "2026-11-23T04:58:45Z"),
+            (4_107_542_400, "2100-03-01T00:00:00Z"),
+        ] {
+            assert_eq!(rfc3339(unix_s), text);
+        }
+    }
+
+    #[test]
+    fn an_nbd_uri_is_escaped() {
+        assert_eq!(
+            nbd_uri("debian-12", Path::new("/run/a b&c/n.sock")),
+            "nbd+unix:///debian-12?socket=/run/a%20b%26c/n.sock"
+        );
+    }
+}
