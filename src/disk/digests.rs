@@ -125,18 +125,36 @@ struct Head {
     size_bytes: u64,
     sha256: Option<String>,
     sha512: Option<String>,
+    #[serde(default)]
+    declared: Option<String>,
 }
 
-impl Digests {
-    /// Writes the digests of a file of `size_bytes` as `name` in `dir`; durable when this returns.
+/// What `backing.digests` says of a finished file.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DigestRecord {
+    /// Length of the file in bytes.
+    pub size_bytes: u64,
+    /// The format that its owner declared, in the caller's own word; `None` if none was.
+    pub declared: Option<String>,
+    /// The digests.
+    pub digests: Digests,
+}
+
+impl DigestRecord {
+    /// Writes the record as `name` in `dir`; durable when this returns.
     ///
     /// Layout: a header page (magic, length of the JSON, JSON), then pages of 511 little-endian
     /// xxh3 words, each page with its CRC-32.
     ///
     /// # Errors
     /// [`DiskError::Io`] or [`DiskError::Full`].
-    pub fn store(&self, dir: &Dir, name: &str, size_bytes: u64) -> Result<(), DiskError> {
-        let head = Head { size_bytes, sha256: self.sha256.clone(), sha512: self.sha512.clone() };
+    pub fn store(&self, dir: &Dir, name: &str) -> Result<(), DiskError> {
+        let head = Head {
+            size_bytes: self.size_bytes,
+            sha256: self.digests.sha256.clone(),
+            sha512: self.digests.sha512.clone(),
+            declared: self.declared.clone(),
+        };
         let json = serde_json::to_vec(&head).unwrap_or_default();
         let mut page = Page::new();
         page.content_mut()[..8].copy_from_slice(MAGIC);
@@ -144,7 +162,7 @@ impl Digests {
         page.content_mut()[16..16 + json.len()].copy_from_slice(&json);
         page.seal();
         let mut bytes = page.bytes().to_vec();
-        for words in self.xxh3_per_mib.chunks(WORDS_PER_PAGE) {
+        for words in self.digests.xxh3_per_mib.chunks(WORDS_PER_PAGE) {
             let mut page = Page::new();
             for (index, word) in words.iter().enumerate() {
                 page.set_word(index * 8, *word);
@@ -155,12 +173,11 @@ impl Digests {
         dir.replace(name, &bytes)
     }
 
-    /// The digests in the file `name` of `dir`, with the size they speak for. `None` if there is
-    /// none, or it is damaged.
+    /// The record in the file `name` of `dir`. `None` if there is none, or it is damaged.
     ///
     /// # Errors
     /// [`DiskError::Io`].
-    pub fn load(dir: &Dir, name: &str) -> Result<Option<(Self, u64)>, DiskError> {
+    pub fn load(dir: &Dir, name: &str) -> Result<Option<Self>, DiskError> {
         let read_failed = |e| DiskError::io("read", &dir.join(name), e);
         let Some(file) = dir.try_open_file(name, rustix::fs::OFlags::RDONLY)? else {
             return Ok(None);
@@ -175,10 +192,12 @@ impl Digests {
             words.extend((0..WORDS_PER_PAGE).map(|word| page.word(word * 8)));
         }
         words.truncate(blocks);
-        let digests = Self { sha256: head.sha256, sha512: head.sha512, xxh3_per_mib: words };
-        Ok(Some((digests, head.size_bytes)))
+        let digests = Digests { sha256: head.sha256, sha512: head.sha512, xxh3_per_mib: words };
+        Ok(Some(Self { size_bytes: head.size_bytes, declared: head.declared, digests }))
     }
+}
 
+impl Digests {
     /// Which cryptographic digests are known.
     #[must_use]
     pub fn known(&self) -> DigestSet {
@@ -233,13 +252,20 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let dir = Dir::open(temp.path()).unwrap();
         let size = 1200 * MIB + 1;
-        let digests =
-            Digests { sha256: Some("ab".into()), sha512: None, xxh3_per_mib: (0..1201).collect() };
-        digests.store(&dir, "d", size).unwrap();
-        assert_eq!(Digests::load(&dir, "d").unwrap(), Some((digests, size)));
+        let record = DigestRecord {
+            size_bytes: size,
+            declared: Some("raw".into()),
+            digests: Digests {
+                sha256: Some("ab".into()),
+                sha512: None,
+                xxh3_per_mib: (0..1201).collect(),
+            },
+        };
+        record.store(&dir, "d").unwrap();
+        assert_eq!(DigestRecord::load(&dir, "d").unwrap(), Some(record));
         use std::os::unix::fs::FileExt;
         let file = dir.open_file("d", rustix::fs::OFlags::RDWR).unwrap();
         file.write_all_at(&[1], 5000).unwrap();
-        assert_eq!(Digests::load(&dir, "d").unwrap(), None);
+        assert_eq!(DigestRecord::load(&dir, "d").unwrap(), None);
     }
 }

@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 
 use super::cfg::{CopyCfg, go_time};
-use super::digests::Digests;
+use super::digests::{DigestRecord, Digests};
 use super::presence::{MAX_FILE_BYTES, Presence, Version};
 use super::space::{Reservation, Space};
 use super::{Dir, DiskError, Sealed};
@@ -74,6 +74,16 @@ pub struct SealRecord {
     pub digests: Digests,
     /// The SHA-512 that the creator asked for, if any.
     pub expected_sha512: Option<String>,
+    /// The format that its owner declared, in the caller's own word.
+    pub declared: Option<String>,
+}
+
+impl SealRecord {
+    /// The part that `backing.digests` keeps.
+    pub(super) fn digest_record(&self, size_bytes: u64) -> DigestRecord {
+        let (declared, digests) = (self.declared.clone(), self.digests.clone());
+        DigestRecord { size_bytes, declared, digests }
+    }
 }
 
 /// A file that is being brought in.
@@ -265,6 +275,16 @@ impl Filling {
         Ok(())
     }
 
+    /// Cuts the padding of the last block off, so that the file has its final length.
+    ///
+    /// # Errors
+    /// [`DiskError::Io`].
+    pub fn trim(&self) -> Result<(), DiskError> {
+        let Some(total) = self.total_bytes else { return Ok(()) };
+        let path = self.path();
+        self.file.set_len(total).map_err(|e| DiskError::write(&path, total, e))
+    }
+
     /// Makes the file final: durable, named, read-only. Nothing writes to it after this.
     ///
     /// # Errors
@@ -283,12 +303,12 @@ impl Filling {
             return Err(DiskError::Incomplete { path, missing, total });
         }
         let failed = |e| DiskError::write(&path, total, e);
-        self.file.set_len(total).map_err(failed)?;
+        self.trim()?;
         rustix::fs::fchmod(&*self.file, rustix::fs::Mode::from_raw_mode(0o444))
             .map_err(|e| DiskError::io("chmod", &path, e.into()))?;
         self.file.sync_all().map_err(failed)?;
         if let Some(name) = &self.layout.digests {
-            record.digests.store(&self.dir, name, total)?;
+            record.digest_record(total).store(&self.dir, name)?;
         }
         if let Some(name) = &self.layout.cfg {
             let cfg = copy_cfg(&self.dir.join(&self.layout.data), &self.file, record)?;

@@ -24,7 +24,7 @@ mod writer;
 mod tests;
 
 pub use cfg::{CopyCfg, go_time};
-pub use digests::{DigestSet, Digests, Hasher};
+pub use digests::{DigestRecord, DigestSet, Digests, Hasher};
 pub use dir::Dir;
 pub use error::DiskError;
 pub use filling::{Filling, Layout, SealError, SealRecord};

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, OFlags};
 
 use super::cfg::{CopyCfg, DiskCfg, go_time};
-use super::digests::Digests;
+use super::digests::{DigestRecord, Digests};
 use super::filling::{Filling, Layout, SealRecord, copy_cfg, store_cfg};
 use super::readback::hash_file;
 use super::space::Space;
@@ -64,6 +64,8 @@ pub struct CopyRecord {
     pub virtual_size_bytes: u64,
     /// Digests of the file, as far as they were made.
     pub digests: Digests,
+    /// The format that its owner declared, in the caller's own word; `None` if none was.
+    pub declared: Option<String>,
 }
 
 /// A copy found on a disk.
@@ -213,30 +215,31 @@ impl Disk {
         let path = dir.join(&layout.data);
         let file = dir.open_file(&layout.data, OFlags::RDONLY)?;
         let size_bytes = file.metadata().map_err(|e| DiskError::io("stat", &path, e))?.len();
-        let (old_cfg, recorded) = recorded_digests(&dir, &layout)?;
-        let known = recorded.known();
+        let (old_cfg, old) = recorded(&dir, &layout)?;
+        let known = old.digests.known();
         let mut hasher = Hasher::new(DigestSet {
             sha256: known.sha256 || want.sha256,
             sha512: known.sha512 || want.sha512,
         });
         hash_file(&file, &path, size_bytes, &mut hasher, progress)?;
         let digests = hasher.finish();
-        compare(&path, "SHA-256", recorded.sha256.as_ref(), digests.sha256.as_ref())?;
-        compare(&path, "SHA-512", recorded.sha512.as_ref(), digests.sha512.as_ref())?;
+        compare(&path, "SHA-256", old.digests.sha256.as_ref(), digests.sha256.as_ref())?;
+        compare(&path, "SHA-512", old.digests.sha512.as_ref(), digests.sha512.as_ref())?;
         let expected = old_cfg.map(|cfg| cfg.expected_checksum).filter(|text| !text.is_empty());
         let record = SealRecord {
             uuid: id.uuid.to_string(),
             virtual_size_bytes,
             digests: digests.clone(),
             expected_sha512: expected,
+            declared: old.declared,
         };
         if let Some(name) = &layout.digests {
-            digests.store(&dir, name, size_bytes)?;
+            record.digest_record(size_bytes).store(&dir, name)?;
         }
         if let Some(name) = &layout.cfg {
             store_cfg(&dir, name, &copy_cfg(&path, &file, &record)?)?;
         }
-        Ok(CopyRecord { size_bytes, virtual_size_bytes, digests })
+        Ok(CopyRecord { size_bytes, virtual_size_bytes, digests, declared: record.declared })
     }
 
     /// Removes all files of a copy. The caller knows that nobody uses it.
@@ -273,20 +276,19 @@ fn compare(
 }
 
 /// What `backing.cfg` and `backing.digests` say, whatever the file's state.
-fn recorded_digests(dir: &Dir, layout: &Layout) -> Result<(Option<CopyCfg>, Digests), DiskError> {
+fn recorded(dir: &Dir, layout: &Layout) -> Result<(Option<CopyCfg>, DigestRecord), DiskError> {
     let cfg = read_cfg(dir, layout)?;
-    let mut digests = match &layout.digests {
-        Some(name) => Digests::load(dir, name)?.map(|(digests, _)| digests).unwrap_or_default(),
-        None => Digests::default(),
+    let mut record = match &layout.digests {
+        Some(name) => DigestRecord::load(dir, name)?.unwrap_or_default(),
+        None => DigestRecord::default(),
     };
     if let Some(cfg) = &cfg {
-        let recorded = [&cfg.current_checksum, &cfg.expected_checksum];
-        let recorded = recorded.into_iter().find(|text| !text.is_empty());
-        if let Some(text) = recorded {
-            digests.sha512 = Some(text.to_ascii_lowercase());
+        let sums = [&cfg.current_checksum, &cfg.expected_checksum];
+        if let Some(text) = sums.into_iter().find(|text| !text.is_empty()) {
+            record.digests.sha512 = Some(text.to_ascii_lowercase());
         }
     }
-    Ok((cfg, digests))
+    Ok((cfg, record))
 }
 
 fn read_cfg(dir: &Dir, layout: &Layout) -> Result<Option<CopyCfg>, DiskError> {
@@ -298,19 +300,18 @@ fn read_cfg(dir: &Dir, layout: &Layout) -> Result<Option<CopyCfg>, DiskError> {
 /// The record of a finished file, if it is valid and the file was not touched since.
 fn ready_record(dir: &Dir, layout: &Layout, file: &File) -> Result<Option<CopyRecord>, DiskError> {
     let meta = file.metadata().map_err(|e| DiskError::io("stat", dir.path(), e))?;
-    let (cfg, mut digests) = recorded_digests(dir, layout)?;
+    let (cfg, record) = recorded(dir, layout)?;
     let Some(cfg) = cfg else { return Ok(None) };
-    let same = u64::try_from(cfg.size) == Ok(meta.len())
-        && cfg.modification_time == go_time(&meta)
-        && !meta.is_dir();
+    let same = u64::try_from(cfg.size) == Ok(meta.len()) && cfg.modification_time == go_time(&meta);
     if !same {
         return Ok(None);
     }
+    let DigestRecord { mut digests, declared, .. } = record;
     if digests.xxh3_per_mib.len() as u64 != meta.len().div_ceil(crate::units::MIB) {
         digests.xxh3_per_mib = Vec::new();
     }
     let virtual_size_bytes = u64::try_from(cfg.virtual_size).unwrap_or(0);
-    Ok(Some(CopyRecord { size_bytes: meta.len(), virtual_size_bytes, digests }))
+    Ok(Some(CopyRecord { size_bytes: meta.len(), virtual_size_bytes, digests, declared }))
 }
 
 /// Locks the disk for this process, by `flock`: the lock ends with the process, however it ends.

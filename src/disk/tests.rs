@@ -77,6 +77,7 @@ fn what_goes_in_comes_out_sparse_sealed_and_read_only() {
             virtual_size_bytes: total,
             digests: hasher.finish(),
             expected_sha512: None,
+            declared: None,
         };
         let sealed = filling.seal(&record).unwrap();
         let mut back = vec![0; bytes.len()];

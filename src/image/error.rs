@@ -144,7 +144,6 @@ impl ReadError {
         }
     }
 
-    #[expect(dead_code, reason = "QCOW2 tables use it in the next change")]
     pub(super) fn fault(path: &Path, fault: Fault) -> Self {
         let Fault { kind: _, field, at, found, need } = fault;
         Self::Malformed { path: path.to_owned(), field, at, found, need }

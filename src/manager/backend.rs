@@ -16,8 +16,9 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
-use super::records::{Expected, Facts, Format};
+use super::records::{Expected, Facts};
 use crate::fetch::SourceUrl;
+use crate::image::Format;
 use crate::image::View;
 use crate::names::{DiskUuid, ImageName, ImageUuid};
 

@@ -9,9 +9,10 @@ use std::time::Duration;
 
 use super::backend::DiskStatus;
 use super::error::ManagerError;
-use super::records::{AttachmentId, AttachmentRecord, Expected, Format, ImageRecord, Want};
+use super::records::{AttachmentId, AttachmentRecord, Expected, ImageRecord, Want};
 use super::world::{Action, Attachment, AttachmentState, Change, Image, Touched, Worker, World};
 use crate::fetch::SourceUrl;
+use crate::image::Format;
 use crate::names::{DiskUuid, ImageName, ImageUuid};
 
 /// Longest label of a reader in bytes.

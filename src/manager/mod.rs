@@ -11,16 +11,18 @@ pub mod backend;
 mod command;
 mod driver;
 mod error;
+mod node;
 mod perform;
 pub mod records;
 mod status;
 mod step;
 #[cfg(test)]
 mod tests;
-pub mod worker;
+mod worker;
 mod world;
 
 pub use crate::fetch::SourceUrl;
+pub use crate::image::Format;
 pub use backend::{
     Backend, BackendError, Cancel, CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy,
     FoundState, Phase, Progress, Report, Reporter, WorkerEvent, WorkerHandle,
@@ -28,8 +30,9 @@ pub use backend::{
 pub use command::{Command, NewAttachment, NewImage, Outcome, READER_MAX_LEN};
 pub use driver::{Exporter, Manager, Object, Subscription, Told};
 pub use error::ManagerError;
+pub use node::{Node, NodeError, NodeOptions};
 pub(crate) use perform::{chain, unix_now_s};
-pub use records::{AttachmentId, AttachmentRecord, Expected, Facts, Format, ImageRecord};
+pub use records::{AttachmentId, AttachmentRecord, Expected, Facts, ImageRecord};
 pub use status::{AttachmentStatus, CopyStatus, ImageStatus};
 pub use step::{BACK_OFF_FIRST, BACK_OFF_MOST, back_off};
 pub use world::{Action, AttachmentState, Change, CopyState, Event, World};

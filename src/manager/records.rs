@@ -12,7 +12,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::fetch::source::{self, SourceUrl};
-pub use crate::image::Format;
+use crate::image::Format;
 use crate::names::{DiskUuid, ImageName, ImageUuid, NameError};
 
 /// The digests that a user expects of an image's file: lower-case hex, checked on arrival.

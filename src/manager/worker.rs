@@ -1,1 +1,327 @@
-//! The real workers of this node: the store and the transfer behind [`super::Backend`].
+//! The handler of one copy: makes it ready, whatever state its files are in.
+//!
+//! Why: a copy survives its worker; the next one goes on from what is durable.
+//! How: a finished file with a valid record is adopted at once, one without is hashed, an
+//! unfinished one is resumed; then it is inspected, and only then sealed.
+//! Never: seals a file that was not inspected, or keeps bytes that failed their digest.
+//! Start at [`run`].
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::Semaphore;
+
+use super::backend::{
+    Cancel, CopyInfo, CopyTask, FailureClass, Phase, Progress, Reporter, WorkerEvent,
+};
+use super::node::{OpenError, Slot, info_of, one_line, store_id, view_of};
+use crate::disk::{self, CopyState, DigestSet, DiskError, Filling, SealRecord};
+use crate::fetch::{self, Class, Engine, Expect, FetchError, Fetched, Policy};
+use crate::image::{self, Format, ImageError};
+use crate::ring::BufPool;
+
+/// How often a transfer's numbers are reported.
+const TICK: Duration = Duration::from_millis(200);
+/// Ticks over which the rate is averaged: three seconds.
+const RATE_TICKS: usize = 15;
+
+/// What the workers of a node share.
+pub(super) struct Shared {
+    pub(super) pool: BufPool,
+    pub(super) policy: Policy,
+    pub(super) transfers: Arc<Semaphore>,
+}
+
+/// Why a worker gave up.
+#[derive(Debug, thiserror::Error)]
+enum WorkError {
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error("no file here and no URL to fetch it from; delete the image, or create it with a URL")]
+    NoSource,
+    #[error(
+        "{field} is {found}, but the image's first copy has {expected}; the source has changed: create an image of another name"
+    )]
+    OtherImage { field: &'static str, expected: String, found: String },
+}
+
+impl From<OpenError> for WorkError {
+    fn from(error: OpenError) -> Self {
+        match error {
+            OpenError::Disk(error) => Self::Disk(error),
+            OpenError::Image(error) => Self::Image(error),
+        }
+    }
+}
+
+impl WorkError {
+    /// How the manager should take it; `None` if the worker was cancelled.
+    fn class(&self) -> Option<FailureClass> {
+        let retry = match self {
+            Self::Disk(error) => error.may_retry(),
+            Self::Fetch(error) => match error.class() {
+                Class::Cancelled => return None,
+                Class::Retry => true,
+                Class::Refuse => false,
+            },
+            Self::Image(error) => error.class() == image::Class::Retry,
+            Self::NoSource | Self::OtherImage { .. } => false,
+        };
+        Some(if retry { FailureClass::Retry } else { FailureClass::Refuse })
+    }
+}
+
+/// Does the work of one copy and reports how it went.
+pub(super) async fn run(
+    slot: Arc<Slot>,
+    shared: Shared,
+    task: CopyTask,
+    events: Reporter,
+    cancel: Cancel,
+) {
+    events.send(WorkerEvent::Started);
+    let worker = Worker { slot, shared, task, events, cancel };
+    match worker.bring_in().await {
+        Ok(info) => worker.events.send(WorkerEvent::Ready(info)),
+        Err(error) => {
+            let message = one_line(&error);
+            let Some(class) = error.class() else { return };
+            tracing::warn!(worker = %worker.task.worker, error = %message, "copy failed");
+            let cleaned = class == FailureClass::Refuse && worker.clean_up().await;
+            worker.events.send(WorkerEvent::Failed { class, message, cleaned });
+        }
+    }
+}
+
+struct Worker {
+    slot: Arc<Slot>,
+    shared: Shared,
+    task: CopyTask,
+    events: Reporter,
+    cancel: Cancel,
+}
+
+impl Worker {
+    fn id(&self) -> disk::CopyId {
+        store_id(&self.task.id)
+    }
+
+    fn declared(&self) -> Option<Format> {
+        self.task.declared_format
+    }
+
+    /// Runs `work` with the disk on a thread that may block.
+    async fn on_disk<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Slot, disk::CopyId) -> T + Send + 'static,
+    ) -> T {
+        let (slot, id) = (Arc::clone(&self.slot), self.id());
+        match tokio::task::spawn_blocking(move || work(&slot, id)).await {
+            Ok(value) => value,
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
+    }
+
+    async fn bring_in(&self) -> Result<CopyInfo, WorkError> {
+        let state = self.on_disk(|slot, id| slot.disk.copy_state(&id)).await?;
+        match state {
+            Some(CopyState::Ready(record)) => self.adopt(record).await,
+            Some(CopyState::Unchecked) => match self.verify().await {
+                Err(WorkError::Disk(DiskError::DigestMismatch { .. }))
+                    if self.task.source.is_some() =>
+                {
+                    tracing::warn!(worker = %self.task.worker, "stored bytes are damaged: fetching again");
+                    self.on_disk(|slot, id| slot.disk.remove(&id)).await?;
+                    self.fetch().await
+                }
+                other => other,
+            },
+            Some(CopyState::Filling { .. }) | None => self.fetch().await,
+        }
+    }
+
+    async fn adopt(&self, record: disk::CopyRecord) -> Result<CopyInfo, WorkError> {
+        let open = move |slot: &Slot, id| {
+            view_of(&slot.disk, &id, &record).map(|view| info_of(&view, &record))
+        };
+        Ok(self.on_disk(open).await?)
+    }
+
+    /// A finished file of unknown history: inspected and hashed before it counts.
+    async fn verify(&self) -> Result<CopyInfo, WorkError> {
+        let (events, cancel, declared) =
+            (self.events.clone(), self.cancel.clone(), self.declared());
+        let want = self.expect().wanted();
+        let record = self
+            .on_disk(move |slot, id| -> Result<_, WorkError> {
+                let sealed = slot.disk.sealed(&id)?;
+                let total = sealed.len_bytes();
+                let info = image::inspect(sealed.file(), sealed.path(), declared)?;
+                let report = &mut |done| {
+                    events.send(WorkerEvent::Progress(Progress {
+                        bytes_done: done,
+                        bytes_total: Some(total),
+                        phase: Phase::Verifying,
+                        ..Progress::default()
+                    }));
+                    !cancel.is_cancelled()
+                };
+                let want = DigestSet { sha256: true, ..want };
+                Ok(slot.disk.verify(&id, info.virtual_size_bytes, want, report)?)
+            })
+            .await?;
+        self.judge_digests(&record.digests)?;
+        self.adopt(record).await
+    }
+
+    fn expect(&self) -> Expect {
+        let expected = &self.task.expected;
+        // The manager has checked them; a record that was damaged since expects nothing.
+        Expect::parse(expected.sha256.as_deref(), expected.sha512.as_deref()).unwrap_or_default()
+    }
+
+    fn judge_digests(&self, digests: &disk::Digests) -> Result<(), WorkError> {
+        if let Some((field, expected, found)) = self.expect().mismatch(digests) {
+            return Err(WorkError::OtherImage { field, expected, found });
+        }
+        let Some(facts) = &self.task.facts else { return Ok(()) };
+        for (field, expected, found) in [
+            ("SHA-256", &facts.sha256, &digests.sha256),
+            ("SHA-512", &facts.sha512, &digests.sha512),
+        ] {
+            if let (Some(expected), Some(found)) = (expected, found)
+                && expected != found
+            {
+                let (expected, found) = (expected.clone(), found.clone());
+                return Err(WorkError::OtherImage { field, expected, found });
+            }
+        }
+        Ok(())
+    }
+
+    async fn fetch(&self) -> Result<CopyInfo, WorkError> {
+        let source = self.task.source.as_ref().ok_or(WorkError::NoSource)?;
+        let waiting = Progress { message: "waiting for its turn".into(), ..Progress::default() };
+        self.events.send(WorkerEvent::Progress(waiting));
+        let mut cancel = self.cancel.clone();
+        let _turn = tokio::select! {
+            turn = self.shared.transfers.acquire() => turn.map_err(|_| FetchError::Cancelled)?,
+            () = cancel.cancelled() => return Err(FetchError::Cancelled.into()),
+        };
+        let mut filling = self.on_disk(|slot, id| slot.disk.filling(&id)).await?;
+        let engine = Engine {
+            pool: self.shared.pool.clone(),
+            probe: self.slot.probe.clone(),
+            policy: self.shared.policy.clone(),
+        };
+        let progress = Arc::new(fetch::Progress::default());
+        let expect = self.expect();
+        let transfer = fetch::transfer(&engine, source, &expect, &mut filling, &progress);
+        let fetched = self.watch(transfer, &progress).await?;
+        self.judge_digests(&fetched.digests)?;
+        self.seal(filling, fetched).await
+    }
+
+    /// Drives the transfer, reporting its numbers, and stops it if the worker is cancelled.
+    async fn watch<T>(&self, transfer: impl Future<Output = T>, progress: &fetch::Progress) -> T {
+        let mut rate = Rate::default();
+        let mut cancel = self.cancel.clone();
+        let mut tick = tokio::time::interval(TICK);
+        tokio::pin!(transfer);
+        loop {
+            tokio::select! {
+                result = &mut transfer => return result,
+                _ = tick.tick() => self.report(progress, &mut rate),
+                () = cancel.cancelled(), if !progress.is_stopped() => progress.stop(),
+            }
+        }
+    }
+
+    fn report(&self, progress: &fetch::Progress, rate: &mut Rate) {
+        let now = progress.snapshot();
+        self.events.send(WorkerEvent::Progress(Progress {
+            bytes_done: now.bytes_done,
+            bytes_total: now.bytes_total,
+            rate_bytes_per_s: rate.add(now.bytes_received),
+            phase: match now.phase {
+                fetch::Phase::Connecting => Phase::Connecting,
+                fetch::Phase::Fetching => Phase::Fetching,
+                fetch::Phase::Verifying => Phase::Verifying,
+                fetch::Phase::Retrying => Phase::Retrying,
+            },
+            retries: now.retries,
+            message: now.message,
+        }));
+    }
+
+    async fn seal(&self, filling: Filling, fetched: Fetched) -> Result<CopyInfo, WorkError> {
+        let total = filling.total_bytes();
+        self.events.send(WorkerEvent::Progress(Progress {
+            bytes_done: total.unwrap_or(0),
+            bytes_total: total,
+            phase: Phase::Sealing,
+            ..Progress::default()
+        }));
+        let (uuid, declared) = (self.task.id.uuid.to_string(), self.declared());
+        let expected_sha512 = self.task.expected.sha512.clone();
+        self.on_disk(move |slot, id| -> Result<CopyInfo, WorkError> {
+            // The last block may be padded: the file must have its length to be judged by it.
+            filling.trim()?;
+            let info = image::inspect(filling.file(), &filling.path(), declared)?;
+            let record = SealRecord {
+                uuid,
+                virtual_size_bytes: info.virtual_size_bytes,
+                digests: fetched.digests,
+                expected_sha512,
+                declared: declared.map(|format| format.to_string()),
+            };
+            let sealed = filling.seal(&record).map_err(|refused| refused.error)?;
+            drop(sealed);
+            let Some(CopyState::Ready(record)) = slot.disk.copy_state(&id)? else {
+                let path = slot.disk.data_path(&id);
+                let why = "it was changed right after it was sealed".to_owned();
+                return Err(DiskError::Damaged { path, field: "sealed copy", why }.into());
+            };
+            let mut info = info_of(&view_of(&slot.disk, &id, &record)?, &record);
+            info.etag = fetched.etag;
+            Ok(info)
+        })
+        .await
+    }
+
+    /// Removes what a refused copy left, unless it was there before as a finished file.
+    async fn clean_up(&self) -> bool {
+        let removed = self
+            .on_disk(|slot, id| match slot.disk.copy_state(&id)? {
+                Some(CopyState::Ready(_) | CopyState::Unchecked) => Ok(false),
+                Some(CopyState::Filling { .. }) | None => slot.disk.remove(&id).map(|()| true),
+            })
+            .await;
+        removed.unwrap_or_else(|error: DiskError| {
+            tracing::warn!(worker = %self.task.worker, error = %one_line(&error), "cannot clean up");
+            false
+        })
+    }
+}
+
+/// Bytes per second over the last ticks.
+#[derive(Debug, Default)]
+struct Rate(VecDeque<(Instant, u64)>);
+
+impl Rate {
+    fn add(&mut self, bytes: u64) -> u64 {
+        let now = Instant::now();
+        self.0.push_back((now, bytes));
+        if self.0.len() > RATE_TICKS {
+            self.0.pop_front();
+        }
+        let Some((first, before)) = self.0.front() else { return 0 };
+        let millis = u64::try_from(now.duration_since(*first).as_millis()).unwrap_or(u64::MAX);
+        bytes.saturating_sub(*before).saturating_mul(1000).checked_div(millis).unwrap_or(0)
+    }
+}

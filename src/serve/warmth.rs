@@ -209,6 +209,6 @@ mod tests {
     #[test]
     fn an_empty_range_is_resident() {
         assert!(Warmth::new(0).is_resident(FileOffset(0), 0));
-        assert!(Warmth::new(4096).is_resident(FileOffset(4096), 0));
+        assert!(Warmth::new(2 * MIB).is_resident(FileOffset(2 * MIB), 0));
     }
 }

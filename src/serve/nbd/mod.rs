@@ -25,3 +25,6 @@ pub use limits::{Limits, MAX_READ_BYTES, PREFERRED_BLOCK_BYTES};
 pub use server::{Server, Stopper};
 pub use session::{End, serve};
 pub use transport::{Socket, Transport};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,304 @@
+//! What every guest cluster is, in shared memory.
+//!
+//! Why: a lookup is on the way of every read, from many threads and (through the memfd) from
+//! other processes; foreign entries must have been judged by then.
+//! How: words as in `word`; the first touch of a span reads its L2 table with pread and fills in
+//! its words, and the span word is set last (release). Two threads that fill one span write the
+//! same words, so nobody waits. Memory is at most the size of the L2 tables in the file.
+//! Never: takes a lock to look up, or reads compressed bytes from the map.
+//! Start at [`ClusterMap::run_at`].
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{LazyLock, Mutex};
+
+use bytes::Bytes;
+
+use super::codec::Codec;
+use super::entry::{Packed, decode_l2};
+use super::fault::EntryFault;
+use super::open::Image;
+use super::word::{self, Meaning, Span};
+use crate::image::{ImageError, ReadError, Run, RunKind};
+use crate::map::SharedTable;
+use crate::units::{FileOffset, GuestOffset};
+
+/// Bytes of an L2 table that are read at once.
+const L2_READ_BYTES: usize = 64 * 1024;
+
+/// A [`Codec`] and the buffer for its input.
+#[derive(Debug, Default)]
+struct Decoder {
+    codec: Codec,
+    stored: Vec<u8>,
+}
+
+/// Decoders that nobody uses just now; at most one per core is kept.
+static IDLE_DECODERS: Mutex<Vec<Decoder>> = Mutex::new(Vec::new());
+
+/// A checked image and its cluster map.
+#[derive(Debug)]
+pub struct ClusterMap {
+    image: Image,
+    table: SharedTable,
+    /// Span words, which come before the cluster words.
+    spans: usize,
+    path: PathBuf,
+}
+
+/// The known words from some cluster to the end of its span.
+enum Known<'a> {
+    /// All zero, up to this cluster.
+    ZeroUpTo(u64),
+    Words(&'a [AtomicU64]),
+    /// The L2 table was not read yet.
+    Unread,
+}
+
+impl ClusterMap {
+    /// A map with nothing filled in. `path` is for messages.
+    ///
+    /// # Errors
+    /// [`ImageError::Map`] if the host refuses the shared memory.
+    pub fn new(mut image: Image, path: &Path) -> Result<Self, ImageError> {
+        // Taken apart here: the place of an L2 table is in its span word from now on.
+        let l1 = std::mem::take(&mut image.l1);
+        let words = l1.len() as u64 + image.header.clusters();
+        let table = SharedTable::new("bedplate-clusters", words).map_err(|source| {
+            let (path, len_bytes) = (path.to_owned(), words * 8);
+            ImageError::Map { path, what: "the cluster map", len_bytes, source }
+        })?;
+        for (word, &at) in table.words().iter().zip(&l1) {
+            if at != 0 {
+                word.store(Span::Unread(FileOffset(at)).to_word(), Ordering::Release);
+            }
+        }
+        Ok(Self { image, table, spans: l1.len(), path: path.to_owned() })
+    }
+
+    /// The map itself, to be handed to a reader in another process; see `word` for its layout.
+    #[must_use]
+    pub fn table(&self) -> &SharedTable {
+        &self.table
+    }
+
+    /// The cluster around `at`: its number and its first byte.
+    #[must_use]
+    pub fn cluster_of(&self, at: GuestOffset) -> (u64, GuestOffset) {
+        let bits = self.image.header.cluster_bits;
+        (at.0 >> bits.get(), GuestOffset(at.0 & !bits.offset_mask()))
+    }
+
+    /// The run that begins at `at` and ends at guest byte `end` at the latest.
+    ///
+    /// `at < end <=` the disk's size. The run may end early where an L2 table was not read yet.
+    ///
+    /// # Errors
+    /// The entry of `at` is damaged, or its L2 table could not be read.
+    pub fn run_at(&self, file: &File, at: GuestOffset, end: u64) -> Result<Run, ReadError> {
+        let bits = self.image.header.cluster_bits;
+        let (cluster, start) = self.cluster_of(at);
+        let mut next = cluster + 1;
+        let kind = match self.meaning(file, cluster)? {
+            Meaning::Encoded(_) => RunKind::Encoded,
+            Meaning::Data(stored_at) => {
+                let expected = word::data(stored_at) + bits.size_bytes();
+                next = self.extend(next, end, |n| expected + (n << bits.get()));
+                RunKind::Data(stored_at.advance(at.0 - start.0))
+            }
+            Meaning::Zero => {
+                next = self.extend(next, end, |_| word::ZERO);
+                RunKind::Zero
+            }
+            Meaning::Damaged => return Err(self.damage(file, cluster)),
+        };
+        let end = end.min(next << bits.get());
+        Ok(Run { kind, len_bytes: end - at.0 })
+    }
+
+    /// The first cluster from `next` on whose word is not as `expected`, which is given the
+    /// distance from `next`. Does not look further than guest byte `end`.
+    fn extend(&self, next: u64, end: u64, expected: impl Fn(u64) -> u64) -> u64 {
+        let last = end.div_ceil(self.image.header.cluster_bits.size_bytes());
+        let mut cluster = next;
+        while cluster < last {
+            match self.known(cluster) {
+                Known::Unread => break,
+                Known::ZeroUpTo(end) if expected(cluster - next) == word::ZERO => cluster = end,
+                Known::ZeroUpTo(_) => break,
+                Known::Words(words) => {
+                    let limit = usize::try_from(last - cluster).unwrap_or(usize::MAX);
+                    for word in words.iter().take(limit) {
+                        if word.load(Ordering::Relaxed) != expected(cluster - next) {
+                            return cluster;
+                        }
+                        cluster += 1;
+                    }
+                }
+            }
+        }
+        cluster
+    }
+
+    /// The span of `cluster`: its number, and its clusters.
+    fn span_of(&self, cluster: u64) -> (usize, std::ops::Range<u64>) {
+        let l2_bits = self.image.header.cluster_bits.l2_bits();
+        let span = cluster >> l2_bits;
+        let end = ((span + 1) << l2_bits).min(self.image.header.clusters());
+        (usize::try_from(span).unwrap_or(usize::MAX), span << l2_bits..end)
+    }
+
+    fn span(&self, index: usize) -> Span {
+        Span::of_word(self.span_word(index).load(Ordering::Acquire))
+    }
+
+    fn span_word(&self, index: usize) -> &AtomicU64 {
+        let spans = self.table.words().get(..self.spans);
+        spans.and_then(|spans| spans.get(index)).expect("every guest cluster has a span")
+    }
+
+    /// The cluster words of `clusters`.
+    fn words(&self, clusters: std::ops::Range<u64>) -> &[AtomicU64] {
+        let index = |cluster| usize::try_from(cluster).unwrap_or(usize::MAX);
+        let words = self.table.words().get(self.spans..);
+        words
+            .and_then(|words| words.get(index(clusters.start)..index(clusters.end)))
+            .expect("every guest cluster has a word")
+    }
+
+    fn known(&self, cluster: u64) -> Known<'_> {
+        let (index, clusters) = self.span_of(cluster);
+        match self.span(index) {
+            Span::Zero => Known::ZeroUpTo(clusters.end),
+            Span::Unread(_) => Known::Unread,
+            Span::Filled(_) => Known::Words(self.words(cluster..clusters.end)),
+        }
+    }
+
+    fn meaning(&self, file: &File, cluster: u64) -> Result<Meaning, ReadError> {
+        let (index, clusters) = self.span_of(cluster);
+        match self.span(index) {
+            Span::Zero => return Ok(Meaning::Zero),
+            Span::Unread(table) => self.fill(file, table, index, clusters)?,
+            Span::Filled(_) => {}
+        }
+        let word = self.words(cluster..cluster + 1).first().map(|w| w.load(Ordering::Relaxed));
+        Ok(word::meaning(word.unwrap_or_default(), self.image.header.cluster_bits))
+    }
+
+    /// Reads the L2 table of a span and fills in its words; the span word is set last.
+    #[cold]
+    fn fill(
+        &self,
+        file: &File,
+        table: FileOffset,
+        index: usize,
+        clusters: std::ops::Range<u64>,
+    ) -> Result<(), ReadError> {
+        let limits = self.image.limits();
+        let words = self.words(clusters.clone());
+        let mut buffer = vec![0; L2_READ_BYTES.min(words.len() * 8)];
+        let (mut at, mut cluster) = (table.0, clusters.start);
+        for words in words.chunks(L2_READ_BYTES / 8) {
+            let len = words.len() * 8;
+            let bytes = buffer.get_mut(..len).expect("a part is at most the buffer");
+            file.read_exact_at(bytes, at)
+                .map_err(|source| ReadError::io(&self.path, at, len, source))?;
+            for (word, &entry) in words.iter().zip(bytes.as_chunks().0) {
+                let raw = u64::from_be_bytes(entry);
+                let value = match decode_l2(raw, self.image.visible_bytes(cluster), &limits) {
+                    Ok(decoded) => word::of_cluster(decoded, raw),
+                    Err(_reason_is_found_again_when_it_is_read) => word::DAMAGED,
+                };
+                word.store(value, Ordering::Relaxed);
+                cluster += 1;
+            }
+            at += len as u64;
+        }
+        self.span_word(index).store(Span::Filled(table).to_word(), Ordering::Release);
+        Ok(())
+    }
+
+    /// Why the entry of `cluster` is damaged: reads and judges it once more.
+    #[cold]
+    fn damage(&self, file: &File, cluster: u64) -> ReadError {
+        let (index, clusters) = self.span_of(cluster);
+        let (Span::Filled(table) | Span::Unread(table)) = self.span(index) else {
+            return self.changed(FileOffset(0), 0);
+        };
+        let at = FileOffset(table.0 + (cluster - clusters.start) * 8);
+        let mut entry = [0; 8];
+        if let Err(source) = file.read_exact_at(&mut entry, at.0) {
+            return ReadError::io(&self.path, at.0, entry.len(), source);
+        }
+        let raw = u64::from_be_bytes(entry);
+        match decode_l2(raw, self.image.visible_bytes(cluster), &self.image.limits()) {
+            Err(fault) => ReadError::fault(&self.path, fault.at(at)),
+            Ok(_) => self.changed(at, raw),
+        }
+    }
+
+    fn changed(&self, at: FileOffset, raw: u64) -> ReadError {
+        let fault = EntryFault::new("L2 entry", raw, "a file that nobody changes while it is open");
+        ReadError::fault(&self.path, fault.at(at))
+    }
+
+    /// Decodes the compressed cluster around `at`; ends with the cluster or with the disk.
+    ///
+    /// Reads the stored bytes with pread. Decoders are shared and kept, results are not.
+    ///
+    /// # Errors
+    /// [`ReadError::NotEncoded`], [`ReadError::Decode`], or those of [`run_at`](Self::run_at).
+    pub fn decode(&self, file: &File, at: GuestOffset) -> Result<Bytes, ReadError> {
+        let (cluster, start) = self.cluster_of(at);
+        let packed = match self.meaning(file, cluster)? {
+            Meaning::Encoded(packed) => packed.clamp(self.image.file_len_bytes),
+            Meaning::Damaged => return Err(self.damage(file, cluster)),
+            Meaning::Data(_) | Meaning::Zero => return Err(ReadError::NotEncoded { at }),
+        };
+        let mut decoder = take_decoder();
+        let decoded = self.decode_with(&mut decoder, file, packed, start);
+        give_back(decoder);
+        let mut decoded = decoded?;
+        let visible = usize::try_from(self.image.visible_bytes(cluster)).unwrap_or(usize::MAX);
+        decoded.truncate(visible);
+        Ok(decoded.into())
+    }
+
+    fn decode_with(
+        &self,
+        decoder: &mut Decoder,
+        file: &File,
+        packed: Packed,
+        start: GuestOffset,
+    ) -> Result<Vec<u8>, ReadError> {
+        let Decoder { codec, stored } = decoder;
+        let len = usize::try_from(packed.len_bytes).expect("at most 4 MiB");
+        stored.resize(len, 0);
+        file.read_exact_at(stored, packed.at.0)
+            .map_err(|source| ReadError::io(&self.path, packed.at.0, len, source))?;
+        let size_bytes = self.image.header.cluster_bits.size_bytes();
+        let mut cluster = vec![0; usize::try_from(size_bytes).expect("at most 2 MiB")];
+        codec.decode(self.image.header.compression, stored, &mut cluster).map_err(|fault| {
+            let (path, what) = (self.path.clone(), fault.text());
+            ReadError::Decode { path, what, at: start, stored_at: packed.at }
+        })?;
+        Ok(cluster)
+    }
+}
+
+fn take_decoder() -> Decoder {
+    let mut idle = IDLE_DECODERS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    idle.pop().unwrap_or_default()
+}
+
+fn give_back(decoder: Decoder) {
+    static CORES: LazyLock<usize> =
+        LazyLock::new(|| std::thread::available_parallelism().map_or(1, usize::from));
+    let mut idle = IDLE_DECODERS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if idle.len() < *CORES {
+        idle.push(decoder);
+    }
+}

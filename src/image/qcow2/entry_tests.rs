@@ -1,0 +1,158 @@
+//! Tests of `entry`: one rule of the format each.
+
+use proptest::prelude::*;
+
+use super::*;
+
+const CLUSTER: u64 = 65_536;
+const FILE_LEN: u64 = 0x10_0000;
+
+/// Clusters of 64 KiB in a file of 1 MiB; L1 at 0x30000, L2 tables at 0x40000 and 0x60000.
+fn decode_in(version: u32, raw: u64) -> Result<Cluster, EntryFault> {
+    let bits = ClusterBits::new(16).unwrap();
+    let limits = Limits {
+        version,
+        bits,
+        file_len_bytes: FILE_LEN,
+        l1: &(0x30000..0x30010),
+        l2_tables: &[0x40000, 0x60000],
+    };
+    decode_l2(raw, CLUSTER, &limits)
+}
+
+fn decode(raw: u64) -> Result<Cluster, EntryFault> {
+    decode_in(3, raw)
+}
+
+fn packed(at: u64, len_bytes: u64) -> Cluster {
+    Cluster::Compressed(Packed { at: FileOffset(at), len_bytes })
+}
+
+#[test]
+fn a_standard_cluster_is_data_at_its_offset() {
+    assert_eq!(decode(0x8000_0000_0005_0000), Ok(Cluster::Data(FileOffset(0x50000))));
+    assert_eq!(decode_in(2, 0x0000_0000_0005_0000), Ok(Cluster::Data(FileOffset(0x50000))));
+}
+
+#[test]
+fn no_offset_is_unallocated_even_with_the_copied_flag() {
+    assert_eq!(decode(0), Ok(Cluster::Unallocated));
+    assert_eq!(decode(COPIED), Ok(Cluster::Unallocated));
+}
+
+#[test]
+fn the_zero_flag_wins_over_a_preallocated_offset() {
+    assert_eq!(decode(1), Ok(Cluster::Zero));
+    assert_eq!(decode(0x8000_0000_0005_0001), Ok(Cluster::Zero));
+    assert_eq!(decode(0x8000_0000_0005_0201).unwrap_err().field, "preallocated cluster offset");
+}
+
+#[test]
+fn version_2_has_no_zero_flag() {
+    assert_eq!(decode_in(2, 0x0000_0000_0005_0001).unwrap_err().field, "L2 entry");
+    assert!(decode_in(2, 1).is_err());
+}
+
+#[test]
+fn reserved_bits_are_masked_and_reported() {
+    let raw = 0x3f00_0000_0005_01fe;
+    assert_eq!(decode(raw), Ok(Cluster::Data(FileOffset(0x50000))));
+    assert_eq!(reserved_l2_bits(raw), 0x3f00_0000_0000_01fe);
+    assert_eq!(reserved_l2_bits(0x8000_0000_0005_0001), 0);
+    assert_eq!(reserved_l2_bits(COMPRESSED | COPIED), COPIED);
+    assert_eq!(reserved_l1_bits(0xff00_0000_0005_01ff), 0x7f00_0000_0000_01ff);
+}
+
+#[test]
+fn data_is_aligned_inside_the_file_and_behind_the_metadata() {
+    let need = |raw| decode(raw).unwrap_err().need;
+    assert_eq!(need(0x50200), "a multiple of the cluster size");
+    assert_eq!(need(FILE_LEN), "a cluster inside the file");
+    assert_eq!(need(OFFSET & !0xffff), "a cluster inside the file");
+    assert_eq!(need(0x30000), "not in the L1 table");
+    assert_eq!(need(0x60000), "not an L2 table");
+    assert_eq!(decode(FILE_LEN - CLUSTER), Ok(Cluster::Data(FileOffset(FILE_LEN - CLUSTER))));
+}
+
+#[test]
+fn the_last_cluster_may_end_in_the_file_where_the_disk_ends() {
+    let limits = Limits {
+        version: 3,
+        bits: ClusterBits::new(16).unwrap(),
+        file_len_bytes: 0x50200,
+        l1: &(0x30000..0x30010),
+        l2_tables: &[],
+    };
+    assert_eq!(decode_l2(0x50000, 512, &limits), Ok(Cluster::Data(FileOffset(0x50000))));
+    assert!(decode_l2(0x50000, 513, &limits).is_err());
+}
+
+#[test]
+fn bit_0_of_a_compressed_entry_belongs_to_its_offset() {
+    assert_eq!(decode(COMPRESSED | 0x50001), Ok(packed(0x50001, 511)));
+}
+
+#[test]
+fn a_compressed_length_counts_sectors_from_the_first_bytes_sector() {
+    // x = 62 - (16 - 8) = 54: the sector count begins at bit 54.
+    assert_eq!(decode(COMPRESSED | 2 << 54 | 0x50010), Ok(packed(0x50010, 3 * 512 - 16)));
+    assert_eq!(decode(COMPRESSED | COPIED | 0x50010), Ok(packed(0x50010, 512 - 16)));
+    let most = decode(COMPRESSED | 0xff << 54 | 0x50000).unwrap();
+    assert_eq!(most, packed(0x50000, 256 * 512));
+}
+
+#[test]
+fn a_compressed_length_is_clamped_at_the_files_end() {
+    assert_eq!(decode(COMPRESSED | 9 << 54 | (FILE_LEN - 3)), Ok(packed(FILE_LEN - 3, 3)));
+}
+
+#[test]
+fn a_compressed_cluster_is_inside_the_file_and_behind_the_metadata() {
+    let need = |raw| decode(COMPRESSED | raw).unwrap_err().need;
+    assert_eq!(need(0), "past the header's cluster");
+    assert_eq!(need(0xffff), "past the header's cluster");
+    assert_eq!(need(FILE_LEN), "inside the file");
+    assert_eq!(need((1 << 54) - 1), "inside the file");
+    assert_eq!(need(0x3000f), "not in an L1 or L2 table");
+    assert_eq!(need(0x4ffff), "not in an L1 or L2 table");
+}
+
+#[test]
+fn the_smallest_and_largest_clusters_split_an_entry_elsewhere() {
+    let small = Packed::of_entry(COMPRESSED | 1 << 61 | 0x1001, ClusterBits::new(9).unwrap());
+    assert_eq!(small, Packed { at: FileOffset(0x1001), len_bytes: 1023 });
+    let large = Packed::of_entry(u64::MAX, ClusterBits::new(21).unwrap());
+    assert_eq!(large.at, FileOffset((1 << 49) - 1));
+    assert_eq!(large.len_bytes, 8192 * 512 - 511);
+}
+
+fn any_bits() -> impl Strategy<Value = ClusterBits> {
+    (9_u32..=21).prop_map(|bits| ClusterBits::new(bits).unwrap())
+}
+
+proptest! {
+    #[test]
+    fn decoding_is_total_and_stays_inside_the_file(
+        raw: u64, mask: u64, bits in any_bits(), len: u64, version in 2_u32..=3,
+    ) {
+        let l1 = 0x30000..0x30010;
+        let limits =
+            Limits { version, bits, file_len_bytes: len, l1: &l1, l2_tables: &[0x20_0000] };
+        for raw in [raw, raw & mask, raw & OFFSET & !bits.offset_mask()] {
+            match decode_l2(raw, bits.size_bytes(), &limits) {
+                Ok(Cluster::Data(at)) => {
+                    prop_assert_eq!(at.0 & bits.offset_mask(), 0);
+                    prop_assert!(at.0 + bits.size_bytes() <= len && at.0 >= bits.size_bytes());
+                }
+                Ok(Cluster::Compressed(packed)) => {
+                    prop_assert!(packed.at.0 + packed.len_bytes <= len);
+                    prop_assert!((1..=2 * bits.size_bytes()).contains(&packed.len_bytes));
+                }
+                Ok(Cluster::Zero | Cluster::Unallocated) | Err(_) => {}
+            }
+            if let Ok(Some(at)) = decode_l1(raw, &limits) {
+                prop_assert!(at.0 + bits.size_bytes() <= len);
+            }
+        }
+    }
+}

@@ -1,0 +1,361 @@
+//! The header: the numbers that everything else is checked against.
+//!
+//! Why: cluster size, disk size and the L1 table's place come from a stranger.
+//! How: [`Header::parse`] applies every rule in qemu's order, then the limits of this reader.
+//! Never: reads a file, or keeps a number that was not checked.
+//! Start at [`Header::parse`]. Format: qemu `docs/interop/qcow2.rst`, "Header".
+
+use std::ops::Range;
+
+use serde::Serialize;
+
+use super::extension;
+use super::fault::Fault;
+use super::raw::{RawHeader, RawHeaderV3, V2_LEN, V3_MIN_LEN};
+use crate::units::{MIB, TIB};
+
+const MAGIC: u32 = 0x5146_49fb;
+const DIRTY: u64 = 1 << 0;
+const CORRUPT: u64 = 1 << 1;
+const EXTERNAL_DATA: u64 = 1 << 2;
+const COMPRESSION_TYPE: u64 = 1 << 3;
+const EXTENDED_L2: u64 = 1 << 4;
+const KNOWN_INCOMPATIBLE: u64 = DIRTY | CORRUPT | COMPRESSION_TYPE;
+const AUTOCLEAR_RAW_EXTERNAL: u64 = 1 << 1;
+
+/// Largest virtual size: what one L1 table of 32 MiB can map with 64 KiB clusters is far more.
+const MAX_SIZE_BYTES: u64 = 16 * TIB;
+const MAX_L1_BYTES: u64 = 32 * MIB;
+const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 * MIB;
+const MAX_REFCOUNT_ORDER: u32 = 6;
+const MAX_SNAPSHOTS: u32 = 65_536;
+/// Bytes of a snapshot table's entry without its variable parts.
+const SNAPSHOT_ENTRY_BYTES: u64 = 40;
+
+/// How compressed clusters are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compression {
+    /// A raw deflate stream.
+    Zlib,
+    /// Zstandard frames.
+    Zstd,
+}
+
+/// log2 of the cluster size in bytes; 9..=21 by construction, so a shift by it cannot overflow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClusterBits(u32);
+
+impl ClusterBits {
+    /// `bits` if it is one of the cluster sizes from 512 bytes to 2 MiB.
+    #[must_use]
+    pub fn new(bits: u32) -> Option<Self> {
+        (9..=21).contains(&bits).then_some(Self(bits))
+    }
+
+    /// The logarithm itself.
+    #[must_use]
+    pub fn get(self) -> u32 {
+        self.0
+    }
+
+    /// Bytes of a cluster.
+    #[must_use]
+    pub fn size_bytes(self) -> u64 {
+        1 << self.0
+    }
+
+    /// Mask of the position inside a cluster.
+    #[must_use]
+    pub fn offset_mask(self) -> u64 {
+        self.size_bytes() - 1
+    }
+
+    /// log2 of the number of entries in an L2 table, which fills one cluster.
+    #[must_use]
+    pub fn l2_bits(self) -> u32 {
+        self.0 - 3
+    }
+
+    fn is_aligned(self, offset: u64) -> bool {
+        offset & self.offset_mask() == 0
+    }
+}
+
+/// A header whose every number was checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// 2 or 3.
+    pub version: u32,
+    /// Cluster size.
+    pub cluster_bits: ClusterBits,
+    /// Length of the disk: a multiple of 512, 512 bytes to 16 TiB.
+    pub size_bytes: u64,
+    /// The L1 table in the file, as declared; all of it is inside the file.
+    pub l1: Range<u64>,
+    /// Number of L1 entries that the disk needs; the table has at least as many.
+    pub l1_entries: u64,
+    /// How compressed clusters are compressed.
+    pub compression: Compression,
+    /// Number of internal snapshots, which are ignored.
+    pub snapshots: u32,
+    /// Harmless oddities, in words.
+    pub notes: Vec<&'static str>,
+}
+
+/// How many bytes [`Header::parse`] wants to see of a file that starts with `first_bytes`.
+pub(super) fn wanted_len(first_bytes: &[u8]) -> usize {
+    let bits = ClusterBits::new(RawHeader::read(first_bytes).cluster_bits.get());
+    bits.map_or(0, |bits| usize::try_from(bits.size_bytes()).unwrap_or(0))
+}
+
+/// What only version 3 has; for version 2 what it implies.
+struct Features {
+    incompatible: u64,
+    autoclear: u64,
+    refcount_order: u32,
+    header_len: u64,
+    compression_type: u8,
+}
+
+impl Header {
+    /// Checks the header and its extensions.
+    ///
+    /// `first_cluster` is the start of the file: one cluster, or less of a shorter file.
+    ///
+    /// # Errors
+    /// The first field at fault.
+    pub fn parse(first_cluster: &[u8], file_len_bytes: u64) -> Result<Self, Fault> {
+        let raw = RawHeader::read(first_cluster);
+        let bits = check_identity(&raw, first_cluster.len())?;
+        let features = Features::read(&raw, first_cluster, bits)?;
+        let compression = features.check()?;
+        check_other_files(&raw)?;
+        let size_bytes = check_size(&raw)?;
+        check_refcount_table(&raw, bits)?;
+        check_snapshots(&raw, bits)?;
+        let (l1, l1_entries) = check_l1(&raw, bits, size_bytes, file_len_bytes)?;
+        let within = |n: u64| usize::try_from(n).unwrap_or(usize::MAX).min(first_cluster.len());
+        let area = first_cluster.get(within(features.header_len)..within(bits.size_bytes()));
+        extension::check(area.unwrap_or_default(), features.header_len)?;
+        let mut notes = features.notes();
+        if raw.size.get() != size_bytes {
+            notes.push("the size is no multiple of 512; rounded down, as qemu does");
+        }
+        Ok(Self {
+            version: raw.version.get(),
+            cluster_bits: bits,
+            size_bytes,
+            l1,
+            l1_entries,
+            compression,
+            snapshots: raw.nb_snapshots.get(),
+            notes,
+        })
+    }
+
+    /// Number of guest clusters; the last one may reach past the disk's end.
+    #[must_use]
+    pub fn clusters(&self) -> u64 {
+        self.size_bytes.div_ceil(self.cluster_bits.size_bytes())
+    }
+}
+
+fn check_identity(raw: &RawHeader, len: usize) -> Result<ClusterBits, Fault> {
+    let magic = raw.magic.get();
+    if magic != MAGIC {
+        return Err(Fault::malformed("magic", 0, magic.into(), "0x514649fb"));
+    }
+    let version = raw.version.get();
+    let header_len = match version {
+        2 => V2_LEN,
+        3 => V3_MIN_LEN,
+        _ => return Err(Fault::unsupported("version", 4, version.into(), "2 or 3")),
+    };
+    if len < header_len {
+        return Err(Fault::malformed("file length", 0, len as u64, "at least the header"));
+    }
+    let found = raw.cluster_bits.get();
+    ClusterBits::new(found)
+        .ok_or_else(|| Fault::malformed("cluster_bits", 20, found.into(), "9 to 21"))
+}
+
+impl Features {
+    fn read(raw: &RawHeader, first_cluster: &[u8], bits: ClusterBits) -> Result<Self, Fault> {
+        if raw.version.get() == 2 {
+            return Ok(Self {
+                incompatible: 0,
+                autoclear: 0,
+                refcount_order: 4,
+                header_len: V2_LEN as u64,
+                compression_type: 0,
+            });
+        }
+        let v3 = RawHeaderV3::read(first_cluster);
+        let header_len = u64::from(v3.header_length.get());
+        let min = V3_MIN_LEN as u64;
+        if header_len < min || header_len > bits.size_bytes() || header_len % 8 != 0 {
+            let need = "a multiple of 8 from 104 to the cluster size";
+            return Err(Fault::malformed("header_length", 100, header_len, need));
+        }
+        Ok(Self {
+            incompatible: v3.incompatible_features.get(),
+            autoclear: v3.autoclear_features.get(),
+            refcount_order: v3.refcount_order.get(),
+            header_len,
+            compression_type: if header_len > min { v3.compression_type } else { 0 },
+        })
+    }
+
+    fn check(&self) -> Result<Compression, Fault> {
+        let refuse_bit = |bit: u64, need| {
+            let found = self.incompatible & bit;
+            Err(Fault::unsupported("incompatible_features", 72, found, need))
+        };
+        if self.incompatible & EXTERNAL_DATA != 0 {
+            return refuse_bit(EXTERNAL_DATA, "bit 2 clear (no external data file)");
+        }
+        if self.incompatible & EXTENDED_L2 != 0 {
+            return refuse_bit(EXTENDED_L2, "bit 4 clear (no extended L2 entries)");
+        }
+        if self.incompatible & !KNOWN_INCOMPATIBLE != 0 {
+            return refuse_bit(!KNOWN_INCOMPATIBLE, "only bits 0, 1 and 3");
+        }
+        if self.autoclear & AUTOCLEAR_RAW_EXTERNAL != 0 {
+            let need = "bit 1 clear (no raw external data file)";
+            return Err(Fault::unsupported("autoclear_features", 88, self.autoclear, need));
+        }
+        if self.refcount_order > MAX_REFCOUNT_ORDER {
+            let found = self.refcount_order.into();
+            return Err(Fault::malformed("refcount_order", 96, found, "at most 6"));
+        }
+        let has_bit = self.incompatible & COMPRESSION_TYPE != 0;
+        let found = self.compression_type.into();
+        match (has_bit, self.compression_type) {
+            (false, 0) => Ok(Compression::Zlib),
+            (true, 1) => Ok(Compression::Zstd),
+            (false, _) => Err(Fault::malformed(
+                "compression_type",
+                104,
+                found,
+                "0 while incompatible feature bit 3 is clear",
+            )),
+            (true, 0) => Err(Fault::malformed(
+                "compression_type",
+                104,
+                found,
+                "not 0 while incompatible feature bit 3 is set",
+            )),
+            (true, _) => Err(Fault::unsupported("compression_type", 104, found, "0 or 1")),
+        }
+    }
+
+    fn notes(&self) -> Vec<&'static str> {
+        let mut notes = Vec::new();
+        if self.incompatible & DIRTY != 0 {
+            notes.push("dirty bit set: refcounts may be wrong, data is not affected");
+        }
+        if self.incompatible & CORRUPT != 0 {
+            notes.push("corrupt bit set: a writer found damaged metadata; run `qemu-img check`");
+        }
+        notes
+    }
+}
+
+fn check_other_files(raw: &RawHeader) -> Result<(), Fault> {
+    let need = "0 (no backing file)";
+    if raw.backing_file_offset.get() != 0 {
+        let found = raw.backing_file_offset.get();
+        return Err(Fault::unsupported("backing_file_offset", 8, found, need));
+    }
+    if raw.backing_file_size.get() != 0 {
+        let found = raw.backing_file_size.get().into();
+        return Err(Fault::unsupported("backing_file_size", 16, found, need));
+    }
+    if raw.crypt_method.get() != 0 {
+        let found = raw.crypt_method.get().into();
+        return Err(Fault::unsupported("crypt_method", 32, found, "0 (no encryption)"));
+    }
+    Ok(())
+}
+
+fn check_size(raw: &RawHeader) -> Result<u64, Fault> {
+    let found = raw.size.get();
+    let sectors = found & !511;
+    if sectors == 0 {
+        return Err(Fault::malformed("size", 24, found, "at least 512"));
+    }
+    if sectors > MAX_SIZE_BYTES {
+        return Err(Fault::malformed("size", 24, found, "at most 16 TiB"));
+    }
+    Ok(sectors)
+}
+
+/// The refcounts are not read; a table that no writer makes is refused all the same, as by qemu.
+fn check_refcount_table(raw: &RawHeader, bits: ClusterBits) -> Result<(), Fault> {
+    let offset = raw.refcount_table_offset.get();
+    let clusters = u64::from(raw.refcount_table_clusters.get());
+    if clusters == 0 {
+        return Err(Fault::malformed("refcount_table_clusters", 56, 0, "at least 1"));
+    }
+    if clusters > MAX_REFCOUNT_TABLE_BYTES >> bits.get() {
+        let need = "a table of at most 8 MiB";
+        return Err(Fault::malformed("refcount_table_clusters", 56, clusters, need));
+    }
+    check_offset("refcount_table_offset", 48, offset, MAX_REFCOUNT_TABLE_BYTES, bits)
+}
+
+fn check_snapshots(raw: &RawHeader, bits: ClusterBits) -> Result<(), Fault> {
+    let count = raw.nb_snapshots.get();
+    if count > MAX_SNAPSHOTS {
+        return Err(Fault::malformed("nb_snapshots", 60, count.into(), "at most 65536"));
+    }
+    let len_bytes = u64::from(count) * SNAPSHOT_ENTRY_BYTES;
+    check_offset("snapshots_offset", 64, raw.snapshots_offset.get(), len_bytes, bits)
+}
+
+fn check_l1(
+    raw: &RawHeader,
+    bits: ClusterBits,
+    size_bytes: u64,
+    file_len_bytes: u64,
+) -> Result<(Range<u64>, u64), Fault> {
+    let (offset, entries) = (raw.l1_table_offset.get(), u64::from(raw.l1_size.get()));
+    let len_bytes = entries * 8;
+    if len_bytes > MAX_L1_BYTES {
+        return Err(Fault::malformed("l1_size", 36, entries, "a table of at most 32 MiB"));
+    }
+    let needed = size_bytes.div_ceil(bits.size_bytes() << bits.l2_bits());
+    if entries < needed {
+        return Err(Fault::malformed("l1_size", 36, entries, "enough entries for the disk's size"));
+    }
+    check_offset("l1_table_offset", 40, offset, len_bytes, bits)?;
+    if offset < bits.size_bytes() {
+        return Err(Fault::malformed("l1_table_offset", 40, offset, "past the header's cluster"));
+    }
+    if offset + len_bytes > file_len_bytes {
+        return Err(Fault::malformed("l1_table_offset", 40, offset, "a table inside the file"));
+    }
+    Ok((offset..offset + len_bytes, needed))
+}
+
+/// A table's offset is aligned, and its end is below 2^63.
+fn check_offset(
+    field: &'static str,
+    at: u64,
+    offset: u64,
+    len_bytes: u64,
+    bits: ClusterBits,
+) -> Result<(), Fault> {
+    if !bits.is_aligned(offset) {
+        return Err(Fault::malformed(field, at, offset, "a multiple of the cluster size"));
+    }
+    if offset > (1 << 63) - 1 - len_bytes {
+        return Err(Fault::malformed(field, at, offset, "an end below 2^63"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "header_tests.rs"]
+mod tests;

@@ -1,0 +1,133 @@
+//! The two kinds of words in the shared cluster map.
+//!
+//! Why: a reader in another process gets entries that were judged already, in host byte order.
+//! How: the map begins with a span word for each L2 table that the disk needs, then has a cluster
+//! word for each guest cluster. Zero words are what a new map is made of.
+//! Never: holds a number that was not judged.
+//! Start at [`Span`] and [`Meaning`].
+//!
+//! | span word | meaning |
+//! |---|---|
+//! | 0 | no L2 table: all clusters of the span are zero, their words are never touched |
+//! | L2 table's file offset, bit 0 | the cluster words are not filled in yet |
+//! | L2 table's file offset, bit 1 | the cluster words are filled in |
+//!
+//! | cluster word | meaning |
+//! |---|---|
+//! | 0 | not filled in |
+//! | file offset, bit 0 | data |
+//! | 2 | zero |
+//! | 3 | the entry is damaged: read it again for the reason |
+//! | bit 63, entry in bits 0 to 61 | compressed |
+
+use super::entry::{Cluster, Packed};
+use super::header::ClusterBits;
+use crate::units::FileOffset;
+
+/// Offsets are multiples of 512, which leaves these bits for the kind.
+const KIND_BITS: u64 = 511;
+const ENCODED: u64 = 1 << 63;
+const DESCRIPTOR: u64 = (1 << 62) - 1;
+const DATA: u64 = 1;
+/// The word of a zero cluster.
+pub(super) const ZERO: u64 = 2;
+/// The word of a cluster whose L2 entry is damaged.
+pub(super) const DAMAGED: u64 = 3;
+const SPAN_UNREAD: u64 = 1;
+const SPAN_FILLED: u64 = 2;
+
+/// What a span word says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Span {
+    /// No L2 table: zeroes.
+    Zero,
+    /// The L2 table at this place has not been read.
+    Unread(FileOffset),
+    /// The cluster words are filled in from the L2 table at this place.
+    Filled(FileOffset),
+}
+
+impl Span {
+    pub(super) fn to_word(self) -> u64 {
+        match self {
+            Self::Zero => 0,
+            Self::Unread(at) => at.0 | SPAN_UNREAD,
+            Self::Filled(at) => at.0 | SPAN_FILLED,
+        }
+    }
+
+    pub(super) fn of_word(word: u64) -> Self {
+        let at = FileOffset(word & !KIND_BITS);
+        match word & KIND_BITS {
+            SPAN_UNREAD => Self::Unread(at),
+            SPAN_FILLED => Self::Filled(at),
+            _only_zero_is_left => Self::Zero,
+        }
+    }
+}
+
+/// What a cluster word says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Meaning {
+    Data(FileOffset),
+    Zero,
+    /// Not clamped to the file's length.
+    Encoded(Packed),
+    /// Damaged, or (never in a filled span) not filled in.
+    Damaged,
+}
+
+/// The word of a judged L2 entry; `raw` is the entry itself.
+pub(super) fn of_cluster(cluster: Cluster, raw: u64) -> u64 {
+    match cluster {
+        Cluster::Data(at) => data(at),
+        Cluster::Zero | Cluster::Unallocated => ZERO,
+        Cluster::Compressed(_) => ENCODED | raw & DESCRIPTOR,
+    }
+}
+
+/// The word of a data cluster at `at`.
+pub(super) fn data(at: FileOffset) -> u64 {
+    at.0 | DATA
+}
+
+/// What a word says in an image of this cluster size.
+pub(super) fn meaning(word: u64, bits: ClusterBits) -> Meaning {
+    if word & ENCODED != 0 {
+        return Meaning::Encoded(Packed::of_entry(word & DESCRIPTOR, bits));
+    }
+    match word & KIND_BITS {
+        DATA => Meaning::Data(FileOffset(word & !KIND_BITS)),
+        ZERO => Meaning::Zero,
+        _damaged_or_not_filled => Meaning::Damaged,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_say_what_was_put_in() {
+        let bits = ClusterBits::new(16).unwrap();
+        let at = FileOffset(0x00ff_ffff_ffff_0000);
+        assert_eq!(meaning(of_cluster(Cluster::Data(at), at.0), bits), Meaning::Data(at));
+        assert_eq!(meaning(of_cluster(Cluster::Zero, 1), bits), Meaning::Zero);
+        assert_eq!(meaning(of_cluster(Cluster::Unallocated, 0), bits), Meaning::Zero);
+        assert_eq!(meaning(0, bits), Meaning::Damaged);
+        assert_eq!(meaning(DAMAGED, bits), Meaning::Damaged);
+        let raw = 0xffff_ffff_0123_4567;
+        let packed = Packed::of_entry(raw, bits);
+        assert_eq!(
+            meaning(of_cluster(Cluster::Compressed(packed), raw), bits),
+            Meaning::Encoded(packed)
+        );
+    }
+
+    #[test]
+    fn span_words_round_trip() {
+        for span in [Span::Zero, Span::Unread(FileOffset(512)), Span::Filled(FileOffset(1 << 55))] {
+            assert_eq!(Span::of_word(span.to_word()), span);
+        }
+    }
+}

@@ -1,0 +1,285 @@
+//! The real node behind the manager: its disks, and a worker for each copy.
+//!
+//! Why: the manager decides; somebody has to hold the disks and run the transfers.
+//! How: [`Node`] owns the locked disks and what transfers share; `worker` does the work of one copy.
+//! Never: decides which copies there should be.
+//! Start at [`Node::open`].
+
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+
+use super::backend::{
+    Backend, BackendError, CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy,
+    FoundState, Reporter, WorkerHandle,
+};
+use super::worker;
+use crate::disk::{self, CopyRecord, Disk, DiskError};
+use crate::fetch::Policy;
+use crate::image::{Format, ImageError, View};
+use crate::names::DiskUuid;
+use crate::ring::{BufPool, Choice, Probe, probe};
+
+/// How a node is set up.
+#[derive(Clone, Debug)]
+pub struct NodeOptions {
+    /// The disks' directories, the first being the default.
+    pub disks: Vec<PathBuf>,
+    /// Make a disk of a directory that is none yet.
+    pub create: bool,
+    /// Which sink to write with.
+    pub sink: Choice,
+    /// Bounds on transfers.
+    pub policy: Policy,
+    /// Buffers of 1 MiB that all transfers share.
+    pub buffers: usize,
+    /// Transfers at the same time; further ones wait.
+    pub max_transfers: usize,
+}
+
+impl NodeOptions {
+    /// The defaults, for `disks`.
+    #[must_use]
+    pub fn new(disks: Vec<PathBuf>) -> Self {
+        Self {
+            disks,
+            create: true,
+            sink: Choice::Auto,
+            policy: Policy::default(),
+            buffers: 32,
+            max_transfers: 8,
+        }
+    }
+}
+
+/// Why a node can't be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// A disk is locked, missing or damaged.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// The sink that was asked for does not work.
+    #[error("{0}; or let `sink` be auto")]
+    Sink(String),
+    /// Two directories say that they are the same disk.
+    #[error("{} and {} have the same disk UUID {uuid}; give each disk its own longhorn-disk.cfg", first.display(), second.display())]
+    SameUuid {
+        /// The UUID.
+        uuid: DiskUuid,
+        /// One directory.
+        first: PathBuf,
+        /// The other.
+        second: PathBuf,
+    },
+}
+
+#[derive(Debug)]
+pub(super) struct Slot {
+    pub(super) disk: Disk,
+    pub(super) probe: Probe,
+}
+
+/// The disks of this node and the workers on them.
+#[derive(Debug)]
+pub struct Node {
+    slots: Vec<Arc<Slot>>,
+    pool: BufPool,
+    policy: Policy,
+    transfers: Arc<Semaphore>,
+}
+
+impl Node {
+    /// Opens and locks every disk.
+    ///
+    /// # Errors
+    /// [`NodeError`]; no disk stays locked then.
+    pub fn open(options: &NodeOptions) -> Result<Self, NodeError> {
+        let mut slots: Vec<Arc<Slot>> = Vec::new();
+        for root in &options.disks {
+            let disk = Disk::open(root, options.create)?;
+            let probe = probe(disk.root(), options.sink).map_err(NodeError::Sink)?;
+            if let Some(first) = slots.iter().find(|slot| slot.disk.uuid() == disk.uuid()) {
+                return Err(NodeError::SameUuid {
+                    uuid: disk.uuid().clone(),
+                    first: first.disk.root().to_owned(),
+                    second: disk.root().to_owned(),
+                });
+            }
+            let reason = probe.reason.as_deref().unwrap_or("");
+            tracing::info!(disk = %disk.root().display(), uuid = %disk.uuid(), sink = %probe.kind, reason, "disk opened");
+            slots.push(Arc::new(Slot { disk, probe }));
+        }
+        Ok(Self {
+            slots,
+            pool: BufPool::new(options.buffers),
+            policy: options.policy.clone(),
+            transfers: Arc::new(Semaphore::new(options.max_transfers)),
+        })
+    }
+
+    fn slot(&self, disk: &DiskUuid) -> Result<&Arc<Slot>, BackendError> {
+        self.slots.iter().find(|slot| slot.disk.uuid() == disk).ok_or_else(|| BackendError {
+            class: FailureClass::Refuse,
+            message: format!("disk {disk} is not one of this node's; see `bedplate disks`"),
+        })
+    }
+}
+
+/// The store's name of a copy.
+pub(super) fn store_id(copy: &CopyId) -> disk::CopyId {
+    disk::CopyId { name: copy.image.clone(), uuid: copy.uuid.clone() }
+}
+
+/// The format that was declared when the copy was made, in the store's record.
+pub(super) fn declared_format(record: &CopyRecord) -> Option<Format> {
+    record.declared.as_deref().and_then(|text| text.parse().ok())
+}
+
+/// Opens the view of a ready copy, as declared in its record.
+pub(super) fn view_of(
+    disk: &Disk,
+    id: &disk::CopyId,
+    record: &CopyRecord,
+) -> Result<View, OpenError> {
+    Ok(View::open(disk.sealed(id)?, declared_format(record))?)
+}
+
+/// What a ready copy is, by its record and its header.
+pub(super) fn info_of(view: &View, record: &CopyRecord) -> CopyInfo {
+    let info = view.info();
+    let stored = view.file().metadata().map_or(info.allocated_bytes, |meta| meta.blocks() * 512);
+    CopyInfo {
+        format: info.format,
+        virtual_size_bytes: info.virtual_size_bytes,
+        size_bytes: info.file_size_bytes,
+        stored_bytes: stored,
+        sha256: record.digests.sha256.clone(),
+        sha512: record.digests.sha512.clone(),
+        etag: None,
+    }
+}
+
+/// Why a stored file can't be opened as an image.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum OpenError {
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    #[error(transparent)]
+    Image(#[from] ImageError),
+}
+
+/// A message with its causes on one line.
+pub(super) fn one_line(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let words = cause.to_string();
+        if !text.contains(&words) {
+            text = format!("{text}: {words}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+fn backend_error(error: &OpenError) -> BackendError {
+    let class = match error {
+        OpenError::Disk(error) if error.may_retry() => FailureClass::Retry,
+        OpenError::Disk(_) => FailureClass::Refuse,
+        OpenError::Image(error) => match error.class() {
+            crate::image::Class::Retry => FailureClass::Retry,
+            crate::image::Class::Refuse | crate::image::Class::Bug => FailureClass::Refuse,
+        },
+    };
+    BackendError { class, message: one_line(error) }
+}
+
+impl Backend for Node {
+    fn disks(&self) -> Vec<DiskStatus> {
+        let status = |slot: &Arc<Slot>| {
+            let (usage, message) = match slot.disk.space().usage() {
+                Ok(usage) => (Some(usage), slot.probe.reason.clone().unwrap_or_default()),
+                Err(error) => (None, one_line(&error)),
+            };
+            DiskStatus {
+                uuid: slot.disk.uuid().clone(),
+                path: slot.disk.root().to_owned(),
+                total_bytes: usage.map_or(0, |usage| usage.total),
+                free_bytes: usage.map_or(0, |usage| usage.free),
+                reserved_bytes: usage.map_or(0, |usage| usage.reserved),
+                sink: slot.probe.kind.to_string(),
+                healthy: usage.is_some(),
+                message,
+            }
+        };
+        self.slots.iter().map(status).collect()
+    }
+
+    fn scan(&self) -> Vec<FoundCopy> {
+        let mut found = Vec::new();
+        for slot in &self.slots {
+            let copies = slot.disk.scan().unwrap_or_else(|error| {
+                tracing::error!(error = %one_line(&error), "cannot list the copies of a disk");
+                Vec::new()
+            });
+            for (id, state) in copies {
+                let copy = CopyId {
+                    image: id.name.clone(),
+                    uuid: id.uuid.clone(),
+                    disk: slot.disk.uuid().clone(),
+                };
+                found.push(FoundCopy { id: copy, state: found_state(&slot.disk, &id, state) });
+            }
+        }
+        found
+    }
+
+    fn start(&self, task: CopyTask, events: Reporter) -> WorkerHandle {
+        let slot = self.slot(&task.id.disk).cloned();
+        let shared = worker::Shared {
+            pool: self.pool.clone(),
+            policy: self.policy.clone(),
+            transfers: Arc::clone(&self.transfers),
+        };
+        WorkerHandle::spawn(move |cancel| async move {
+            match slot {
+                Ok(slot) => worker::run(slot, shared, task, events, cancel).await,
+                Err(error) => events.send(super::WorkerEvent::Failed {
+                    class: error.class,
+                    message: error.message,
+                    cleaned: true,
+                }),
+            }
+        })
+    }
+
+    fn remove(&self, copy: &CopyId) -> Result<(), BackendError> {
+        let slot = self.slot(&copy.disk)?;
+        slot.disk.remove(&store_id(copy)).map_err(|error| backend_error(&OpenError::Disk(error)))
+    }
+
+    fn open_view(&self, copy: &CopyId) -> Result<Arc<View>, BackendError> {
+        let (slot, id) = (self.slot(&copy.disk)?, store_id(copy));
+        let state = slot.disk.copy_state(&id).map_err(|e| backend_error(&OpenError::Disk(e)))?;
+        let Some(disk::CopyState::Ready(record)) = state else {
+            let message = format!("{}: not ready to be served", slot.disk.data_path(&id).display());
+            return Err(BackendError { class: FailureClass::Retry, message });
+        };
+        view_of(&slot.disk, &id, &record).map(Arc::new).map_err(|error| backend_error(&error))
+    }
+}
+
+fn found_state(disk: &Disk, id: &disk::CopyId, state: disk::CopyState) -> FoundState {
+    match state {
+        disk::CopyState::Ready(record) => match view_of(disk, id, &record) {
+            Ok(view) => FoundState::Ready(info_of(&view, &record)),
+            Err(_) => FoundState::NeedsCheck,
+        },
+        disk::CopyState::Unchecked => FoundState::NeedsCheck,
+        disk::CopyState::Filling { present_bytes, total_bytes } => {
+            FoundState::Filling { bytes_present: present_bytes, bytes_total: total_bytes }
+        }
+    }
+}
