@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::{CONTROL_SOCKET, DaemonError, NBD_SOCKET, sockets};
+use crate::manager::NodeOptions;
 use crate::names::ImageName;
 
 /// What a daemon is told.
@@ -29,6 +30,10 @@ pub struct Config {
     /// Groups whose members may use it. The socket belongs to the first. Default: none.
     #[serde(default)]
     pub control_gids: Vec<u32>,
+    /// How files are written: `auto`, `uring` or `threads`. Default: `auto`, io_uring where it works.
+    pub sink: Option<String>,
+    /// Transfers at the same time; further ones wait. Default: 8.
+    pub max_transfers: Option<usize>,
     /// The image that NBD clients get who name none. Default: the only one, if there is only one.
     pub default_export: Option<ImageName>,
 }
@@ -71,6 +76,26 @@ impl Config {
             path: path.to_owned(),
             source: Box::new(source),
         })
+    }
+
+    /// How the node is set up.
+    ///
+    /// # Errors
+    /// [`DaemonError::BadSetting`] for a sink that isn't known or no transfer at all.
+    pub fn node_options(&self) -> Result<NodeOptions, DaemonError> {
+        let mut options = NodeOptions::new(self.disks.clone());
+        if let Some(sink) = &self.sink {
+            let refuse = |rule| DaemonError::BadSetting { key: "sink", rule };
+            options.sink = sink.parse().map_err(refuse)?;
+        }
+        if let Some(most) = self.max_transfers {
+            if most == 0 {
+                let rule = "give at least 1".to_owned();
+                return Err(DaemonError::BadSetting { key: "max_transfers", rule });
+            }
+            options.max_transfers = most;
+        }
+        Ok(options)
     }
 
     /// Where the control socket is to be.

@@ -28,6 +28,12 @@ pub enum DaemonError {
     #[error("{}: a socket's path has at most {} bytes; give a shorter one",
         path.display(), super::SUN_PATH_MAX)]
     SocketPath { path: PathBuf },
+    /// A setting that can't be.
+    #[error("{key}: {rule}")]
+    BadSetting { key: &'static str, rule: String },
+    /// A disk can't be opened.
+    #[error(transparent)]
+    Node(#[from] crate::manager::NodeError),
     /// No thread for the NBD server.
     #[error("cannot start a thread")]
     Thread {

@@ -21,7 +21,7 @@ use tokio::sync::watch;
 
 use crate::catalog::{Catalog, Embedded};
 use crate::control::{App, AppParts, HttpCounters, peer, server};
-use crate::manager::{Backend, Manager};
+use crate::manager::{Backend, Manager, Node};
 use crate::serve::{self, nbd};
 
 pub use config::{Config, ConfigError};
@@ -54,6 +54,18 @@ struct NbdThread {
 }
 
 impl Daemon {
+    /// Opens and locks the disks of `config`: the backend of a real daemon. A directory that isn't
+    /// a disk yet becomes one. Blocks.
+    ///
+    /// # Errors
+    /// [`DaemonError`]; no disk stays locked then.
+    pub fn open_node(config: &Config) -> Result<Arc<dyn Backend>, DaemonError> {
+        if config.disks.is_empty() {
+            return Err(DaemonError::NoDisk);
+        }
+        Ok(Arc::new(Node::open(&config.node_options()?)?))
+    }
+
     /// Starts everything; when it returns, both sockets answer.
     ///
     /// # Errors
