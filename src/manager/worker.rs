@@ -112,7 +112,8 @@ impl Worker {
     }
 
     fn declared(&self) -> Option<Format> {
-        self.task.declared_format}
+        self.task.declared_format
+    }
 
     /// Runs `work` with the disk on a thread that may block.
     async fn on_disk<T: Send + 'static>(
