@@ -200,7 +200,7 @@ fn more_options_than_the_limit_end_the_session() {
         assert_eq!(wire.option_reply(99).0, ERR_UNSUP);
     }
     wire.option(99, b"");
-    assert_eq!(wire.closed(), []);
+    assert_eq!(wire.closed(), Vec::<u8>::new());
     still_serves(&server, &bytes);
 }
 
@@ -316,7 +316,7 @@ fn what_was_asked_before_garbage_or_goodbye_is_answered_first() {
         assert!(wire.take(70_000) == bytes[..70_000]);
         assert_eq!(wire.simple(), (0, 2));
         assert!(wire.take(100) == bytes[100..200]);
-        assert_eq!(wire.closed(), []);
+        assert_eq!(wire.closed(), Vec::<u8>::new());
     }
 }
 

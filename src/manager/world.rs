@@ -326,7 +326,7 @@ impl World {
         }
         let before = (!is_new).then(|| image.record.clone());
         image.copy_on(&disk);
-        let Some(copy) = image.copies.get_mut(&disk) else { return None };
+        let copy = image.copies.get_mut(&disk)?;
         // A refused copy stays refused, whole or not, until somebody asks for it.
         match found.state {
             FoundState::Ready(info) if !copy.refused => {
