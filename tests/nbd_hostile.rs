@@ -55,7 +55,7 @@ fn garbage_in_place_of_a_handshake_ends_that_session_only() {
     for beginning in beginnings {
         let mut wire = server.connect();
         wire.send(beginning);
-        assert_eq!(wire.closed(), [], "{beginning:?}");
+        assert_eq!(wire.closed(), Vec::<u8>::new(), "{beginning:?}");
         still_serves(&server, &bytes);
     }
 }
@@ -171,7 +171,7 @@ fn a_silent_and_a_dribbling_client_are_closed_when_their_time_is_over() {
         sent += 1;
         std::thread::yield_now();
     }
-    assert_eq!(silent.closed(), []);
+    assert_eq!(silent.closed(), Vec::<u8>::new());
     still_serves(&server, &bytes);
 }
 
@@ -200,7 +200,7 @@ fn more_options_than_the_limit_end_the_session() {
         assert_eq!(wire.option_reply(99).0, ERR_UNSUP);
     }
     wire.option(99, b"");
-    assert_eq!(wire.closed(), []);
+    assert_eq!(wire.closed(), Vec::<u8>::new());
     still_serves(&server, &bytes);
 }
 
@@ -296,7 +296,7 @@ fn writes_are_refused_and_their_payload_is_not_taken_for_requests() {
             false => assert_eq!(wire.simple(), (0, 8)),
         }
         wire.request(0, 1, 8, 0, u32::MAX);
-        assert_eq!(wire.closed(), [], "a payload over the limit is not drained");
+        assert_eq!(wire.closed(), Vec::<u8>::new(), "a payload over the limit is not drained");
     }
     still_serves(&server, &bytes);
 }
@@ -316,7 +316,7 @@ fn what_was_asked_before_garbage_or_goodbye_is_answered_first() {
         assert!(wire.take(70_000) == bytes[..70_000]);
         assert_eq!(wire.simple(), (0, 2));
         assert!(wire.take(100) == bytes[100..200]);
-        assert_eq!(wire.closed(), []);
+        assert_eq!(wire.closed(), Vec::<u8>::new());
     }
 }
 
@@ -341,7 +341,7 @@ fn one_connection_more_than_the_limit_is_closed_at_once() {
     let (server, bytes) = served(Limits { connections: 3, ..Limits::default() });
     let mut three: Vec<Wire> = (0..3).map(|_| server.connect()).collect();
     let fourth = Wire(UnixStream::connect(server.socket()).unwrap());
-    assert_eq!(fourth.closed(), []);
+    assert_eq!(fourth.closed(), Vec::<u8>::new());
     three[1].go("disk", false);
     three[1].request(0, 2, 0, 0, 0);
     three.remove(1).closed();

@@ -187,7 +187,7 @@ fn an_export_in_use_is_not_removed_and_a_closed_one_ends_its_sessions() {
     assert!(error.contains("1 open connections"), "{error}");
     assert_eq!(wire.read_simple(0, 1), [1]);
     let export = server.exports.close("disk").unwrap();
-    assert_eq!(wire.closed(), []);
+    assert_eq!(wire.closed(), Vec::<u8>::new());
     assert!(server.exports.get("disk").is_none());
     while export.connections() > 0 {
         std::thread::yield_now();
@@ -214,7 +214,7 @@ fn a_session_answers_what_it_was_asked_before_the_server_stops() {
         let at = usize::try_from(cookie).unwrap() * 4096;
         assert_eq!(wire.take(4096), bytes[at..at + 4096]);
     }
-    assert_eq!(wire.closed(), []);
+    assert_eq!(wire.closed(), Vec::<u8>::new());
     assert!(!socket.exists(), "the socket is removed");
 }
 

@@ -28,7 +28,7 @@ use crate::units::{FileOffset, MIB};
 /// Bytes written after which they are made durable.
 const COMMIT_BYTES: u64 = 64 * MIB;
 /// Time after which written bytes are made durable, however few: what a crash costs at most.
-const COMMIT_INTERVAL: Duration = Duration::from_secs(1);
+const COMMIT_INTERVAL: Duration = Duration::from_millis(500);
 
 /// A piece of the file, ready to be written.
 #[derive(Debug)]

@@ -1,19 +1,15 @@
 //! Promise: whatever a server does, a transfer ends with the right bytes or one clear error, and
 //! never fetches again what is durable.
-#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
-#![expect(clippy::cast_possible_truncation, reason = "test files are small")]
-
-mod support;
 
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::fault_server::{Cut, FaultServer, Reply};
+use crate::{content, engine, sha256};
 use bedplate::fetch::{
     Class, Expect, FetchError, Policy, Progress, PullRequest, Pulled, SourceUrl, pull,
 };
 use bedplate::ring::Choice;
-use support::fault_server::{Cut, FaultServer, Reply};
-use support::{content, engine, sha256};
 
 const LEN: usize = 5 * 1024 * 1024 + 4321;
 const UNIT: u64 = 64 * 1024;

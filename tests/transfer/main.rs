@@ -1,6 +1,11 @@
-//! What several integration tests share.
+//! Promise: a transfer ends with the right bytes or one clear error, whatever happens to it.
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+#![expect(clippy::cast_possible_truncation, reason = "test files are small")]
 
-pub mod fault_server;
+mod fault_server;
+mod faults;
+mod full_disk;
+mod kill;
 
 use std::path::Path;
 

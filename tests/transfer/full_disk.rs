@@ -1,0 +1,117 @@
+//! Promise: a disk that fills up in the middle costs nothing that was durable, and one that is too
+//! small is refused before the first byte.
+//!
+//! A small ext4 on a loop device; needs root to mount it.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, Mutex};
+
+use crate::fault_server::{Cut, FaultServer, Reply};
+use crate::{content, engine, sha256};
+use bedplate::fetch::{Class, Expect, FetchError, Progress, PullRequest, Pulled, SourceUrl, pull};
+use bedplate::ring::Choice;
+
+const LEN: usize = 24 << 20;
+
+/// A mounted file system of 64 MiB, unmounted on drop.
+struct SmallDisk {
+    _temp: tempfile::TempDir,
+    mount: PathBuf,
+}
+
+impl SmallDisk {
+    fn new() -> Option<Self> {
+        let temp = tempfile::tempdir().unwrap();
+        let (image, mount) = (temp.path().join("fs.img"), temp.path().join("mnt"));
+        std::fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
+        std::fs::create_dir(&mount).unwrap();
+        let run = |program: &str, args: &[&Path]| {
+            let status = Command::new(program).args(args).output();
+            status.is_ok_and(|output| output.status.success())
+        };
+        let made = run("mkfs.ext4", &[Path::new("-q"), &image]);
+        if !made || !run("mount", &[Path::new("-o"), Path::new("loop"), &image, &mount]) {
+            let root = rustix::process::geteuid().is_root();
+            assert!(
+                !root || std::env::var_os("REQUIRE_TOOLS").is_none(),
+                "mkfs.ext4 and loop mounts must work for root"
+            );
+            println!("SKIPPED: no loop mount here (root and loop devices are needed)");
+            return None;
+        }
+        Some(Self { _temp: temp, mount })
+    }
+
+    fn pull(&self, server: &FaultServer, sink: Choice, bytes: &[u8]) -> Result<Pulled, FetchError> {
+        let request = PullRequest {
+            url: SourceUrl::parse(&format!("{}/x", server.url)).unwrap(),
+            output: self.mount.join("out.img"),
+            expect: Expect::parse(Some(&sha256(bytes)), None).unwrap(),
+        };
+        let engine = engine(&self.mount, sink);
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        runtime.block_on(pull(&engine, &request, &Arc::new(Progress::default())))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.mount).status();
+    }
+}
+
+/// Takes all the room that is left on the disk.
+fn fill_up(mount: &Path) {
+    use std::io::Write;
+    let mut filler = std::fs::File::create(mount.join("filler")).unwrap();
+    for piece in [1 << 20, 4096] {
+        while filler.write_all(&vec![1; piece]).and_then(|()| filler.sync_data()).is_ok() {}
+    }
+}
+
+#[test]
+fn a_disk_that_fills_up_keeps_what_is_durable_and_resumes() {
+    for sink in [Choice::Auto, Choice::Threads] {
+        let Some(disk) = SmallDisk::new() else { return };
+        let bytes = content(LEN, 20);
+        let (served, mount) = (bytes.clone(), disk.mount.clone());
+        let filled = Mutex::new(false);
+        let server = FaultServer::start(move |request| {
+            let reply = Reply::ranged(request, &served, "\"a\"");
+            if request.index == 0 {
+                return reply.cut(Cut::Close(8 << 20));
+            }
+            // The rest is asked for: by now the disk is full.
+            let mut filled = filled.lock().unwrap();
+            if !std::mem::replace(&mut *filled, true) {
+                fill_up(&mount);
+            }
+            reply
+        });
+        let error = disk.pull(&server, sink, &bytes).unwrap_err();
+        assert_eq!(error.class(), Class::Retry, "{}", error.report());
+        assert!(error.report().contains("disk full at byte 0x"), "{}", error.report());
+        assert!(!disk.mount.join("out.img").exists());
+        std::fs::remove_file(disk.mount.join("filler")).unwrap();
+        let asked = server.requests().len();
+        disk.pull(&server, sink, &bytes).unwrap();
+        assert!(std::fs::read(disk.mount.join("out.img")).unwrap() == bytes);
+        let resumed = server.requests()[asked].range.clone().unwrap();
+        assert!(resumed.start >= 7 << 20, "went on at byte {}", resumed.start);
+    }
+}
+
+#[test]
+fn an_image_that_cannot_fit_is_refused_before_its_first_byte() {
+    let Some(disk) = SmallDisk::new() else { return };
+    let server = FaultServer::start(|_| {
+        let mut reply = Reply::whole(b"").cut(Cut::Stall(0));
+        reply.headers = vec![format!("Content-Length: {}", 100 << 20), "ETag: \"x\"".into()];
+        reply
+    });
+    let error = disk.pull(&server, Choice::Auto, b"").unwrap_err();
+    assert!(error.report().contains("100.0 MiB needed"), "{}", error.report());
+    let names: Vec<_> = disk.mount.read_dir().unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(names, ["lost+found"], "no litter");
+}
