@@ -138,9 +138,11 @@ class Server:
         """Polls `ready()` until it is true; fails at once if the process ends before."""
         end = time.monotonic() + limit_s
         while True:
+            # Asked before `ready`, so that a last word before the end is heard.
+            ended = self.process.poll() is not None
             if ready():
                 return
-            if self.process.poll() is not None:
+            if ended:
                 raise Failure(f"{self.name}: ended with status {self.process.returncode} before "
                               f"{what}; its output:\n{self.output()[-2000:]}")
             if time.monotonic() > end:
@@ -159,15 +161,14 @@ class Server:
             try:
                 self.process.wait(patience_s)
             except subprocess.TimeoutExpired:
-                self._kill_session()
+                self.process.kill()
                 self.process.wait()
-        return self.process.returncode
-
-    def _kill_session(self):
+        # Children that it left behind are still in its group.
         try:
             os.killpg(self.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
+        return self.process.returncode
 
 
 def accepts(path):
