@@ -1,1 +1,112 @@
-//! (room to be furnished)
+//! The command line: arguments to requests, answers to text.
+//!
+//! Why: people and scripts use one program; results are on stdout, all else on stderr, and exit
+//! codes have fixed meanings ([`exit::Exit`]).
+//! How: clap's definitions in [`args`] give the parser, the help, the completions and the man
+//! pages; each command is a file with one function. Commands on a daemon come in by its control
+//! socket, like anybody else; `run` starts a daemon in the same process and then does so too.
+//! Never: reaches into a daemon, or prints a credential.
+//! Start at [`main`] and [`args::Command`].
+
+pub mod args;
+pub mod exit;
+
+mod attach;
+mod cat;
+mod completions;
+mod create;
+mod delete;
+mod detach;
+mod disks;
+mod doctor;
+mod events;
+mod export;
+mod follow;
+mod get;
+mod list;
+mod man;
+mod output;
+mod progress;
+mod pull;
+mod run;
+mod serve;
+mod signals;
+mod sizes;
+mod source;
+mod table;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Cli, Command};
+use exit::{CliError, Exit};
+use output::Output;
+
+/// Runs the program.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are results; a closed pipe is no failure.
+            let _closed = error.print();
+            let exit = if error.use_stderr() { Exit::Usage } else { Exit::Ok };
+            return exit.into();
+        }
+    };
+    let output = Output::new(&cli.global);
+    match dispatch(cli, &output) {
+        Ok(()) => Exit::Ok.into(),
+        Err(error) => {
+            output.failure(&error);
+            error.exit.into()
+        }
+    }
+}
+
+fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
+    let global = cli.global;
+    match cli.command {
+        Command::Completions(args) => return completions::run(&args, output),
+        Command::Man(args) => return man::run(&args, output),
+        Command::Cat(args) => return cat::run(&args, output),
+        Command::Export(args) => return export::run(&args, &global, output),
+        Command::Run(_)
+        | Command::Pull(_)
+        | Command::Serve(_)
+        | Command::Create(_)
+        | Command::List(_)
+        | Command::Get(_)
+        | Command::Delete(_)
+        | Command::Attach(_)
+        | Command::Detach(_)
+        | Command::Events(_)
+        | Command::Disks(_)
+        | Command::Doctor(_) => {}
+    }
+    let runtime = tokio::runtime::Runtime::new()
+        .map_err(|e| CliError::new(Exit::Retry, format!("cannot start threads: {e}"), ""))?;
+    let result = runtime.block_on(async {
+        match cli.command {
+            Command::Run(args) => run::run(args, &global, output).await,
+            Command::Pull(args) => pull::run(&args, output).await,
+            Command::Serve(args) => serve::run(&args, &global, output).await,
+            Command::Create(args) => create::run(&args, &global, output).await,
+            Command::List(_) => list::run(&global, output).await,
+            Command::Get(args) => get::run(&args, &global, output).await,
+            Command::Delete(args) => delete::run(&args, &global, output).await,
+            Command::Attach(args) => attach::run(&args, &global, output).await,
+            Command::Detach(args) => detach::run(&args, &global, output).await,
+            Command::Events(args) => events::run(&args, &global, output).await,
+            Command::Disks(_) => disks::run(&global, output).await,
+            Command::Doctor(args) => doctor::run(&args, &global, output).await,
+            Command::Completions(_) | Command::Man(_) | Command::Cat(_) | Command::Export(_) => {
+                Ok(())
+            }
+        }
+    });
+    // A thread that is stuck in a system call must not keep the program.
+    runtime.shutdown_background();
+    result
+}

@@ -64,12 +64,8 @@ fn new_image(body: &CreateImage) -> Answer<NewImage> {
         None => ImageName::suggest(source.expose().path())
             .ok_or_else(|| ApiError::bad_request("the URL's last part gives no name; give one"))?,
     };
-    let declared_format = match body.format.as_deref() {
-        None => None,
-        Some("raw") => Some(Format::Raw),
-        Some("qcow2") => Some(Format::Qcow2),
-        Some(_) => return Err(ApiError::bad_request("format: unknown; give raw or qcow2")),
-    };
+    let format = body.format.as_deref().map(str::parse::<Format>).transpose();
+    let declared_format = format.map_err(|e| ApiError::bad_request(format!("format: {e}")))?;
     let disks: Result<Vec<_>, _> = body.disks.iter().map(|d| DiskUuid::parse(d)).collect();
     Ok(NewImage {
         name,

@@ -1,1 +1,181 @@
-//! (room to be furnished)
+//! One process that serves a node: configuration, wiring, listeners, signals, and the end.
+//!
+//! Why: rooms that know nothing of each other are put together in one place.
+//! How: [`Daemon::start`] takes a [`Config`] and a [`Backend`], opens the catalog on the first
+//! disk, starts the NBD server, the manager and the control socket, in this order; the handle ends
+//! them in the reverse order, so that what is durable is kept and nobody talks to a closed room.
+//! Never: decides what an image needs.
+//! Start at [`Daemon::start`].
+
+mod config;
+pub mod doctor;
+mod error;
+mod exports;
+pub mod logging;
+mod sockets;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use crate::catalog::{Catalog, Embedded};
+use crate::control::{App, AppParts, HttpCounters, peer, server};
+use crate::manager::{Backend, Manager, Node};
+use crate::serve::{self, nbd};
+
+pub use config::{Config, ConfigError};
+pub use error::DaemonError;
+pub use sockets::{SUN_PATH_MAX, default_socket, private_socket_dir, state_dir};
+
+/// Name of the control socket in a disk's `bedplate` directory.
+pub const CONTROL_SOCKET: &str = "control.sock";
+/// Name of the NBD socket there.
+pub const NBD_SOCKET: &str = "nbd.sock";
+/// Name of the catalog there.
+pub const CATALOG: &str = "catalog.redb";
+
+/// Starts daemons.
+#[derive(Debug)]
+pub struct Daemon;
+
+/// A running daemon. Dropping it ends nothing in order; call [`DaemonHandle::shutdown`].
+pub struct DaemonHandle {
+    control: server::Server,
+    manager: Manager,
+    nbd: NbdThread,
+    nbd_socket: PathBuf,
+    closing: watch::Sender<bool>,
+}
+
+struct NbdThread {
+    stopper: nbd::Stopper,
+    thread: std::thread::JoinHandle<()>,
+}
+
+impl Daemon {
+    /// Opens and locks the disks of `config`: the backend of a real daemon. A directory that isn't
+    /// a disk yet becomes one. Blocks.
+    ///
+    /// # Errors
+    /// [`DaemonError`]; no disk stays locked then.
+    pub fn open_node(config: &Config) -> Result<Arc<dyn Backend>, DaemonError> {
+        if config.disks.is_empty() {
+            return Err(DaemonError::NoDisk);
+        }
+        Ok(Arc::new(Node::open(&config.node_options()?)?))
+    }
+
+    /// Starts everything; when it returns, both sockets answer.
+    ///
+    /// # Errors
+    /// [`DaemonError`]; what was started is stopped again.
+    pub async fn start(
+        config: &Config,
+        backend: Arc<dyn Backend>,
+    ) -> Result<DaemonHandle, DaemonError> {
+        let first = config.disks.first().ok_or(DaemonError::NoDisk)?;
+        let control_socket = config.control_socket()?;
+        let nbd_socket = config.nbd_socket()?;
+        let catalog: Arc<dyn Catalog> = Arc::new(open_catalog(first).await?);
+
+        let registry = Arc::new(serve::Exports::new());
+        let nbd = start_nbd(&nbd_socket, registry.clone())?;
+        let exporter = Arc::new(exports::NodeExports::new(
+            backend.clone(),
+            registry.clone(),
+            config.default_export.clone(),
+        ));
+        let manager = match Manager::start(catalog, backend.clone(), exporter).await {
+            Ok(manager) => manager,
+            Err(error) => {
+                nbd.stop().await;
+                return Err(error.into());
+            }
+        };
+
+        let (closing, watch_closing) = watch::channel(false);
+        let disks = config.disks.clone();
+        let app = App::new(AppParts {
+            manager: manager.clone(),
+            backend,
+            nbd_socket: nbd_socket.clone(),
+            doctor: Box::new(move || doctor::of_running_daemon(&disks)),
+            sessions: Box::new(move |name| registry.in_use(name.as_str())),
+            closing: watch_closing,
+            http: HttpCounters::default(),
+        });
+        let allowed =
+            peer::Allowed { uids: config.control_uids.clone(), gids: config.control_gids.clone() };
+        let control = match server::Server::bind(&control_socket, app, allowed).await {
+            Ok(control) => control,
+            Err(error) => {
+                manager.stop().await;
+                nbd.stop().await;
+                return Err(error.into());
+            }
+        };
+        tracing::info!(
+            control = %control_socket.display(), nbd = %nbd_socket.display(), "daemon is ready"
+        );
+        Ok(DaemonHandle { control, manager, nbd, nbd_socket, closing })
+    }
+}
+
+impl DaemonHandle {
+    /// Where the control socket is.
+    #[must_use]
+    pub fn control_socket(&self) -> &Path {
+        self.control.path()
+    }
+
+    /// Where the NBD socket is.
+    #[must_use]
+    pub fn nbd_socket(&self) -> &Path {
+        &self.nbd_socket
+    }
+
+    /// Ends it in order: no new commands; workers stop and what they have is durable; sessions
+    /// are served what they asked for and hung up; the catalog is closed.
+    pub async fn shutdown(self) {
+        self.closing.send_replace(true);
+        self.control.shutdown().await;
+        self.manager.stop().await;
+        self.nbd.stop().await;
+        tracing::info!("daemon has ended");
+    }
+}
+
+impl NbdThread {
+    async fn stop(self) {
+        self.stopper.stop();
+        let _panicked = tokio::task::spawn_blocking(move || self.thread.join()).await;
+    }
+}
+
+fn start_nbd(socket: &Path, registry: Arc<serve::Exports>) -> Result<NbdThread, DaemonError> {
+    let server = nbd::Server::bind(socket, registry, nbd::Limits::default())?;
+    let stopper = server.stopper();
+    let run = move || {
+        if let Err(error) = server.run() {
+            tracing::error!(error = %crate::manager::chain(&error), "the NBD server has ended");
+        }
+    };
+    let thread = std::thread::Builder::new().name("nbd-accept".to_owned()).spawn(run);
+    let thread = thread.map_err(|source| DaemonError::Thread { source })?;
+    Ok(NbdThread { stopper, thread })
+}
+
+/// Opens the catalog of the daemon whose first disk is `disk`; makes its directory.
+async fn open_catalog(disk: &Path) -> Result<Embedded, DaemonError> {
+    let dir = state_dir(disk);
+    let open = move || {
+        std::fs::create_dir_all(&dir)
+            .map_err(|source| DaemonError::Directory { path: dir.clone(), source })?;
+        Ok(Embedded::open(&dir.join(CATALOG))?)
+    };
+    match tokio::task::spawn_blocking(open).await {
+        Ok(result) => result,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}

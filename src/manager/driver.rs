@@ -75,7 +75,7 @@ pub struct Subscription {
 }
 
 pub(super) enum Message {
-    Command(Command, oneshot::Sender<Result<Answer, ManagerError>>),
+    Command(Box<Command>, oneshot::Sender<Result<Answer, ManagerError>>),
     Read(Box<dyn FnOnce(&World) + Send>),
     Subscribe(oneshot::Sender<Subscription>),
     Stop(oneshot::Sender<()>),
@@ -206,7 +206,7 @@ impl Manager {
 
     async fn command(&self, command: Command) -> Result<Answer, ManagerError> {
         let (tx, rx) = oneshot::channel();
-        self.send(Message::Command(command, tx)).await?;
+        self.send(Message::Command(Box::new(command), tx)).await?;
         rx.await.map_err(|_| ManagerError::Stopping)?
     }
 

@@ -162,7 +162,7 @@ impl Driver {
     async fn answer(&mut self, message: Message) {
         match message {
             Message::Command(command, reply) => {
-                let answer = self.command(command).await;
+                let answer = self.command(*command).await;
                 let _caller_gone = reply.send(answer);
             }
             Message::Read(look) => look(&self.world),

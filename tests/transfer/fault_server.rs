@@ -53,13 +53,15 @@ pub struct Reply {
     pub body: Vec<u8>,
     /// Where it breaks.
     pub cut: Cut,
+    /// Pause after each 64 KiB of the body.
+    pub pace: std::time::Duration,
 }
 
 impl Reply {
     /// A reply of a status alone.
     pub fn status(status: &'static str) -> Self {
         let headers = vec!["Content-Length: 0".into()];
-        Self { status, headers, body: Vec::new(), cut: Cut::None }
+        Self { status, headers, body: Vec::new(), cut: Cut::None, pace: NO_PAUSE }
     }
 
     /// As a good server with ranges and an ETag answers.
@@ -80,7 +82,7 @@ impl Reply {
                     format!("Content-Length: {}", slice.len()),
                 ];
                 let (status, body) = ("206 Partial Content", slice.to_vec());
-                Self { status, headers, body, cut: Cut::None }
+                Self { status, headers, body, cut: Cut::None, pace: NO_PAUSE }
             }
         };
         reply.headers.push(format!("ETag: {etag}"));
@@ -90,7 +92,7 @@ impl Reply {
     /// As a server without ranges answers.
     pub fn whole(bytes: &[u8]) -> Self {
         let headers = vec![format!("Content-Length: {}", bytes.len())];
-        Self { status: "200 OK", headers, body: bytes.to_vec(), cut: Cut::None }
+        Self { status: "200 OK", headers, body: bytes.to_vec(), cut: Cut::None, pace: NO_PAUSE }
     }
 
     /// With the body cut.
@@ -99,6 +101,8 @@ impl Reply {
         self
     }
 }
+
+const NO_PAUSE: std::time::Duration = std::time::Duration::ZERO;
 
 type Handler = dyn Fn(&Request) -> Reply + Send + Sync;
 
@@ -187,6 +191,9 @@ fn answer(stream: &mut TcpStream, reply: &Reply, sent: &Mutex<u64>) -> Option<()
     for piece in reply.body[..count].chunks(64 * 1024) {
         stream.write_all(piece).ok()?;
         *sent.lock().expect("no panic") += piece.len() as u64;
+        if !reply.pace.is_zero() {
+            std::thread::sleep(reply.pace);
+        }
     }
     match reply.cut {
         Cut::None => Some(()),

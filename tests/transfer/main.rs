@@ -5,6 +5,7 @@
 mod fault_server;
 mod faults;
 mod full_disk;
+mod kill;
 
 use std::path::Path;
 

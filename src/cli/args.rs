@@ -1,0 +1,452 @@
+//! The command line as data: parser, help, completions and man pages all come from here.
+//!
+//! Why: so they cannot disagree.
+//! How: clap's derive. Each command's `--help` ends with examples.
+//! Start at [`Command`].
+
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+
+use super::exit::Exit;
+use super::sizes::parse_bytes;
+use crate::daemon;
+use crate::image::Format;
+use crate::names::{ImageName, NameError};
+
+static EXIT_CODES: LazyLock<String> = LazyLock::new(|| {
+    let mut text = String::from("Exit codes:\n");
+    for (exit, meaning) in Exit::TABLE {
+        text.push_str(&format!("  {:>3}  {meaning}\n", exit.code()));
+    }
+    text.push_str(
+        "\nExamples:\n  \
+         bedplate run https://cloud.debian.org/images/cloud/bookworm/latest/debian-12-genericcloud-amd64.qcow2\n  \
+         bedplate pull https://example.org/disk.img -o disk.img\n  \
+         bedplate export disk.qcow2 --nbd /tmp/nbd.sock\n  \
+         bedplate serve --disk /var/lib/bedplate",
+    );
+    text
+});
+
+/// Brings virtual disk images in from URLs, keeps one copy per disk, serves it read-only over NBD.
+#[derive(Debug, Parser)]
+#[command(name = "bedplate", version, after_help = EXIT_CODES.as_str(), max_term_width = 100)]
+#[command(disable_help_subcommand = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// For every command.
+    #[command(flatten)]
+    pub global: Global,
+}
+
+/// Options that every command takes.
+#[derive(Clone, Debug, Args)]
+pub struct Global {
+    /// The daemon's control socket [default: bedplate/control.sock in the XDG data directory's
+    /// bedplate]
+    #[arg(long, global = true, env = "BEDPLATE_SOCKET", value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Print results as JSON, one object a line
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Say more on stderr; twice for everything
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// Say nothing on stderr but errors
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+}
+
+impl Global {
+    /// The control socket to use.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.socket
+            .clone()
+            .unwrap_or_else(|| daemon::default_socket(&default_data_dir(), daemon::CONTROL_SOCKET))
+    }
+}
+
+/// `$XDG_DATA_HOME/bedplate`, or `~/.local/share/bedplate`.
+#[must_use]
+pub fn default_data_dir() -> PathBuf {
+    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
+    let data = absolute("XDG_DATA_HOME")
+        .or_else(|| absolute("HOME").map(|home| home.join(".local/share")))
+        .unwrap_or_else(|| Path::new("/var/lib").to_owned());
+    data.join("bedplate")
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Bring an image in and serve it until Ctrl-C
+    Run(RunArgs),
+    /// Bring a URL into a plain file, checked, resumable
+    Pull(PullArgs),
+    /// Serve an image file over NBD until Ctrl-C
+    Export(ExportArgs),
+    /// Write an image's bytes, as a guest sees them, to stdout
+    Cat(CatArgs),
+    /// Run the daemon
+    Serve(ServeArgs),
+    /// Make an image known to the daemon
+    Create(CreateArgs),
+    /// List images
+    List(ListArgs),
+    /// Show one image
+    Get(GetArgs),
+    /// Delete an image and its copies
+    Delete(DeleteArgs),
+    /// Read an image: bring it in if need be, and print where it is served
+    Attach(AttachArgs),
+    /// Read an image no more
+    Detach(DetachArgs),
+    /// Watch what happens
+    Events(EventsArgs),
+    /// List disks
+    Disks(DisksArgs),
+    /// Check this host and the daemon, and say what to do
+    Doctor(DoctorArgs),
+    /// Print completions for a shell
+    Completions(CompletionsArgs),
+    /// Print the man page, or write all of them into a directory
+    Man(ManArgs),
+}
+
+/// Digests and format that a user can give of an image.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Expected {
+    /// SHA-256 that the file must have
+    #[arg(long, value_name = "HEX", value_parser = sha256)]
+    pub sha256: Option<String>,
+    /// SHA-512 that the file must have
+    #[arg(long, value_name = "HEX", value_parser = sha512)]
+    pub sha512: Option<String>,
+}
+
+fn sha256(text: &str) -> Result<String, NameError> {
+    crate::manager::Expected::parse(Some(text), None).map(|e| e.sha256.unwrap_or_default())
+}
+
+fn sha512(text: &str) -> Result<String, NameError> {
+    crate::manager::Expected::parse(None, Some(text)).map(|e| e.sha512.unwrap_or_default())
+}
+
+/// An image's format, on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum FormatArg {
+    /// The file's bytes are the guest's
+    Raw,
+    /// QEMU's copy-on-write format
+    Qcow2,
+}
+
+impl From<FormatArg> for Format {
+    fn from(format: FormatArg) -> Self {
+        match format {
+            FormatArg::Raw => Self::Raw,
+            FormatArg::Qcow2 => Self::Qcow2,
+        }
+    }
+}
+
+/// Arguments of `run`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  bedplate run https://example.org/debian-12.qcow2
+  bedplate run ./disk.img --name golden --nbd /tmp/golden.sock
+  bedplate run https://example.org/d.qcow2 --sha256 $(cut -c1-64 d.sha256)
+  bedplate run - < file-with-a-secret-url")]
+pub struct RunArgs {
+    /// http:// or https:// URL, a path, or - for a URL on stdin (keeps it out of process lists)
+    pub source: String,
+    /// Name of the image and of its export [default: made of the source's last part]
+    #[arg(long)]
+    pub name: Option<ImageName>,
+    /// Unix socket to serve NBD on [default: bedplate/nbd.sock in the data directory]
+    #[arg(long, value_name = "SOCKET")]
+    pub nbd: Option<PathBuf>,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type")]
+    pub expected: Expected,
+    /// Format of the file [default: look]
+    #[arg(long)]
+    pub format: Option<FormatArg>,
+    /// Directory where images are kept; made if it isn't there [default: bedplate in the XDG data
+    /// directory]
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+}
+
+/// Arguments of `pull`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Run it again after an interruption: what has arrived is not fetched again.
+
+Examples:
+  bedplate pull https://example.org/disk.img -o disk.img
+  bedplate pull https://example.org/disk.img -o disk.img --sha256 HEX --json")]
+pub struct PullArgs {
+    /// http://, https:// or file:// URL, a path, or - for a URL on stdin
+    pub source: String,
+    /// The file to make; an existing one is replaced once the new one is complete
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type")]
+    pub expected: Expected,
+}
+
+/// Arguments of `export`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The file must not change while it is served.
+
+Examples:
+  bedplate export disk.qcow2 --nbd /tmp/nbd.sock
+  nbdinfo 'nbd+unix:///?socket=/tmp/nbd.sock'")]
+pub struct ExportArgs {
+    /// The image file
+    pub file: PathBuf,
+    /// Unix socket to serve NBD on
+    #[arg(long, value_name = "SOCKET")]
+    pub nbd: PathBuf,
+    /// Format of the file [default: look]
+    #[arg(long)]
+    pub format: Option<FormatArg>,
+    /// Name of the export, which is also the default export [default: made of the file's name]
+    #[arg(long)]
+    pub name: Option<ImageName>,
+}
+
+/// Arguments of `cat`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Sizes may end in K, M, G or T.
+
+Examples:
+  bedplate cat disk.qcow2 > disk.raw
+  bedplate cat disk.qcow2 --offset 1M --length 512 | xxd")]
+pub struct CatArgs {
+    /// The image file
+    pub file: PathBuf,
+    /// First byte, as the guest counts
+    #[arg(long, default_value = "0", value_parser = parse_bytes, value_name = "SIZE")]
+    pub offset: u64,
+    /// How many bytes [default: to the end]
+    #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
+    pub length: Option<u64>,
+    /// Format of the file [default: look]
+    #[arg(long)]
+    pub format: Option<FormatArg>,
+}
+
+/// Arguments of `serve`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A configuration file has these keys; only disks is needed:
+  disks = [\"/mnt/a\", \"/mnt/b\"]      # the first also holds the catalog and the sockets
+  control_socket = \"/run/bedplate/control.sock\"
+  nbd_socket = \"/run/bedplate/nbd.sock\"
+  control_uids = [1000]               # besides root and the daemon's own user
+  control_gids = [64055]
+  sink = \"auto\"                       # auto, uring or threads
+  max_transfers = 8
+  default_export = \"debian-12\"        # what NBD clients get who name none
+
+Examples:
+  bedplate serve --disk /var/lib/bedplate
+  bedplate serve --config /etc/bedplate.toml")]
+pub struct ServeArgs {
+    /// Configuration file (TOML)
+    #[arg(long, value_name = "FILE", required_unless_present = "disk")]
+    pub config: Option<PathBuf>,
+    /// Directory where copies are kept; may be given several times
+    #[arg(long, value_name = "DIR", conflicts_with = "config")]
+    pub disk: Vec<PathBuf>,
+    /// Unix socket to serve NBD on [default: bedplate/nbd.sock on the first disk]
+    #[arg(long, value_name = "SOCKET")]
+    pub nbd: Option<PathBuf>,
+}
+
+/// Arguments of `create`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Nothing is fetched until the image is attached, unless --fetch or --wait is given.
+The same name with the same source is the same image.
+
+Examples:
+  bedplate create https://example.org/debian-12.qcow2
+  bedplate create https://example.org/d.qcow2 --name debian --wait
+  bedplate create - --name private < file-with-a-secret-url")]
+pub struct CreateArgs {
+    /// http://, https:// or file:// URL, a path on the daemon's node, or - for a URL on stdin
+    pub source: String,
+    /// Name of the image [default: made of the source's last part]
+    #[arg(long)]
+    pub name: Option<ImageName>,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type")]
+    pub expected: Expected,
+    /// Format of the file [default: look]
+    #[arg(long)]
+    pub format: Option<FormatArg>,
+    /// Bring it in now
+    #[arg(long)]
+    pub fetch: bool,
+    /// Bring it in now, and wait until it is ready
+    #[arg(long)]
+    pub wait: bool,
+    /// Disk to bring it in on [default: one with room]
+    #[arg(long, value_name = "UUID")]
+    pub disk: Option<String>,
+}
+
+/// Arguments of `list`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  bedplate list\n  bedplate list --json | jq -r .name")]
+pub struct ListArgs {}
+
+/// Arguments of `get`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  bedplate get debian-12\n  bedplate get debian-12 --json")]
+pub struct GetArgs {
+    /// The image
+    pub name: ImageName,
+}
+
+/// Arguments of `delete`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Refused (exit code 3) while the image has attachments or open NBD sessions.
+
+Examples:
+  bedplate delete debian-12")]
+pub struct DeleteArgs {
+    /// The image
+    pub name: ImageName,
+    /// Return at once; events tell when it is gone
+    #[arg(long)]
+    pub no_wait: bool,
+}
+
+/// Arguments of `attach`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Prints the NBD URI once the image is ready. With --reader, repeating the command gives the same
+attachment.
+
+Examples:
+  bedplate attach debian-12
+  bedplate attach debian-12 --reader vm-7
+  nbdinfo \"$(bedplate attach debian-12 --reader vm-7)\"
+  bedplate attach debian-12 --no-wait --json | jq -r .id")]
+pub struct AttachArgs {
+    /// The image
+    pub name: ImageName,
+    /// Disk whose copy to read [default: one that has it, else one with room]
+    #[arg(long, value_name = "UUID")]
+    pub disk: Option<String>,
+    /// What the reader calls itself
+    #[arg(long, value_name = "LABEL")]
+    pub reader: Option<String>,
+    /// Return at once, and print the attachment's id
+    #[arg(long)]
+    pub no_wait: bool,
+}
+
+/// Arguments of `detach`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  bedplate detach 0a1b2c3d
+  bedplate detach debian-12 --reader vm-7")]
+pub struct DetachArgs {
+    /// The attachment's id; or, with --reader, the image's name
+    pub id: String,
+    /// Detach this reader of the image
+    #[arg(long, value_name = "LABEL")]
+    pub reader: Option<String>,
+}
+
+/// Arguments of `events`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+First everything as it is, then what changes, until Ctrl-C.
+
+Examples:
+  bedplate events
+  bedplate events --image debian-12 --json")]
+pub struct EventsArgs {
+    /// Only this image
+    #[arg(long, value_name = "NAME")]
+    pub image: Option<ImageName>,
+}
+
+/// Arguments of `disks`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  bedplate disks\n  bedplate disks --json")]
+pub struct DisksArgs {}
+
+/// Arguments of `doctor`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Works without a daemon too. Exit code 1 if anything fails.
+
+Examples:
+  bedplate doctor
+  bedplate doctor --disk /mnt/a --disk /mnt/b")]
+pub struct DoctorArgs {
+    /// Directory that a daemon would use [default: bedplate in the XDG data directory]
+    #[arg(long, value_name = "DIR")]
+    pub disk: Vec<PathBuf>,
+}
+
+/// Arguments of `completions`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  bedplate completions bash > ~/.local/share/bash-completion/completions/bedplate
+  bedplate completions zsh > ~/.zfunc/_bedplate")]
+pub struct CompletionsArgs {
+    /// The shell
+    pub shell: Shell,
+}
+
+/// Arguments of `man`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  bedplate man | man -l -
+  bedplate man /usr/local/share/man/man1")]
+pub struct ManArgs {
+    /// Directory to write every page into
+    pub dir: Option<PathBuf>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definitions_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_examples() {
+        for command in Cli::command().get_subcommands() {
+            let after = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(after.contains("Examples:"), "{}", command.get_name());
+            assert!(after.contains(&format!("bedplate {}", command.get_name())));
+        }
+    }
+}

@@ -1,0 +1,37 @@
+//! `bedplate attach`: reads an image; waits until it can be read.
+
+use super::args::{AttachArgs, Global};
+use super::exit::CliError;
+use super::follow::{self, OnFailure};
+use super::output::Output;
+use crate::control::client::Client;
+use crate::control::types::{Attachment, CreateAttachment};
+
+pub(super) async fn run(
+    args: &AttachArgs,
+    global: &Global,
+    output: &Output,
+) -> Result<(), CliError> {
+    let client = Client::new(&global.socket());
+    let body = CreateAttachment {
+        image: args.name.to_string(),
+        disk: args.disk.clone(),
+        reader: args.reader.clone(),
+    };
+    let mut held: Attachment = client.post("/v1/attachments", &body).await?;
+    if !args.no_wait {
+        let disk = Some(held.disk.as_str());
+        follow::until_ready(&client, args.name.as_str(), disk, OnFailure::Wait, output).await?;
+        held = client.get(&format!("/v1/attachments/{}", held.id)).await?;
+    }
+    if output.json {
+        return output.object(&held);
+    }
+    match &held.nbd {
+        Some(nbd) if !args.no_wait => {
+            output.note(&format!("attached as {}; detach with `bedplate detach {0}`", held.id));
+            output.line(&nbd.uri)
+        }
+        Some(_) | None => output.line(&held.id),
+    }
+}

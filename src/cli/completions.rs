@@ -1,0 +1,13 @@
+//! `bedplate completions`: for a shell, from the same definitions as the parser.
+
+use clap::CommandFactory;
+
+use super::args::{Cli, CompletionsArgs};
+use super::exit::CliError;
+use super::output::Output;
+
+pub(super) fn run(args: &CompletionsArgs, output: &Output) -> Result<(), CliError> {
+    let mut text = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "bedplate", &mut text);
+    output.bytes(&text)
+}

@@ -1,0 +1,53 @@
+//! `bedplate create`: makes an image known; brings it in only if asked.
+
+use super::args::{CreateArgs, Global};
+use super::exit::CliError;
+use super::follow::{self, OnFailure};
+use super::get;
+use super::output::Output;
+use super::source;
+use crate::control::client::Client;
+use crate::control::types::{CreateImage, FetchImage, Image};
+use crate::fetch::SourceUrl;
+use crate::image::Format;
+
+pub(super) async fn run(
+    args: &CreateArgs,
+    global: &Global,
+    output: &Output,
+) -> Result<(), CliError> {
+    let client = Client::new(&global.socket());
+    let url = source::parse(&args.source)?;
+    let name = args.name.as_ref().map(ToString::to_string);
+    let mut image: Image =
+        client.post("/v1/images", &request(&url, name, &args.expected, args.format)).await?;
+    if args.fetch || args.wait || args.disk.is_some() {
+        let target = format!("/v1/images/{}/fetch", image.name);
+        image = client.post(&target, &FetchImage { disk: args.disk.clone() }).await?;
+    }
+    if args.wait {
+        let disk = args.disk.as_deref();
+        image = follow::until_ready(&client, &image.name, disk, OnFailure::Wait, output).await?;
+    }
+    if output.json {
+        return output.object(&image);
+    }
+    output.line(&get::summary(&image))
+}
+
+/// The body of `POST /v1/images`.
+pub(super) fn request(
+    url: &SourceUrl,
+    name: Option<String>,
+    expected: &super::args::Expected,
+    format: Option<super::args::FormatArg>,
+) -> CreateImage {
+    CreateImage {
+        name,
+        url: url.expose().to_string(),
+        sha256: expected.sha256.clone(),
+        sha512: expected.sha512.clone(),
+        format: format.map(|f| Format::from(f).to_string()),
+        disks: Vec::new(),
+    }
+}

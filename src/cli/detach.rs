@@ -1,0 +1,38 @@
+//! `bedplate detach`: reads an image no more.
+
+use super::args::{DetachArgs, Global};
+use super::exit::{CliError, Exit};
+use super::output::Output;
+use crate::control::client::Client;
+use crate::control::types::Attachments;
+use crate::manager::AttachmentId;
+
+pub(super) async fn run(
+    args: &DetachArgs,
+    global: &Global,
+    output: &Output,
+) -> Result<(), CliError> {
+    let client = Client::new(&global.socket());
+    let id = match &args.reader {
+        Some(reader) => find(&client, &args.id, reader).await?,
+        None => AttachmentId::parse(&args.id)
+            .map_err(|e| {
+                CliError::new(Exit::Usage, e.to_string(), "or name the image and give --reader")
+            })?
+            .to_string(),
+    };
+    let _nothing: Option<serde_json::Value> =
+        client.delete(&format!("/v1/attachments/{id}")).await?;
+    output.note(&format!("{id} detached"));
+    Ok(())
+}
+
+/// The id of the attachment of `image` with this label.
+async fn find(client: &Client, image: &str, reader: &str) -> Result<String, CliError> {
+    let all: Attachments = client.get("/v1/attachments").await?;
+    let held = all.attachments.into_iter().find(|a| a.image == image && a.reader == reader);
+    held.map(|a| a.id).ok_or_else(|| {
+        let text = format!("image {image}: no reader {reader:?}");
+        CliError::new(Exit::NotFound, text, "")
+    })
+}

@@ -1,0 +1,68 @@
+//! `bedplate doctor`: is everything as it should be, and if not, what to do.
+
+use super::args::{DoctorArgs, Global, default_data_dir};
+use super::exit::{CliError, Exit};
+use super::list::tint;
+use super::output::{Output, printable};
+use crate::control::client::{Client, ClientError};
+use crate::control::types::{Check, Doctor, Level};
+use crate::daemon::doctor;
+
+pub(super) async fn run(
+    args: &DoctorArgs,
+    global: &Global,
+    output: &Output,
+) -> Result<(), CliError> {
+    let checks = collect(args, global).await;
+    for check in &checks {
+        if output.json {
+            output.object(check)?;
+            continue;
+        }
+        let word = match check.level {
+            Level::Ok => "ok",
+            Level::Warn => "warn",
+            Level::Fail => "fail",
+        };
+        let padding = " ".repeat(4 - word.len());
+        let word = output.tint(word, tint(word));
+        let text = printable(&format!("{}: {}", check.name, check.message));
+        output.line(&format!("{word}{padding}  {text}"))?;
+        if !check.hint.is_empty() {
+            output.line(&format!("      {}", printable(&check.hint)))?;
+        }
+    }
+    if checks.iter().any(|c| c.level == Level::Fail) {
+        return Err(CliError::new(Exit::Refused, "something fails; see above", ""));
+    }
+    Ok(())
+}
+
+/// The daemon's own checks, or without one those that this process can make.
+async fn collect(args: &DoctorArgs, global: &Global) -> Vec<Check> {
+    let socket = global.socket();
+    let result: Result<Doctor, ClientError> = Client::new(&socket).get("/v1/doctor").await;
+    let mut checks = match &result {
+        Ok(answer) if args.disk.is_empty() => answer.checks.clone(),
+        Ok(_) | Err(_) if !args.disk.is_empty() => doctor::of_host(&args.disk),
+        Ok(_) | Err(_) => {
+            let data = default_data_dir();
+            let there = data.is_dir().then_some(data);
+            doctor::of_host(there.as_slice())
+        }
+    };
+    if let Err(error) = result {
+        let (level, hint) = match error {
+            ClientError::NoDaemon { .. } => {
+                (Level::Warn, "start one with `bedplate serve`, or give --socket")
+            }
+            ClientError::Refused { .. }
+            | ClientError::Connect { .. }
+            | ClientError::Broken { .. }
+            | ClientError::Garbled { .. } => (Level::Fail, "see the daemon's log"),
+        };
+        let message = crate::manager::chain(&error);
+        checks.push(Check { name: "daemon".into(), level, message, hint: hint.into() });
+    }
+    checks
+}

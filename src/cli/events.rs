@@ -1,0 +1,53 @@
+//! `bedplate events`: what happens, a line each.
+
+use super::args::{EventsArgs, Global};
+use super::exit::{CliError, Exit};
+use super::follow::object;
+use super::get;
+use super::output::{Output, printable};
+use crate::control::client::Client;
+use crate::control::types::{Attachment, Event, Image};
+
+pub(super) async fn run(
+    args: &EventsArgs,
+    global: &Global,
+    output: &Output,
+) -> Result<(), CliError> {
+    let client = Client::new(&global.socket());
+    let mut events = client.events(args.image.as_ref().map(|n| n.as_str())).await?;
+    while let Some(event) = events.next().await? {
+        if output.json {
+            output.object(&event)?;
+        } else {
+            output.line(&printable(&describe(&event)?))?;
+        }
+        if event.kind == "lagged" {
+            let hint = "run it again: it begins with everything as it is";
+            return Err(CliError::new(Exit::Retry, "events were lost: too slow", hint));
+        }
+    }
+    Err(CliError::new(Exit::Retry, "the daemon has ended", ""))
+}
+
+/// An event for people.
+fn describe(event: &Event) -> Result<String, CliError> {
+    let text = match event.kind.as_str() {
+        "image.snapshot" | "image.created" | "image.updated" | "image.progress" => {
+            let image: Image = object(event)?;
+            let failed = image.copies.iter().find(|c| !c.message.is_empty());
+            let why = failed.map(|c| format!("  {}", c.message)).unwrap_or_default();
+            format!("{}  {}{why}", image.name, get::state(&image))
+        }
+        "attachment.snapshot" | "attachment.created" | "attachment.updated" => {
+            let held: Attachment = object(event)?;
+            let reader =
+                if held.reader.is_empty() { String::new() } else { format!(" ({})", held.reader) };
+            format!("{}  {}{reader}  {}", held.id, held.image, held.state)
+        }
+        _ => {
+            let field = |key| event.object.get(key).and_then(|v| v.as_str()).unwrap_or_default();
+            [field("id"), field("image"), field("name")].join(" ").trim().to_owned()
+        }
+    };
+    Ok(format!("{:<20}  {text}", event.kind).trim_end().to_owned())
+}

@@ -1,0 +1,58 @@
+//! `bedplate export`: serves one file, as qemu-nbd is used.
+
+use std::sync::Arc;
+
+use serde_json::json;
+
+use super::args::{ExportArgs, Global};
+use super::cat;
+use super::exit::CliError;
+use super::output::Output;
+use super::run::usage;
+use super::signals::Signals;
+use crate::control::nbd_uri;
+use crate::names::ImageName;
+use crate::serve::{Exports, nbd};
+use crate::units::human_bytes;
+
+pub(super) fn run(args: &ExportArgs, _global: &Global, output: &Output) -> Result<(), CliError> {
+    crate::daemon::logging::init(output.log_filter("warn"));
+    let view = Arc::new(cat::open(&args.file, args.format)?);
+    let file = args.file.to_string_lossy();
+    let suggested = ImageName::suggest(&file).map_or_else(|| "image".to_owned(), String::from);
+    let name = args.name.as_ref().map_or(suggested, ToString::to_string);
+    let exports = Arc::new(Exports::new());
+    exports.add(&name, view.clone(), "").map_err(|e| CliError::refused(&e))?;
+    exports.set_default(Some(&name)).map_err(|e| CliError::refused(&e))?;
+    // Signals end the server from here on, and the socket is removed.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| CliError::retry(&e))?;
+    let mut signals = runtime.block_on(async { Signals::new() })?;
+    let socket = std::path::absolute(&args.nbd).map_err(|e| CliError::refused(&e))?;
+    let server = nbd::Server::bind(&socket, exports, nbd::Limits::default())
+        .map_err(|e| CliError::refused(&e))?;
+    let stopper = server.stopper();
+    let thread = std::thread::spawn(move || server.run());
+    let uri = nbd_uri(&name, &socket);
+    let (format, size) = (view.format(), view.size_bytes());
+    let shown = if output.json {
+        output.object(&json!({
+            "name": name, "format": format.to_string(), "virtual_size_bytes": size, "uri": uri,
+        }))
+    } else {
+        output
+            .line(&format!("{name}  {format}  {} virtual", human_bytes(size)))
+            .and_then(|()| usage(&uri).iter().try_for_each(|line| output.line(line)))
+    };
+    if shown.is_ok() {
+        output.note("serving until Ctrl-C");
+        runtime.block_on(signals.next());
+    }
+    stopper.stop();
+    match thread.join() {
+        Ok(result) => result.map_err(|e| CliError::retry(&e)).and(shown),
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}

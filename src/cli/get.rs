@@ -1,0 +1,84 @@
+//! `bedplate get`: one image, with its copies.
+
+use super::args::{GetArgs, Global};
+use super::exit::CliError;
+use super::follow::moment;
+use super::output::Output;
+use super::table::Table;
+use crate::control::client::Client;
+use crate::control::types::Image;
+use crate::units::human_bytes;
+
+pub(super) async fn run(args: &GetArgs, global: &Global, output: &Output) -> Result<(), CliError> {
+    let client = Client::new(&global.socket());
+    let image: Image = client.get(&format!("/v1/images/{}", args.name)).await?;
+    if output.json {
+        return output.object(&image);
+    }
+    let size = |bytes: Option<u64>| bytes.map_or_else(|| "-".to_owned(), human_bytes);
+    let text = |value: &Option<String>| value.clone().unwrap_or_else(|| "-".to_owned());
+    let mut facts = vec![
+        ("name", image.name.clone()),
+        ("uuid", image.uuid.clone()),
+        ("source", text(&image.source)),
+        ("created", image.created_at.clone()),
+        ("state", state(&image)),
+        ("format", text(&image.format)),
+        ("virtual size", size(image.virtual_size_bytes)),
+        ("file size", size(image.size_bytes)),
+        ("on disk", size(image.stored_bytes)),
+        ("sha256", text(&image.digests.sha256)),
+        ("sha512", text(&image.digests.sha512)),
+        ("readers", image.attachments.to_string()),
+    ];
+    facts.extend(image.nbd.as_ref().map(|nbd| ("nbd", nbd.uri.clone())));
+    for (key, value) in facts {
+        output.line(&format!("{key:<13} {}", super::output::printable(&value)))?;
+    }
+    if image.copies.is_empty() {
+        return Ok(());
+    }
+    let mut table = Table::new(&["DISK", "WORKER", "STATE", "SHARE", "RATE", "MESSAGE"]);
+    for copy in &image.copies {
+        let share = moment(copy).share().map_or_else(|| "-".to_owned(), |p| format!("{p}%"));
+        let rate = match copy.rate_bytes_per_s {
+            0 => "-".to_owned(),
+            rate => format!("{}/s", human_bytes(rate)),
+        };
+        let cells = [&copy.disk, &copy.worker, &copy.state, &share, &rate, &copy.message];
+        table.row(cells.map(Clone::clone).to_vec());
+    }
+    output.line("")?;
+    table.lines().iter().try_for_each(|line| output.line(line))
+}
+
+/// An image's state in a word or two: that of its best copy.
+pub(super) fn state(image: &Image) -> String {
+    if image.deleting {
+        return "deleting".to_owned();
+    }
+    let order = ["ready", "ready-for-transfer", "in-progress", "starting", "pending"];
+    let rank = |state: &str| order.iter().position(|s| *s == state).unwrap_or(order.len());
+    match image.copies.iter().min_by_key(|c| rank(&c.state)) {
+        None => "not fetched".to_owned(),
+        Some(copy) if copy.state == "in-progress" => {
+            let phase = copy.phase.clone().unwrap_or_else(|| copy.state.clone());
+            moment(copy).share().map_or_else(|| phase.clone(), |p| format!("{phase} {p}%"))
+        }
+        Some(copy) => copy.state.clone(),
+    }
+}
+
+/// An image on one line: `debian-12  qcow2  2.0 GiB virtual  412.3 MiB on disk  sha256:…`.
+pub(super) fn summary(image: &Image) -> String {
+    let mut parts = vec![image.name.clone()];
+    parts.extend(image.format.clone());
+    parts.extend(image.virtual_size_bytes.map(|b| format!("{} virtual", human_bytes(b))));
+    parts.extend(image.stored_bytes.map(|b| format!("{} on disk", human_bytes(b))));
+    parts.extend(image.digests.sha256.as_ref().map(|d| format!("sha256:{d}")));
+    if image.digests.sha256.is_none() {
+        parts.extend(image.digests.sha512.as_ref().map(|d| format!("sha512:{d}")));
+    }
+    parts.push(state(image));
+    parts.join("  ")
+}

@@ -1,0 +1,135 @@
+//! `bedplate pull`: the transfer alone, as curl is used.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::args::PullArgs;
+use super::exit::{CliError, Exit};
+use super::output::Output;
+use super::progress::{Meter, Moment};
+use super::signals::Signals;
+use super::source;
+use crate::fetch::{
+    self, Class, Engine, Expect, FetchError, Phase, Policy, Progress, PullRequest, Pulled, Snapshot,
+};
+use crate::ring::{self, BufPool};
+use crate::units::human_bytes;
+
+/// Buffers of 1 MiB: the transfer's memory.
+const BUFFERS: usize = 32;
+/// How often the numbers are drawn.
+const TICK: Duration = Duration::from_millis(200);
+
+pub(super) async fn run(args: &PullArgs, output: &Output) -> Result<(), CliError> {
+    crate::daemon::logging::init(output.log_filter("error"));
+    let url = source::parse(&args.source)?;
+    let usage = |e: fetch::ExpectError| CliError::new(Exit::Usage, e.to_string(), "");
+    let expect = Expect::parse(args.expected.sha256.as_deref(), args.expected.sha512.as_deref());
+    let parent = args.output.parent().filter(|p| !p.as_os_str().is_empty());
+    let dir = parent.unwrap_or(std::path::Path::new("."));
+    let probe = ring::probe(dir, ring::Choice::Auto)
+        .map_err(|reason| CliError::new(Exit::Refused, reason, ""))?;
+    let engine = Engine { pool: BufPool::new(BUFFERS), probe, policy: Policy::default() };
+    let request = PullRequest { url, output: args.output.clone(), expect: expect.map_err(usage)? };
+    let started = Instant::now();
+    let pulled = watch(&engine, &request, output).await?;
+    show(args, &pulled, started.elapsed(), output)
+}
+
+/// Pulls, and draws how it goes; a signal ends it so that it can be resumed.
+async fn watch(
+    engine: &Engine,
+    request: &PullRequest,
+    output: &Output,
+) -> Result<Pulled, CliError> {
+    let mut signals = Signals::new()?;
+    let progress = Arc::new(Progress::default());
+    let name = request.output.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let mut meter = Meter::new(output, &name);
+    let mut speed = Speed::default();
+    let pulling = fetch::pull(engine, request, &progress);
+    tokio::pin!(pulling);
+    let mut tick = tokio::time::interval(TICK);
+    let result = loop {
+        tokio::select! {
+            result = &mut pulling => break result,
+            () = signals.next() => progress.stop(),
+            _ = tick.tick() => meter.show(&speed.moment(&progress.snapshot())),
+        }
+    };
+    meter.finish();
+    result.map_err(|e| failure(&e))
+}
+
+fn failure(error: &FetchError) -> CliError {
+    match error.class() {
+        Class::Refuse => CliError::refused(error),
+        Class::Retry => CliError::retry(error),
+        Class::Cancelled => {
+            let hint = "run the same command again: what has arrived is not fetched again";
+            CliError::new(Exit::Interrupted, "interrupted", hint)
+        }
+    }
+}
+
+fn show(args: &PullArgs, pulled: &Pulled, took: Duration, output: &Output) -> Result<(), CliError> {
+    let bytes = pulled.sealed.len_bytes();
+    if output.json {
+        return output.object(&json!({
+            "output": args.output.display().to_string(),
+            "size_bytes": bytes,
+            "received_bytes": pulled.received_bytes,
+            "sha256": pulled.digests.sha256,
+            "sha512": pulled.digests.sha512,
+            "seconds": took.as_secs_f64(),
+        }));
+    }
+    let mut parts = vec![args.output.display().to_string(), human_bytes(bytes)];
+    parts.push(format!("{:.1} s", took.as_secs_f64()));
+    parts.extend(pulled.digests.sha256.as_ref().map(|d| format!("sha256:{d}")));
+    parts.extend(pulled.digests.sha512.as_ref().map(|d| format!("sha512:{d}")));
+    output.line(&parts.join("  "))
+}
+
+/// The rate of the last seconds, from snapshots.
+#[derive(Default)]
+struct Speed {
+    marks: std::collections::VecDeque<(Instant, u64)>,
+}
+
+impl Speed {
+    fn moment(&mut self, now: &Snapshot) -> Moment {
+        self.marks.push_back((Instant::now(), now.bytes_received));
+        while self.marks.len() > 15 {
+            self.marks.pop_front();
+        }
+        let rate = match (self.marks.front(), self.marks.back()) {
+            (Some((then, from)), Some((at, to))) => {
+                let ms = u64::try_from(at.duration_since(*then).as_millis()).unwrap_or(u64::MAX);
+                to.saturating_sub(*from).saturating_mul(1000).checked_div(ms).unwrap_or(0)
+            }
+            (None, _) | (_, None) => 0,
+        };
+        let left = now.bytes_total.map(|total| total.saturating_sub(now.bytes_done));
+        let mut message = now.message.clone();
+        if now.retries > 0 {
+            message = format!("try {}: {message}", now.retries + 1);
+        }
+        Moment {
+            phase: match now.phase {
+                Phase::Connecting => "connecting",
+                Phase::Fetching => "fetching",
+                Phase::Verifying => "verifying",
+                Phase::Retrying => "retrying",
+            }
+            .to_owned(),
+            bytes_done: now.bytes_done,
+            bytes_total: now.bytes_total,
+            rate_bytes_per_s: rate,
+            eta_s: left.and_then(|left| left.checked_div(rate)),
+            message,
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! `bedplate run`: one command brings an image in and serves it.
+//!
+//! How: a daemon in this process with one disk; then this is a client of its control socket, like
+//! anybody else. Other `bedplate` commands reach it meanwhile.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::args::{Global, RunArgs, default_data_dir};
+use super::exit::{CliError, Exit};
+use super::follow::{self, OnFailure};
+use super::output::Output;
+use super::signals::Signals;
+use super::{create, get, source};
+use crate::control::client::Client;
+use crate::control::types::{Attachment, CreateAttachment, Image};
+use crate::daemon::{Config, Daemon, DaemonHandle, logging};
+use crate::fetch::SourceUrl;
+use crate::manager::Backend;
+use crate::names::ImageName;
+
+/// What this reader calls itself: a second run after a crash takes the same attachment.
+const READER: &str = "bedplate-run";
+
+pub(super) async fn run(args: RunArgs, global: &Global, output: &Output) -> Result<(), CliError> {
+    logging::init(output.log_filter("error"));
+    let url = source::parse(&args.source)?;
+    let name = match &args.name {
+        Some(name) => name.clone(),
+        None => ImageName::suggest(url.expose().path()).ok_or_else(|| {
+            CliError::new(Exit::Usage, "the source's last part gives no name", "give --name NAME")
+        })?,
+    };
+    let mut signals = Signals::new()?;
+    let config = config(&args, global, &name)?;
+    let node = open_node(config.clone()).await?;
+    let daemon = Daemon::start(&config, node).await?;
+    let client = Client::new(daemon.control_socket());
+    let result = bring_in_and_serve(&client, &args, &url, &name, &mut signals, output).await;
+    end(daemon, &client, &name).await;
+    result
+}
+
+fn config(args: &RunArgs, global: &Global, name: &ImageName) -> Result<Config, CliError> {
+    let absolute = |path: PathBuf| std::path::absolute(path).map_err(|e| CliError::refused(&e));
+    let data = absolute(args.data.clone().unwrap_or_else(default_data_dir))?;
+    std::fs::create_dir_all(&data).map_err(|e| {
+        let text = format!("{}: cannot make the directory: {e}", data.display());
+        CliError::new(Exit::Refused, text, "give --data DIR")
+    })?;
+    Ok(Config {
+        control_socket: global.socket.clone().map(absolute).transpose()?,
+        nbd_socket: args.nbd.clone().map(absolute).transpose()?,
+        default_export: Some(name.clone()),
+        ..Config::with_disks(vec![data])
+    })
+}
+
+async fn open_node(config: Config) -> Result<Arc<dyn Backend>, CliError> {
+    let opening = tokio::task::spawn_blocking(move || Daemon::open_node(&config));
+    Ok(opening.await.map_err(|e| CliError::refused(&e))??)
+}
+
+async fn bring_in_and_serve(
+    client: &Client,
+    args: &RunArgs,
+    url: &SourceUrl,
+    name: &ImageName,
+    signals: &mut Signals,
+    output: &Output,
+) -> Result<(), CliError> {
+    let request = create::request(url, Some(name.to_string()), &args.expected, args.format);
+    let _known: Image = client.post("/v1/images", &request).await?;
+    let body =
+        CreateAttachment { image: name.to_string(), disk: None, reader: Some(READER.to_owned()) };
+    let held: Attachment = client.post("/v1/attachments", &body).await?;
+    let disk = Some(held.disk.as_str());
+    let waiting = follow::until_ready(client, name.as_str(), disk, OnFailure::GiveUp, output);
+    let image = tokio::select! {
+        image = waiting => image?,
+        () = signals.next() => {
+            let hint = "run the same command again: what has arrived is not fetched again";
+            return Err(CliError::new(Exit::Interrupted, "interrupted", hint));
+        }
+    };
+    show(&image, output)?;
+    output.note("serving until Ctrl-C");
+    signals.next().await;
+    Ok(())
+}
+
+/// What the image is, and how to use it.
+fn show(image: &Image, output: &Output) -> Result<(), CliError> {
+    if output.json {
+        return output.object(image);
+    }
+    output.line(&get::summary(image))?;
+    let Some(nbd) = &image.nbd else { return Ok(()) };
+    usage(&nbd.uri).iter().try_for_each(|line| output.line(line))
+}
+
+/// The commands that read an export, ready to be pasted.
+pub(super) fn usage(uri: &str) -> [String; 5] {
+    // A URI has no quote in it: they are escaped.
+    let drive = uri.replace(',', ",,");
+    [
+        format!("uri      {uri}"),
+        format!("inspect  nbdinfo '{uri}'"),
+        format!("         qemu-img info '{uri}'"),
+        format!("copy     qemu-img convert -p -O qcow2 '{uri}' copy.qcow2"),
+        format!(
+            "boot     qemu-system-x86_64 -m 1G -nographic \
+             -drive 'file={drive},format=raw,if=virtio,snapshot=on'"
+        ),
+    ]
+}
+
+/// Lets the attachment go and ends the daemon. A crash before this leaves an attachment with our
+/// label, which the next run takes over.
+async fn end(daemon: DaemonHandle, client: &Client, name: &ImageName) {
+    if let Ok(all) = client.get::<crate::control::types::Attachments>("/v1/attachments").await {
+        let ours = |a: &&Attachment| a.reader == READER && a.image == name.as_str();
+        for held in all.attachments.iter().filter(ours) {
+            let target = format!("/v1/attachments/{}", held.id);
+            if let Err(error) = client.delete::<serde_json::Value>(&target).await {
+                tracing::warn!(%error, "the attachment stays");
+            }
+        }
+    }
+    daemon.shutdown().await;
+}

@@ -1,0 +1,41 @@
+//! `bedplate serve`: the daemon.
+
+use super::args::{Global, ServeArgs};
+use super::exit::{CliError, Exit};
+use super::output::Output;
+use super::signals::Signals;
+use crate::daemon::{Config, Daemon, logging};
+
+pub(super) async fn run(
+    args: &ServeArgs,
+    global: &Global,
+    output: &Output,
+) -> Result<(), CliError> {
+    logging::init(output.log_filter("info"));
+    let mut signals = Signals::new()?;
+    let mut config = match &args.config {
+        Some(path) => Config::read(path)
+            .map_err(|e| CliError::new(Exit::Usage, crate::manager::chain(&e), ""))?,
+        None => Config::with_disks(args.disk.clone()),
+    };
+    config.nbd_socket = args.nbd.clone().or(config.nbd_socket);
+    config.control_socket = global.socket.clone().or(config.control_socket);
+    for disk in &mut config.disks {
+        if !disk.is_dir() {
+            let text = format!("{}: not a directory", disk.display());
+            let hint = "make it, or mount what belongs there: a daemon makes no disk by itself";
+            return Err(CliError::new(Exit::Refused, text, hint));
+        }
+        *disk = std::path::absolute(&*disk).map_err(|e| CliError::refused(&e))?;
+    }
+    let opening = config.clone();
+    let node = tokio::task::spawn_blocking(move || Daemon::open_node(&opening));
+    let node = node.await.map_err(|e| CliError::refused(&e))??;
+    let daemon = Daemon::start(&config, node).await?;
+    output.note(&format!("control socket: {}", daemon.control_socket().display()));
+    output.note(&format!("NBD socket:     {}", daemon.nbd_socket().display()));
+    signals.next().await;
+    output.note("ending; what has arrived is kept");
+    daemon.shutdown().await;
+    Ok(())
+}

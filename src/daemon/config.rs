@@ -1,0 +1,167 @@
+//! What a daemon is told: a TOML file, or flags that say the same.
+//!
+//! Why: a misspelt key that is ignored is a setting that isn't in force.
+//! How: serde with unknown keys refused; what is absent has the default named at the field.
+//! Start at [`Config`].
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::{CONTROL_SOCKET, DaemonError, NBD_SOCKET, sockets};
+use crate::manager::NodeOptions;
+use crate::names::ImageName;
+
+/// What a daemon is told.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Directories, each on a file system of its own: where copies live. At least one. The first
+    /// also holds the catalog and, by default, the sockets.
+    pub disks: Vec<PathBuf>,
+    /// Default: `<first disk>/bedplate/control.sock`.
+    pub control_socket: Option<PathBuf>,
+    /// Default: `<first disk>/bedplate/nbd.sock`.
+    pub nbd_socket: Option<PathBuf>,
+    /// Users, besides root and the daemon's own, that may use the control socket. Default: none.
+    #[serde(default)]
+    pub control_uids: Vec<u32>,
+    /// Groups whose members may use it. The socket belongs to the first. Default: none.
+    #[serde(default)]
+    pub control_gids: Vec<u32>,
+    /// How files are written: `auto`, `uring` or `threads`. Default: `auto`, io_uring where it works.
+    pub sink: Option<String>,
+    /// Transfers at the same time; further ones wait. Default: 8.
+    pub max_transfers: Option<usize>,
+    /// The image that NBD clients get who name none. Default: the only one, if there is only one.
+    pub default_export: Option<ImageName>,
+}
+
+/// Why a configuration is refused.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "each field is named in the message above it")]
+pub enum ConfigError {
+    /// The file can't be read.
+    #[error("{}: cannot read the configuration", path.display())]
+    Read {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    /// It isn't what it should be.
+    #[error("{}: the configuration does not read", path.display())]
+    Parse {
+        path: PathBuf,
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+}
+
+impl Config {
+    /// A daemon with these disks and defaults for the rest.
+    #[must_use]
+    pub fn with_disks(disks: Vec<PathBuf>) -> Self {
+        Self { disks, ..Self::default() }
+    }
+
+    /// Reads a TOML file.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names the file, the line and the key.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        toml::from_str(&text).map_err(|source| ConfigError::Parse {
+            path: path.to_owned(),
+            source: Box::new(source),
+        })
+    }
+
+    /// How the node is set up.
+    ///
+    /// # Errors
+    /// [`DaemonError::BadSetting`] for a sink that isn't known or no transfer at all.
+    pub fn node_options(&self) -> Result<NodeOptions, DaemonError> {
+        let mut options = NodeOptions::new(self.disks.clone());
+        if let Some(sink) = &self.sink {
+            let refuse = |rule| DaemonError::BadSetting { key: "sink", rule };
+            options.sink = sink.parse().map_err(refuse)?;
+        }
+        if let Some(most) = self.max_transfers {
+            if most == 0 {
+                let rule = "give at least 1".to_owned();
+                return Err(DaemonError::BadSetting { key: "max_transfers", rule });
+            }
+            options.max_transfers = most;
+        }
+        Ok(options)
+    }
+
+    /// Where the control socket is to be.
+    ///
+    /// # Errors
+    /// [`DaemonError`] if there is no disk, or the given path is too long.
+    pub fn control_socket(&self) -> Result<PathBuf, DaemonError> {
+        self.socket(self.control_socket.as_deref(), CONTROL_SOCKET)
+    }
+
+    /// Where the NBD socket is to be.
+    ///
+    /// # Errors
+    /// As [`Config::control_socket`].
+    pub fn nbd_socket(&self) -> Result<PathBuf, DaemonError> {
+        self.socket(self.nbd_socket.as_deref(), NBD_SOCKET)
+    }
+
+    fn socket(&self, given: Option<&Path>, name: &str) -> Result<PathBuf, DaemonError> {
+        if let Some(path) = given {
+            if path.as_os_str().len() > sockets::SUN_PATH_MAX {
+                return Err(DaemonError::SocketPath { path: path.to_owned() });
+            }
+            return Ok(path.to_owned());
+        }
+        let first = self.disks.first().ok_or(DaemonError::NoDisk)?;
+        let path = sockets::default_socket(first, name);
+        if !path.starts_with(first) {
+            sockets::make_private_dir(path.parent().unwrap_or(Path::new("/")))?;
+            tracing::warn!(
+                disk = %first.display(), socket = %path.display(),
+                "the disk's path is too long for a socket in it; the socket is elsewhere"
+            );
+        }
+        Ok(path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("b.toml");
+        std::fs::write(&path, text).unwrap();
+        Config::read(&path).map_err(|e| crate::manager::chain(&e))
+    }
+
+    #[test]
+    fn a_configuration_has_defaults_for_all_but_the_disks() {
+        let config = parse("disks = ['/d']").unwrap();
+        assert_eq!(config, Config::with_disks(vec!["/d".into()]));
+        assert_eq!(config.control_socket().unwrap(), Path::new("/d/bedplate/control.sock"));
+        assert_eq!(config.nbd_socket().unwrap(), Path::new("/d/bedplate/nbd.sock"));
+    }
+
+    #[test]
+    fn a_misspelt_key_is_refused_with_its_line() {
+        let error = parse("disks = ['/d']\ncontrol_soket = '/x'").unwrap_err();
+        assert!(error.contains("line 2") && error.contains("control_soket"), "{error}");
+    }
+
+    #[test]
+    fn a_socket_path_that_is_too_long_is_refused() {
+        let long = format!("disks = ['/d']\nnbd_socket = '/{}'", "x".repeat(107));
+        assert!(parse(&long).unwrap().nbd_socket().is_err());
+    }
+}

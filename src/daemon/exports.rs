@@ -1,0 +1,73 @@
+//! Ready copies as NBD exports.
+//!
+//! Why: the manager says which copy readers get; here its view is opened and given a name.
+//! How: one registry that the NBD server reads; the default export follows what is there.
+//! Never: opens a copy that the manager hasn't named.
+//! Start at [`NodeExports`].
+
+use std::sync::Arc;
+
+use crate::manager::{Backend, BackendError, CopyId, Exporter, FailureClass};
+use crate::names::ImageName;
+use crate::serve::{self, ServeError};
+
+/// The node's exports.
+pub(super) struct NodeExports {
+    backend: Arc<dyn Backend>,
+    registry: Arc<serve::Exports>,
+    default: Option<ImageName>,
+}
+
+impl NodeExports {
+    pub(super) fn new(
+        backend: Arc<dyn Backend>,
+        registry: Arc<serve::Exports>,
+        default: Option<ImageName>,
+    ) -> Self {
+        Self { backend, registry, default }
+    }
+
+    /// The configured image if it is there, else the only one, else none.
+    fn choose_default(&self) {
+        let names: Vec<String> =
+            self.registry.list().iter().map(|export| export.name().to_owned()).collect();
+        let configured = self.default.as_ref().map(ImageName::as_str);
+        let chosen = match (configured, names.as_slice()) {
+            (Some(name), all) if all.iter().any(|n| n == name) => Some(name),
+            (_, [only]) => Some(only.as_str()),
+            (_, _) => None,
+        };
+        if let Err(error) = self.registry.set_default(chosen) {
+            tracing::warn!(%error, "the default export has gone meanwhile");
+        }
+    }
+}
+
+impl Exporter for NodeExports {
+    fn publish(&self, copy: &CopyId) -> Result<(), BackendError> {
+        let view = self.backend.open_view(copy)?;
+        let description = format!("{} {}, copy on disk {}", copy.image, copy.uuid, copy.disk);
+        match self.registry.add(copy.image.as_str(), view, &description) {
+            Ok(_) => {
+                self.choose_default();
+                Ok(())
+            }
+            Err(error) => {
+                let message = error.to_string();
+                Err(BackendError { class: FailureClass::Retry, message })
+            }
+        }
+    }
+
+    fn withdraw(&self, image: &ImageName) {
+        match self.registry.close(image.as_str()) {
+            Ok(_) | Err(ServeError::Unknown { .. }) => {}
+            Err(error) => tracing::warn!(%error, "an export can't be closed"),
+        }
+        self.choose_default();
+    }
+
+    fn sessions(&self, image: &ImageName) -> usize {
+        self.registry.in_use(image.as_str())
+    }
+}

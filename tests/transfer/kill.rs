@@ -1,0 +1,141 @@
+//! Promise: `kill -9` of the daemon at any moment of a download costs at most what was not durable
+//! yet; after the restart the copy gets ready by itself, with the right bytes.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use bedplate::disk::{Dir, Presence};
+
+use crate::fault_server::{FaultServer, Reply};
+use crate::{content, sha256};
+
+const LEN: usize = 96 << 20;
+const KILLS: usize = 50;
+
+struct Daemon {
+    child: Child,
+    socket: PathBuf,
+}
+
+impl Daemon {
+    fn start(disk: &Path, socket: &Path) -> Self {
+        let child = Command::new(env!("CARGO_BIN_EXE_bedplate"))
+            .args(["serve", "--disk"])
+            .arg(disk)
+            .arg("--socket")
+            .arg(socket)
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self { child, socket: socket.to_owned() }
+    }
+
+    fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Runs a command until the daemon answers it; its standard output.
+    fn ask(&self, args: &[&str]) -> String {
+        loop {
+            let output = Command::new(env!("CARGO_BIN_EXE_bedplate"))
+                .arg("--socket")
+                .arg(&self.socket)
+                .args(args)
+                .output()
+                .unwrap();
+            if output.status.success() {
+                return String::from_utf8(output.stdout).unwrap();
+            }
+            // Exit code 3: not there yet, try again. Anything else is a failure.
+            let text = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(3), "{args:?}: {text}");
+        }
+    }
+}
+
+fn copy_dir(disk: &Path, name: &str) -> Option<PathBuf> {
+    let entries = disk.join("backing-images").read_dir().ok()?;
+    let dirs = entries.map(|entry| entry.unwrap().path());
+    dirs.into_iter()
+        .find(|dir| dir.file_name().unwrap().to_string_lossy().starts_with(&format!("{name}-")))
+}
+
+/// What the files say is missing; `None` if there is nothing to go on with.
+fn missing(disk: &Path, name: &str) -> Option<Vec<Range<u64>>> {
+    let dir = Dir::open(&copy_dir(disk, name)?).unwrap();
+    let presence = Presence::load(&dir, "backing.presence").unwrap()?;
+    let missing = presence.missing(LEN as u64);
+    let nothing_here = missing == [0..LEN as u64];
+    (!nothing_here).then_some(missing)
+}
+
+fn assert_only_missing(requests: &[Option<Range<u64>>], missing: &[Range<u64>]) {
+    for asked in requests.iter().flatten() {
+        let asked = asked.start..asked.end.min(LEN as u64);
+        let inside = missing.iter().any(|gap| gap.start <= asked.start && asked.end <= gap.end);
+        // One byte is asked for to learn the version, if all the rest is here.
+        let probe = asked == (0..1) && missing.is_empty();
+        assert!(inside || probe, "asked for {asked:?}, missing were {missing:?}");
+    }
+}
+
+#[test]
+fn a_copy_survives_fifty_kills_and_fetches_nothing_durable_again() {
+    let seed = std::env::var("SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(1u64);
+    println!("SEED={seed}");
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let bytes = content(LEN, seed);
+    let served = bytes.clone();
+    let server = FaultServer::start(move |request| {
+        let mut reply = Reply::ranged(request, &served, "\"v\"");
+        reply.pace = Duration::from_micros(700);
+        reply
+    });
+    let temp = tempfile::tempdir().unwrap();
+    let (disk, socket) = (temp.path().join("disk"), temp.path().join("c.sock"));
+    let (mut kills, mut resumed, mut image) = (0, 0, 0);
+    while kills < KILLS {
+        image += 1;
+        let name = format!("image-{image}");
+        let mut daemon = Daemon::start(&disk, &socket);
+        let url = format!("{}/{name}", server.url);
+        daemon.ask(&["create", "--name", &name, "--sha256", &sha256(&bytes), "--fetch", &url]);
+        loop {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            // The moment of the kill is what is random here; nothing waits for it.
+            std::thread::sleep(Duration::from_millis(state % 900));
+            daemon.kill();
+            kills += 1;
+            let before = missing(&disk, &name);
+            let asked = server.requests().len();
+            let done = copy_dir(&disk, &name).is_some_and(|dir| dir.join("backing").exists());
+            daemon = Daemon::start(&disk, &socket);
+            if done || kills == KILLS {
+                daemon.ask(&["attach", &name]);
+            } else {
+                // Answering means that its workers have been started.
+                daemon.ask(&["get", &name]);
+            }
+            let requests: Vec<_> =
+                server.requests()[asked..].iter().map(|r| r.range.clone()).collect();
+            if let Some(missing) = &before {
+                assert_only_missing(&requests, missing);
+                resumed += usize::from(!requests.is_empty());
+            }
+            if done || kills == KILLS {
+                assert!(!done || requests.is_empty(), "a finished copy is not fetched again");
+                break;
+            }
+        }
+        let data = copy_dir(&disk, &name).unwrap().join("backing");
+        assert!(std::fs::read(data).unwrap() == bytes, "{name} has other bytes");
+        daemon.kill();
+    }
+    println!("{kills} kills over {image} images, {resumed} restarts went on in the middle");
+    assert!(resumed >= 10, "too few kills hit the middle of a download: {resumed}");
+}
