@@ -198,6 +198,9 @@ class Scratch:
         return self
 
     def __exit__(self, *_):
+        # A second signal must not stop the cleaning up.
+        for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(sign, signal.SIG_IGN)
         for server in reversed(self._servers):
             server.stop(patience_s=5.0)
         shutil.rmtree(self.path, ignore_errors=True)
@@ -275,6 +278,7 @@ def main(function):
     try:
         status = function()
     except Failure as failure:
+        sys.stdout.flush()
         print(f"{Path(sys.argv[0]).name}: {failure}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
