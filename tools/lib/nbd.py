@@ -30,7 +30,7 @@ def _first_bytes(path, length_bytes, name):
         stream.connect(str(path))
         magic, option_magic, _flags = struct.unpack(">8sQH", _exactly(stream, 18))
         if magic != b"NBDMAGIC" or option_magic != _IHAVEOPT:
-            raise OSError(f"not a newstyle NBD server")
+            raise OSError("not a newstyle NBD server")
         encoded = name.encode()
         stream.sendall(struct.pack(">IQII", _FIXED_NEWSTYLE_NO_ZEROES, _IHAVEOPT, _OPT_EXPORT_NAME,
                                    len(encoded)) + encoded)
