@@ -1,9 +1,8 @@
 """Resident set while a large image is brought in: it must not grow with the image."""
 
 import shutil
-import time
 
-from lib import corpus, nbd, procs, rounds
+from lib import bedplate, corpus, procs, rounds
 from lib.corpus import GIB, MIB
 from lib.nginx import Nginx
 
@@ -24,7 +23,7 @@ def run(bench):
                "does not")
     out = bench.scratch.path / "fetched"
     commands = {
-        "bedplate pull --sha256": [bench.bedplate, "pull", url, "-o", out, "--sha256", sha256],
+        "bedplate pull --sha256": [bench.program, "pull", url, "-o", out, "--sha256", sha256],
         "curl": ["curl", "-sSf", "-o", out, url],
     }
     for name, argv in commands.items():
@@ -46,13 +45,8 @@ def _run(bench, url, sha256):
     """`bedplate run`: the kernel's high-water mark, read when the export answers."""
     name = "bedplate run --sha256, to ready"
     data, socket_path = bench.scratch.dir("data"), bench.scratch.path / "memory.sock"
-    start = time.monotonic()
-    server = bench.scratch.serve(name, [
-        bench.bedplate, "run", url, "--name", "large", "--data", data, "--nbd", socket_path,
-        "--sha256", sha256])
-    server.wait_for_socket(socket_path, limit_s=1800)
-    nbd.first_bytes(socket_path)
-    wall_s = time.monotonic() - start
+    server, wall_s = bedplate.start_run(bench.scratch, bedplate.run_argv(
+        bench.program, url, "large", data, socket_path, sha256))
     rss_bytes, anon_bytes = procs.resident(server.pid)
     bench.scratch.retire(server)
     shutil.rmtree(data)

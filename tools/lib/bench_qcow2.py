@@ -21,7 +21,8 @@ def run(bench):
     size_bytes = nbd_load.image_bytes(bench)
     raw = bench.scratch.path / "dense.raw"
     corpus.dense(raw, size_bytes)
-    rounds.say(f"  load from {nbd_load.generator()}")
+    rounds.say(f"  load from {nbd_load.generator()}; max RSS counts pages of the mapped image, "
+               "which are page cache")
     for kind, options in _KINDS.items():
         image = bench.scratch.path / f"{kind}.qcow2"
         procs.run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", *options, raw, image)
@@ -49,7 +50,7 @@ def _commands(bench, image, label):
     """{contender: (command or None, socket)}"""
     sockets = [bench.scratch.path / f"{label}-{index}.sock" for index in range(3)]
     return {
-        "bedplate export": ([bench.bedplate, "export", image, "--nbd", sockets[0]], sockets[0]),
+        "bedplate export": ([bench.program, "export", image, "--nbd", sockets[0]], sockets[0]),
         _REFERENCE: (["qemu-nbd", "-r", "-t", "-e", "8", "-f", "qcow2", "-k", sockets[1], image],
                      sockets[1]),
         "nbdkit qcow2dec": (["nbdkit", "-f", "-r", "-U", sockets[2], "--filter=noextents",

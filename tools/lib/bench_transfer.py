@@ -7,9 +7,8 @@ instructions, so the same with openssl is a row of its own.
 
 import shlex
 import shutil
-import time
 
-from lib import corpus, nbd, procs, rounds
+from lib import bedplate, corpus, nbd, procs, rounds
 from lib.corpus import GIB, MIB
 from lib.nginx import Nginx
 
@@ -51,13 +50,13 @@ class _Job:
         curl = f"curl -sSf -o {out} {url} && sync --data {out}"
         sha256sum = f"echo '{digest}  {self._out}' | sha256sum --check --quiet"
         openssl = f"openssl dgst -sha256 -r {out} | grep -q ^{digest}"
-        pull = [self._bench.bedplate, "pull", url, "-o", self._out]
+        pull = [self._bench.program, "pull", url, "-o", self._out]
         return [
             self._command("bedplate pull --sha256", [*pull, "--sha256", digest], ours=True),
             self._command("bedplate pull", pull, ours=True),
             rounds.Contender("bedplate run --sha256, to ready", lambda: self._run(url), ours=True),
             self._shell(_REFERENCE, "curl", f"{curl} && {sha256sum}"),
-            self._shell("curl, sync, openssl sha256", "curl", f"{curl} && {openssl}"),
+            self._shell("curl, sync, openssl sha256", "openssl", f"{curl} && {openssl}"),
             self._shell("curl, sync", "curl", curl),
             self._shell("aria2c -x8 --checksum, sync", "aria2c", (
                 f"aria2c -q -x8 -s8 -k1M --file-allocation=none --checksum=sha-256={digest} "
@@ -89,13 +88,9 @@ class _Job:
         """`bedplate run` until its export answers; the bytes are verified through NBD."""
         self._prepare()
         data, socket_path = self._bench.scratch.dir("data"), self._bench.scratch.path / "run.sock"
-        server_s, start = self._nginx.cpu_s(), time.monotonic()
-        server = self._bench.scratch.serve("bedplate run", [
-            self._bench.bedplate, "run", url, "--name", "mixed", "--data", data, "--nbd",
-            socket_path, "--sha256", self._sha256], self._bench.prefix)
-        server.wait_for_socket(socket_path, limit_s=600)
-        nbd.first_bytes(socket_path)
-        wall_s = time.monotonic() - start
+        server_s = self._nginx.cpu_s()
+        server, wall_s = bedplate.start_run(self._bench.scratch, bedplate.run_argv(
+            self._bench.program, url, "mixed", data, socket_path, self._sha256), self._bench.prefix)
         sample = rounds.Sample(
             self._size_bytes / wall_s, wall_s, self._size_bytes, server.cpu_s(),
             self._nginx.cpu_s() - server_s, rss_bytes=procs.resident(server.pid)[0],

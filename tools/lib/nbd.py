@@ -4,6 +4,8 @@ import socket
 import struct
 import time
 
+from lib import procs
+
 _IHAVEOPT = 0x49484156454F5054
 _REQUEST_MAGIC = 0x25609513
 _REPLY_MAGIC = 0x67446698
@@ -15,12 +17,20 @@ _CMD_DISC = 2
 
 def first_bytes(path, length_bytes=4096, name=""):
     """Connects to the default export (or `name`), reads its start; returns (bytes, seconds)."""
+    try:
+        return _first_bytes(path, length_bytes, name)
+    except OSError as error:
+        raise procs.Failure(f"{path}: no {length_bytes} bytes from the NBD export: {error}"
+                            ) from error
+
+
+def _first_bytes(path, length_bytes, name):
     start = time.monotonic()
     with socket.socket(socket.AF_UNIX) as stream:
         stream.connect(str(path))
         magic, option_magic, _flags = struct.unpack(">8sQH", _exactly(stream, 18))
         if magic != b"NBDMAGIC" or option_magic != _IHAVEOPT:
-            raise OSError(f"{path}: not a newstyle NBD server")
+            raise OSError("not a newstyle NBD server")
         encoded = name.encode()
         stream.sendall(struct.pack(">IQII", _FIXED_NEWSTYLE_NO_ZEROES, _IHAVEOPT, _OPT_EXPORT_NAME,
                                    len(encoded)) + encoded)
@@ -28,7 +38,7 @@ def first_bytes(path, length_bytes=4096, name=""):
         stream.sendall(struct.pack(">IHHQQI", _REQUEST_MAGIC, 0, _CMD_READ, 1, 0, length_bytes))
         reply, error, _cookie = struct.unpack(">IIQ", _exactly(stream, 16))
         if reply != _REPLY_MAGIC or error != 0:
-            raise OSError(f"{path}: read of {length_bytes} bytes at 0 failed with error {error}")
+            raise OSError(f"the read failed with error {error}")
         data = _exactly(stream, length_bytes)
         elapsed_s = time.monotonic() - start
         stream.sendall(struct.pack(">IHHQQI", _REQUEST_MAGIC, 0, _CMD_DISC, 2, 0, 0))
@@ -40,7 +50,7 @@ def _exactly(stream, count):
     while len(parts) < count:
         part = stream.recv(count - len(parts))
         if not part:
-            raise OSError("the NBD server closed the connection")
+            raise OSError("the server closed the connection")
         parts += part
     return bytes(parts)
 

@@ -138,9 +138,11 @@ class Server:
         """Polls `ready()` until it is true; fails at once if the process ends before."""
         end = time.monotonic() + limit_s
         while True:
+            # Asked before `ready`, so that a last word before the end is heard.
+            ended = self.process.poll() is not None
             if ready():
                 return
-            if self.process.poll() is not None:
+            if ended:
                 raise Failure(f"{self.name}: ended with status {self.process.returncode} before "
                               f"{what}; its output:\n{self.output()[-2000:]}")
             if time.monotonic() > end:
@@ -159,15 +161,14 @@ class Server:
             try:
                 self.process.wait(patience_s)
             except subprocess.TimeoutExpired:
-                self._kill_session()
+                self.process.kill()
                 self.process.wait()
-        return self.process.returncode
-
-    def _kill_session(self):
+        # Children that it left behind are still in its group.
         try:
             os.killpg(self.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
+        return self.process.returncode
 
 
 def accepts(path):
@@ -197,6 +198,9 @@ class Scratch:
         return self
 
     def __exit__(self, *_):
+        # A second signal must not stop the cleaning up.
+        for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(sign, signal.SIG_IGN)
         for server in reversed(self._servers):
             server.stop(patience_s=5.0)
         shutil.rmtree(self.path, ignore_errors=True)
@@ -274,6 +278,7 @@ def main(function):
     try:
         status = function()
     except Failure as failure:
+        sys.stdout.flush()
         print(f"{Path(sys.argv[0]).name}: {failure}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:

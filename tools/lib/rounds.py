@@ -74,7 +74,7 @@ class Bench:
     """What every group of cases is given, and where it leaves its results."""
 
     scratch: procs.Scratch
-    bedplate: Path
+    program: Path
     quick: bool
     rounds: int
     seconds: float

@@ -1,8 +1,9 @@
-"""The binary under test."""
+"""The program under test: building it, and `bedplate run` as the tools use it."""
 
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 from lib import procs
@@ -31,3 +32,20 @@ def binary():
         raise procs.Failure(f"`{' '.join(failed.cmd)}` ended with status {failed.returncode}; its "
                             "output is above") from None
     return Path(json.loads(described.stdout)["target_directory"]) / "release" / "bedplate"
+
+
+def run_argv(program, url, name, data, socket_path, sha256):
+    """The command line of `bedplate run`."""
+    return [program, "run", url, "--name", name, "--data", data, "--nbd", socket_path, "--sha256",
+            sha256]
+
+
+def start_run(scratch, argv, prefix=()):
+    """Starts `bedplate run` and waits until it says how to use it; returns (server, seconds).
+
+    Its NBD socket is there from the start, so that a connection says nothing.
+    """
+    began = time.monotonic()
+    server = scratch.serve("bedplate run", argv, prefix)
+    server.wait_for(lambda: "nbd+unix" in server.output(), "its NBD URI", limit_s=1800)
+    return server, time.monotonic() - began
