@@ -302,34 +302,75 @@ fn mutate(image: &mut Crafted, random: &mut Random) -> String {
     format!("byte {at:#x} = {value:#x}; ")
 }
 
+/// Compares what is accepted with qemu; true if all bytes could be read.
+fn compare_if_accepted(bytes: &[u8], dir: &Path, what: &str) -> bool {
+    let path = write(dir, "image.qcow2", bytes);
+    let Ok(view) = try_open(&path) else { return false };
+    assert!(view.size_bytes() <= 64 << 20, "{what}");
+    let whole = inspect(&File::open(&path).unwrap(), &path, None);
+    let Ok(got) = all_bytes(&view) else { return false };
+    assert!(whole.is_ok(), "{what}: all bytes read, but inspect: {whole:?}");
+    // A snapshot table is nothing to a reader; qemu reads it, and may refuse it.
+    if view.info().snapshots != Some(0) {
+        return false;
+    }
+    let want = qemu_bytes(&path);
+    assert!(want.is_some(), "{what}: qemu refuses it");
+    assert!(want.unwrap() == got, "{what}: other bytes than qemu");
+    true
+}
+
+/// Seeds to try: `QCOW2_SEED` is the first, `QCOW2_RUNS` how many.
+fn seeds() -> std::ops::Range<u64> {
+    let number = |name| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
+    let first = number("QCOW2_SEED").unwrap_or(0);
+    first..first + number("QCOW2_RUNS").unwrap_or(400)
+}
+
 #[test]
 fn whatever_is_changed_the_bytes_are_qemus_or_there_is_an_error() {
     if !have_qemu() {
         return;
     }
     let dir = TempDir::new().unwrap();
-    let first = std::env::var("QCOW2_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(0);
-    let count = std::env::var("QCOW2_RUNS").ok().and_then(|n| n.parse().ok()).unwrap_or(400);
     let mut accepted = 0;
-    for seed in first..first + count {
+    for seed in seeds() {
         let mut random = Random(seed);
         let mut image = Crafted::new();
         let changes: String =
             (0..=random.below(3)).map(|_| mutate(&mut image, &mut random)).collect();
-        let path = write(dir.path(), "image.qcow2", &image.bytes);
-        let Ok(view) = try_open(&path) else { continue };
-        assert!(view.size_bytes() <= 64 << 20, "seed {seed}: {changes}");
-        let whole = inspect(&File::open(&path).unwrap(), &path, None);
-        let Ok(got) = all_bytes(&view) else { continue };
-        assert!(whole.is_ok(), "seed {seed}: {changes}all bytes read, but inspect: {whole:?}");
-        // A snapshot table is nothing to a reader; qemu reads it, and may refuse it.
-        if view.info().snapshots != Some(0) {
-            continue;
-        }
-        let want = qemu_bytes(&path);
-        assert!(want.is_some(), "seed {seed}: {changes}qemu refuses it");
-        assert!(want.unwrap() == got, "seed {seed}: {changes}other bytes than qemu");
-        accepted += 1;
+        let what = format!("seed {seed}: {changes}");
+        accepted += u64::from(compare_if_accepted(&image.bytes, dir.path(), &what));
     }
-    assert!(accepted > count / 10, "only {accepted} images of {count} were accepted");
+    assert!(accepted > seeds().count() as u64 / 10, "only {accepted} images were accepted");
+}
+
+#[test]
+fn flipped_bits_give_qemus_bytes_or_an_error() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds/qcow2_tables");
+    let names = ["v2_512_zlib", "v3_512_zstd", "v3_512_plain", "v3_1024_lazy", "v3_4096"];
+    let images = names.map(|name| std::fs::read(folder.join(name)).unwrap());
+    let mut accepted = 0;
+    for seed in seeds() {
+        let mut random = Random(seed);
+        let n = random.index(images.len());
+        let mut bytes = images[n].clone();
+        let mut what = format!("seed {seed}, {}: bits", names[n]);
+        for _ in 0..=random.below(3) {
+            // Most of an image is nothing to a reader; half of the flips hit what is not zero.
+            let mut at = random.index(bytes.len());
+            if random.below(2) == 0 {
+                at = (at..bytes.len()).find(|&at| bytes[at] != 0).unwrap_or(at);
+            }
+            let bit = random.below(8);
+            bytes[at] ^= 1 << bit;
+            what += &format!(" {at:#x}.{bit}");
+        }
+        accepted += u64::from(compare_if_accepted(&bytes, dir.path(), &what));
+    }
+    assert!(accepted > seeds().count() as u64 / 10, "only {accepted} images were accepted");
 }

@@ -4,7 +4,7 @@
 mod qcow2_common;
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use bedplate::image::{RunKind, inspect};
@@ -255,6 +255,9 @@ fn a_large_empty_image_is_zero_and_costs_no_memory() {
     }
     let data = runs.iter().filter(|kind| matches!(kind, RunKind::Data(_))).count();
     assert!(data == 2 && runs.len() <= 8, "{runs:?}");
+    let memory = view.cluster_map().unwrap().table().fd().try_clone_to_owned().unwrap();
+    let held_bytes = File::from(memory).metadata().unwrap().blocks() * 512;
+    assert!(held_bytes <= 1 << 20, "the map of 2^28 clusters holds {held_bytes} bytes");
     let mut sector = [0; 512];
     view.read_at(&mut sector, GuestOffset(size - 512)).unwrap();
     assert_eq!(sector, [7; 512]);

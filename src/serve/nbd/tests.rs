@@ -98,7 +98,8 @@ impl Transport for Script {
 
 fn exports() -> Exports {
     let mut file = tempfile::NamedTempFile::new().unwrap();
-    let mut bytes: Vec<u8> = (0..SIZE).map(|at| (at / 512 + at % 251) as u8).collect();
+    let mut bytes: Vec<u8> =
+        (0..SIZE).map(|at| u8::try_from((at / 512 + at % 251) % 256).unwrap()).collect();
     bytes[128 << 10..256 << 10].fill(0);
     file.write_all(&bytes[..128 << 10]).unwrap();
     file.as_file().set_len(SIZE as u64).unwrap();
