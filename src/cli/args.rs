@@ -2,6 +2,7 @@
 //!
 //! Why: so they cannot disagree.
 //! How: clap's derive. Each command's `--help` ends with examples.
+//! Never: acts; a definition says what may be typed, not what is done.
 //! Start at [`Command`].
 
 use std::path::{Path, PathBuf};

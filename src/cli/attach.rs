@@ -1,4 +1,7 @@
 //! `bedplate attach`: reads an image; waits until it can be read.
+//!
+//! Why: a reader wants a URI that works when it is printed, not a promise.
+//! Never: leaves without saying how to detach.
 
 use super::args::{AttachArgs, Global};
 use super::exit::CliError;

@@ -1,4 +1,7 @@
 //! `bedplate cat`: a view's bytes to stdout.
+//!
+//! Why: what a guest reads can be piped into any tool, without a daemon or a socket.
+//! Never: holds more than one block, whatever the image's size.
 
 use std::path::Path;
 

@@ -1,4 +1,7 @@
 //! `bedplate completions`: for a shell, from the same definitions as the parser.
+//!
+//! Why: a shell that completes a word that the parser refuses is worse than none.
+//! Never: lists a word of its own.
 
 use clap::CommandFactory;
 

@@ -1,4 +1,7 @@
 //! `bedplate create`: makes an image known; brings it in only if asked.
+//!
+//! Why: knowing an image costs nothing; bytes move only when somebody says so.
+//! Never: sends a URL anywhere but to the control socket.
 
 use super::args::{CreateArgs, Global};
 use super::exit::CliError;

@@ -1,4 +1,7 @@
 //! `bedplate delete`: an image and its copies.
+//!
+//! Why: when it returns, the files are gone and the name is free.
+//! Never: takes an image away from its readers: the daemon refuses.
 
 use super::args::{DeleteArgs, Global};
 use super::exit::CliError;

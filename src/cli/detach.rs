@@ -1,4 +1,7 @@
 //! `bedplate detach`: reads an image no more.
+//!
+//! Why: a reader knows its own label better than the id that it was given.
+//! Never: detaches by guess: without a label it takes only an id.
 
 use super::args::{DetachArgs, Global};
 use super::exit::{CliError, Exit};

@@ -1,4 +1,7 @@
 //! `bedplate disks`: the daemon's disks.
+//!
+//! Why: before an image is brought in, one wants to see the room.
+//! Never: looks at a disk itself; the daemon does.
 
 use super::args::Global;
 use super::exit::CliError;

@@ -1,4 +1,7 @@
 //! `bedplate doctor`: is everything as it should be, and if not, what to do.
+//!
+//! Why: most trouble can be named before it happens, also when the daemon won't start.
+//! Never: changes anything.
 
 use super::args::{DoctorArgs, Global, default_data_dir};
 use super::exit::{CliError, Exit};

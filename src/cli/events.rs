@@ -1,4 +1,7 @@
 //! `bedplate events`: what happens, a line each.
+//!
+//! Why: a person sees what goes on, and a script gets the events as they are.
+//! Never: goes on after events were lost without saying so.
 
 use super::args::{EventsArgs, Global};
 use super::exit::{CliError, Exit};

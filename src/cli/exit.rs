@@ -1,6 +1,7 @@
 //! Exit codes, in one table, and the errors that carry them.
 //!
 //! Why: a script decides by the code whether to try again, and a person by the hint what to do.
+//! Never: gives a code that isn't in the table.
 //! Start at [`Exit`].
 
 use std::fmt;
@@ -123,7 +124,7 @@ impl From<ClientError> for CliError {
 
 impl From<crate::daemon::DaemonError> for CliError {
     fn from(error: crate::daemon::DaemonError) -> Self {
-        Self::refused(&error)
+        if error.may_retry() { Self::retry(&error) } else { Self::refused(&error) }
     }
 }
 

@@ -1,4 +1,7 @@
 //! `bedplate export`: serves one file, as qemu-nbd is used.
+//!
+//! Why: the serving alone, to compare with its peers and to use without a daemon.
+//! Never: brings anything in, or keeps a record.
 
 use std::sync::Arc;
 

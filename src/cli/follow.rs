@@ -3,6 +3,7 @@
 //! Why: `run`, `attach` and `create --wait` wait for the same thing.
 //! How: the event stream begins with everything as it is, so nothing is missed; a stream that
 //! ended because we were slow is opened again.
+//! Never: polls.
 //! Start at [`until_ready`].
 
 use serde::de::DeserializeOwned;

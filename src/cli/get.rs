@@ -1,4 +1,7 @@
 //! `bedplate get`: one image, with its copies.
+//!
+//! Why: all that is known of an image, on one screen.
+//! Never: prints a source with its credentials: it doesn't get them.
 
 use super::args::{GetArgs, Global};
 use super::exit::CliError;

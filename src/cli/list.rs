@@ -1,4 +1,7 @@
 //! `bedplate list`: all images.
+//!
+//! Why: the first question is what is there.
+//! Never: asks once per image.
 
 use super::args::Global;
 use super::exit::CliError;

@@ -1,4 +1,7 @@
 //! `bedplate man`: manual pages, from the same definitions as the parser.
+//!
+//! Why: packages ship manual pages; written by hand they would be out of date.
+//! Never: describes what `--help` doesn't.
 
 use std::path::Path;
 

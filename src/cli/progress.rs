@@ -2,6 +2,7 @@
 //!
 //! Why: a bar in a log file is garbage, and silence in one is worse.
 //! How: the numbers come from the worker; this only draws.
+//! Never: draws off a terminal, or passes on a control character.
 //! Start at [`Meter`].
 
 use std::time::{Duration, Instant};

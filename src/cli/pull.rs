@@ -1,4 +1,7 @@
 //! `bedplate pull`: the transfer alone, as curl is used.
+//!
+//! Why: half of the engine is useful without the other, and easy to compare with its peers.
+//! Never: leaves an unchecked file under the name that was asked for.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

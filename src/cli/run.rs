@@ -1,7 +1,9 @@
 //! `bedplate run`: one command brings an image in and serves it.
 //!
+//! Why: a stranger has a served image in a minute, with nothing to install or configure.
 //! How: a daemon in this process with one disk; then this is a client of its control socket, like
 //! anybody else. Other `bedplate` commands reach it meanwhile.
+//! Never: uses the daemon in another way than its socket.
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -1,4 +1,7 @@
 //! `bedplate serve`: the daemon.
+//!
+//! Why: one process for a node, under any supervisor, in the foreground.
+//! Never: makes a directory for a disk: an unmounted disk must not be mistaken for an empty one.
 
 use super::args::{Global, ServeArgs};
 use super::exit::{CliError, Exit};

@@ -1,4 +1,7 @@
 //! SIGINT and SIGTERM, as one thing to wait for.
+//!
+//! Why: Ctrl-C and a supervisor's stop mean the same: keep what is durable, end in order.
+//! Never: ends the process by itself.
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 

@@ -1,4 +1,7 @@
 //! Byte counts as people type them: `64K`, `1.5G` is not one, `2M`, `512`.
+//!
+//! Why: nobody counts zeroes.
+//! Never: rounds, or takes a size past 2^64.
 
 /// Parses a count of bytes with an optional suffix K, M, G or T (powers of 1024).
 ///

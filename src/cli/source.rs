@@ -1,6 +1,7 @@
 //! SOURCE as people type it: a URL, a path, or `-` for a URL on stdin.
 //!
 //! Why: a URL with a password on the command line is in every process list; stdin isn't.
+//! Never: repeats a URL in an error, or starts with a file that isn't there.
 //! Start at [`parse`].
 
 use std::io::BufRead;

@@ -1,4 +1,7 @@
 //! Tables for people: columns as wide as their widest cell, two spaces between.
+//!
+//! Why: columns that line up are read at a glance.
+//! Never: prints a control character.
 
 use super::output::printable;
 

@@ -1,5 +1,6 @@
 //! The handlers: parse, ask the manager, show.
 //!
+//! Why: a route's behaviour can be read in one place.
 //! Never: decide; each is a few lines.
 //! Start at [`super::routes::table`].
 

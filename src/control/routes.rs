@@ -1,6 +1,7 @@
 //! The one table of routes.
 //!
 //! Why: the router, the OpenAPI document and the tests must agree; all read this.
+//! Never: has a route that isn't in the table.
 //! Start at [`table`].
 
 use axum::Router;

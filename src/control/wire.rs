@@ -1,6 +1,7 @@
 //! The manager's facts as wire types.
 //!
 //! Why: here, and only here, a record becomes an answer; so here credentials stay out.
+//! Never: puts a whole URL into an answer.
 //! Start at [`image`].
 
 use std::path::Path;

@@ -2,6 +2,7 @@
 //!
 //! Why: a misspelt key that is ignored is a setting that isn't in force.
 //! How: serde with unknown keys refused; what is absent has the default named at the field.
+//! Never: ignores a key that it doesn't know.
 //! Start at [`Config`].
 
 use std::io;

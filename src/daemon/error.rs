@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use crate::catalog::CatalogError;
 use crate::control::server::BindError;
+use crate::disk::DiskError;
+use crate::manager::NodeError;
 use crate::serve::ServeError;
 
 /// Why a daemon doesn't start. The message prints every field.
@@ -33,7 +35,7 @@ pub enum DaemonError {
     BadSetting { key: &'static str, rule: String },
     /// A disk can't be opened.
     #[error(transparent)]
-    Node(#[from] crate::manager::NodeError),
+    Node(#[from] NodeError),
     /// No thread for the NBD server.
     #[error("cannot start a thread")]
     Thread {
@@ -49,4 +51,27 @@ pub enum DaemonError {
     /// The NBD socket can't be used.
     #[error(transparent)]
     Nbd(#[from] ServeError),
+}
+
+impl DaemonError {
+    /// True if another daemon holds what this one needs, or the fault may pass: try again.
+    #[must_use]
+    pub fn may_retry(&self) -> bool {
+        match self {
+            Self::Node(NodeError::Disk(DiskError::Locked { .. }))
+            | Self::Catalog(CatalogError::Locked { .. })
+            | Self::Control(BindError::InUse { .. })
+            | Self::Nbd(ServeError::Live { .. })
+            | Self::Thread { .. } => true,
+            Self::NoDisk
+            | Self::Directory { .. }
+            | Self::SocketDirectory { .. }
+            | Self::SocketPath { .. }
+            | Self::BadSetting { .. }
+            | Self::Node(_)
+            | Self::Catalog(_)
+            | Self::Control(_)
+            | Self::Nbd(_) => false,
+        }
+    }
 }

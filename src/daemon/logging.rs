@@ -1,6 +1,7 @@
 //! Log lines: to stderr, filtered by `RUST_LOG`.
 //!
 //! Why: stdout is for results.
+//! Never: writes to stdout.
 //! Start at [`init`].
 
 use std::io::IsTerminal;

@@ -1,0 +1,190 @@
+//! The commands on a daemon, as a person or a script uses them.
+
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+mod control_support;
+
+use std::io::Read;
+use std::process::{Command, Stdio};
+
+use control_support::{BEDPLATE, Daemon, HalfServer, bedplate, clean, raw_image, stderr, stdout};
+use serde_json::Value;
+
+fn code(output: &std::process::Output) -> Option<i32> {
+    output.status.code()
+}
+
+/// A daemon, and the path of an image file beside it.
+fn daemon_and_file() -> (Daemon, String) {
+    let daemon = Daemon::start();
+    let file = daemon.dir.path().join("golden.img");
+    raw_image(&file, 3 << 20);
+    let file = file.to_str().unwrap().to_owned();
+    (daemon, file)
+}
+
+#[test]
+fn create_is_lazy_and_attach_brings_the_image_in() {
+    let (daemon, file) = daemon_and_file();
+    let created = daemon.cli(&["create", &file]);
+    assert_eq!((code(&created), stdout(&created).trim()), (Some(0), "golden  not fetched"));
+    let listed = stdout(&daemon.cli(&["list"]));
+    assert!(listed.contains("NAME") && listed.contains("not fetched"), "{listed}");
+
+    let attached = daemon.cli(&["attach", "golden", "--reader", "vm"]);
+    assert_eq!(code(&attached), Some(0), "{}", stderr(&attached));
+    let uri = stdout(&attached).trim().to_owned();
+    let size = Command::new("nbdinfo").args(["--size", &uri]).output().unwrap();
+    assert_eq!(stdout(&size).trim(), (3 << 20).to_string(), "{uri}");
+
+    let got = stdout(&daemon.cli(&["get", "golden"]));
+    assert!(got.contains("state         ready") && got.contains("3.0 MiB"), "{got}");
+    let refused = daemon.cli(&["delete", "golden"]);
+    assert_eq!(code(&refused), Some(3));
+    assert!(stderr(&refused).contains("in use by 1 attachments"), "{}", stderr(&refused));
+    assert_eq!(code(&daemon.cli(&["detach", "golden", "--reader", "vm"])), Some(0));
+    assert_eq!(code(&daemon.cli(&["delete", "golden"])), Some(0));
+    assert_eq!(code(&daemon.cli(&["get", "golden"])), Some(4));
+}
+
+#[test]
+fn create_wait_returns_when_the_image_is_ready() {
+    let (daemon, file) = daemon_and_file();
+    let created = daemon.cli(&["create", &file, "--name", "x", "--wait", "--json"]);
+    let image: Value = serde_json::from_str(&stdout(&created)).unwrap();
+    assert_eq!((&image["name"], &image["copies"][0]["state"]), (&"x".into(), &"ready".into()));
+    let sum = Command::new("sha256sum").arg(&file).output().unwrap();
+    let digest = image["digests"]["sha256"].as_str().unwrap();
+    assert!(stdout(&sum).starts_with(digest));
+}
+
+#[test]
+fn a_wrong_digest_ends_the_wait_with_one_clear_error_and_no_litter() {
+    let (daemon, file) = daemon_and_file();
+    let wrong = "0".repeat(64);
+    let created = daemon.cli(&["create", &file, "--sha256", &wrong, "--wait"]);
+    assert_eq!(code(&created), Some(1));
+    assert!(stderr(&created).contains(&wrong), "{}", stderr(&created));
+    assert_eq!(daemon.get("/v1/images/golden")["copies"][0]["state"], "failed-and-cleanup");
+    let images = daemon.dir.path().join("disk/backing-images");
+    assert_eq!(std::fs::read_dir(images).unwrap().count(), 0);
+}
+
+#[test]
+fn json_is_one_object_a_line() {
+    let (daemon, file) = daemon_and_file();
+    for name in ["b", "a"] {
+        daemon.cli(&["create", &file, "--name", name]);
+    }
+    let names: Vec<String> = stdout(&daemon.cli(&["list", "--json"]))
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap()["name"].to_string())
+        .collect();
+    assert_eq!(names, ["\"a\"", "\"b\""]);
+    let disks = stdout(&daemon.cli(&["disks", "--json"]));
+    let disk: Value = serde_json::from_str(disks.trim()).unwrap();
+    assert_eq!(disk["healthy"], true);
+}
+
+#[test]
+fn a_source_on_stdin_keeps_a_secret_off_the_command_line() {
+    let daemon = Daemon::start();
+    let mut command = Command::new(BEDPLATE);
+    command.arg("--socket").arg(&daemon.socket).args(["create", "-", "--json"]);
+    let mut child =
+        clean(&mut command).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let url = b"https://u:hunter2@h.invalid/a.img?k=hunter2\n";
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), url).unwrap();
+    let out = stdout(&child.wait_with_output().unwrap());
+    assert!(out.contains("https://***@h.invalid/a.img?k=***"), "{out}");
+}
+
+#[test]
+fn events_are_printed_as_they_happen_and_end_with_the_daemon() {
+    let daemon = Daemon::start();
+    let source = HalfServer::start(vec![9; 1 << 20]);
+    daemon.cli(&["create", &source.url, "--fetch"]);
+    let mut command = Command::new(BEDPLATE);
+    command.arg("--socket").arg(&daemon.socket).args(["events", "--json"]);
+    let mut child = clean(&mut command).stdout(Stdio::piped()).spawn().unwrap();
+    let (text, ready) = control_support::collect(
+        child.stdout.take().unwrap(),
+        "{\"id\":0,\"type\":\"never", // only the text is of interest
+    );
+    drop(ready);
+    source.go();
+    daemon.wait_for("half", "ready");
+    daemon.end("TERM");
+    assert_eq!(child.wait().unwrap().code(), Some(3));
+    let text = text.lock().unwrap().clone();
+    assert!(text.lines().all(|line| serde_json::from_str::<Value>(line).is_ok()), "{text}");
+    assert!(text.contains("snapshot.end"), "{text}");
+}
+
+#[test]
+fn a_closed_pipe_is_success() {
+    let (daemon, file) = daemon_and_file();
+    daemon.cli(&["create", &file]);
+    for args in [&["events"][..], &["cat", &file]] {
+        let mut command = Command::new(BEDPLATE);
+        command.arg("--socket").arg(&daemon.socket).args(args);
+        let mut child =
+            clean(&mut command).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut out = child.stdout.take().unwrap();
+        out.read_exact(&mut [0; 8]).unwrap();
+        drop(out);
+        // So that `events` has something to print.
+        daemon.cli(&["create", &file, "--name", "more"]);
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(code(&output), Some(0), "{args:?}: {}", stderr(&output));
+        assert_eq!(stderr(&output), "", "{args:?}");
+    }
+}
+
+#[test]
+fn without_a_daemon_commands_say_so_and_doctor_works() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("none.sock");
+    let socket = socket.to_str().unwrap();
+    let listed = bedplate(&["list", "--socket", socket]);
+    assert_eq!(code(&listed), Some(3));
+    assert!(stderr(&listed).contains("no daemon listens here"), "{}", stderr(&listed));
+    let disk = dir.path().to_str().unwrap();
+    let healthy = bedplate(&["doctor", "--socket", socket, "--disk", disk]);
+    assert_eq!(code(&healthy), Some(0), "{}", stdout(&healthy));
+    assert!(stdout(&healthy).contains("warn  daemon: "), "{}", stdout(&healthy));
+    let missing = format!("{disk}/missing");
+    let sick = bedplate(&["doctor", "--socket", socket, "--disk", &missing]);
+    assert_eq!(code(&sick), Some(1));
+    assert!(stdout(&sick).contains("is not a directory"), "{}", stdout(&sick));
+}
+
+#[test]
+fn exit_codes_tell_usage_from_refusal_from_not_found() {
+    let (daemon, file) = daemon_and_file();
+    let text = daemon.dir.path().join("bad.toml");
+    std::fs::write(&text, "disks = []\nbogus = 1\n").unwrap();
+    let text = text.to_str().unwrap();
+    let cases: &[(&[&str], i32, &str)] = &[
+        (&["nonsense"], 2, "nonsense"),
+        (&["get", "Not_A_Name"], 2, "a-z, 0-9"),
+        (&["create", "ftp://h/x"], 2, "ftp"),
+        (&["create", "/no/such/file"], 4, "no such file"),
+        (&["create", "/dev"], 1, "not a regular file"),
+        (&["create", &file, "--sha256", "abc"], 2, "64 hex digits"),
+        (&["attach", "nope"], 4, "image nope"),
+        (&["detach", "00000000"], 4, "00000000"),
+        (&["detach", "zz"], 2, "attachment"),
+        (&["cat", &file, "--offset", "1T"], 1, "past the end"),
+        (&["cat", "/no/such"], 4, "no such file"),
+        (&["cat", &file, "--format", "qcow2"], 1, "qcow2"),
+        (&["serve", "--config", text], 2, "bogus"),
+        (&["serve", "--disk", "/no/such/dir"], 1, "not a directory"),
+    ];
+    for (args, want, words) in cases {
+        let output = daemon.cli(args);
+        assert_eq!(code(&output), Some(*want), "{args:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains(words), "{args:?}: {}", stderr(&output));
+        assert_eq!(stdout(&output), "", "{args:?}");
+    }
+}

@@ -1,0 +1,94 @@
+//! Help, completions and man pages: generated, complete, and what they promise works.
+
+mod control_support;
+
+use std::process::Command;
+
+use control_support::{bedplate, stderr, stdout};
+
+const COMMANDS: [&str; 16] = [
+    "run",
+    "pull",
+    "export",
+    "cat",
+    "serve",
+    "create",
+    "list",
+    "get",
+    "delete",
+    "attach",
+    "detach",
+    "events",
+    "disks",
+    "doctor",
+    "completions",
+    "man",
+];
+
+#[test]
+fn help_names_every_command_and_every_exit_code() {
+    let help = bedplate(&["--help"]);
+    assert_eq!(help.status.code(), Some(0));
+    let help = stdout(&help);
+    for command in COMMANDS {
+        assert!(help.contains(&format!("\n  {command} ")), "{command}");
+    }
+    for line in ["    0  done", "    2  the command line", "    3  may pass", "  130  a signal"] {
+        assert!(help.contains(line), "{line}: {help}");
+    }
+}
+
+#[test]
+fn each_command_has_help_with_examples_and_options_for_scripts() {
+    for command in COMMANDS {
+        let help = stdout(&bedplate(&[command, "--help"]));
+        assert!(help.contains("Examples:") && help.contains("--json"), "{command}: {help}");
+        assert!(help.lines().all(|line| line.chars().count() <= 120), "{command}");
+    }
+}
+
+#[test]
+fn no_arguments_is_a_usage_error_with_help_on_stderr() {
+    let output = bedplate(&[]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("Usage:") && stdout(&output).is_empty());
+}
+
+#[test]
+fn the_version_is_the_crates() {
+    let version = stdout(&bedplate(&["--version"]));
+    assert_eq!(version.trim(), format!("bedplate {}", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn completions_are_made_for_each_shell_and_bash_takes_them() {
+    for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
+        let script = stdout(&bedplate(&["completions", shell]));
+        for command in COMMANDS {
+            assert!(script.contains(command), "{shell}: {command}");
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("c.bash");
+    std::fs::write(&file, stdout(&bedplate(&["completions", "bash"]))).unwrap();
+    let check = format!(
+        ". {}; COMP_WORDS=(bedplate det); COMP_CWORD=1; _bedplate bedplate det bedplate; \
+         echo ${{COMPREPLY[@]}}",
+        file.display()
+    );
+    let output = Command::new("bash").args(["-c", &check]).output().unwrap();
+    assert_eq!(stdout(&output).trim(), "detach", "{}", stderr(&output));
+}
+
+#[test]
+fn man_pages_are_written_for_every_command() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(bedplate(&["man", dir.path().to_str().unwrap()]).status.success());
+    let mut names = vec!["bedplate.1".to_owned()];
+    names.extend(COMMANDS.map(|command| format!("bedplate-{command}.1")));
+    for name in names {
+        let page = std::fs::read_to_string(dir.path().join(&name)).expect(&name);
+        assert!(page.contains(".SH NAME") && page.contains("Examples:"), "{name}");
+    }
+    assert!(stdout(&bedplate(&["man"])).contains(".TH bedplate 1"));
+}
