@@ -124,20 +124,28 @@ impl FetchError {
         }
     }
 
-    /// The message with its causes, one line: `a: b: c`.
+    /// The message with its causes on one line; see [`one_line`].
     #[must_use]
     pub fn report(&self) -> String {
-        let mut text = self.to_string();
-        let mut source = std::error::Error::source(self);
-        while let Some(error) = source {
-            let cause = error.to_string();
-            if !text.contains(&cause) {
-                text = format!("{text}: {cause}");
-            }
-            source = error.source();
-        }
-        text
+        one_line(self)
     }
+}
+
+/// A message with its causes on one line: every message of ours, and of the libraries beneath only
+/// the last, which is the operating system's or the peer's own word.
+#[must_use]
+pub fn one_line(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let ours = error.is::<FetchError>() || error.is::<DiskError>();
+        let words = error.to_string();
+        cause = error.source();
+        if (ours || cause.is_none()) && !text.contains(&words) {
+            text = format!("{text}: {words}");
+        }
+    }
+    text
 }
 
 /// What to tell a person about an HTTP status.

@@ -21,7 +21,7 @@ pub mod source;
 mod transfer;
 mod version;
 
-pub use error::{Class, FetchError};
+pub use error::{Class, FetchError, one_line};
 pub use expect::{Expect, ExpectError};
 pub use progress::{Phase, Progress, Snapshot};
 pub use pull::{PullRequest, Pulled, pull};

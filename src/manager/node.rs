@@ -17,7 +17,7 @@ use super::backend::{
 };
 use super::worker;
 use crate::disk::{self, CopyRecord, Disk, DiskError};
-use crate::fetch::Policy;
+use crate::fetch::{Policy, one_line};
 use crate::image::{Format, ImageError, View};
 use crate::names::DiskUuid;
 use crate::ring::{BufPool, Choice, Probe, probe};
@@ -168,20 +168,6 @@ pub(super) enum OpenError {
     Disk(#[from] DiskError),
     #[error(transparent)]
     Image(#[from] ImageError),
-}
-
-/// A message with its causes on one line.
-pub(super) fn one_line(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let words = cause.to_string();
-        if !text.contains(&words) {
-            text = format!("{text}: {words}");
-        }
-        source = cause.source();
-    }
-    text
 }
 
 fn backend_error(error: &OpenError) -> BackendError {

@@ -10,12 +10,13 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::backend::{
     Cancel, CopyInfo, CopyTask, FailureClass, Phase, Progress, Reporter, WorkerEvent,
 };
-use super::node::{OpenError, Slot, info_of, one_line, store_id, view_of};
+use super::node::{OpenError, Slot, info_of, store_id, view_of};
+use crate::fetch::one_line;
 use crate::disk::{self, CopyState, DigestSet, DiskError, Filling, SealRecord};
 use crate::fetch::{self, Class, Engine, Expect, FetchError, Fetched, Policy};
 use crate::image::{self, Format, ImageError};
@@ -92,7 +93,7 @@ pub(super) async fn run(
             let message = one_line(&error);
             let Some(class) = error.class() else { return };
             tracing::warn!(worker = %worker.task.worker, error = %message, "copy failed");
-            let cleaned = class == FailureClass::Refuse && worker.clean_up().await;
+            let cleaned = worker.clean_up(class).await;
             worker.events.send(WorkerEvent::Failed { class, message, cleaned });
         }
     }
@@ -206,13 +207,7 @@ impl Worker {
 
     async fn fetch(&self) -> Result<CopyInfo, WorkError> {
         let source = self.task.source.as_ref().ok_or(WorkError::NoSource)?;
-        let waiting = Progress { message: "waiting for its turn".into(), ..Progress::default() };
-        self.events.send(WorkerEvent::Progress(waiting));
-        let mut cancel = self.cancel.clone();
-        let _turn = tokio::select! {
-            turn = self.shared.transfers.acquire() => turn.map_err(|_| FetchError::Cancelled)?,
-            () = cancel.cancelled() => return Err(FetchError::Cancelled.into()),
-        };
+        let _turn = self.turn().await?;
         let mut filling = self.on_disk(|slot, id| slot.disk.filling(&id)).await?;
         let engine = Engine {
             pool: self.shared.pool.clone(),
@@ -225,6 +220,20 @@ impl Worker {
         let fetched = self.watch(transfer, &progress).await?;
         self.judge_digests(&fetched.digests)?;
         self.seal(filling, fetched).await
+    }
+
+    /// Waits until one more transfer may run.
+    async fn turn(&self) -> Result<SemaphorePermit<'_>, FetchError> {
+        if let Ok(turn) = self.shared.transfers.try_acquire() {
+            return Ok(turn);
+        }
+        let waiting = Progress { message: "waiting for its turn".into(), ..Progress::default() };
+        self.events.send(WorkerEvent::Progress(waiting));
+        let mut cancel = self.cancel.clone();
+        tokio::select! {
+            turn = self.shared.transfers.acquire() => turn.map_err(|_| FetchError::Cancelled),
+            () = cancel.cancelled() => Err(FetchError::Cancelled),
+        }
     }
 
     /// Drives the transfer, reporting its numbers, and stops it if the worker is cancelled.
@@ -294,11 +303,17 @@ impl Worker {
         .await
     }
 
-    /// Removes what a refused copy left, unless it was there before as a finished file.
-    async fn clean_up(&self) -> bool {
+    /// Removes what a failed copy left: all of a refused one, and of any other if nothing of it is
+    /// durable. A finished file that was there before stays.
+    async fn clean_up(&self, class: FailureClass) -> bool {
         let removed = self
-            .on_disk(|slot, id| match slot.disk.copy_state(&id)? {
+            .on_disk(move |slot, id| match slot.disk.copy_state(&id)? {
                 Some(CopyState::Ready(_) | CopyState::Unchecked) => Ok(false),
+                Some(CopyState::Filling { present_bytes, .. })
+                    if class == FailureClass::Retry && present_bytes > 0 =>
+                {
+                    Ok(false)
+                }
                 Some(CopyState::Filling { .. }) | None => slot.disk.remove(&id).map(|()| true),
             })
             .await;

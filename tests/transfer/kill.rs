@@ -38,8 +38,10 @@ impl Daemon {
     }
 
     /// Runs a command until the daemon answers it; its standard output.
-    fn ask(&self, args: &[&str]) -> String {
+    fn ask(&mut self, args: &[&str]) -> String {
         loop {
+            let ended = self.child.try_wait().unwrap();
+            assert!(ended.is_none(), "the daemon has ended by itself: {ended:?}");
             let output = Command::new(env!("CARGO_BIN_EXE_bedplate"))
                 .arg("--socket")
                 .arg(&self.socket)
@@ -96,6 +98,7 @@ fn a_copy_survives_fifty_kills_and_fetches_nothing_durable_again() {
     });
     let temp = tempfile::tempdir().unwrap();
     let (disk, socket) = (temp.path().join("disk"), temp.path().join("c.sock"));
+    std::fs::create_dir(&disk).unwrap();
     let (mut kills, mut resumed, mut image) = (0, 0, 0);
     while kills < KILLS {
         image += 1;
