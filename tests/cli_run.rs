@@ -182,6 +182,18 @@ fn run_of_what_cannot_be_run_fails_at_once_and_starts_nothing() {
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
     let left = std::fs::read_dir(data.join("backing-images")).unwrap().count();
     assert_eq!(left, 0, "a refused image leaves nothing");
+
+    // Not even its name: the right file is taken under it.
+    let good = dir.path().join("good.img");
+    raw_image(&good, 4096);
+    let args = ["run", text(&good), "--name", "broken", "--data", text(&data)];
+    assert_eq!(Serving::start(&args).end("INT").0, Some(0));
+    // And a name that is taken keeps what it names.
+    let other = bedplate(&["run", "http://h.invalid/b", "--name", "broken", "--data", text(&data)]);
+    assert_eq!(other.status.code(), Some(1), "{}", stderr(&other));
+    assert!(stderr(&other).contains("another source"), "{}", stderr(&other));
+    let images = std::fs::read_dir(data.join("backing-images")).unwrap().count();
+    assert_eq!(images, 1);
 }
 
 #[test]

@@ -27,7 +27,7 @@ pub(super) async fn run(
 }
 
 /// Waits for the image's last event.
-async fn until_gone(client: &Client, name: &str) -> Result<(), CliError> {
+pub(super) async fn until_gone(client: &Client, name: &str) -> Result<(), CliError> {
     loop {
         let mut events = client.events(Some(name)).await?;
         let mut seen = false;

@@ -13,11 +13,10 @@ use super::exit::{CliError, Exit};
 use super::follow::{self, OnFailure};
 use super::output::Output;
 use super::signals::Signals;
-use super::{create, get, source};
+use super::{create, delete, get, source};
 use crate::control::client::Client;
 use crate::control::types::{Attachment, CreateAttachment, Image};
 use crate::daemon::{Config, Daemon, DaemonHandle, logging};
-use crate::fetch::SourceUrl;
 use crate::manager::Backend;
 use crate::names::ImageName;
 
@@ -38,8 +37,15 @@ pub(super) async fn run(args: RunArgs, global: &Global, output: &Output) -> Resu
     let node = open_node(config.clone()).await?;
     let daemon = Daemon::start(&config, node).await?;
     let client = Client::new(daemon.control_socket());
-    let result = bring_in_and_serve(&client, &args, &url, &name, &mut signals, output).await;
-    end(daemon, &client, &name).await;
+    let request = create::request(&url, Some(name.to_string()), &args.expected, args.format);
+    let known: Result<Image, _> = client.post("/v1/images", &request).await;
+    // An image that isn't ours (its name was taken) is left as it is.
+    let ours = known.is_ok();
+    let result = match known {
+        Ok(_) => bring_in_and_serve(&client, &name, &mut signals, output).await,
+        Err(error) => Err(error.into()),
+    };
+    end(daemon, &client, &name, ours && result.is_err()).await;
     result
 }
 
@@ -65,14 +71,10 @@ async fn open_node(config: Config) -> Result<Arc<dyn Backend>, CliError> {
 
 async fn bring_in_and_serve(
     client: &Client,
-    args: &RunArgs,
-    url: &SourceUrl,
     name: &ImageName,
     signals: &mut Signals,
     output: &Output,
 ) -> Result<(), CliError> {
-    let request = create::request(url, Some(name.to_string()), &args.expected, args.format);
-    let _known: Image = client.post("/v1/images", &request).await?;
     let body =
         CreateAttachment { image: name.to_string(), disk: None, reader: Some(READER.to_owned()) };
     let held: Attachment = client.post("/v1/attachments", &body).await?;
@@ -118,8 +120,9 @@ pub(super) fn usage(uri: &str) -> [String; 5] {
 }
 
 /// Lets the attachment go and ends the daemon. A crash before this leaves an attachment with our
-/// label, which the next run takes over.
-async fn end(daemon: DaemonHandle, client: &Client, name: &ImageName) {
+/// label, which the next run takes over. An image of which nothing has arrived is forgotten: a
+/// mistyped URL or digest must not keep its name, nor be tried again by a later run.
+async fn end(daemon: DaemonHandle, client: &Client, name: &ImageName, failed: bool) {
     if let Ok(all) = client.get::<crate::control::types::Attachments>("/v1/attachments").await {
         let ours = |a: &&Attachment| a.reader == READER && a.image == name.as_str();
         for held in all.attachments.iter().filter(ours) {
@@ -129,5 +132,18 @@ async fn end(daemon: DaemonHandle, client: &Client, name: &ImageName) {
             }
         }
     }
+    if failed && let Err(error) = forget_if_empty(client, name.as_str()).await {
+        tracing::warn!(%error, "the image stays known");
+    }
     daemon.shutdown().await;
+}
+
+async fn forget_if_empty(client: &Client, name: &str) -> Result<(), CliError> {
+    let target = format!("/v1/images/{name}");
+    let image: Image = client.get(&target).await?;
+    if image.copies.iter().all(|c| c.bytes_done == 0) && image.attachments == 0 {
+        let _deleting: Option<Image> = client.delete(&target).await?;
+        delete::until_gone(client, name).await?;
+    }
+    Ok(())
 }
