@@ -64,7 +64,7 @@ async fn collect(args: &DoctorArgs, global: &Global) -> Vec<Check> {
             | ClientError::Broken { .. }
             | ClientError::Garbled { .. } => (Level::Fail, "see the daemon's log"),
         };
-        let message = crate::manager::chain(&error);
+        let message = crate::fetch::one_line(&error);
         checks.push(Check { name: "daemon".into(), level, message, hint: hint.into() });
     }
     checks

@@ -81,14 +81,14 @@ impl CliError {
 
     /// An error with its causes, for good.
     #[must_use]
-    pub fn refused(error: &dyn std::error::Error) -> Self {
-        Self::new(Exit::Refused, crate::manager::chain(error), "")
+    pub fn refused(error: &(dyn std::error::Error + 'static)) -> Self {
+        Self::new(Exit::Refused, crate::fetch::one_line(error), "")
     }
 
     /// An error with its causes, that may pass.
     #[must_use]
-    pub fn retry(error: &dyn std::error::Error) -> Self {
-        Self::new(Exit::Retry, crate::manager::chain(error), "")
+    pub fn retry(error: &(dyn std::error::Error + 'static)) -> Self {
+        Self::new(Exit::Retry, crate::fetch::one_line(error), "")
     }
 }
 
@@ -118,7 +118,7 @@ impl From<ClientError> for CliError {
             | ClientError::Connect { .. }
             | ClientError::Garbled { .. } => String::new(),
         };
-        Self::new(exit, crate::manager::chain(&error), hint)
+        Self::new(exit, crate::fetch::one_line(&error), hint)
     }
 }
 

@@ -18,7 +18,7 @@ pub(super) async fn run(
     let mut signals = Signals::new()?;
     let mut config = match &args.config {
         Some(path) => Config::read(path)
-            .map_err(|e| CliError::new(Exit::Usage, crate::manager::chain(&e), ""))?,
+            .map_err(|e| CliError::new(Exit::Usage, crate::fetch::one_line(&e), ""))?,
         None => Config::with_disks(args.disk.clone()),
     };
     config.nbd_socket = args.nbd.clone().or(config.nbd_socket);

@@ -104,6 +104,6 @@ impl From<ManagerError> for ApiError {
                 (StatusCode::SERVICE_UNAVAILABLE, "shutting-down", "try again when it is back")
             }
         };
-        Self::new(status, code, crate::manager::chain(&error), hint)
+        Self::new(status, code, crate::fetch::one_line(&error), hint)
     }
 }

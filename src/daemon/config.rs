@@ -143,7 +143,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("b.toml");
         std::fs::write(&path, text).unwrap();
-        Config::read(&path).map_err(|e| crate::manager::chain(&e))
+        Config::read(&path).map_err(|e| crate::fetch::one_line(&e))
     }
 
     #[test]

@@ -158,7 +158,7 @@ fn start_nbd(socket: &Path, registry: Arc<serve::Exports>) -> Result<NbdThread, 
     let stopper = server.stopper();
     let run = move || {
         if let Err(error) = server.run() {
-            tracing::error!(error = %crate::manager::chain(&error), "the NBD server has ended");
+            tracing::error!(error = %crate::fetch::one_line(&error), "the NBD server has ended");
         }
     };
     let thread = std::thread::Builder::new().name("nbd-accept".to_owned()).spawn(run);

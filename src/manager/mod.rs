@@ -31,7 +31,7 @@ pub use command::{Command, NewAttachment, NewImage, Outcome, READER_MAX_LEN};
 pub use driver::{Exporter, Manager, Object, Subscription, Told};
 pub use error::ManagerError;
 pub use node::{Node, NodeError, NodeOptions};
-pub(crate) use perform::{chain, unix_now_s};
+pub(crate) use perform::unix_now_s;
 pub use records::{AttachmentId, AttachmentRecord, Expected, Facts, ImageRecord};
 pub use status::{AttachmentStatus, CopyStatus, ImageStatus};
 pub use step::{BACK_OFF_FIRST, BACK_OFF_MOST, back_off};

@@ -148,7 +148,7 @@ impl Driver {
         }
         let actions = self.world.step(self.now(), event);
         if let Err(error) = self.save_first(&actions).await {
-            tracing::error!(error = %chain(&error), "a record is not stored; the next change tries");
+            tracing::error!(error = %crate::fetch::one_line(&error), "a record is not stored; the next change tries");
         }
         self.perform(actions);
     }
@@ -333,17 +333,6 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
         Ok(value) => value,
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
-}
-
-/// The message of an error with those of its sources.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
 }
 
 /// Seconds since 1970, UTC; 0 if the clock is before.

@@ -16,8 +16,8 @@ use super::backend::{
     Cancel, CopyInfo, CopyTask, FailureClass, Phase, Progress, Reporter, WorkerEvent,
 };
 use super::node::{OpenError, Slot, info_of, store_id, view_of};
-use crate::fetch::one_line;
 use crate::disk::{self, CopyState, DigestSet, DiskError, Filling, SealRecord};
+use crate::fetch::one_line;
 use crate::fetch::{self, Class, Engine, Expect, FetchError, Fetched, Policy};
 use crate::image::{self, Format, ImageError};
 use crate::ring::BufPool;
