@@ -133,6 +133,15 @@ impl View {
         &self.map
     }
 
+    /// QCOW2 only: what every guest cluster is, in shared memory that a reader may map.
+    #[must_use]
+    pub fn cluster_map(&self) -> Option<&qcow2::ClusterMap> {
+        match &self.layout {
+            Layout::Raw(_) => None,
+            Layout::Qcow2(clusters) => Some(clusters),
+        }
+    }
+
     /// The bytes `[at, at + len)` of the stored file as an address for the kernel; `None` if they
     /// are not all in the file.
     #[must_use]

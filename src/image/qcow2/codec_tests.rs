@@ -38,6 +38,14 @@ fn both_kinds_give_back_the_cluster() {
 }
 
 #[test]
+fn a_usual_deflate_stream_never_meets_the_slower_decoder() {
+    let padded = [deflate(&cluster()), vec![0; 511]].concat();
+    let mut codec = Codec::new();
+    codec.decode(Compression::Zlib, &padded, &mut vec![0; LEN]).unwrap();
+    assert!(codec.inflate.is_none());
+}
+
+#[test]
 fn what_follows_the_stream_is_ignored() {
     let tail = [0x55; 700];
     assert_eq!(

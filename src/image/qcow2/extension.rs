@@ -26,6 +26,11 @@ pub(super) fn check(area: &[u8], at: u64) -> Result<(), Fault> {
     let (mut rest, mut at) = (area, at);
     while let Ok((head, data)) = RawExtension::read_from_prefix(rest) {
         let (magic, len_bytes) = (head.magic.get(), u64::from(head.len_bytes.get()));
+        // First, as in qemu: even an end marker has a length.
+        if len_bytes > data.len() as u64 {
+            let need = "an end inside the header's cluster";
+            return Err(Fault::malformed("extension length", at + 4, len_bytes, need));
+        }
         match magic {
             END => return Ok(()),
             DATA_FILE_NAME => {
@@ -41,10 +46,6 @@ pub(super) fn check(area: &[u8], at: u64) -> Result<(), Fault> {
                 return Err(Fault::malformed(field, at + 4, len_bytes, need));
             }
             _known_or_not => {}
-        }
-        if len_bytes > data.len() as u64 {
-            let need = "an end inside the header's cluster";
-            return Err(Fault::malformed("extension length", at + 4, len_bytes, need));
         }
         let padded = len_bytes.next_multiple_of(8);
         // The padding of the last extension may be cut off by the end of the area.

@@ -1,0 +1,307 @@
+//! Every byte of images that qemu's tools make is the byte that `qemu-img convert` gives.
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+mod qcow2_common;
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use bedplate::image::{RunKind, inspect};
+use bedplate::units::GuestOffset;
+use qcow2_common::{Random, all_bytes, assert_same, have_qemu, open, qemu_bytes, run};
+use tempfile::TempDir;
+
+const CLUSTER_SIZES: [u64; 8] = [512, 1024, 4096, 16_384, 65_536, 262_144, 1_048_576, 2_097_152];
+
+/// Compares the image with qemu, and with a full inspection.
+fn compare(image: &Path, name: &str) {
+    let want = qemu_bytes(image).unwrap_or_else(|| panic!("{name}: qemu-img refuses it"));
+    let info =
+        inspect(&File::open(image).unwrap(), image, None).unwrap_or_else(|e| panic!("{name}: {e}"));
+    let clusters = info.clusters.unwrap();
+    let total = want.len() as u64;
+    let count = clusters.data + clusters.zero + clusters.compressed;
+    assert_eq!(count, total.div_ceil(info.cluster_size_bytes.unwrap()), "{name}");
+    assert_same(&open(image), &want, name);
+}
+
+fn create(dir: &Path, options: &str, size: u64) -> PathBuf {
+    let image = dir.join("image.qcow2");
+    let _may_not_exist = std::fs::remove_file(&image);
+    let (path, size) = (image.to_str().unwrap(), size.to_string());
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, path, &size]);
+    image
+}
+
+fn qemu_io(image: &Path, commands: &[String]) {
+    let mut args = vec!["-f", "qcow2"];
+    for command in commands {
+        args.extend(["-c", command]);
+    }
+    args.push(image.to_str().unwrap());
+    let output = run("qemu-io", &args);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(!said.contains("failed"), "{commands:?}: {said}");
+}
+
+/// Writes, zero writes and discards at places of any alignment. With `compressed`, some clusters
+/// are written compressed first: qemu takes that only where nothing is stored.
+fn commands(random: &mut Random, size: u64, cluster: u64, compressed: bool) -> Vec<String> {
+    let mut commands = Vec::new();
+    if compressed {
+        let step = random.below(4) + 1;
+        let whole = (0..size / cluster).step_by(usize::try_from(step).unwrap()).take(12);
+        commands.extend(
+            whole.map(|n| {
+                format!("write -c -P {} {} {cluster}", random.below(255) + 1, n * cluster)
+            }),
+        );
+    }
+    for n in 0..20 {
+        let at = random.below(size / 512) * 512;
+        let most = (3 * cluster).min(size - at) / 512;
+        let len = (random.below(most) + 1) * 512;
+        let pattern = random.below(255) + 1;
+        commands.push(match n % 5 {
+            0 | 1 => format!("write -P {pattern} {at} {len}"),
+            2 => format!("write -z {at} {len}"),
+            3 => format!("write -z -u {at} {len}"),
+            _ => format!("discard {at} {len}"),
+        });
+    }
+    commands
+}
+
+#[test]
+fn written_zeroed_and_discarded_clusters_of_every_size_and_version() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let mut random = Random(1);
+    for cluster in CLUSTER_SIZES {
+        for compat in ["0.10", "1.1", "1.1,lazy_refcounts=on", "1.1,compression_type=zstd"] {
+            let size = (cluster * 37 + 512 * random.below(64)).min(40 << 20);
+            let name = format!("cluster {cluster} compat {compat} size {size}");
+            let image =
+                create(dir.path(), &format!("cluster_size={cluster},compat={compat}"), size);
+            qemu_io(&image, &commands(&mut random, size, cluster, true));
+            compare(&image, &name);
+        }
+    }
+}
+
+#[test]
+fn every_preallocation_with_writes_on_top() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let mut random = Random(2);
+    for preallocation in ["off", "metadata", "falloc", "full"] {
+        for (cluster, compat) in
+            [(512, "1.1"), (4096, "0.10"), (65_536, "0.10"), (65_536, "1.1"), (2 << 20, "1.1")]
+        {
+            for size in [cluster * 11, cluster * 3 + 512] {
+                let name = format!("{preallocation} cluster {cluster} compat {compat} size {size}");
+                let options =
+                    format!("cluster_size={cluster},compat={compat},preallocation={preallocation}");
+                let image = create(dir.path(), &options, size);
+                compare(&image, &name);
+                qemu_io(&image, &commands(&mut random, size, cluster, false));
+                compare(&image, &name);
+            }
+        }
+    }
+}
+
+/// A raw disk with text, random bytes, zeroes and holes.
+fn raw_disk(dir: &Path, size: u64, random: &mut Random) -> PathBuf {
+    let path = dir.join("disk.raw");
+    let file = File::create(&path).unwrap();
+    file.set_len(size).unwrap();
+    let mut at = 0;
+    while at < size {
+        let len = (random.below(size.min(1 << 20) / 8 + 1) + 1).min(size - at);
+        let bytes: Vec<u8> = match random.below(3) {
+            0 => Vec::new(),
+            1 => (0..len)
+                .map(|n| b"the quick brown fox\n"[usize::try_from(n % 20).unwrap()])
+                .collect(),
+            _ => (0..len).map(|_| random.next().to_le_bytes()[0]).collect(),
+        };
+        file.write_all_at(&bytes, at).unwrap();
+        at += len;
+    }
+    path
+}
+
+#[test]
+fn compressed_images_of_every_cluster_size_and_odd_disk_sizes() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let mut random = Random(3);
+    for cluster in CLUSTER_SIZES {
+        for kind in ["compat=0.10", "compat=1.1", "compat=1.1,compression_type=zstd"] {
+            let size = (cluster * 50).clamp(100_000, 6 << 20) + 512 * random.below(9) + 512;
+            let raw = raw_disk(dir.path(), size, &mut random);
+            let want = padded(&raw);
+            let image = dir.path().join("image.qcow2");
+            let options = format!("cluster_size={cluster},{kind}");
+            let (from, to) = (raw.to_str().unwrap(), image.to_str().unwrap());
+            run(
+                "qemu-img",
+                &["convert", "-q", "-c", "-f", "raw", "-O", "qcow2", "-o", &options, from, to],
+            );
+            let name = format!("{options} size {size}");
+            compare(&image, &name);
+            assert!(
+                all_bytes(&open(&image)).unwrap() == want,
+                "{name}: not the disk it was made of"
+            );
+            let info = inspect(&File::open(&image).unwrap(), &image, None).unwrap();
+            assert!(info.clusters.unwrap().compressed > 0, "{name}: nothing is compressed");
+        }
+    }
+}
+
+/// The disk as qemu sees it: whole sectors.
+fn padded(raw: &Path) -> Vec<u8> {
+    let mut bytes = std::fs::read(raw).unwrap();
+    bytes.resize(bytes.len().next_multiple_of(512), 0);
+    bytes
+}
+
+#[test]
+fn a_raw_disk_of_any_length_survives_conversion() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let mut random = Random(4);
+    for size in [1, 511, 513, 65_535, 65_537, 1_000_003] {
+        let raw = raw_disk(dir.path(), size, &mut random);
+        let want = padded(&raw);
+        let image = dir.path().join("image.qcow2");
+        let (from, to) = (raw.to_str().unwrap(), image.to_str().unwrap());
+        run("qemu-img", &["convert", "-q", "-f", "raw", "-O", "qcow2", from, to]);
+        compare(&image, &format!("{size} bytes"));
+        assert!(all_bytes(&open(&image)).unwrap() == want, "{size} bytes");
+    }
+}
+
+#[test]
+fn internal_snapshots_are_ignored() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let mut random = Random(5);
+    for compat in ["0.10", "1.1"] {
+        let image = create(dir.path(), &format!("compat={compat}"), 5 << 20);
+        for name in ["one", "two", "three"] {
+            qemu_io(&image, &commands(&mut random, 5 << 20, 65_536, name == "one"));
+            run("qemu-img", &["snapshot", "-c", name, image.to_str().unwrap()]);
+        }
+        qemu_io(&image, &commands(&mut random, 5 << 20, 65_536, false));
+        compare(&image, compat);
+        assert_eq!(open(&image).info().snapshots, Some(3));
+    }
+}
+
+#[test]
+fn refcount_widths_bitmaps_and_resizes_change_nothing() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let mut random = Random(6);
+    for width in [1, 2, 4, 8, 32, 64] {
+        let image = create(dir.path(), &format!("refcount_bits={width}"), 3 << 20);
+        let path = image.to_str().unwrap();
+        run("qemu-img", &["bitmap", "--add", path, "dirty"]);
+        qemu_io(&image, &commands(&mut random, 3 << 20, 65_536, true));
+        compare(&image, &format!("refcount_bits {width}"));
+        run("qemu-img", &["resize", "-q", path, "700M"]);
+        let view = open(&image);
+        assert_eq!(view.size_bytes(), 700 << 20);
+        run("qemu-img", &["resize", "-q", "--shrink", path, "1M"]);
+        compare(&image, &format!("refcount_bits {width}, shrunk"));
+    }
+}
+
+#[test]
+fn a_large_empty_image_is_zero_and_costs_no_memory() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let size = 16_u64 << 40;
+    let image = create(dir.path(), "cluster_size=65536", size);
+    qemu_io(
+        &image,
+        &[format!("write -P 7 {} 512", size - 512), format!("write -P 8 {} 512", size / 2)],
+    );
+    let view = open(&image);
+    let mut at = 0;
+    let mut runs = Vec::new();
+    while at < size {
+        let run = view.run_at(GuestOffset(at), u64::MAX).unwrap();
+        runs.push(run.kind);
+        at += run.len_bytes;
+    }
+    let data = runs.iter().filter(|kind| matches!(kind, RunKind::Data(_))).count();
+    assert!(data == 2 && runs.len() <= 8, "{runs:?}");
+    let memory = view.cluster_map().unwrap().table().fd().try_clone_to_owned().unwrap();
+    let held_bytes = File::from(memory).metadata().unwrap().blocks() * 512;
+    assert!(held_bytes <= 1 << 20, "the map of 2^28 clusters holds {held_bytes} bytes");
+    let mut sector = [0; 512];
+    view.read_at(&mut sector, GuestOffset(size - 512)).unwrap();
+    assert_eq!(sector, [7; 512]);
+    inspect(&File::open(&image).unwrap(), &image, None).unwrap();
+}
+
+#[test]
+fn neighbouring_clusters_are_one_run() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let image = create(dir.path(), "preallocation=full", 100 << 20);
+    let view = open(&image);
+    view.read_at(&mut [0], GuestOffset(0)).unwrap();
+    let run = view.run_at(GuestOffset(5), u64::MAX).unwrap();
+    assert_eq!(run.len_bytes, (100 << 20) - 5, "one allocation, one run");
+    assert!(matches!(run.kind, RunKind::Data(_)));
+    assert_eq!(view.run_at(GuestOffset(70_000), 1000).unwrap().len_bytes, 1000);
+}
+
+#[test]
+fn many_threads_read_one_view_of_a_compressed_image() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let raw = raw_disk(dir.path(), 5 << 20, &mut Random(7));
+    let image = dir.path().join("image.qcow2");
+    let (from, to) = (raw.to_str().unwrap(), image.to_str().unwrap());
+    run("qemu-img", &["convert", "-q", "-c", "-f", "raw", "-O", "qcow2", from, to]);
+    let (want, view) = (padded(&raw), open(&image));
+    std::thread::scope(|scope| {
+        for seed in 0..8 {
+            let (want, view) = (&want, &view);
+            scope.spawn(move || {
+                let mut random = Random(seed);
+                for _ in 0..300 {
+                    let at = random.index(want.len() - 4096);
+                    let mut part = [0; 4096];
+                    view.read_at(&mut part, GuestOffset(at as u64)).unwrap();
+                    assert!(part == want[at..at + 4096]);
+                }
+            });
+        }
+    });
+}
