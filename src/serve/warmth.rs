@@ -20,12 +20,12 @@ const WINDOW_BYTES: u64 = 2 * MIB;
 /// A read of this many bytes or more is worth a whole window.
 const LARGE_BYTES: u32 = 128 << 10;
 /// Small reads into one window are counted in units of this many bytes, at least one each.
-const TOUCH_BYTES: u32 = 16 << 10;
-/// At so many touches the kernel is asked for the whole window: whoever reads that much of
-/// it will want more, and one disk read of 2 MiB costs less than those that are saved.
-const ASK_TOUCHES: u16 = 24;
-/// At so many, by when it has most likely come, the window is populated.
-const POPULATE_TOUCHES: u16 = 32;
+const TOUCH_BYTES: u32 = 4096;
+/// At so many touches the kernel is asked for the whole window.
+const ASK_TOUCHES: u16 = 96;
+/// At so many, by when it has most likely come, the window is populated: a quarter of it has been
+/// read, so that a disk reads at most four times what clients asked for.
+const POPULATE_TOUCHES: u16 = 128;
 /// How far ahead of a sequential reader the kernel is asked for pages, in windows.
 const AHEAD_WINDOWS: u64 = 2;
 
@@ -83,7 +83,7 @@ impl Warmth {
     /// Brings in what a batch wants before the batch is sent. `wanted` holds what was not
     /// resident when it was gathered. Waits for the disk only for whole windows.
     pub fn warm(&self, map: &FileMap, wanted: &[Wanted]) {
-        // One small read gains nothing from a hint: the send itself is the read.
+        // A lone small read gains nothing from a hint: the send itself is the read.
         let hint = wanted.len() > 1;
         for want in wanted {
             if want.is_whole() {
