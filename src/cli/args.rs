@@ -216,9 +216,9 @@ Examples:
 pub struct ExportArgs {
     /// The image file
     pub file: PathBuf,
-    /// Unix socket to serve NBD on
+    /// Unix socket to serve NBD on [default: the one that a service manager passed, LISTEN_FDS]
     #[arg(long, value_name = "SOCKET")]
-    pub nbd: PathBuf,
+    pub nbd: Option<PathBuf>,
     /// Format of the file [default: look]
     #[arg(long)]
     pub format: Option<FormatArg>,

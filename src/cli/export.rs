@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::args::{ExportArgs, Global};
 use super::cat;
-use super::exit::CliError;
+use super::exit::{CliError, Exit};
 use super::output::Output;
 use super::run::usage;
 use super::signals::Signals;
@@ -33,21 +33,20 @@ pub(super) fn run(args: &ExportArgs, _global: &Global, output: &Output) -> Resul
         .build()
         .map_err(|e| CliError::retry(&e))?;
     let mut signals = runtime.block_on(async { Signals::new() })?;
-    let socket = std::path::absolute(&args.nbd).map_err(|e| CliError::refused(&e))?;
-    let server = nbd::Server::bind(&socket, exports, nbd::Limits::default())
-        .map_err(|e| CliError::refused(&e))?;
-    let stopper = server.stopper();
+    let server = listen(args, exports)?;
+    let (stopper, socket) = (server.stopper(), server.path().map(std::path::Path::to_owned));
     let thread = std::thread::spawn(move || server.run());
-    let uri = nbd_uri(&name, &socket);
+    let uri = socket.map(|socket| nbd_uri(&name, &socket));
     let (format, size) = (view.format(), view.size_bytes());
     let shown = if output.json {
         output.object(&json!({
             "name": name, "format": format.to_string(), "virtual_size_bytes": size, "uri": uri,
         }))
     } else {
-        output
-            .line(&format!("{name}  {format}  {} virtual", human_bytes(size)))
-            .and_then(|()| usage(&uri).iter().try_for_each(|line| output.line(line)))
+        output.line(&format!("{name}  {format}  {} virtual", human_bytes(size))).and_then(|()| {
+            let lines = uri.as_deref().map_or_else(Vec::new, |uri| usage(uri).to_vec());
+            lines.iter().try_for_each(|line| output.line(line))
+        })
     };
     if shown.is_ok() {
         output.note("serving until Ctrl-C");
@@ -58,4 +57,16 @@ pub(super) fn run(args: &ExportArgs, _global: &Global, output: &Output) -> Resul
         Ok(result) => result.map_err(|e| CliError::retry(&e)).and(shown),
         Err(panic) => std::panic::resume_unwind(panic),
     }
+}
+
+/// The server on the socket that was asked for, or that a service manager passed.
+fn listen(args: &ExportArgs, exports: Arc<Exports>) -> Result<nbd::Server, CliError> {
+    let limits = nbd::Limits::default();
+    if let Some(path) = &args.nbd {
+        let socket = std::path::absolute(path).map_err(|e| CliError::refused(&e))?;
+        return nbd::Server::bind(&socket, exports, limits).map_err(|e| CliError::refused(&e));
+    }
+    let passed =
+        nbd::Server::from_activation(exports, limits).map_err(|e| CliError::refused(&e))?;
+    passed.ok_or_else(|| CliError::new(Exit::Usage, "no socket to serve on", "give --nbd SOCKET"))
 }
