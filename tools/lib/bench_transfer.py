@@ -53,7 +53,7 @@ class _Job:
         pull = [self._bench.program, "pull", url, "-o", self._out]
         return [
             self._command("bedplate pull --sha256", [*pull, "--sha256", digest], ours=True),
-            self._command("bedplate pull", pull, ours=True),
+            self._command("bedplate pull, no digest given", pull, ours=True),
             rounds.Contender("bedplate run --sha256, to ready", lambda: self._run(url), ours=True),
             self._shell(_REFERENCE, "curl", f"{curl} && {sha256sum}"),
             self._shell("curl, sync, openssl sha256", "openssl", f"{curl} && {openssl}"),
