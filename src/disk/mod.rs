@@ -28,6 +28,7 @@ pub use digests::{DigestRecord, DigestSet, Digests, Hasher};
 pub use dir::Dir;
 pub use error::DiskError;
 pub use filling::{Filling, Layout, SealError, SealRecord};
+pub use page::page_crc;
 pub use presence::{MAX_FILE_BYTES, Presence, UNIT_BYTES, Version};
 pub use readback::{hash_file, hash_range};
 pub use sealed::Sealed;

@@ -14,6 +14,12 @@ pub const PAGE_BYTES: usize = 4096;
 /// Bytes of a page that carry content; the CRC-32 (little endian) follows them.
 pub const CONTENT_BYTES: usize = PAGE_BYTES - 4;
 
+/// The checksum that ends a page with this content.
+#[must_use]
+pub fn page_crc(content: &[u8]) -> u32 {
+    crc32fast::hash(content)
+}
+
 /// One page in memory.
 #[derive(Clone)]
 pub struct Page([u8; PAGE_BYTES]);
@@ -38,14 +44,14 @@ impl Page {
 
     /// Sets the checksum over the content.
     pub fn seal(&mut self) {
-        let crc = crc32fast::hash(self.content());
+        let crc = page_crc(self.content());
         self.0[CONTENT_BYTES..].copy_from_slice(&crc.to_le_bytes());
     }
 
     /// True if the checksum is that of the content.
     #[must_use]
     pub fn check(&self) -> bool {
-        self.0[CONTENT_BYTES..] == crc32fast::hash(self.content()).to_le_bytes()
+        self.0[CONTENT_BYTES..] == page_crc(self.content()).to_le_bytes()
     }
 
     /// The whole page as it stands on disk.

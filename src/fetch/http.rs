@@ -116,7 +116,7 @@ impl Client {
                 let found = text(CONTENT_RANGE).unwrap_or_default();
                 let (start, end, total) = parse_content_range(found)
                     .ok_or_else(|| self.bad_header("Content-Range", found, "bytes A-B/TOTAL"))?;
-                if start != asked || total.is_some_and(|total| end > total) {
+                if start != asked {
                     let need = format!("a range that begins at {asked}");
                     return Err(self.bad_header("Content-Range", found, &need));
                 }
@@ -184,7 +184,10 @@ fn header_text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str>
 }
 
 /// `bytes A-B/TOTAL` as (A, B + 1, TOTAL); the total may be `*` (RFC 9110 section 14.4).
-pub(super) fn parse_content_range(text: &str) -> Option<(u64, u64, Option<u64>)> {
+///
+/// Pure and total: `None` for any text that is not one non-empty range inside its total.
+#[must_use]
+pub fn parse_content_range(text: &str) -> Option<(u64, u64, Option<u64>)> {
     let (range, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
     let (first, last) = range.split_once('-')?;
     let (first, last) = (first.trim().parse::<u64>().ok()?, last.trim().parse::<u64>().ok()?);
@@ -193,7 +196,8 @@ pub(super) fn parse_content_range(text: &str) -> Option<(u64, u64, Option<u64>)>
         digits => Some(digits.parse::<u64>().ok()?),
     };
     let end = last.checked_add(1)?;
-    (first < end).then_some((first, end, total))
+    let inside = first < end && total.is_none_or(|total| end <= total);
+    inside.then_some((first, end, total))
 }
 
 fn judge_redirect(attempt: redirect::Attempt<'_>, max: usize) -> redirect::Action {

@@ -23,6 +23,7 @@ mod version;
 
 pub use error::{Class, FetchError, one_line};
 pub use expect::{Expect, ExpectError};
+pub use http::parse_content_range;
 pub use progress::{Phase, Progress, Snapshot};
 pub use pull::{PullRequest, Pulled, pull};
 pub use source::{SourceError, SourceUrl};
