@@ -26,7 +26,7 @@ use crate::serve::{Exports, ServeError};
 /// Enough for a session, whose buffers are all on the heap; only touched pages cost memory.
 const STACK_BYTES: usize = 512 << 10;
 /// Wanted send buffer of a connection in bytes. Larger ones fall out of the cache before the peer
-/// reads them: measured 1.9 GB/s slower at 1 MiB.
+/// reads them: 8.9 GB/s of 256 KiB reads by two clients, against 7.9 at 1 MiB.
 const SEND_BUFFER_BYTES: usize = 256 << 10;
 /// How long accepting rests when the process is out of descriptors or memory.
 const REST: Duration = Duration::from_millis(100);
