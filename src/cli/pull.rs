@@ -34,7 +34,8 @@ pub(super) async fn run(args: &PullArgs, output: &Output) -> Result<(), CliError
     let dir = parent.unwrap_or(std::path::Path::new("."));
     let probe = ring::probe(dir, ring::Choice::Auto)
         .map_err(|reason| CliError::new(Exit::Refused, reason, ""))?;
-    let engine = Engine { pool: BufPool::new(BUFFERS), probe, policy: Policy::default() };
+    let engine =
+        Engine { pool: BufPool::new(BUFFERS), probe, policy: Policy::default(), buffers: BUFFERS };
     let request = PullRequest { url, output: args.output.clone(), expect: expect.map_err(usage)? };
     let started = Instant::now();
     let pulled = watch(&engine, &request, output).await?;

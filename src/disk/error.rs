@@ -27,6 +27,9 @@ pub enum DiskError {
     /// The disk's own file says something unusable.
     #[error("{}: not a usable disk file ({why}); it must read {{\"diskUUID\":\"…\"}}", path.display())]
     DiskFile { path: PathBuf, why: String },
+    /// Another process, or another transfer of this one, is filling the same file.
+    #[error("{}: another bedplate is bringing this file in; wait for it, or choose another name", path.display())]
+    Busy { path: PathBuf },
     /// No disk here, and none was to be made.
     #[error("{}: no longhorn-disk.cfg here; give the disk's directory, or let `bedplate serve --disk` create it", path.display())]
     NotADisk { path: PathBuf },
@@ -68,9 +71,11 @@ impl DiskError {
     #[must_use]
     pub fn may_retry(&self) -> bool {
         match self {
-            Self::Io { .. } | Self::Locked { .. } | Self::NoSpace { .. } | Self::Full { .. } => {
-                true
-            }
+            Self::Io { .. }
+            | Self::Locked { .. }
+            | Self::Busy { .. }
+            | Self::NoSpace { .. }
+            | Self::Full { .. } => true,
             Self::NotRegular { .. }
             | Self::DiskFile { .. }
             | Self::NotADisk { .. }

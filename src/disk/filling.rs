@@ -10,10 +10,12 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, FlockOperation, OFlags, SeekFrom};
+use rustix::io::Errno;
 
 use super::cfg::{CopyCfg, go_time};
 use super::digests::{DigestRecord, Digests};
@@ -55,8 +57,8 @@ impl Layout {
     pub fn file(name: &str) -> Self {
         Self {
             data: name.into(),
-            partial: format!("{name}.part"),
-            presence: format!("{name}.part.presence"),
+            partial: format!("{name}.bedplate-part"),
+            presence: format!("{name}.bedplate-presence"),
             digests: None,
             cfg: None,
         }
@@ -114,22 +116,29 @@ impl Filling {
     /// # Errors
     /// [`DiskError::Io`].
     pub fn open(dir: Dir, layout: Layout, space: Space) -> Result<Self, DiskError> {
-        let file = dir.open_file(&layout.partial, OFlags::RDWR | OFlags::CREATE)?;
-        let len = file.metadata().map_err(|e| DiskError::io("stat", dir.path(), e))?.len();
-        let presence = Presence::load(&dir, &layout.presence)?.filter(|presence| {
-            // A file shorter than its last present unit was cut by somebody else.
-            let total = presence.version().total_bytes.unwrap_or(0);
-            let missing = presence.missing(total);
-            let here_to = match missing.last() {
-                Some(last) if last.end == total => last.start,
-                Some(_) | None => total,
-            };
-            len >= here_to
-        });
+        let file = lock_partial(&dir, &layout.partial)?;
+        let presence = believable(&dir, &layout, &file)?;
         let total_bytes = presence.as_ref().and_then(|p| p.version().total_bytes);
         let presence = presence.map(|p| Arc::new(Mutex::new(p)));
         let file = Arc::new(file);
         Ok(Self { dir, layout, space, file, presence, total_bytes, reservation: None })
+    }
+
+    /// Bytes that are durable of an unfinished file, and its length if known; without touching it.
+    /// `None` if there is none.
+    ///
+    /// # Errors
+    /// [`DiskError::Io`].
+    pub fn peek(dir: &Dir, layout: &Layout) -> Result<Option<(u64, Option<u64>)>, DiskError> {
+        let Some(file) = dir.try_open_file(&layout.partial, OFlags::RDONLY)? else {
+            return Ok(None);
+        };
+        let Some(presence) = believable(dir, layout, &file)? else { return Ok(Some((0, None))) };
+        let total = presence.version().total_bytes;
+        let whole = total.unwrap_or(0);
+        let missing: u64 =
+            presence.missing(whole).iter().map(|range| range.end - range.start).sum();
+        Ok(Some((whole - missing, total)))
     }
 
     /// Path of the unfinished file, for messages.
@@ -229,12 +238,28 @@ impl Filling {
     fn punch_if_data(&self, range: &Range<u64>) -> io::Result<()> {
         match rustix::fs::seek(&*self.file, SeekFrom::Data(range.start)) {
             Ok(data) if data < range.end => {}
-            Ok(_) | Err(rustix::io::Errno::NXIO) => return Ok(()),
+            Ok(_) | Err(Errno::NXIO) => return Ok(()),
             Err(e) => return Err(e.into()),
         }
         let end = range.end.next_multiple_of(PAGE_BYTES as u64);
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        rustix::fs::fallocate(&*self.file, flags, range.start, end - range.start)?;
+        match rustix::fs::fallocate(&*self.file, flags, range.start, end - range.start) {
+            Ok(()) => Ok(()),
+            // A file system without holes: zeroes do as well.
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.write_zeroes(range),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn write_zeroes(&self, range: &Range<u64>) -> io::Result<()> {
+        let zeroes = vec![0; 1 << 20];
+        let mut at = range.start;
+        while at < range.end {
+            let left = usize::try_from(range.end - at).unwrap_or(zeroes.len());
+            let piece = &zeroes[..left.min(zeroes.len())];
+            self.file.write_all_at(piece, at)?;
+            at += piece.len() as u64;
+        }
         Ok(())
     }
 
@@ -304,8 +329,6 @@ impl Filling {
         }
         let failed = |e| DiskError::write(&path, total, e);
         self.trim()?;
-        rustix::fs::fchmod(&*self.file, rustix::fs::Mode::from_raw_mode(0o444))
-            .map_err(|e| DiskError::io("chmod", &path, e.into()))?;
         self.file.sync_all().map_err(failed)?;
         if let Some(name) = &self.layout.digests {
             record.digest_record(total).store(&self.dir, name)?;
@@ -315,6 +338,9 @@ impl Filling {
             store_cfg(&self.dir, name, &cfg)?;
         }
         self.dir.rename(&self.layout.partial, &self.layout.data)?;
+        // Not before the rename: an unprivileged owner could not open it again to go on.
+        rustix::fs::fchmod(&*self.file, rustix::fs::Mode::from_raw_mode(0o444))
+            .map_err(|e| DiskError::io("chmod", &path, e.into()))?;
         self.dir.remove_file(&self.layout.presence)?;
         let file = self.dir.open_file(&self.layout.data, OFlags::RDONLY)?;
         Sealed::from_file(file, self.dir.join(&self.layout.data))
@@ -342,6 +368,43 @@ pub(super) struct WriteSide {
     pub(super) total_known: bool,
 }
 
+/// Opens the unfinished file, made if it is missing, and takes it for this process alone.
+fn lock_partial(dir: &Dir, name: &str) -> Result<File, DiskError> {
+    let path = dir.join(name);
+    let inode = |file: &File| {
+        file.metadata().map(|meta| meta.ino()).map_err(|e| DiskError::io("stat", &path, e))
+    };
+    loop {
+        let file = dir.open_file(name, OFlags::RDWR | OFlags::CREATE)?;
+        if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            return Err(DiskError::Busy { path });
+        }
+        // Another process may have sealed or removed the file between the open and the lock.
+        let now = dir.try_open_file(name, OFlags::RDONLY)?;
+        if let Some(now) = now
+            && inode(&now)? == inode(&file)?
+        {
+            return Ok(file);
+        }
+    }
+}
+
+/// The presence of an unfinished file, if its data can be what it says.
+fn believable(dir: &Dir, layout: &Layout, file: &File) -> Result<Option<Presence>, DiskError> {
+    let len = file.metadata().map_err(|e| DiskError::io("stat", dir.path(), e))?.len();
+    let presence = Presence::load(dir, &layout.presence)?;
+    Ok(presence.filter(|presence| {
+        // A file shorter than its last present unit was cut by somebody else.
+        let total = presence.version().total_bytes.unwrap_or(0);
+        let missing = presence.missing(total);
+        let here_to = match missing.last() {
+            Some(last) if last.end == total => last.start,
+            Some(_) | None => total,
+        };
+        len >= here_to
+    }))
+}
+
 fn clamp_i64(bytes: u64) -> i64 {
     i64::try_from(bytes).unwrap_or(i64::MAX)
 }
@@ -352,7 +415,6 @@ pub(super) fn copy_cfg(
     file: &File,
     record: &SealRecord,
 ) -> Result<CopyCfg, DiskError> {
-    use std::os::unix::fs::MetadataExt;
     let meta = file.metadata().map_err(|e| DiskError::io("stat", data_path, e))?;
     Ok(CopyCfg {
         name: data_path.display().to_string(),

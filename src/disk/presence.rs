@@ -18,6 +18,7 @@
 use std::fs::File;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
@@ -54,7 +55,7 @@ pub struct Version {
 /// The presence file and its bits in memory.
 #[derive(Debug)]
 pub struct Presence {
-    file: File,
+    file: Arc<File>,
     path: PathBuf,
     version: Version,
     words: Vec<u64>,
@@ -88,6 +89,7 @@ impl Presence {
         page.write(&file, 0).map_err(|e| DiskError::write(&path, 0, e))?;
         file.sync_all().map_err(|e| DiskError::io("sync", &path, e))?;
         dir.sync()?;
+        let file = Arc::new(file);
         Ok(Self { file, path, version, words: Vec::new(), sequence: Vec::new() })
     }
 
@@ -102,6 +104,7 @@ impl Presence {
         let Some(header) = Page::read(&file, 0).map_err(read_failed)? else { return Ok(None) };
         let Some(version) = parse_header(&header) else { return Ok(None) };
         let units = version.total_bytes.unwrap_or(0).div_ceil(UNIT_BYTES);
+        let file = Arc::new(file);
         let mut presence = Self { file, path, version, words: Vec::new(), sequence: Vec::new() };
         for index in 0..units.div_ceil(UNITS_PER_PAGE) {
             presence.load_page(index)?;
@@ -208,6 +211,12 @@ impl Presence {
     /// [`DiskError::Io`] or [`DiskError::Full`]: the bits may or may not be on disk, and nothing
     /// that was there is lost.
     pub fn commit(&mut self, ranges: &[Range<u64>]) -> Result<(), DiskError> {
+        let file = self.write(ranges)?;
+        file.sync_data().map_err(|e| DiskError::io("sync", &self.path, e))
+    }
+
+    /// As [`Presence::commit`], but leaves it to the caller to sync the file that it gives.
+    pub(super) fn write(&mut self, ranges: &[Range<u64>]) -> Result<Arc<File>, DiskError> {
         let mut dirty = std::collections::BTreeSet::new();
         for range in ranges {
             let at_end = self.version.total_bytes == Some(range.end);
@@ -222,7 +231,7 @@ impl Presence {
         for index in dirty {
             self.store_page(index)?;
         }
-        self.file.sync_data().map_err(|e| DiskError::io("sync", &self.path, e))
+        Ok(Arc::clone(&self.file))
     }
 
     fn store_page(&mut self, index: usize) -> Result<(), DiskError> {

@@ -158,11 +158,9 @@ impl Disk {
             let record = ready_record(&dir, &layout, &file)?;
             return Ok(Some(record.map_or(CopyState::Unchecked, CopyState::Ready)));
         }
-        if dir.try_open_file(&layout.partial, OFlags::RDONLY)?.is_none() {
+        let Some((present_bytes, total_bytes)) = Filling::peek(&dir, &layout)? else {
             return Ok(None);
-        }
-        let filling = Filling::open(dir, layout, self.space.clone())?;
-        let (present_bytes, total_bytes) = (filling.present_bytes(), filling.total_bytes());
+        };
         Ok(Some(CopyState::Filling { present_bytes, total_bytes }))
     }
 
@@ -214,7 +212,10 @@ impl Disk {
         let layout = Layout::copy();
         let path = dir.join(&layout.data);
         let file = dir.open_file(&layout.data, OFlags::RDONLY)?;
-        let size_bytes = file.metadata().map_err(|e| DiskError::io("stat", &path, e))?.len();
+        let stat = || file.metadata().map_err(|e| DiskError::io("stat", &path, e));
+        // What is vouched for must be on the disk, not only in the page cache.
+        file.sync_all().map_err(|e| DiskError::io("sync", &path, e))?;
+        let (size_bytes, time) = (stat()?.len(), go_time(&stat()?));
         let (old_cfg, old) = recorded(&dir, &layout)?;
         let known = old.digests.known();
         let mut hasher = Hasher::new(DigestSet {
@@ -222,6 +223,10 @@ impl Disk {
             sha512: known.sha512 || want.sha512,
         });
         hash_file(&file, &path, size_bytes, &mut hasher, progress)?;
+        if (stat()?.len(), go_time(&stat()?)) != (size_bytes, time) {
+            let changed = std::io::Error::from(std::io::ErrorKind::ResourceBusy);
+            return Err(DiskError::io("check a file that is being written:", &path, changed));
+        }
         let digests = hasher.finish();
         compare(&path, "SHA-256", old.digests.sha256.as_ref(), digests.sha256.as_ref())?;
         compare(&path, "SHA-512", old.digests.sha512.as_ref(), digests.sha512.as_ref())?;

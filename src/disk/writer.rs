@@ -325,6 +325,8 @@ impl Work {
 
 /// Syncs data, then records it.
 struct Committer {
+    /// True once a commit has failed: what the page cache holds means nothing after that.
+    failed: bool,
     batches: Option<SyncSender<Vec<Range<u64>>>>,
     thread: Option<JoinHandle<Result<(), DiskError>>>,
     commit: Commit,
@@ -341,7 +343,12 @@ struct Commit {
 impl Commit {
     fn run(&self, ranges: &[Range<u64>]) -> Result<(), DiskError> {
         self.file.sync_data().map_err(|e| DiskError::io("sync", &self.path, e))?;
-        self.presence.lock().unwrap_or_else(PoisonError::into_inner).commit(ranges)?;
+        let bits = {
+            let mut presence = self.presence.lock().unwrap_or_else(PoisonError::into_inner);
+            presence.write(ranges)?
+        };
+        // Outside the lock: whoever asks what is here must not wait for the disk.
+        bits.sync_data().map_err(|e| DiskError::io("sync the presence of", &self.path, e))?;
         let bytes = ranges.iter().map(|range| range.end - range.start).sum();
         self.stats.durable_bytes.fetch_add(bytes, Ordering::Relaxed);
         Ok(())
@@ -363,7 +370,7 @@ impl Committer {
             .name("disk-commit".into())
             .spawn(move || queue.into_iter().try_for_each(|ranges| worker.run(&ranges)))
             .map_err(|e| DiskError::io("start a commit thread for", &side.path, e))?;
-        Ok(Self { batches: Some(batches), thread: Some(thread), commit })
+        Ok(Self { failed: false, batches: Some(batches), thread: Some(thread), commit })
     }
 
     /// Gives a batch to the thread, or back if it is busy.
@@ -379,15 +386,15 @@ impl Committer {
 
     fn join(&mut self) -> Result<(), DiskError> {
         self.batches = None;
-        match self.thread.take() {
-            Some(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
-            None => Ok(()),
-        }
+        let Some(thread) = self.thread.take() else { return Ok(()) };
+        let result = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        self.failed = result.is_err();
+        result
     }
 
     /// Waits for the thread, then makes the rest durable. After a failed sync nothing is recorded.
     fn finish(&mut self, rest: Vec<Range<u64>>) -> Result<(), DiskError> {
         self.join()?;
-        if rest.is_empty() { Ok(()) } else { self.commit.run(&rest) }
+        if rest.is_empty() || self.failed { Ok(()) } else { self.commit.run(&rest) }
     }
 }

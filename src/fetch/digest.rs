@@ -9,6 +9,7 @@
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
 
@@ -21,6 +22,7 @@ use super::progress::Progress;
 pub(super) struct DigestThread {
     blocks: Sender<Block>,
     end: Sender<u64>,
+    quit: Arc<AtomicBool>,
     thread: JoinHandle<Result<Digests, DiskError>>,
 }
 
@@ -41,16 +43,40 @@ impl DigestThread {
         let (blocks, queue) = mpsc::channel();
         let (end, end_queue) = mpsc::channel();
         let path = stored.path.clone();
+        let quit = Arc::new(AtomicBool::new(false));
+        let watched = Arc::clone(&quit);
         let thread = std::thread::Builder::new()
             .name("digest".into())
-            .spawn(move || run(&stored, set, &queue, &end_queue, &progress))
+            .spawn(move || {
+                let go_on = || !watched.load(Ordering::Relaxed) && !progress.is_stopped();
+                run(&stored, set, &queue, &end_queue, &go_on)
+            })
             .map_err(|e| DiskError::io("start a digest thread for", &path, e))?;
-        Ok(Self { blocks, end, thread })
+        Ok(Self { blocks, end, quit, thread })
     }
 
-    /// Hands the next bytes over. A thread that has ended tells why in [`DigestThread::finish`].
-    pub(super) fn send(&self, block: Block) {
-        let _ended = self.blocks.send(block);
+    /// Hands the next bytes over; false if the thread has ended, with an error that
+    /// [`DigestThread::finish`] tells.
+    pub(super) fn send(&self, block: Block) -> bool {
+        self.blocks.send(block).is_ok()
+    }
+
+    /// Ends without a result. Blocks the thread until the other has let go of the file.
+    ///
+    /// # Errors
+    /// The error that had ended it before.
+    pub(super) fn abandon(self) -> Result<(), DiskError> {
+        self.quit.store(true, Ordering::Relaxed);
+        drop((self.end, self.blocks));
+        let ended = self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        match ended {
+            Err(DiskError::Io { source, .. })
+                if source.kind() == std::io::ErrorKind::Interrupted =>
+            {
+                Ok(())
+            }
+            other => other.map(drop),
+        }
     }
 
     /// Hashes what is left up to `total_bytes`, and gives the digests. Blocks the thread.
@@ -67,7 +93,7 @@ fn run(
     set: DigestSet,
     queue: &Receiver<Block>,
     end: &Receiver<u64>,
-    progress: &Progress,
+    go_on: &dyn Fn() -> bool,
 ) -> Result<Digests, DiskError> {
     let mut hasher = Hasher::new(set);
     let catch_up = |hasher: &mut Hasher, to: u64| {
@@ -75,8 +101,7 @@ fn run(
         if gap.is_empty() {
             return Ok(());
         }
-        let go_on = &mut |_| !progress.is_stopped();
-        hash_range(&stored.file, &stored.path, gap, hasher, go_on)
+        hash_range(&stored.file, &stored.path, gap, hasher, &mut |_| go_on())
     };
     for block in queue {
         let range = block.range();

@@ -73,6 +73,11 @@ pub enum FetchError {
     },
     #[error(transparent)]
     Disk(#[from] DiskError),
+    #[error("bytes of an earlier run cannot be read back for their digest")]
+    ReadBack {
+        #[source]
+        source: Box<DiskError>,
+    },
     #[error("cannot set up an HTTP client")]
     Client {
         #[source]
@@ -105,6 +110,7 @@ impl FetchError {
             | Self::CannotResume { .. }
             | Self::Changed { .. }
             | Self::GaveUp { .. }
+            | Self::ReadBack { .. }
             | Self::Memory { .. } => Class::Retry,
             Self::Status { status, .. } => match status {
                 408 | 425 | 429 | 500..=599 => Class::Retry,

@@ -114,8 +114,11 @@ impl Client {
         match body.status() {
             StatusCode::PARTIAL_CONTENT => {
                 let found = text(CONTENT_RANGE).unwrap_or_default();
-                let (start, end, total) = parse_content_range(found)
-                    .ok_or_else(|| self.bad_header("Content-Range", found, "bytes A-B/TOTAL"))?;
+                // A total of `*` says nothing about where the object ends: a slice of it would
+                // pass for the whole.
+                let Some((start, end, total @ Some(_))) = parse_content_range(found) else {
+                    return Err(self.bad_header("Content-Range", found, "bytes A-B/TOTAL"));
+                };
                 if start != asked {
                     let need = format!("a range that begins at {asked}");
                     return Err(self.bad_header("Content-Range", found, &need));

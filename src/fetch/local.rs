@@ -18,8 +18,8 @@ use super::error::FetchError;
 use super::pipeline::{Pipeline, Stopped};
 use super::progress::Progress;
 use super::version::Remote;
-use crate::disk::{Sealed, UNIT_BYTES};
-use crate::ring::{BLOCK_BYTES, Buf, BufPool};
+use crate::disk::{DiskError, Sealed, UNIT_BYTES};
+use crate::ring::{BLOCK_BYTES, Buf, BufShare};
 
 /// An open source file.
 #[derive(Debug)]
@@ -45,7 +45,13 @@ fn version_of(file: &File, path: &Path) -> Result<(u64, Remote), FetchError> {
 
 impl LocalFile {
     pub(super) fn open(path: &Path) -> Result<Self, FetchError> {
-        let sealed = Sealed::open_path(path)?;
+        let sealed = Sealed::open_path(path).map_err(|error| {
+            // A path that cannot be opened is the request's fault, not the store's.
+            if let DiskError::Io { source, .. } = error {
+                return FetchError::Local { op: "open", path: path.to_owned(), source };
+            }
+            error.into()
+        })?;
         let file = sealed.file().try_clone().map_err(|source| FetchError::Local {
             op: "open",
             path: path.to_owned(),
@@ -86,7 +92,7 @@ impl LocalFile {
         &self,
         range: std::ops::Range<u64>,
         pipeline: &mut Pipeline,
-        pool: &BufPool,
+        pool: &BufShare,
         runtime: &tokio::runtime::Handle,
         progress: &Progress,
     ) -> Result<Result<(), Stopped>, FetchError> {
@@ -102,8 +108,13 @@ impl LocalFile {
             } else {
                 let room = BLOCK_BYTES as u64 - at % BLOCK_BYTES as u64;
                 let len = usize::try_from(room.min(range.end - at)).unwrap_or(BLOCK_BYTES);
-                let buf = runtime.block_on(pool.take());
-                let mut buf = buf.map_err(|source| FetchError::Memory { source })?;
+                let buf = runtime.block_on(async {
+                    tokio::select! {
+                        buf = pool.take() => buf.map_err(|source| FetchError::Memory { source }),
+                        () = progress.stopped() => Err(FetchError::Cancelled),
+                    }
+                });
+                let mut buf = buf?;
                 self.read(&mut buf, at, len)?;
                 progress.add_received(len as u64);
                 at += len as u64;

@@ -8,8 +8,8 @@
 
 use std::sync::Arc;
 
-use crate::disk::{Block, Digests, Filling, UNIT_BYTES, Writer};
-use crate::ring::{BLOCK_BYTES, Buf, BufPool, Probe};
+use crate::disk::{Block, Digests, DiskError, Filling, UNIT_BYTES, Writer};
+use crate::ring::{BLOCK_BYTES, Buf, BufShare, Probe};
 use crate::units::FileOffset;
 
 use super::digest::{DigestThread, Stored};
@@ -22,7 +22,7 @@ use crate::disk::DigestSet;
 pub(super) struct Pipeline {
     writer: Writer,
     digest: DigestThread,
-    pool: BufPool,
+    pool: BufShare,
     progress: Arc<Progress>,
     buf: Option<Buf>,
     /// Where the next byte of the stream belongs.
@@ -37,7 +37,7 @@ impl Pipeline {
     pub(super) fn start(
         filling: &Filling,
         probe: &Probe,
-        pool: &BufPool,
+        pool: &BufShare,
         digests: DigestSet,
         progress: &Arc<Progress>,
     ) -> Result<Self, FetchError> {
@@ -92,7 +92,9 @@ impl Pipeline {
         buf.pad();
         let len = buf.len() as u64;
         let (at, buf) = (FileOffset(start), Arc::new(buf));
-        self.digest.send(Block::Data { at, buf: Arc::clone(&buf) });
+        if !self.digest.send(Block::Data { at, buf: Arc::clone(&buf) }) {
+            return Err(Stopped);
+        }
         self.writer.send(Block::Data { at, buf }).map_err(|_| Stopped)?;
         self.progress.add_done(len);
         Ok(())
@@ -101,7 +103,9 @@ impl Pipeline {
     /// Takes a range of zeroes; `at` must be a unit's begin.
     pub(super) fn push_zeroes(&mut self, len_bytes: u64) -> Result<(), Stopped> {
         let at = FileOffset(self.at);
-        self.digest.send(Block::Zero { at, len_bytes });
+        if !self.digest.send(Block::Zero { at, len_bytes }) {
+            return Err(Stopped);
+        }
         self.writer.send(Block::Zero { at, len_bytes }).map_err(|_| Stopped)?;
         self.progress.add_done(len_bytes);
         self.at += len_bytes;
@@ -133,15 +137,22 @@ impl Pipeline {
         let Self { writer, digest, buf, .. } = self;
         drop(buf);
         writer.finish()?;
-        Ok(digest.finish(total_bytes)?)
+        digest.finish(total_bytes).map_err(unreadable)
     }
 
     /// Ends early: makes durable what was handed over. Blocks the thread.
     pub(super) fn abandon(self) -> Result<(), FetchError> {
         let Self { writer, digest, buf, .. } = self;
-        drop((buf, digest));
-        Ok(writer.finish()?)
+        drop(buf);
+        let (written, digested) = (writer.finish(), digest.abandon());
+        written?;
+        digested.map_err(unreadable)
     }
+}
+
+/// The digest thread only reads: what it fails at is reading stored bytes back.
+fn unreadable(error: DiskError) -> FetchError {
+    FetchError::ReadBack { source: Box::new(error) }
 }
 
 /// How far `at` is inside its MiB of the file.

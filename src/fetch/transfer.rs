@@ -20,7 +20,7 @@ use super::progress::{Phase, Progress};
 use super::source::SourceUrl;
 use super::version::{Remote, Resume};
 use crate::disk::{Digests, Filling, MAX_FILE_BYTES, Version};
-use crate::ring::{BufPool, Probe};
+use crate::ring::{BufPool, BufShare, Probe};
 
 /// Bounds on what a transfer accepts and how long it insists.
 #[derive(Clone, Debug)]
@@ -66,6 +66,8 @@ pub struct Engine {
     pub probe: Probe,
     /// Bounds.
     pub policy: Policy,
+    /// Buffers of the pool that one transfer may hold.
+    pub buffers: usize,
 }
 
 /// A transfer that is complete and checked, not yet sealed.
@@ -95,15 +97,16 @@ pub async fn transfer(
     let mut restarts = 0;
     let mut fresh = false;
     loop {
+        let share = engine.pool.share(engine.buffers);
         let mut run =
-            Run { engine, url, expect, filling, progress, pipeline: None, unproven: false };
+            Run { engine, url, expect, filling, progress, share, pipeline: None, unproven: false };
         let result = match url.file_path() {
             Some(path) => run.local(&path).await,
             None => run.http(fresh).await,
         };
         let unproven = run.unproven;
         let again = match &result {
-            Err(FetchError::Changed { .. }) => true,
+            Err(FetchError::Changed { .. } | FetchError::ReadBack { .. }) => true,
             Err(FetchError::Digest { .. }) => unproven,
             Ok(_) | Err(_) => false,
         };
@@ -126,6 +129,7 @@ struct Run<'a> {
     expect: &'a Expect,
     filling: &'a mut Filling,
     progress: &'a Arc<Progress>,
+    share: BufShare,
     pipeline: Option<Pipeline>,
     /// True once bytes of an earlier run were kept on the digest's word alone.
     unproven: bool,
@@ -139,7 +143,7 @@ impl Run<'_> {
         if known.is_some_and(|known| known.may_resume(&remote, false) == Resume::Same)
             && self.filling.total_bytes() == total
         {
-            self.filling.resume()?;
+            in_place(|| self.filling.resume())?;
         } else {
             self.begin(&remote, total)?;
         }
@@ -148,7 +152,7 @@ impl Run<'_> {
         self.progress.set_phase(Phase::Fetching);
         let missing = self.filling.missing();
         let mut pipeline = self.start_pipeline()?;
-        let (pool, progress) = (self.engine.pool.clone(), Arc::clone(self.progress));
+        let (pool, progress) = (self.share.clone(), Arc::clone(self.progress));
         let runtime = tokio::runtime::Handle::current();
         let (pipeline, copied) = blocking(move || {
             let mut copied = Ok(Ok(()));
@@ -181,13 +185,13 @@ impl Run<'_> {
         if let Some(total) = total.filter(|total| *total > limit) {
             return Err(FetchError::TooLarge { url: self.url.to_string(), total, limit });
         }
-        self.filling.begin(&Version { total_bytes: total, tag: remote.to_tag() })?;
-        Ok(())
+        let version = Version { total_bytes: total, tag: remote.to_tag() };
+        Ok(in_place(|| self.filling.begin(&version))?)
     }
 
     fn start_pipeline(&self) -> Result<Pipeline, FetchError> {
         let (engine, wanted) = (self.engine, self.expect.wanted());
-        Pipeline::start(self.filling, &engine.probe, &engine.pool, wanted, self.progress)
+        Pipeline::start(self.filling, &engine.probe, &self.share, wanted, self.progress)
     }
 
     async fn http(&mut self, fresh: bool) -> Result<Fetched, FetchError> {
@@ -198,23 +202,20 @@ impl Run<'_> {
         let mut version = None;
         let mut failures = 0;
         loop {
-            let before = self.progress.snapshot().bytes_received;
+            let before = self.position();
             let error = match self.attempt(&client, &mut version, known.as_ref()).await {
                 Ok(etag) => return self.complete(etag).await,
                 Err(error) => error,
             };
-            if self.progress.snapshot().bytes_received > before {
+            // Whole units count: a server that breaks after a few bytes each time is no progress.
+            if self.position() > before {
                 failures = 0;
             }
             failures += 1;
             let can_resume = version.as_ref().is_none_or(|state| state.ranged);
             let error = match error.class() {
                 Class::Refuse | Class::Cancelled => return self.abandon(error).await,
-                Class::Retry
-                    if matches!(error, FetchError::Changed { .. } | FetchError::Disk(_)) =>
-                {
-                    return self.abandon(error).await;
-                }
+                Class::Retry if ends_run(&error) => return self.abandon(error).await,
                 Class::Retry if !can_resume => {
                     let (url, at) = (client.shown(), self.position());
                     let source = Box::new(error);
@@ -266,6 +267,7 @@ impl Run<'_> {
                 (Some(_), None) if version.is_none() => 0..1,
                 (Some(remote), None) => return Ok(remote.etag.clone()),
             };
+            let nothing_missing = self.next_missing().is_none();
             if version.is_none() {
                 self.progress.set_phase(Phase::Connecting);
             }
@@ -274,31 +276,34 @@ impl Run<'_> {
                 answer = asked => answer?,
                 () = self.progress.stopped() => return Err(FetchError::Cancelled),
             };
-            self.agree(client, &answer, version, known)?;
+            let resumed = self.agree(client, &answer, version, known)?;
             if self.pipeline.is_none() {
                 let pipeline = self.start_pipeline()?;
                 self.pipeline = Some(pipeline);
                 self.progress.set_done(self.filling.present_bytes());
-                if range.end == 1 && self.filling.missing().is_empty() {
-                    continue;
-                }
+            }
+            if resumed && nothing_missing {
+                continue;
             }
             self.progress.set_phase(Phase::Fetching);
-            self.stream(client, answer, range.end).await?;
+            // A server that ignored the range sends everything.
+            let asked_end = if answer.ranged { range.end } else { u64::MAX };
+            self.stream(client, answer, asked_end).await?;
             if self.filling.total_bytes().is_none() {
                 return self.end_of_unknown().await;
             }
         }
     }
 
-    /// Holds an answer against what was agreed before, or begins with it.
+    /// Holds an answer against what was agreed before, or begins with it. True if what is here
+    /// stays, false if it was thrown away for this answer.
     fn agree(
         &mut self,
         client: &Client,
         answer: &Answer,
         version: &mut Option<Agreed>,
         known: Option<&Remote>,
-    ) -> Result<(), FetchError> {
+    ) -> Result<bool, FetchError> {
         let changed =
             |what: &str| FetchError::Changed { url: client.shown(), what: what.to_owned() };
         if let Some(state) = version {
@@ -309,7 +314,7 @@ impl Run<'_> {
                 Resume::No => Err(changed("another ETag or time")),
                 Resume::Same | Resume::Unproven if !same_total => Err(changed("another length")),
                 Resume::Same | Resume::Unproven if !answer.ranged => Err(changed("no ranges now")),
-                Resume::Same | Resume::Unproven => Ok(()),
+                Resume::Same | Resume::Unproven => Ok(true),
             };
         }
         let resume = known.map_or(Resume::No, |known| {
@@ -318,10 +323,9 @@ impl Run<'_> {
             if same_total && answer.ranged { same } else { Resume::No }
         });
         match resume {
-            Resume::Same => self.filling.resume()?,
-            Resume::Unproven => {
-                self.unproven = true;
-                self.filling.resume()?;
+            Resume::Same | Resume::Unproven => {
+                self.unproven = resume == Resume::Unproven;
+                in_place(|| self.filling.resume())?;
             }
             // What is here is of another version: ask again, from the beginning.
             Resume::No if answer.start > 0 || known.is_some() && answer.ranged => {
@@ -332,8 +336,10 @@ impl Run<'_> {
         self.progress.set_total(self.filling.total_bytes());
         let ranged = answer.ranged
             && answer.remote.may_resume(&answer.remote, self.expect.is_some()) != Resume::No;
+        // A source that has not told its length cannot be continued: its end would not be known.
+        let ranged = ranged && answer.total.is_some();
         *version = Some(Agreed { remote: answer.remote.clone(), ranged });
-        Ok(())
+        Ok(resume != Resume::No)
     }
 
     async fn stream(
@@ -361,7 +367,11 @@ impl Run<'_> {
                 }
                 Ok(Some(bytes)) => {
                     self.progress.add_received(bytes.len() as u64);
-                    match pipeline.push(&bytes).await {
+                    let pushed = tokio::select! {
+                        pushed = pipeline.push(&bytes) => pushed,
+                        () = self.progress.stopped() => Err(FetchError::Cancelled),
+                    };
+                    match pushed {
                         Ok(Ok(())) => {}
                         Ok(Err(_stopped)) => break Err(self.writer_error().await),
                         Err(error) => break Err(error),
@@ -416,8 +426,11 @@ impl Run<'_> {
             Err(_) if self.progress.is_stopped() => return Err(FetchError::Cancelled),
             other => other?,
         };
+        if total == 0 {
+            return Err(FetchError::Empty { url: self.url.to_string() });
+        }
         if self.filling.total_bytes().is_none() {
-            self.filling.end_at(total)?;
+            in_place(|| self.filling.end_at(total))?;
         }
         if let Some((kind, expected, found)) = self.expect.mismatch(&digests) {
             return Err(FetchError::Digest { url: self.url.to_string(), kind, expected, found });
@@ -448,6 +461,22 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
     match tokio::task::spawn_blocking(work).await {
         Ok(value) => value,
         Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+/// True for an error after which this run cannot go on, though another may.
+fn ends_run(error: &FetchError) -> bool {
+    matches!(error, FetchError::Changed { .. } | FetchError::Disk(_) | FetchError::ReadBack { .. })
+}
+
+/// Runs work that waits for the disk without holding up the other tasks of this thread.
+fn in_place<T>(work: impl FnOnce() -> T) -> T {
+    use tokio::runtime::{Handle, RuntimeFlavor};
+    if Handle::current().runtime_flavor() == RuntimeFlavor::MultiThread {
+        tokio::task::block_in_place(work)
+    } else {
+        // Such a runtime has no other thread to hand its tasks to.
+        work()
     }
 }
 

@@ -48,7 +48,7 @@ impl NodeOptions {
             create: true,
             sink: Choice::Auto,
             policy: Policy::default(),
-            buffers: 32,
+            buffers: 96,
             max_transfers: 8,
         }
     }
@@ -88,6 +88,8 @@ pub struct Node {
     pool: BufPool,
     policy: Policy,
     transfers: Arc<Semaphore>,
+    /// Buffers that one transfer may hold: so many that none can starve the others.
+    buffers_each: usize,
 }
 
 impl Node {
@@ -115,7 +117,8 @@ impl Node {
             slots,
             pool: BufPool::new(options.buffers),
             policy: options.policy.clone(),
-            transfers: Arc::new(Semaphore::new(options.max_transfers)),
+            transfers: Arc::new(Semaphore::new(options.max_transfers.max(1))),
+            buffers_each: (options.buffers / options.max_transfers.max(1)).max(2),
         })
     }
 
@@ -227,6 +230,7 @@ impl Backend for Node {
         let shared = worker::Shared {
             pool: self.pool.clone(),
             policy: self.policy.clone(),
+            buffers: self.buffers_each,
             transfers: Arc::clone(&self.transfers),
         };
         WorkerHandle::spawn(move |cancel| async move {
@@ -242,7 +246,11 @@ impl Backend for Node {
     }
 
     fn remove(&self, copy: &CopyId) -> Result<(), BackendError> {
-        let slot = self.slot(&copy.disk)?;
+        let Ok(slot) = self.slot(&copy.disk) else {
+            // The disk is no longer configured: an image must not wait for it to be deleted.
+            tracing::warn!(image = %copy.image, disk = %copy.disk, "files stay on a disk that is not here");
+            return Ok(());
+        };
         slot.disk.remove(&store_id(copy)).map_err(|error| backend_error(&OpenError::Disk(error)))
     }
 

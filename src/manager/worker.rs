@@ -31,6 +31,7 @@ const RATE_TICKS: usize = 15;
 pub(super) struct Shared {
     pub(super) pool: BufPool,
     pub(super) policy: Policy,
+    pub(super) buffers: usize,
     pub(super) transfers: Arc<Semaphore>,
 }
 
@@ -61,6 +62,17 @@ impl From<OpenError> for WorkError {
 }
 
 impl WorkError {
+    /// True if the bytes that are here are worth nothing: wrong, or no usable image. An expired
+    /// signature or a broken proxy says nothing about what has arrived before.
+    fn condemns_bytes(&self) -> bool {
+        match self {
+            Self::Image(error) => error.class() == image::Class::Refuse,
+            Self::OtherImage { .. } => true,
+            Self::Fetch(error) => matches!(error, FetchError::Digest { .. }),
+            Self::Disk(_) | Self::NoSource => false,
+        }
+    }
+
     /// How the manager should take it; `None` if the worker was cancelled.
     fn class(&self) -> Option<FailureClass> {
         let retry = match self {
@@ -93,7 +105,7 @@ pub(super) async fn run(
             let message = one_line(&error);
             let Some(class) = error.class() else { return };
             tracing::warn!(worker = %worker.task.worker, error = %message, "copy failed");
-            let cleaned = worker.clean_up(class).await;
+            let cleaned = worker.clean_up(error.condemns_bytes()).await;
             worker.events.send(WorkerEvent::Failed { class, message, cleaned });
         }
     }
@@ -213,6 +225,7 @@ impl Worker {
             pool: self.shared.pool.clone(),
             probe: self.slot.probe.clone(),
             policy: self.shared.policy.clone(),
+            buffers: self.shared.buffers,
         };
         let progress = Arc::new(fetch::Progress::default());
         let expect = self.expect();
@@ -303,14 +316,14 @@ impl Worker {
         .await
     }
 
-    /// Removes what a failed copy left: all of a refused one, and of any other if nothing of it is
-    /// durable. A finished file that was there before stays.
-    async fn clean_up(&self, class: FailureClass) -> bool {
+    /// Removes what a failed copy left, if its bytes are condemned or nothing of it is durable.
+    /// A finished file that was there before stays.
+    async fn clean_up(&self, condemned: bool) -> bool {
         let removed = self
             .on_disk(move |slot, id| match slot.disk.copy_state(&id)? {
                 Some(CopyState::Ready(_) | CopyState::Unchecked) => Ok(false),
                 Some(CopyState::Filling { present_bytes, .. })
-                    if class == FailureClass::Retry && present_bytes > 0 =>
+                    if !condemned && present_bytes > 0 =>
                 {
                     Ok(false)
                 }

@@ -74,7 +74,37 @@ impl BufPool {
             Some(memory) => memory,
             None => MmapMut::map_anon(BLOCK_BYTES)?,
         };
-        Ok(Buf { memory: Some(memory), len: 0, pool: Arc::clone(&self.0), _permit: permit })
+        let pool = Arc::clone(&self.0);
+        Ok(Buf { memory: Some(memory), len: 0, pool, _permit: permit, _share: None })
+    }
+
+    /// A part of the pool for one user: at most `count` of its buffers at a time.
+    #[must_use]
+    pub fn share(&self, count: usize) -> BufShare {
+        BufShare { pool: self.clone(), permits: Arc::new(Semaphore::new(count)) }
+    }
+}
+
+/// One user's part of a [`BufPool`]: a slow user can't take the buffers of the others.
+#[derive(Clone, Debug)]
+pub struct BufShare {
+    pool: BufPool,
+    permits: Arc<Semaphore>,
+}
+
+impl BufShare {
+    /// An empty buffer, as soon as this user may have one more and one is free.
+    ///
+    /// # Errors
+    /// The system has no memory to give.
+    pub async fn take(&self) -> io::Result<Buf> {
+        let share = Arc::clone(&self.permits)
+            .acquire_owned()
+            .await
+            .map_err(|_closed| io::Error::other("buffer share is closed"))?;
+        let mut buf = self.pool.take().await?;
+        buf._share = Some(share);
+        Ok(buf)
     }
 }
 
@@ -85,6 +115,7 @@ pub struct Buf {
     len: usize,
     pool: Arc<Shared>,
     _permit: OwnedSemaphorePermit,
+    _share: Option<OwnedSemaphorePermit>,
 }
 
 impl Buf {

@@ -43,5 +43,5 @@ pub fn engine(dir: &Path, sink: Choice) -> Engine {
         backoff: std::time::Duration::from_millis(1),
         ..Policy::default()
     };
-    Engine { pool: BufPool::new(8), probe: probe(dir, sink).expect("a sink"), policy }
+    Engine { pool: BufPool::new(8), probe: probe(dir, sink).expect("a sink"), policy, buffers: 8 }
 }

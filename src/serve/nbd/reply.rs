@@ -76,6 +76,9 @@ pub(super) struct Batch {
     decoded: Vec<Decoded>,
     wanted: Vec<Wanted>,
     bytes: usize,
+    /// Bytes of decoded clusters that are kept until they are sent: a whole cluster for each part
+    /// of one, however short.
+    held: usize,
     /// Memory for the pieces of a send, empty between sends.
     pieces: Vec<Piece<'static>>,
 }
@@ -91,6 +94,7 @@ impl Batch {
             decoded: Vec::new(),
             wanted: Vec::new(),
             bytes: 0,
+            held: 0,
             pieces: Vec::new(),
         }
     }
@@ -102,7 +106,8 @@ impl Batch {
 
     /// Bytes that may still be gathered; 0 if it is time to send.
     pub(super) fn room(&self, batch_bytes: usize) -> usize {
-        if self.parts.len() >= FULL_PARTS { 0 } else { batch_bytes.saturating_sub(self.bytes) }
+        let gathered = self.bytes.max(self.held);
+        if self.parts.len() >= FULL_PARTS { 0 } else { batch_bytes.saturating_sub(gathered) }
     }
 
     /// Begins the reply to a request.
@@ -231,6 +236,7 @@ impl Batch {
         len: usize,
     ) {
         let index = self.decoded.len();
+        self.held += cluster.bytes.len();
         self.decoded.push(cluster);
         self.data(open, Part::Decoded { index, start, len }, len);
     }
@@ -297,6 +303,7 @@ impl Batch {
         self.parts.clear();
         self.replies.clear();
         self.decoded.clear();
+        self.held = 0;
         self.wanted.clear();
         self.bytes = 0;
     }
