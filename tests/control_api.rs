@@ -123,7 +123,9 @@ fn every_refusal_has_a_status_a_code_and_a_message() {
     let huge = daemon.dir.path().join("huge");
     std::fs::write(&huge, vec![b' '; 2 << 20]).unwrap();
     let huge = format!("@{}", huge.display());
-    let cases: &[(&str, &str, Option<&str>, u16, &str, &str)] = &[
+    // Method, path, body; status, code and a part of the message.
+    type Case<'a> = (&'a str, &'a str, Option<&'a str>, u16, &'a str, &'a str);
+    let cases: &[Case] = &[
         ("GET", "/v1/nothing", None, 404, "no-such-route", "no such route"),
         ("PUT", "/v1/images", None, 405, "method-not-allowed", ""),
         ("GET", "/v1/images/nope", None, 404, "not-found", "image nope"),

@@ -20,10 +20,11 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use rustix::fs::OFlags;
+use rustix::fs::{FallocateFlags, OFlags};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::page::{CONTENT_BYTES, Page};
+use super::page::{CONTENT_BYTES, PAGE_BYTES, Page};
 use super::{Dir, DiskError};
 use crate::units::KIB;
 
@@ -87,6 +88,7 @@ impl Presence {
         page.set_word(24, json.len() as u64);
         page.content_mut()[JSON_AT..JSON_AT + json.len()].copy_from_slice(&json);
         page.write(&file, 0).map_err(|e| DiskError::write(&path, 0, e))?;
+        allocate(&file, &version).map_err(|e| DiskError::write(&path, 0, e.into()))?;
         file.sync_all().map_err(|e| DiskError::io("sync", &path, e))?;
         dir.sync()?;
         let file = Arc::new(file);
@@ -247,6 +249,17 @@ impl Presence {
             .map_err(|e| DiskError::write(&self.path, index as u64, e))?;
         self.sequence[index] = sequence;
         Ok(())
+    }
+}
+
+/// Takes the room of every bit page now: on a disk that fills up meanwhile, what is durable can
+/// still be recorded.
+fn allocate(file: &File, version: &Version) -> Result<(), Errno> {
+    let units = version.total_bytes.unwrap_or(0).min(MAX_FILE_BYTES).div_ceil(UNIT_BYTES);
+    let pages = 2 + 2 * units.div_ceil(UNITS_PER_PAGE);
+    match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, pages * PAGE_BYTES as u64) {
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+        allocated => allocated,
     }
 }
 

@@ -41,7 +41,9 @@ pub enum FetchError {
     },
     #[error("{url}: the server ended the body at byte {at:#x} of {total:#x}")]
     Short { url: String, at: u64, total: u64 },
-    #[error("{url}: the server sent more than the {total:#x} bytes that it announced")]
+    #[error(
+        "{url}: the server sent more than the {total:#x} bytes that it announced; the server or a proxy is broken"
+    )]
     TooMuch { url: String, total: u64 },
     #[error(
         "{url}: the transfer broke at byte {at:#x}, and the server cannot resume it (no byte ranges, or no strong ETag to tell versions apart); run it again to start over, or give a digest"
@@ -137,17 +139,18 @@ impl FetchError {
     }
 }
 
-/// A message with its causes on one line: every message of ours, and of the libraries beneath only
-/// the last, which is the operating system's or the peer's own word.
+/// A message with its causes on one line: every message, but of an HTTP library's error and those
+/// beneath it only the last, which is the operating system's or the peer's own word.
 #[must_use]
 pub fn one_line(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
+    let mut in_library = false;
     while let Some(error) = cause {
-        let ours = error.is::<FetchError>() || error.is::<DiskError>();
+        in_library |= error.is::<reqwest::Error>();
         let words = error.to_string();
         cause = error.source();
-        if (ours || cause.is_none()) && !text.contains(&words) {
+        if (!in_library || cause.is_none()) && !text.contains(&words) {
             text = format!("{text}: {words}");
         }
     }

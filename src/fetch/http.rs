@@ -163,6 +163,11 @@ impl Client {
 }
 
 impl Answer {
+    /// True if the body's length is fixed by HTTP itself (Content-Length), so that no more can come.
+    pub(super) fn has_length(&self) -> bool {
+        self.body.content_length().is_some()
+    }
+
     /// The next bytes of the body, `None` at its end. `at` is their place in the file.
     pub(super) async fn chunk(
         &mut self,

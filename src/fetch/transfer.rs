@@ -376,14 +376,17 @@ impl Run<'_> {
                         Ok(Err(_stopped)) => break Err(self.writer_error().await),
                         Err(error) => break Err(error),
                     }
-                    if pipeline.at() == end {
+                    // A body without a length of its own may go on: that is a lie to be found.
+                    if pipeline.at() == end && answer.has_length() {
                         break Ok(());
                     }
                 }
-                Ok(None) if self.filling.total_bytes().is_none() => break Ok(()),
+                Ok(None) if at == end || self.filling.total_bytes().is_none() => break Ok(()),
                 Ok(None) => {
                     break Err(FetchError::Short { url: client.shown(), at, total: end });
                 }
+                // All is here; how the connection ends makes no difference.
+                Err(error) if at == end && error.class() != Class::Cancelled => break Ok(()),
                 Err(error) => break Err(error),
             }
         };

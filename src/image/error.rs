@@ -85,6 +85,20 @@ impl ImageError {
         }
     }
 
+    /// The same refusal, said of `name`: where the bytes came from, when their file is not kept.
+    /// A fault of the host is still said of the file.
+    #[must_use]
+    pub fn said_of(mut self, name: &Path) -> Self {
+        match &mut self {
+            Self::Malformed { path, .. }
+            | Self::Unsupported { path, .. }
+            | Self::FormatMismatch { path, .. }
+            | Self::Empty { path } => name.clone_into(path),
+            Self::Read { .. } | Self::Map { .. } => {}
+        }
+        self
+    }
+
     pub(super) fn fault(path: &Path, fault: Fault) -> Self {
         let Fault { kind, field, at, found, need } = fault;
         let path = path.to_owned();

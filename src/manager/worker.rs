@@ -7,6 +7,7 @@
 //! Start at [`run`].
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -232,7 +233,9 @@ impl Worker {
         let transfer = fetch::transfer(&engine, source, &expect, &mut filling, &progress);
         let fetched = self.watch(transfer, &progress).await?;
         self.judge_digests(&fetched.digests)?;
-        self.seal(filling, fetched).await
+        // A refused copy is removed at once: its errors name what a person can look at.
+        let name = source.file_path().unwrap_or_else(|| source.to_string().into());
+        self.seal(filling, fetched, name).await
     }
 
     /// Waits until one more transfer may run.
@@ -281,7 +284,12 @@ impl Worker {
         }));
     }
 
-    async fn seal(&self, filling: Filling, fetched: Fetched) -> Result<CopyInfo, WorkError> {
+    async fn seal(
+        &self,
+        filling: Filling,
+        fetched: Fetched,
+        name: PathBuf,
+    ) -> Result<CopyInfo, WorkError> {
         let total = filling.total_bytes();
         self.events.send(WorkerEvent::Progress(Progress {
             bytes_done: total.unwrap_or(0),
@@ -294,7 +302,8 @@ impl Worker {
         self.on_disk(move |slot, id| -> Result<CopyInfo, WorkError> {
             // The last block may be padded: the file must have its length to be judged by it.
             filling.trim()?;
-            let info = image::inspect(filling.file(), &filling.path(), declared)?;
+            let inspected = image::inspect(filling.file(), &filling.path(), declared);
+            let info = inspected.map_err(|error| error.said_of(&name))?;
             let record = SealRecord {
                 uuid,
                 virtual_size_bytes: info.virtual_size_bytes,

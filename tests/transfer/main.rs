@@ -2,6 +2,11 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 #![expect(clippy::cast_possible_truncation, reason = "test files are small")]
 
+mod bad_input;
+#[path = "../control_support/mod.rs"]
+mod control_support;
+mod daemon;
+mod fallback;
 mod fault_server;
 mod faults;
 mod full_disk;
