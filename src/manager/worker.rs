@@ -69,7 +69,9 @@ impl WorkError {
         match self {
             Self::Image(error) => error.class() == image::Class::Refuse,
             Self::OtherImage { .. } => true,
-            Self::Fetch(error) => matches!(error, FetchError::Digest { .. }),
+            Self::Fetch(error) => {
+                matches!(error, FetchError::Digest { .. } | FetchError::TooMuch { .. })
+            }
             Self::Disk(_) | Self::NoSource => false,
         }
     }
