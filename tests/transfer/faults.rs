@@ -4,8 +4,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::fault_server::{Cut, FaultServer, Reply};
+use crate::fault_server::{Cut, FaultServer, Reply, Request};
 use crate::{content, engine, sha256};
+use bedplate::disk::{Dir, Filling, Layout, Space, Version};
 use bedplate::fetch::{
     Class, Expect, FetchError, Policy, Progress, PullRequest, Pulled, SourceUrl, pull,
 };
@@ -327,4 +328,95 @@ fn a_local_file_is_copied_as_sparse_as_it_is() {
     assert_eq!(pulled.digests.sha256.unwrap(), sha256(&a));
     let stored = std::fs::metadata(case.output()).unwrap().blocks() * 512;
     assert!(stored <= LEN as u64 * 3 / 4 + 64 * 1024, "{stored} bytes stored");
+}
+
+/// Leaves the files that a crash leaves after the last byte was durable and before the rename.
+fn crashed_before_the_rename(case: &Case, bytes: &[u8], tag: &str) {
+    let dir = Dir::open(case.temp.path()).unwrap();
+    let space = Space::of(&dir).unwrap();
+    let mut filling = Filling::open(dir, Layout::file("out.img"), space).unwrap();
+    let version = Version { total_bytes: None, tag: format!("{{\"etag\":{tag:?}}}") };
+    filling.begin(&version).unwrap();
+    let partial = case.temp.path().join("out.img.bedplate-part");
+    std::fs::write(&partial, bytes).unwrap();
+    filling.end_at(bytes.len() as u64).unwrap();
+}
+
+#[test]
+fn a_crash_right_before_the_rename_loses_nothing_and_makes_nothing_up() {
+    type Answer = fn(&Request, &[u8]) -> Reply;
+    let without_length: Answer = |_, bytes| {
+        let mut reply = Reply::whole(bytes).cut(Cut::Close(usize::MAX));
+        reply.headers = vec!["Connection: close".into()];
+        reply
+    };
+    let without_ranges: Answer = |_, bytes| {
+        let mut reply = Reply::whole(bytes);
+        reply.headers.push(format!("ETag: {ETAG}"));
+        reply
+    };
+    let with_ranges: Answer = |request, bytes| Reply::ranged(request, bytes, ETAG);
+    for (answer, sent_again) in
+        [(without_length, true), (without_ranges, true), (with_ranges, false)]
+    {
+        let bytes = content(LEN, 21);
+        let served = bytes.clone();
+        let case = Case::new(FaultServer::start(move |request| answer(request, &served)));
+        crashed_before_the_rename(&case, &bytes, ETAG);
+        case.pull("/x", &Expect::default()).unwrap();
+        assert!(std::fs::read(case.output()).unwrap() == bytes);
+        let again = case.server.sent() > 1;
+        assert_eq!(again, sent_again, "{} bytes were sent", case.server.sent());
+        assert_eq!(names(case.temp.path()), ["out.img"]);
+    }
+}
+
+#[test]
+fn a_slice_without_a_total_is_never_taken_for_the_whole() {
+    let bytes = content(LEN, 22);
+    let case = Case::new(FaultServer::start(move |_| {
+        let mut reply = Reply::whole(&bytes[..1 << 20]);
+        reply.status = "206 Partial Content";
+        reply.headers.push(format!("Content-Range: bytes 0-{}/*", (1 << 20) - 1));
+        reply
+    }));
+    let text = case.refused(&Expect::default());
+    assert!(text.contains("Content-Range"), "{text}");
+}
+
+#[test]
+fn a_server_that_breaks_after_a_few_bytes_each_time_is_given_up() {
+    let bytes = content(LEN, 23);
+    let case = Case::new(FaultServer::start(move |request| {
+        Reply::ranged(request, &bytes, ETAG).cut(Cut::Close(10_000))
+    }));
+    let text = case.refused(&Expect::default());
+    assert!(text.contains("gave up after 6 attempts"), "{text}");
+    assert_eq!(case.server.requests().len(), 6);
+}
+
+#[test]
+fn two_pulls_of_one_file_do_not_mix() {
+    let bytes = content(LEN, 24);
+    let case = Case::new(FaultServer::start(move |r| Reply::ranged(r, &bytes, ETAG)));
+    let dir = Dir::open(case.temp.path()).unwrap();
+    let space = Space::of(&dir).unwrap();
+    let first = Filling::open(dir, Layout::file("out.img"), space).unwrap();
+    let text = case.refused(&Expect::default());
+    assert!(text.contains("another bedplate is bringing this file in"), "{text}");
+    drop(first);
+    case.pull("/x", &Expect::default()).unwrap();
+}
+
+#[test]
+fn a_partial_file_cut_behind_our_back_is_not_believed() {
+    let bytes = content(LEN, 25);
+    let served = bytes.clone();
+    let case = Case::new(FaultServer::start(move |r| Reply::ranged(r, &served, ETAG)));
+    crashed_before_the_rename(&case, &bytes, ETAG);
+    // The presence says that the bytes are here; the file is too short to have them.
+    let partial = case.temp.path().join("out.img.bedplate-part");
+    std::fs::File::options().write(true).open(partial).unwrap().set_len(4096).unwrap();
+    case.pull("/x", &expect(&bytes)).unwrap();
+    assert!(std::fs::read(case.output()).unwrap() == bytes);
 }
