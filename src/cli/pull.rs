@@ -21,7 +21,7 @@ use crate::ring::{self, BufPool};
 use crate::units::human_bytes;
 
 /// Buffers of 1 MiB: the transfer's memory.
-const BUFFERS: usize = 32;
+const BUFFERS: usize = 12;
 /// How often the numbers are drawn.
 const TICK: Duration = Duration::from_millis(200);
 

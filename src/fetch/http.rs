@@ -17,8 +17,8 @@ use reqwest::header::{
 use reqwest::{Response, StatusCode, redirect};
 
 use super::error::{FetchError, status_hint};
+use super::policy::Policy;
 use super::source::SourceUrl;
-use super::transfer::Policy;
 use super::version::Remote;
 
 /// Makes requests for one source.

@@ -7,7 +7,7 @@
 //! the body is not read: that is all the back-pressure. Every answer is held against the version
 //! of the source that the bytes here belong to.
 //! Never: knows image formats, or believes a server: what it says is checked or bounded.
-//! Start at [`transfer`], or [`pull`] for a plain file.
+//! Start at [`transfer()`], or [`pull()`] for a plain file.
 
 mod digest;
 mod error;
@@ -15,6 +15,7 @@ mod expect;
 mod http;
 mod local;
 mod pipeline;
+mod policy;
 mod progress;
 mod pull;
 pub mod source;
@@ -24,7 +25,8 @@ mod version;
 pub use error::{Class, FetchError, one_line};
 pub use expect::{Expect, ExpectError};
 pub use http::parse_content_range;
+pub use policy::Policy;
 pub use progress::{Phase, Progress, Snapshot};
 pub use pull::{PullRequest, Pulled, pull};
 pub use source::{SourceError, SourceUrl};
-pub use transfer::{Engine, Fetched, Policy, transfer};
+pub use transfer::{Engine, Fetched, transfer};

@@ -16,41 +16,12 @@ use super::expect::Expect;
 use super::http::{Answer, Client};
 use super::local::LocalFile;
 use super::pipeline::Pipeline;
+use super::policy::Policy;
 use super::progress::{Phase, Progress};
 use super::source::SourceUrl;
 use super::version::{Remote, Resume};
-use crate::disk::{Digests, Filling, MAX_FILE_BYTES, Version};
+use crate::disk::{Digests, Filling, Version};
 use crate::ring::{BufPool, BufShare, Probe};
-
-/// Bounds on what a transfer accepts and how long it insists.
-#[derive(Clone, Debug)]
-pub struct Policy {
-    /// Longest time to set up a connection.
-    pub connect_timeout: Duration,
-    /// Longest time without a byte.
-    pub stall_timeout: Duration,
-    /// Attempts in a row without a new byte before it gives up.
-    pub max_attempts: u32,
-    /// Pause after the first failed attempt; doubles up to 64 times.
-    pub backoff: Duration,
-    /// Redirects that are followed.
-    pub max_redirects: usize,
-    /// Largest file in bytes.
-    pub max_bytes: u64,
-}
-
-impl Default for Policy {
-    fn default() -> Self {
-        Self {
-            connect_timeout: Duration::from_secs(15),
-            stall_timeout: Duration::from_secs(30),
-            max_attempts: 6,
-            backoff: Duration::from_millis(250),
-            max_redirects: 10,
-            max_bytes: MAX_FILE_BYTES,
-        }
-    }
-}
 
 /// How often a source may turn out to be another version before that is the error.
 const MAX_RESTARTS: u32 = 3;

@@ -4,9 +4,9 @@
 //! where io_uring is forbidden (containers, hardened kernels).
 //! How: a [`Sink`] takes writes and reports each once. [`UringSink`] keeps a few O_DIRECT writes in
 //! flight on a private ring; [`ThreadSink`] is plain `pwrite` with rolling write-back. A smoke test
-//! on the data directory ([`probe`]) chooses, and says why.
+//! on the data directory ([`probe()`]) chooses, and says why.
 //! Never: knows what the bytes are. All `unsafe` for io_uring is in `uring.rs`.
-//! Start at [`Sink`], then [`probe`].
+//! Start at [`Sink`], then [`probe()`].
 
 mod buf;
 mod probe;
