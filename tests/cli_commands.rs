@@ -41,7 +41,7 @@ fn create_is_lazy_and_attach_brings_the_image_in() {
     assert!(got.contains("state         ready") && got.contains("3.0 MiB"), "{got}");
     let refused = daemon.cli(&["delete", "golden"]);
     assert_eq!(code(&refused), Some(3));
-    assert!(stderr(&refused).contains("in use by 1 attachments"), "{}", stderr(&refused));
+    assert!(stderr(&refused).contains("in use (attachments: 1"), "{}", stderr(&refused));
     assert_eq!(code(&daemon.cli(&["detach", "golden", "--reader", "vm"])), Some(0));
     assert_eq!(code(&daemon.cli(&["delete", "golden"])), Some(0));
     assert_eq!(code(&daemon.cli(&["get", "golden"])), Some(4));

@@ -18,6 +18,7 @@ use prometheus_client::registry::Registry;
 use super::App;
 use super::error::ApiError;
 use super::handlers::blocking;
+use crate::manager::{DiskStatus, ImageStatus};
 
 type Labels = Vec<(&'static str, String)>;
 
@@ -57,17 +58,33 @@ pub(super) async fn scrape(State(app): State<App>) -> Result<impl IntoResponse, 
     gauge(&mut registry, "images", "Images known", count(images.len()));
     gauge(&mut registry, "attachments", "Attachments held", count(attachments.len()));
 
-    let copies = Family::<Labels, Gauge>::default();
-    let done = Family::<Labels, Gauge>::default();
-    let retries = Family::<Labels, Gauge>::default();
-    let sessions = Family::<Labels, Gauge>::default();
-    for image in &images {
-        let name = &image.record.name;
-        let open = count((app.sessions)(name));
-        sessions.get_or_create(&vec![("image", name.to_string())]).set(open);
+    add_images(&mut registry, &app, &images);
+    add_disks(&mut registry, &disks);
+
+    let mut text = String::new();
+    encode(&mut text, &registry).map_err(|_| {
+        let message = "the metrics can't be written as text";
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message, "")
+    })?;
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    Ok(([(header::CONTENT_TYPE, kind)], text))
+}
+
+fn add_images(registry: &mut Registry, app: &App, images: &[ImageStatus]) {
+    let [copies, done, retries, sessions] =
+        std::array::from_fn(|_| Family::<Labels, Gauge>::default());
+    let [requests, bytes, errors] = std::array::from_fn(|_| Family::<Labels, Counter>::default());
+    for image in images {
+        let labels = vec![("image", image.record.name.to_string())];
+        let served = (app.served)(&image.record.name);
+        sessions.get_or_create(&labels).set(i64::try_from(served.sessions).unwrap_or(i64::MAX));
+        requests.get_or_create(&labels).inc_by(served.requests);
+        bytes.get_or_create(&labels).inc_by(served.bytes);
+        errors.get_or_create(&labels).inc_by(served.errors);
         for copy in &image.copies {
             copies.get_or_create(&vec![("state", copy.state.to_string())]).inc();
-            let labels = vec![("image", name.to_string()), ("disk", copy.disk.to_string())];
+            let labels =
+                vec![("image", image.record.name.to_string()), ("disk", copy.disk.to_string())];
             let bytes = i64::try_from(copy.progress.bytes_done).unwrap_or(i64::MAX);
             done.get_or_create(&labels).set(bytes);
             retries.get_or_create(&labels).set(i64::from(copy.progress.retries));
@@ -77,27 +94,31 @@ pub(super) async fn scrape(State(app): State<App>) -> Result<impl IntoResponse, 
     registry.register("copy_bytes", "Bytes of a copy that are here", done);
     registry.register("copy_retries", "Tries of a copy's source after the first", retries);
     registry.register("nbd_sessions", "NBD sessions open on an image", sessions);
+    registry.register("nbd_requests", "NBD requests answered", requests);
+    registry.register("nbd_bytes", "Bytes of an image sent over NBD, holes included", bytes);
+    registry.register("nbd_errors", "NBD requests answered with an error", errors);
+}
 
-    let [total, free, reserved, healthy] =
+fn add_disks(registry: &mut Registry, disks: &[DiskStatus]) {
+    let [total, free, reserved, healthy, sink] =
         std::array::from_fn(|_| Family::<Labels, Gauge>::default());
-    for disk in &disks {
+    for disk in disks {
         let labels = vec![("disk", disk.uuid.to_string())];
         let bytes = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
         total.get_or_create(&labels).set(bytes(disk.total_bytes));
         free.get_or_create(&labels).set(bytes(disk.free_bytes));
         reserved.get_or_create(&labels).set(bytes(disk.reserved_bytes));
         healthy.get_or_create(&labels).set(i64::from(disk.healthy));
+        let labels = vec![("disk", disk.uuid.to_string()), ("sink", disk.sink.clone())];
+        sink.get_or_create(&labels).set(1);
     }
     registry.register("disk_total_bytes", "Size of the disk's file system", total);
     registry.register("disk_free_bytes", "Bytes that may still be written", free);
     registry.register("disk_reserved_bytes", "Bytes that transfers have reserved", reserved);
     registry.register("disk_healthy", "1 if copies may be started on the disk", healthy);
-
-    let mut text = String::new();
-    encode(&mut text, &registry).map_err(|_| {
-        let message = "the metrics can't be written as text";
-        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message, "")
-    })?;
-    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    Ok(([(header::CONTENT_TYPE, kind)], text))
+    registry.register(
+        "disk_sink",
+        "1 for the way in which bytes are written: uring, threads",
+        sink,
+    );
 }

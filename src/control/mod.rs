@@ -41,12 +41,25 @@ pub struct AppParts {
     pub nbd_socket: std::path::PathBuf,
     /// Looks at the host and the daemon; may block.
     pub doctor: Box<dyn Fn() -> Vec<types::Check> + Send + Sync>,
-    /// Sessions now open on an image's export.
-    pub sessions: Box<dyn Fn(&crate::names::ImageName) -> usize + Send + Sync>,
+    /// What an image's export has served; zeroes if it is not exported.
+    pub served: Box<dyn Fn(&crate::names::ImageName) -> Served + Send + Sync>,
     /// True once the daemon shuts down: streams end.
     pub closing: watch::Receiver<bool>,
     /// Counts of answers.
     pub http: HttpCounters,
+}
+
+/// What readers did with one export, for [`metrics`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Served {
+    /// NBD sessions that are open now.
+    pub sessions: usize,
+    /// Requests that were answered.
+    pub requests: u64,
+    /// Bytes of the image that were sent, holes included.
+    pub bytes: u64,
+    /// Requests that were answered with an error.
+    pub errors: u64,
 }
 
 impl App {

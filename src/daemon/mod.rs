@@ -20,9 +20,10 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 use crate::catalog::{Catalog, Embedded};
-use crate::control::{App, AppParts, HttpCounters, peer, server};
+use crate::control::{App, AppParts, HttpCounters, Served, peer, server};
 use crate::manager::{Backend, Manager, Node};
-use crate::serve::{self, nbd};
+use crate::names::ImageName;
+use crate::serve::{self, Exports, nbd};
 
 pub use config::{Config, ConfigError};
 pub use error::DaemonError;
@@ -101,7 +102,7 @@ impl Daemon {
             backend,
             nbd_socket: nbd_socket.clone(),
             doctor: Box::new(move || doctor::of_running_daemon(&disks)),
-            sessions: Box::new(move |name| registry.in_use(name.as_str())),
+            served: Box::new(move |name| served(&registry, name)),
             closing: watch_closing,
             http: HttpCounters::default(),
         });
@@ -177,5 +178,17 @@ async fn open_catalog(disk: &Path) -> Result<Embedded, DaemonError> {
     match tokio::task::spawn_blocking(open).await {
         Ok(result) => result,
         Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+/// What the readers of an image's export did so far.
+fn served(exports: &Exports, name: &ImageName) -> Served {
+    let Some(export) = exports.get(name.as_str()) else { return Served::default() };
+    let values = export.counters().values();
+    Served {
+        sessions: exports.in_use(name.as_str()),
+        requests: values.requests,
+        bytes: values.bytes,
+        errors: values.errors,
     }
 }

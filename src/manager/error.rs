@@ -25,7 +25,7 @@ pub enum ManagerError {
     #[error("image {name}: exists, and its {what} is {found}, not {given}")]
     OtherExpectation { name: ImageName, what: &'static str, found: String, given: String },
     /// The image is in use.
-    #[error("image {name}: in use by {attachments} attachments and {sessions} NBD sessions")]
+    #[error("image {name}: in use (attachments: {attachments}, open NBD sessions: {sessions})")]
     InUse { name: ImageName, attachments: usize, sessions: usize },
     /// The image is being deleted.
     #[error("image {name}: being deleted")]
