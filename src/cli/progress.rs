@@ -75,7 +75,7 @@ impl<'a> Meter<'a> {
     pub(super) fn new(output: &'a Output, name: &str) -> Self {
         let bar = (output.shows_progress() && output.is_interactive()).then(|| {
             let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr_with_hz(8));
-            let style = ProgressStyle::with_template("{prefix} [{bar:24}] {wide_msg}");
+            let style = ProgressStyle::with_template("{prefix:.24} [{wide_bar}] {msg}");
             bar.set_style(
                 style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> "),
             );
