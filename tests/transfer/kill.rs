@@ -8,11 +8,13 @@ use std::time::Duration;
 
 use bedplate::disk::{Dir, Presence};
 
-use crate::fault_server::{FaultServer, Reply};
+use crate::fault_server::{FaultServer, Reply, Request};
 use crate::{content, sha256};
 
 const LEN: usize = 96 << 20;
 const KILLS: usize = 50;
+/// At the server's pace of 32 MiB/s this is over a second, and bytes become durable twice a second.
+const MOST_BETWEEN_KILLS: u64 = 40 << 20;
 
 struct Daemon {
     child: Child,
@@ -74,8 +76,8 @@ fn missing(disk: &Path, name: &str) -> Option<Vec<Range<u64>>> {
     (!nothing_here).then_some(missing)
 }
 
-fn assert_only_missing(requests: &[Option<Range<u64>>], missing: &[Range<u64>]) {
-    for asked in requests.iter().flatten() {
+fn assert_only_missing(requests: &[Request], missing: &[Range<u64>]) {
+    for asked in requests.iter().filter_map(|request| request.range.as_ref()) {
         let asked = asked.start..asked.end.min(LEN as u64);
         let inside = missing.iter().any(|gap| gap.start <= asked.start && asked.end <= gap.end);
         // One byte is asked for to learn the version, if all the rest is here.
@@ -93,7 +95,7 @@ fn a_copy_survives_fifty_kills_and_fetches_nothing_durable_again() {
     let served = bytes.clone();
     let server = FaultServer::start(move |request| {
         let mut reply = Reply::ranged(request, &served, "\"v\"");
-        reply.pace = Duration::from_micros(700);
+        reply.pace = Duration::from_millis(2);
         reply
     });
     let temp = tempfile::tempdir().unwrap();
@@ -106,32 +108,33 @@ fn a_copy_survives_fifty_kills_and_fetches_nothing_durable_again() {
         let mut daemon = Daemon::start(&disk, &socket);
         let url = format!("{}/{name}", server.url);
         daemon.ask(&["create", "--name", &name, "--sha256", &sha256(&bytes), "--fetch", &url]);
+        // What was missing at the last kill, and how many requests there were by then.
+        let mut last: Option<(Option<Vec<Range<u64>>>, usize)> = None;
+        let sealed = || copy_dir(&disk, &name).is_some_and(|dir| dir.join("backing").exists());
         loop {
             state ^= state << 13;
             state ^= state >> 7;
             state ^= state << 17;
-            // The moment of the kill is what is random here; nothing waits for it.
-            std::thread::sleep(Duration::from_millis(state % 900));
+            // The kill comes after a random number of bytes, none included; or right after the
+            // seal, if the image ends before.
+            let until = server.sent() + state % MOST_BETWEEN_KILLS;
+            while server.sent() < until && !sealed() {
+                std::thread::yield_now();
+            }
             daemon.kill();
             kills += 1;
-            let before = missing(&disk, &name);
-            let asked = server.requests().len();
-            let done = copy_dir(&disk, &name).is_some_and(|dir| dir.join("backing").exists());
+            let requests = server.requests();
+            if let Some((Some(missing), asked)) = &last {
+                assert_only_missing(&requests[*asked..], missing);
+                resumed += usize::from(requests.len() > *asked);
+            }
+            last = Some((missing(&disk, &name), requests.len()));
+            let done = sealed();
             daemon = Daemon::start(&disk, &socket);
             if done || kills == KILLS {
                 daemon.ask(&["attach", &name]);
-            } else {
-                // Answering means that its workers have been started.
-                daemon.ask(&["get", &name]);
-            }
-            let requests: Vec<_> =
-                server.requests()[asked..].iter().map(|r| r.range.clone()).collect();
-            if let Some(missing) = &before {
-                assert_only_missing(&requests, missing);
-                resumed += usize::from(!requests.is_empty());
-            }
-            if done || kills == KILLS {
-                assert!(!done || requests.is_empty(), "a finished copy is not fetched again");
+                let more = server.requests().len() - requests.len();
+                assert!(!done || more == 0, "a finished copy is not fetched again");
                 break;
             }
         }
@@ -140,5 +143,5 @@ fn a_copy_survives_fifty_kills_and_fetches_nothing_durable_again() {
         daemon.kill();
     }
     println!("{kills} kills over {image} images, {resumed} restarts went on in the middle");
-    assert!(resumed >= 10, "too few kills hit the middle of a download: {resumed}");
+    assert!(resumed >= 20, "too few kills hit the middle of a download: {resumed}");
 }
