@@ -49,7 +49,7 @@ pub struct AppParts {
     pub http: HttpCounters,
 }
 
-/// What readers did with one export, for [`metrics`].
+/// What readers did with one export, for `/metrics`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Served {
     /// NBD sessions that are open now.
