@@ -38,23 +38,20 @@ pub(super) async fn run(args: &PullArgs, output: &Output) -> Result<(), CliError
         Engine { pool: BufPool::new(BUFFERS), probe, policy: Policy::default(), buffers: BUFFERS };
     let request = PullRequest { url, output: args.output.clone(), expect: expect.map_err(usage)? };
     let started = Instant::now();
-    let pulled = watch(&engine, &request, output).await?;
+    let pulled = watch(engine, request, output).await?;
     show(args, &pulled, started.elapsed(), output)
 }
 
 /// Pulls, and draws how it goes; a signal ends it so that it can be resumed.
-async fn watch(
-    engine: &Engine,
-    request: &PullRequest,
-    output: &Output,
-) -> Result<Pulled, CliError> {
+async fn watch(engine: Engine, request: PullRequest, output: &Output) -> Result<Pulled, CliError> {
     let mut signals = Signals::new()?;
     let progress = Arc::new(Progress::default());
     let name = request.output.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let mut meter = Meter::new(output, &name);
     let mut speed = Speed::default();
-    let pulling = fetch::pull(engine, request, &progress);
-    tokio::pin!(pulling);
+    // A task of its own runs where its socket wakes up, without a hop to this thread.
+    let watched = Arc::clone(&progress);
+    let mut pulling = tokio::spawn(async move { fetch::pull(&engine, &request, &watched).await });
     let mut tick = tokio::time::interval(TICK);
     let result = loop {
         tokio::select! {
@@ -64,7 +61,10 @@ async fn watch(
         }
     };
     meter.finish();
-    result.map_err(|e| failure(&e))
+    match result {
+        Ok(pulled) => pulled.map_err(|e| failure(&e)),
+        Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+    }
 }
 
 fn failure(error: &FetchError) -> CliError {
