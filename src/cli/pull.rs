@@ -15,7 +15,8 @@ use super::progress::{Meter, Moment};
 use super::signals::Signals;
 use super::source;
 use crate::fetch::{
-    self, Class, Engine, Expect, FetchError, Phase, Policy, Progress, PullRequest, Pulled, Snapshot,
+    self, Class, Engine, Expect, FetchError, Phase, Policy, Progress, PullRequest, Pulled,
+    Snapshot, Source,
 };
 use crate::ring::{self, BufPool};
 use crate::units::human_bytes;
@@ -36,7 +37,8 @@ pub(super) async fn run(args: &PullArgs, output: &Output) -> Result<(), CliError
         .map_err(|reason| CliError::new(Exit::Refused, reason, ""))?;
     let engine =
         Engine { pool: BufPool::new(BUFFERS), probe, policy: Policy::default(), buffers: BUFFERS };
-    let request = PullRequest { url, output: args.output.clone(), expect: expect.map_err(usage)? };
+    let source = Source::new(url).expecting(expect.map_err(usage)?);
+    let request = PullRequest { source, output: args.output.clone() };
     let started = Instant::now();
     let pulled = watch(engine, request, output).await?;
     show(args, &pulled, started.elapsed(), output)

@@ -19,6 +19,7 @@ mod policy;
 mod progress;
 mod pull;
 pub mod source;
+mod spec;
 mod transfer;
 mod version;
 
@@ -29,4 +30,5 @@ pub use policy::Policy;
 pub use progress::{Phase, Progress, Snapshot};
 pub use pull::{PullRequest, Pulled, pull};
 pub use source::{SourceError, SourceUrl};
+pub use spec::Source;
 pub use transfer::{Engine, Fetched, transfer};

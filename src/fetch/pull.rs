@@ -10,21 +10,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::error::FetchError;
-use super::expect::Expect;
 use super::progress::Progress;
-use super::source::SourceUrl;
+use super::spec::Source;
 use super::transfer::{Engine, Fetched, transfer};
 use crate::disk::{Digests, Dir, DiskError, Filling, Layout, SealRecord, Sealed, Space};
 
 /// What to pull, and where to.
 #[derive(Debug)]
 pub struct PullRequest {
-    /// Where the bytes come from.
-    pub url: SourceUrl,
+    /// What to bring in.
+    pub source: Source,
     /// The file to make; an existing one is replaced when the new one is complete.
     pub output: PathBuf,
-    /// Digests that the bytes must have.
-    pub expect: Expect,
 }
 
 /// A pulled file.
@@ -38,7 +35,7 @@ pub struct Pulled {
     pub received_bytes: u64,
 }
 
-/// Brings `request.url` into `request.output`.
+/// Brings `request.source` into `request.output`.
 ///
 /// # Errors
 /// [`FetchError`]. What has arrived is kept for the next try, but for bytes with a wrong digest.
@@ -50,7 +47,7 @@ pub async fn pull(
     let (dir, name) = split(&request.output)?;
     let space = Space::of(&dir)?;
     let mut filling = Filling::open(dir, Layout::file(&name), space)?;
-    let fetched = transfer(engine, &request.url, &request.expect, &mut filling, progress).await;
+    let fetched = transfer(engine, &request.source, &mut filling, progress).await;
     match fetched {
         Ok(Fetched { digests, .. }) => {
             let sealing = tokio::task::spawn_blocking(move || filling.seal(&SealRecord::default()));

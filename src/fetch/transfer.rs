@@ -19,6 +19,7 @@ use super::pipeline::Pipeline;
 use super::policy::Policy;
 use super::progress::{Phase, Progress};
 use super::source::SourceUrl;
+use super::spec::Source;
 use super::version::{Remote, Resume};
 use crate::disk::{Digests, Filling, Version};
 use crate::ring::{BufPool, BufShare, Probe};
@@ -50,7 +51,7 @@ pub struct Fetched {
     pub etag: Option<String>,
 }
 
-/// Brings `url` into `filling` and checks it against `expect`.
+/// Brings what `source` names into `filling` and checks it against its digests.
 ///
 /// What is durable of the same version is not fetched again. On success every byte is durable and
 /// hashed; the caller inspects and seals. On an error what has arrived stays, but for bytes with a
@@ -60,11 +61,11 @@ pub struct Fetched {
 /// [`FetchError`]; its class tells whether trying again can help.
 pub async fn transfer(
     engine: &Engine,
-    url: &SourceUrl,
-    expect: &Expect,
+    source: &Source,
     filling: &mut Filling,
     progress: &Arc<Progress>,
 ) -> Result<Fetched, FetchError> {
+    let Source { url, expect } = source;
     let mut restarts = 0;
     let mut fresh = false;
     loop {

@@ -231,8 +231,8 @@ impl Worker {
             buffers: self.shared.buffers,
         };
         let progress = Arc::new(fetch::Progress::default());
-        let expect = self.expect();
-        let transfer = fetch::transfer(&engine, source, &expect, &mut filling, &progress);
+        let from = fetch::Source::new(source.clone()).expecting(self.expect());
+        let transfer = fetch::transfer(&engine, &from, &mut filling, &progress);
         let fetched = self.watch(transfer, &progress).await?;
         self.judge_digests(&fetched.digests)?;
         // A refused copy is removed at once: its errors name what a person can look at.

@@ -8,7 +8,7 @@ use crate::fault_server::{Cut, FaultServer, Reply, Request};
 use crate::{content, engine, sha256};
 use bedplate::disk::{Dir, Filling, Layout, Space, Version};
 use bedplate::fetch::{
-    Class, Expect, FetchError, Policy, Progress, PullRequest, Pulled, SourceUrl, pull,
+    Class, Expect, FetchError, Policy, Progress, PullRequest, Pulled, Source, SourceUrl, pull,
 };
 use bedplate::ring::Choice;
 
@@ -37,9 +37,9 @@ impl Case {
             engine.policy = policy.clone();
         }
         let request = PullRequest {
-            url: SourceUrl::parse(&format!("{}{path}", self.server.url)).unwrap(),
+            source: Source::new(SourceUrl::parse(&format!("{}{path}", self.server.url)).unwrap())
+                .expecting(expect.clone()),
             output: self.output(),
-            expect: expect.clone(),
         };
         let runtime = tokio::runtime::Runtime::new().unwrap();
         runtime.block_on(pull(&engine, &request, &Arc::new(Progress::default())))
@@ -292,9 +292,8 @@ fn secrets_in_a_url_are_in_no_error() {
     let urls = [format!("{url}/x?sig=hunter2"), "http://user:hunter2@127.0.0.1:1/x?hunter2".into()];
     for url in urls {
         let request = PullRequest {
-            url: SourceUrl::parse(&url).unwrap(),
+            source: Source::new(SourceUrl::parse(&url).unwrap()).expecting(Expect::default()),
             output: case.output(),
-            expect: Expect::default(),
         };
         let engine = engine(case.temp.path(), Choice::Threads);
         let runtime = tokio::runtime::Runtime::new().unwrap();
@@ -316,9 +315,9 @@ fn a_local_file_is_copied_as_sparse_as_it_is() {
     std::os::unix::fs::FileExt::write_all_at(&file, &bytes, 40 << 20).unwrap();
     file.set_len(200 << 20).unwrap();
     let request = PullRequest {
-        url: SourceUrl::from_file_path(&source).unwrap(),
+        source: Source::new(SourceUrl::from_file_path(&source).unwrap())
+            .expecting(Expect::default()),
         output: case.output(),
-        expect: Expect::default(),
     };
     let engine = engine(case.temp.path(), Choice::Auto);
     let runtime = tokio::runtime::Runtime::new().unwrap();

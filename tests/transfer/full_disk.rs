@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex};
 
 use crate::fault_server::{Cut, FaultServer, Reply};
 use crate::{content, engine, sha256};
-use bedplate::fetch::{Class, Expect, FetchError, Progress, PullRequest, Pulled, SourceUrl, pull};
+use bedplate::fetch::{
+    Class, Expect, FetchError, Progress, PullRequest, Pulled, Source, SourceUrl, pull,
+};
 use bedplate::ring::Choice;
 
 const LEN: usize = 24 << 20;
@@ -45,9 +47,9 @@ impl SmallDisk {
 
     fn pull(&self, server: &FaultServer, sink: Choice, bytes: &[u8]) -> Result<Pulled, FetchError> {
         let request = PullRequest {
-            url: SourceUrl::parse(&format!("{}/x", server.url)).unwrap(),
+            source: Source::new(SourceUrl::parse(&format!("{}/x", server.url)).unwrap())
+                .expecting(Expect::parse(Some(&sha256(bytes)), None).unwrap()),
             output: self.mount.join("out.img"),
-            expect: Expect::parse(Some(&sha256(bytes)), None).unwrap(),
         };
         let engine = engine(&self.mount, sink);
         let runtime = tokio::runtime::Runtime::new().unwrap();
