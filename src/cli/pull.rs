@@ -18,11 +18,11 @@ use crate::fetch::{
     self, Class, Engine, Expect, FetchError, Phase, Policy, Progress, PullRequest, Pulled,
     Snapshot, Source,
 };
-use crate::ring::{self, BufPool};
+use crate::ring;
 use crate::units::human_bytes;
 
-/// Buffers of 1 MiB: the transfer's memory.
-const BUFFERS: usize = 12;
+/// Buffers of 1 MiB: the transfer's memory at most, when several connections are of use.
+const BUFFERS: usize = 64;
 /// How often the numbers are drawn.
 const TICK: Duration = Duration::from_millis(200);
 
@@ -35,8 +35,7 @@ pub(super) async fn run(args: &PullArgs, output: &Output) -> Result<(), CliError
     let dir = parent.unwrap_or(std::path::Path::new("."));
     let probe = ring::probe(dir, ring::Choice::Auto)
         .map_err(|reason| CliError::new(Exit::Refused, reason, ""))?;
-    let engine =
-        Engine { pool: BufPool::new(BUFFERS), probe, policy: Policy::default(), buffers: BUFFERS };
+    let engine = Engine::alone(probe, Policy::default(), BUFFERS);
     let source = Source::new(url).expecting(expect.map_err(usage)?);
     let request = PullRequest { source, output: args.output.clone() };
     let started = Instant::now();

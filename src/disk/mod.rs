@@ -34,4 +34,4 @@ pub use readback::{hash_file, hash_range};
 pub use sealed::Sealed;
 pub use space::{Reservation, Space, Usage};
 pub use store::{CopyId, CopyRecord, CopyState, Disk};
-pub use writer::{Block, Writer, WriterStats, WriterStopped};
+pub use writer::{Block, BlockSender, Writer, WriterStats, WriterStopped};

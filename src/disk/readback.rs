@@ -18,6 +18,9 @@ use rustix::io::Errno;
 use super::{DiskError, Hasher};
 use crate::units::MIB;
 
+/// Bytes of a hole after which the caller is heard again.
+const HOLE_STEP_BYTES: u64 = 16 * MIB;
+
 /// Feeds `range` of `file` to `hasher`. `progress` gets the bytes read so far and ends the work by
 /// returning false.
 ///
@@ -35,8 +38,12 @@ pub fn hash_range(
     while at < range.end {
         let data = next_data(file, at).map_err(|e| DiskError::io("seek in", path, e.into()))?;
         let data = data.unwrap_or(range.end).clamp(at, range.end);
-        hasher.update_zeroes(data - at);
-        at = data;
+        while at < data {
+            let step = (data - at).min(HOLE_STEP_BYTES);
+            hasher.update_zeroes(step);
+            at += step;
+            go_on(at - range.start, progress, path)?;
+        }
         let hole = match rustix::fs::seek(file, SeekFrom::Hole(at)) {
             Ok(hole) => hole.clamp(at, range.end),
             Err(_) => range.end,
@@ -49,13 +56,18 @@ pub fn hash_range(
             let len = std::num::NonZeroU64::new(step as u64);
             let _ = rustix::fs::fadvise(file, at, len, Advice::DontNeed);
             at += step as u64;
-            if !progress(at - range.start) {
-                let stopped = std::io::Error::from(std::io::ErrorKind::Interrupted);
-                return Err(DiskError::io("go on reading", path, stopped));
-            }
+            go_on(at - range.start, progress, path)?;
         }
     }
     Ok(())
+}
+
+fn go_on(done: u64, progress: &mut dyn FnMut(u64) -> bool, path: &Path) -> Result<(), DiskError> {
+    if progress(done) {
+        return Ok(());
+    }
+    let stopped = std::io::Error::from(std::io::ErrorKind::Interrupted);
+    Err(DiskError::io("go on reading", path, stopped))
 }
 
 /// Where the next data begins at or after `at`; `None` if all the rest is a hole.

@@ -52,7 +52,7 @@ fn send_range(writer: &Writer, pool: &BufPool, bytes: &[u8], start: u64, end: u6
             BLOCK_BYTES,
         );
         buf.pad();
-        writer.send(Block::Data { at: FileOffset(at), buf: Arc::new(buf) }).unwrap();
+        writer.sender().send(Block::Data { at: FileOffset(at), buf: Arc::new(buf) }).unwrap();
         at += len;
     }
 }
@@ -121,7 +121,7 @@ fn an_unfinished_file_cannot_be_sealed_and_goes_on_where_it_was() {
     assert_eq!(filling.missing(), vec![0..MIB, 2 * MIB + 128 * KIB..4 * MIB]);
     filling.resume().unwrap();
     let writer = Writer::start(&filling, &probe).unwrap();
-    writer.send(Block::Zero { at: FileOffset(0), len_bytes: MIB }).unwrap();
+    writer.sender().send(Block::Zero { at: FileOffset(0), len_bytes: MIB }).unwrap();
     send_range(&writer, &BufPool::new(2), &bytes, 2 * MIB + 128 * KIB, 4 * MIB);
     writer.finish().unwrap();
     let sealed = filling.seal(&SealRecord::default()).unwrap();

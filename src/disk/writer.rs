@@ -77,6 +77,20 @@ pub struct Writer {
     stats: Arc<WriterStats>,
 }
 
+/// Hands blocks to a [`Writer`], in any order.
+#[derive(Clone, Debug)]
+pub struct BlockSender(mpsc::Sender<Block>);
+
+impl BlockSender {
+    /// Hands a block over. Never blocks: the pool of buffers bounds what is under way.
+    ///
+    /// # Errors
+    /// [`WriterStopped`]: an earlier write failed.
+    pub fn send(&self, block: Block) -> Result<(), WriterStopped> {
+        self.0.send(block).map_err(|_gone| WriterStopped)
+    }
+}
+
 /// The writer has ended with an error; [`Writer::finish`] tells it.
 #[derive(Debug, thiserror::Error)]
 #[error("the disk writer has stopped")]
@@ -107,12 +121,10 @@ impl Writer {
         Ok(Self { blocks, thread, stats })
     }
 
-    /// Hands a block over. Never blocks: the pool of buffers bounds what is under way.
-    ///
-    /// # Errors
-    /// [`WriterStopped`]: an earlier write failed.
-    pub fn send(&self, block: Block) -> Result<(), WriterStopped> {
-        self.blocks.send(block).map_err(|_gone| WriterStopped)
+    /// A way to hand blocks over, for one of several streams.
+    #[must_use]
+    pub fn sender(&self) -> BlockSender {
+        BlockSender(self.blocks.clone())
     }
 
     /// What was done so far.
@@ -121,7 +133,8 @@ impl Writer {
         Arc::clone(&self.stats)
     }
 
-    /// Waits until everything is written and durable. Blocks the thread.
+    /// Waits until everything is written and durable. Blocks the thread until every
+    /// [`BlockSender`] is gone.
     ///
     /// # Errors
     /// The first failure of a write or a sync. What was durable before stays so.

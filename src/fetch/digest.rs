@@ -1,21 +1,26 @@
 //! The digest thread: hashes the file's bytes in order while they are in memory.
 //!
 //! Why: a second pass over the file costs as much as the transfer.
-//! How: takes the same buffers as the disk writer, in file order. Bytes that were here before this
-//! run are read back from the file when the order reaches them.
-//! Never: takes bytes out of order: a gap is durable bytes, or the work is wrong.
+//! How: takes the same buffers as the disk writer. Connections bring them out of order; what comes
+//! early waits here, in memory that its connection had reserved. Bytes that were here before this
+//! run are read back from the file when the order reaches them; what arrives meanwhile is let go
+//! once it is written, and read back in its turn, so that a long file that is resumed does not hold
+//! up the network.
+//! Never: takes bytes out of order, or reads back what the writer has not written.
 //! Start at [`DigestThread::start`].
 
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
+use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
-use crate::disk::{Block, DigestSet, Digests, DiskError, Hasher, hash_range};
-
 use super::progress::Progress;
+use crate::disk::{Block, DigestSet, Digests, DiskError, Hasher, hash_range};
+use crate::ring::Buf;
 
 /// A running digest thread.
 #[derive(Debug)]
@@ -26,7 +31,19 @@ pub(super) struct DigestThread {
     thread: JoinHandle<Result<Digests, DiskError>>,
 }
 
-/// What the thread reads gaps from.
+/// A way to hand blocks over.
+#[derive(Clone, Debug)]
+pub(super) struct DigestFeed(Sender<Block>);
+
+impl DigestFeed {
+    /// Hands bytes over; false if the thread has ended, with an error that
+    /// [`DigestThread::finish`] tells.
+    pub(super) fn send(&self, block: Block) -> bool {
+        self.0.send(block).is_ok()
+    }
+}
+
+/// What the thread reads back from.
 #[derive(Debug)]
 pub(super) struct Stored {
     pub(super) file: Arc<File>,
@@ -34,9 +51,11 @@ pub(super) struct Stored {
 }
 
 impl DigestThread {
-    /// Starts to hash from byte 0.
+    /// Starts to hash from byte 0. `missing` are the ranges that will be handed over, ascending;
+    /// everything else is in the file already.
     pub(super) fn start(
         stored: Stored,
+        missing: &[Range<u64>],
         set: DigestSet,
         progress: Arc<Progress>,
     ) -> Result<Self, DiskError> {
@@ -45,20 +64,28 @@ impl DigestThread {
         let path = stored.path.clone();
         let quit = Arc::new(AtomicBool::new(false));
         let watched = Arc::clone(&quit);
+        let missing = missing.iter().cloned().collect();
         let thread = std::thread::Builder::new()
             .name("digest".into())
             .spawn(move || {
                 let go_on = || !watched.load(Ordering::Relaxed) && !progress.is_stopped();
-                run(&stored, set, &queue, &end_queue, &go_on)
+                let mut work = Work {
+                    hasher: Hasher::new(set),
+                    stored,
+                    missing,
+                    queue,
+                    early: BTreeMap::new(),
+                };
+                work.run(&end_queue, &go_on)?;
+                Ok(work.hasher.finish())
             })
             .map_err(|e| DiskError::io("start a digest thread for", &path, e))?;
         Ok(Self { blocks, end, quit, thread })
     }
 
-    /// Hands the next bytes over; false if the thread has ended, with an error that
-    /// [`DigestThread::finish`] tells.
-    pub(super) fn send(&self, block: Block) -> bool {
-        self.blocks.send(block).is_ok()
+    /// A way to hand blocks over; the thread ends when all are gone.
+    pub(super) fn feed(&self) -> DigestFeed {
+        DigestFeed(self.blocks.clone())
     }
 
     /// Ends without a result. Blocks the thread until the other has let go of the file.
@@ -79,7 +106,8 @@ impl DigestThread {
         }
     }
 
-    /// Hashes what is left up to `total_bytes`, and gives the digests. Blocks the thread.
+    /// Hashes what is left up to `total_bytes`, and gives the digests. Blocks the thread. All that
+    /// was handed over is written.
     pub(super) fn finish(self, total_bytes: u64) -> Result<Digests, DiskError> {
         let _ended = self.end.send(total_bytes);
         drop(self.end);
@@ -88,32 +116,90 @@ impl DigestThread {
     }
 }
 
-fn run(
-    stored: &Stored,
-    set: DigestSet,
-    queue: &Receiver<Block>,
-    end: &Receiver<u64>,
-    go_on: &dyn Fn() -> bool,
-) -> Result<Digests, DiskError> {
-    let mut hasher = Hasher::new(set);
-    let catch_up = |hasher: &mut Hasher, to: u64| {
-        let gap = hasher.len_bytes()..to;
-        if gap.is_empty() {
+/// Bytes that came before their turn.
+#[derive(Debug)]
+enum Early {
+    /// Still in memory.
+    Held(Block),
+    /// In memory only while the writer needs them; then in the file.
+    Spilled { end: u64, buf: Weak<Buf> },
+}
+
+struct Work {
+    hasher: Hasher,
+    stored: Stored,
+    /// What will be handed over, or was and waits in `early`, from the current position on.
+    missing: VecDeque<Range<u64>>,
+    queue: Receiver<Block>,
+    early: BTreeMap<u64, Early>,
+}
+
+impl Work {
+    fn run(&mut self, end: &Receiver<u64>, go_on: &dyn Fn() -> bool) -> Result<(), DiskError> {
+        self.advance(go_on)?;
+        while let Ok(block) = self.queue.recv() {
+            self.early.insert(block.range().start, Early::Held(block));
+            self.advance(go_on)?;
+        }
+        // No end means that the transfer failed: then the digests are wanted by nobody.
+        if let Ok(total) = end.recv() {
+            self.advance(go_on)?;
+            self.read_back(total, go_on)?;
+        }
+        Ok(())
+    }
+
+    /// Hashes as far as the bytes are known.
+    fn advance(&mut self, go_on: &dyn Fn() -> bool) -> Result<(), DiskError> {
+        loop {
+            let at = self.hasher.len_bytes();
+            match self.missing.front() {
+                Some(range) if range.end <= at => {
+                    self.missing.pop_front();
+                }
+                Some(range) if at < range.start => {
+                    let start = range.start;
+                    self.read_back(start, go_on)?;
+                }
+                Some(_) => match self.early.remove(&at) {
+                    Some(early) => self.take(early, go_on)?,
+                    None => return Ok(()),
+                },
+                // The rest is here; it is read at the end, when it is known where that is.
+                None => return Ok(()),
+            }
+        }
+    }
+
+    fn take(&mut self, early: Early, go_on: &dyn Fn() -> bool) -> Result<(), DiskError> {
+        match early {
+            Early::Held(Block::Data { buf, .. }) => self.hasher.update(buf.bytes()),
+            Early::Held(Block::Zero { len_bytes, .. }) => self.hasher.update_zeroes(len_bytes),
+            Early::Spilled { end, buf } => match buf.upgrade() {
+                Some(buf) => self.hasher.update(buf.bytes()),
+                None => self.read_back(end, go_on)?,
+            },
+        }
+        Ok(())
+    }
+
+    /// Hashes from the file up to `to`. What arrives meanwhile does not wait in memory.
+    fn read_back(&mut self, to: u64, go_on: &dyn Fn() -> bool) -> Result<(), DiskError> {
+        let from = self.hasher.len_bytes();
+        if from >= to {
             return Ok(());
         }
-        hash_range(&stored.file, &stored.path, gap, hasher, &mut |_| go_on())
-    };
-    for block in queue {
-        let range = block.range();
-        catch_up(&mut hasher, range.start)?;
-        match block {
-            Block::Data { buf, .. } => hasher.update(buf.bytes()),
-            Block::Zero { len_bytes, .. } => hasher.update_zeroes(len_bytes),
-        }
+        let (queue, early) = (&self.queue, &mut self.early);
+        hash_range(&self.stored.file, &self.stored.path, from..to, &mut self.hasher, &mut |_| {
+            while let Ok(block) = queue.try_recv() {
+                let Range { start, end } = block.range();
+                let spilled = match block {
+                    Block::Data { buf, .. } => Early::Spilled { end, buf: Arc::downgrade(&buf) },
+                    zero @ Block::Zero { .. } => Early::Held(zero),
+                };
+                early.insert(start, spilled);
+            }
+            go_on()
+        })
     }
-    // No end means that the transfer failed: then the digests are wanted by nobody.
-    if let Ok(total) = end.recv() {
-        catch_up(&mut hasher, total)?;
-    }
-    Ok(hasher.finish())
 }

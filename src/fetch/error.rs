@@ -132,6 +132,11 @@ impl FetchError {
         }
     }
 
+    /// True for an error after which this run cannot go on, though another may.
+    pub(super) fn ends_run(&self) -> bool {
+        matches!(self, Self::Changed { .. } | Self::Disk(_) | Self::ReadBack { .. })
+    }
+
     /// The message with its causes on one line; see [`one_line`].
     #[must_use]
     pub fn report(&self) -> String {

@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use reqwest::header::{
-    CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderName, IF_RANGE,
+    CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderName, IF_MATCH,
     LAST_MODIFIED, RANGE, RETRY_AFTER,
 };
 use reqwest::{Response, StatusCode, redirect};
@@ -77,7 +77,7 @@ impl Client {
         };
         let mut request = self.http.get(self.url.expose().clone()).header(RANGE, bytes);
         if let Some(etag) = same.and_then(|remote| remote.etag.as_deref()) {
-            request = request.header(IF_RANGE, etag);
+            request = request.header(IF_MATCH, etag);
         }
         let stalled = || FetchError::Stalled {
             url: self.shown(),
@@ -134,6 +134,10 @@ impl Client {
                 Ok(Answer { remote, start, total, ranged: true, body })
             }
             StatusCode::OK => Ok(Answer { remote, start: 0, total: length, ranged: false, body }),
+            StatusCode::PRECONDITION_FAILED => {
+                let what = "the server no longer has the version with the ETag asked for".into();
+                Err(FetchError::Changed { url: self.shown(), what })
+            }
             StatusCode::RANGE_NOT_SATISFIABLE => Err(self.beyond_end(headers, asked)),
             status => {
                 let retry_after_s = text(RETRY_AFTER).and_then(|text| text.trim().parse().ok());

@@ -15,7 +15,7 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use super::error::FetchError;
-use super::pipeline::{Pipeline, Stopped};
+use super::pipeline::{Feed, Stopped};
 use super::progress::Progress;
 use super::version::Remote;
 use crate::disk::{DiskError, Sealed, UNIT_BYTES};
@@ -87,11 +87,11 @@ impl LocalFile {
         Ok(())
     }
 
-    /// Copies `range` into the pipeline. Blocks the thread; `pool` waits on `runtime`.
+    /// Copies `range` into `feed`. Blocks the thread; `pool` waits on `runtime`.
     pub(super) fn copy(
         &self,
         range: std::ops::Range<u64>,
-        pipeline: &mut Pipeline,
+        feed: &Feed,
         pool: &BufShare,
         runtime: &tokio::runtime::Handle,
         progress: &Progress,
@@ -104,7 +104,7 @@ impl LocalFile {
             let hole = self.hole_len(at, range.end)?;
             let pushed = if hole > 0 {
                 at += hole;
-                pipeline.push_zeroes(hole)
+                feed.send_zeroes(at - hole, hole)
             } else {
                 let room = BLOCK_BYTES as u64 - at % BLOCK_BYTES as u64;
                 let len = usize::try_from(room.min(range.end - at)).unwrap_or(BLOCK_BYTES);
@@ -118,7 +118,7 @@ impl LocalFile {
                 self.read(&mut buf, at, len)?;
                 progress.add_received(len as u64);
                 at += len as u64;
-                pipeline.push_buf(buf)
+                feed.send(at - len as u64, buf)
             };
             if pushed.is_err() {
                 return Ok(pushed);

@@ -9,23 +9,29 @@
 //! Never: knows image formats, or believes a server: what it says is checked or bounded.
 //! Start at [`transfer()`], or [`pull()`] for a plain file.
 
+mod book;
 mod digest;
 mod error;
 mod expect;
+mod fleet;
 mod http;
+mod limit;
 mod local;
 mod pipeline;
 mod policy;
 mod progress;
 mod pull;
+mod scale;
 pub mod source;
 mod spec;
+mod todo;
 mod transfer;
 mod version;
 
 pub use error::{Class, FetchError, one_line};
 pub use expect::{Expect, ExpectError};
 pub use http::parse_content_range;
+pub use limit::RateLimit;
 pub use policy::Policy;
 pub use progress::{Phase, Progress, Snapshot};
 pub use pull::{PullRequest, Pulled, pull};

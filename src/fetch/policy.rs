@@ -20,6 +20,8 @@ pub struct Policy {
     pub backoff: Duration,
     /// Redirects that are followed.
     pub max_redirects: usize,
+    /// Connections of one transfer at most; fewer where more add nothing.
+    pub max_connections: usize,
     /// Largest file in bytes.
     pub max_bytes: u64,
 }
@@ -32,6 +34,7 @@ impl Default for Policy {
             max_attempts: 6,
             backoff: Duration::from_millis(250),
             max_redirects: 10,
+            max_connections: 16,
             max_bytes: MAX_FILE_BYTES,
         }
     }

@@ -11,6 +11,8 @@ use std::sync::{Mutex, PoisonError};
 
 use tokio::sync::Notify;
 
+use super::limit::RateLimit;
+
 /// What a transfer is busy with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -36,6 +38,8 @@ pub struct Snapshot {
     pub bytes_received: u64,
     /// What it is busy with.
     pub phase: Phase,
+    /// Connections to the source now.
+    pub connections: u32,
     /// Failed attempts so far.
     pub retries: u32,
     /// Why the last attempt failed; empty if none did.
@@ -49,8 +53,10 @@ pub struct Progress {
     total: AtomicU64,
     received: AtomicU64,
     phase: AtomicU8,
+    connections: AtomicU32,
     retries: AtomicU32,
     message: Mutex<String>,
+    limit: RateLimit,
     stopped: AtomicBool,
     stop: Notify,
 }
@@ -64,8 +70,10 @@ impl Default for Progress {
             total: AtomicU64::new(UNKNOWN),
             received: AtomicU64::new(0),
             phase: AtomicU8::new(Phase::Connecting as u8),
+            connections: AtomicU32::new(0),
             retries: AtomicU32::new(0),
             message: Mutex::default(),
+            limit: RateLimit::default(),
             stopped: AtomicBool::new(false),
             stop: Notify::new(),
         }
@@ -87,9 +95,16 @@ impl Progress {
                 3 => Phase::Retrying,
                 _ => Phase::Connecting,
             },
+            connections: self.connections.load(Ordering::Relaxed),
             retries: self.retries.load(Ordering::Relaxed),
             message: self.message.lock().unwrap_or_else(PoisonError::into_inner).clone(),
         }
+    }
+
+    /// The limit on this transfer's bytes per second.
+    #[must_use]
+    pub fn limit(&self) -> &RateLimit {
+        &self.limit
     }
 
     /// Ends the transfer: what has arrived is made durable, then it returns
@@ -130,6 +145,14 @@ impl Progress {
 
     pub(super) fn add_done(&self, bytes: u64) {
         self.done.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn set_connections(&self, count: usize) {
+        self.connections.store(u32::try_from(count).unwrap_or(u32::MAX), Ordering::Relaxed);
+    }
+
+    pub(super) fn received(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
     }
 
     pub(super) fn add_received(&self, bytes: u64) {

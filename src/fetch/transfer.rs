@@ -1,33 +1,35 @@
 //! The transfer itself: attempts, resumes, versions, and the verdict on the digests.
 //!
 //! Why: no fault may cost more than the bytes in flight, and none may yield a wrong byte.
-//! How: a run works on one version of the source. An attempt streams from the first byte that is
-//! not here; when it breaks, what has arrived in whole units stays and the next attempt goes on
-//! behind it. Another version, or bytes that fail the digest after an unproven resume, start a new
-//! run from nothing.
-//! Never: continues a file with bytes that may be of another version, or retries without a bound.
+//! How: a run works on one version of the source, settled by its first answer; the connections of
+//! a [`Fleet`] bring in what is missing. Another version, or bytes that fail the digest after an
+//! unproven resume, start a new run from nothing.
+//! Never: continues a file with bytes that may be of another version.
 //! Start at [`transfer`].
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
 
+use super::book::Book;
 use super::error::{Class, FetchError};
 use super::expect::Expect;
+use super::fleet::{self, First, Fleet, Outcome};
 use super::http::{Answer, Client};
+use super::limit::RateLimit;
 use super::local::LocalFile;
-use super::pipeline::Pipeline;
+use super::pipeline::{Feed, Pipeline};
 use super::policy::Policy;
 use super::progress::{Phase, Progress};
 use super::source::SourceUrl;
 use super::spec::Source;
-use super::version::{Remote, Resume};
+use super::version::{Agreed, Remote, Resume};
 use crate::disk::{Digests, Filling, Version};
 use crate::ring::{BufPool, BufShare, Probe};
 
 /// How often a source may turn out to be another version before that is the error.
 const MAX_RESTARTS: u32 = 3;
-/// Longest pause that a server's `Retry-After` can ask for.
-const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
+/// Buffers of a transfer while one connection is enough: they stay in the processor's cache.
+const FEW_BUFFERS: usize = 12;
 
 /// What transfers of a process share.
 #[derive(Clone, Debug)]
@@ -40,6 +42,17 @@ pub struct Engine {
     pub policy: Policy,
     /// Buffers of the pool that one transfer may hold.
     pub buffers: usize,
+    /// The limit on the bytes per second of all transfers together.
+    pub limit: Arc<RateLimit>,
+}
+
+impl Engine {
+    /// An engine for one transfer at a time, with `buffers` buffers of 1 MiB and no limit.
+    #[must_use]
+    pub fn alone(probe: Probe, policy: Policy, buffers: usize) -> Self {
+        let pool = BufPool::new(buffers);
+        Self { pool, probe, policy, buffers, limit: Arc::default() }
+    }
 }
 
 /// A transfer that is complete and checked, not yet sealed.
@@ -69,7 +82,7 @@ pub async fn transfer(
     let mut restarts = 0;
     let mut fresh = false;
     loop {
-        let share = engine.pool.share(engine.buffers);
+        let share = engine.pool.share(FEW_BUFFERS, engine.buffers);
         let mut run =
             Run { engine, url, expect, filling, progress, share, pipeline: None, unproven: false };
         let result = match url.file_path() {
@@ -123,24 +136,21 @@ impl Run<'_> {
         self.progress.set_done(self.filling.present_bytes());
         self.progress.set_phase(Phase::Fetching);
         let missing = self.filling.missing();
-        let mut pipeline = self.start_pipeline()?;
+        let feed = self.start_pipeline(&missing)?;
         let (pool, progress) = (self.share.clone(), Arc::clone(self.progress));
         let runtime = tokio::runtime::Handle::current();
-        let (pipeline, copied) = blocking(move || {
-            let mut copied = Ok(Ok(()));
+        let copied = blocking(move || {
             for range in missing {
-                pipeline.seek(range.start);
-                copied = source.copy(range, &mut pipeline, &pool, &runtime, &progress);
+                let copied = source.copy(range, &feed, &pool, &runtime, &progress);
                 if !matches!(copied, Ok(Ok(()))) {
-                    break;
+                    return copied;
                 }
             }
-            (pipeline, copied)
+            Ok(Ok(()))
         })
         .await;
-        self.pipeline = Some(pipeline);
         match copied {
-            Ok(_) => self.complete(remote.etag).await,
+            Ok(_) => self.complete(remote.etag, total.unwrap_or(0)).await,
             Err(error) => self.abandon(error).await,
         }
     }
@@ -161,9 +171,15 @@ impl Run<'_> {
         Ok(in_place(|| self.filling.begin(&version))?)
     }
 
-    fn start_pipeline(&self) -> Result<Pipeline, FetchError> {
+    /// Starts what takes the bytes of `missing`; all else is here.
+    fn start_pipeline(&mut self, missing: &[Range<u64>]) -> Result<Feed, FetchError> {
         let (engine, wanted) = (self.engine, self.expect.wanted());
-        Pipeline::start(self.filling, &engine.probe, &self.share, wanted, self.progress)
+        let pipeline =
+            Pipeline::start(self.filling, missing, &engine.probe, wanted, self.progress)?;
+        let feed = pipeline.feed();
+        self.pipeline = Some(pipeline);
+        self.progress.set_done(self.filling.present_bytes());
+        Ok(feed)
     }
 
     async fn http(&mut self, fresh: bool) -> Result<Fetched, FetchError> {
@@ -171,126 +187,104 @@ impl Run<'_> {
         // A version of which nothing is here binds nothing.
         let useless = fresh || self.filling.present_bytes() == 0;
         let known = if useless { None } else { self.known_version() };
-        let mut version = None;
-        let mut failures = 0;
-        loop {
-            let before = self.position();
-            let error = match self.attempt(&client, &mut version, known.as_ref()).await {
-                Ok(etag) => return self.complete(etag).await,
-                Err(error) => error,
-            };
-            // Whole units count: a server that breaks after a few bytes each time is no progress.
-            if self.position() > before {
-                failures = 0;
-            }
-            failures += 1;
-            let can_resume = version.as_ref().is_none_or(|state| state.ranged);
-            let error = match error.class() {
-                Class::Refuse | Class::Cancelled => return self.abandon(error).await,
-                Class::Retry if ends_run(&error) => return self.abandon(error).await,
-                Class::Retry if !can_resume => {
-                    let (url, at) = (client.shown(), self.position());
-                    let source = Box::new(error);
-                    return self.abandon(FetchError::CannotResume { url, at, source }).await;
-                }
-                Class::Retry if failures >= self.engine.policy.max_attempts => {
-                    let source = Box::new(error);
-                    return self.abandon(FetchError::GaveUp { attempts: failures, source }).await;
-                }
-                Class::Retry => error,
-            };
-            self.progress.failed_once(error.report());
-            self.progress.set_phase(Phase::Retrying);
-            tokio::select! {
-                () = tokio::time::sleep(pause(&error, failures, &self.engine.policy)) => {}
-                () = self.progress.stopped() => return self.abandon(FetchError::Cancelled).await,
-            }
+        let (first, agreed) = self.open(&client, known.as_ref()).await?;
+        let (total, etag) = (self.filling.total_bytes(), agreed.remote.etag.clone());
+        let Some(first) = first else { return self.complete(etag, total.unwrap_or(0)).await };
+        let missing = match total {
+            Some(_) => self.filling.missing(),
+            None => std::iter::once(0..u64::MAX).collect(),
+        };
+        let fleet = Arc::new(Fleet {
+            client,
+            policy: self.engine.policy.clone(),
+            agreed,
+            total,
+            feed: self.start_pipeline(&missing)?,
+            share: self.share.clone(),
+            progress: Arc::clone(self.progress),
+            limit: Arc::clone(&self.engine.limit),
+            book: Mutex::new(Book::new(missing)),
+            state: fleet::State::default(),
+        });
+        let outcome = fleet.run(first).await;
+        self.unproven |= fleet.is_unproven();
+        // The stages end when nobody can feed them any more.
+        drop(fleet);
+        match outcome {
+            Outcome::Complete(end) => self.complete(etag, total.unwrap_or(end)).await,
+            Outcome::Stopped => Err(self.writer_error().await),
+            Outcome::Failed(error) => self.abandon(error).await,
         }
     }
 
-    fn position(&self) -> u64 {
-        self.pipeline.as_ref().map_or(0, Pipeline::at)
-    }
-
-    /// The next range to ask for: what is missing behind the current position.
-    fn next_missing(&self) -> Option<std::ops::Range<u64>> {
-        let at = self.position();
-        let mut missing = self.filling.missing().into_iter();
-        // Bytes before the position are with the writer, though perhaps not durable yet.
-        missing.find(|range| range.end > at).map(|range| range.start.max(at)..range.end)
-    }
-
-    /// Asks once and streams until the end of the object, or an error.
-    async fn attempt(
+    /// Gets the first answer and settles the version. `None` instead of an answer: all is here.
+    async fn open(
         &mut self,
         client: &Client,
-        version: &mut Option<Agreed>,
         known: Option<&Remote>,
-    ) -> Result<Option<String>, FetchError> {
+    ) -> Result<(Option<First>, Agreed), FetchError> {
+        let mut failures = 0;
         loop {
-            let resuming = version.as_ref().map(|state| &state.remote).or(known);
-            let range = match (resuming, self.next_missing()) {
-                (None, _) => 0..u64::MAX,
-                (Some(_), Some(range)) if Some(range.end) == self.filling.total_bytes() => {
-                    range.start..u64::MAX
+            self.progress.set_phase(Phase::Connecting);
+            let error = match self.ask_first(client, known).await {
+                Ok(opened) => return Ok(opened),
+                Err(error) => error,
+            };
+            failures += 1;
+            match error.class() {
+                Class::Refuse | Class::Cancelled => return Err(error),
+                Class::Retry if error.ends_run() => return Err(error),
+                Class::Retry if failures >= self.engine.policy.max_attempts => {
+                    let source = Box::new(error);
+                    return Err(FetchError::GaveUp { attempts: failures, source });
                 }
-                (Some(_), Some(range)) => range,
-                // Everything is here; one byte is asked for to learn the version it belongs to.
-                (Some(_), None) if version.is_none() => 0..1,
-                (Some(remote), None) => return Ok(remote.etag.clone()),
-            };
-            let nothing_missing = self.next_missing().is_none();
-            if version.is_none() {
-                self.progress.set_phase(Phase::Connecting);
+                Class::Retry => {}
             }
-            let asked = client.get(range.clone(), resuming, &self.engine.policy);
-            let answer = tokio::select! {
-                answer = asked => answer?,
-                () = self.progress.stopped() => return Err(FetchError::Cancelled),
-            };
-            let resumed = self.agree(client, &answer, version, known)?;
-            if self.pipeline.is_none() {
-                let pipeline = self.start_pipeline()?;
-                self.pipeline = Some(pipeline);
-                self.progress.set_done(self.filling.present_bytes());
-            }
-            if resumed && nothing_missing {
-                continue;
-            }
-            self.progress.set_phase(Phase::Fetching);
-            // A server that ignored the range sends everything.
-            let asked_end = if answer.ranged { range.end } else { u64::MAX };
-            self.stream(client, answer, asked_end).await?;
-            if self.filling.total_bytes().is_none() {
-                return self.end_of_unknown().await;
-            }
+            self.progress.failed_once(error.report());
+            fleet::rest(&error, failures, &self.engine.policy, self.progress).await?;
         }
     }
 
-    /// Holds an answer against what was agreed before, or begins with it. True if what is here
-    /// stays, false if it was thrown away for this answer.
+    async fn ask_first(
+        &mut self,
+        client: &Client,
+        known: Option<&Remote>,
+    ) -> Result<(Option<First>, Agreed), FetchError> {
+        let missing = self.filling.missing().into_iter().next();
+        let range = match (known, &missing) {
+            (None, _) => 0..u64::MAX,
+            (Some(_), Some(range)) if Some(range.end) == self.filling.total_bytes() => {
+                range.start..u64::MAX
+            }
+            (Some(_), Some(range)) => range.clone(),
+            // Everything is here; one byte is asked for to learn the version it belongs to.
+            (Some(_), None) => 0..1,
+        };
+        let asked = client.get(range.clone(), known, &self.engine.policy);
+        let answer = tokio::select! {
+            answer = asked => answer?,
+            () = self.progress.stopped() => return Err(FetchError::Cancelled),
+        };
+        let (resumed, agreed) = self.agree(client, &answer, known)?;
+        if resumed && missing.is_none() {
+            return Ok((None, agreed));
+        }
+        // A server that ignored the range sends everything.
+        let asked_end = if answer.ranged { range.end } else { u64::MAX };
+        Ok((Some(First { answer, asked_end }), agreed))
+    }
+
+    /// Begins with the first answer, or goes on with what is here if it is of the same version.
+    /// True if what is here stays.
     fn agree(
         &mut self,
         client: &Client,
         answer: &Answer,
-        version: &mut Option<Agreed>,
         known: Option<&Remote>,
-    ) -> Result<bool, FetchError> {
-        let changed =
-            |what: &str| FetchError::Changed { url: client.shown(), what: what.to_owned() };
-        if let Some(state) = version {
-            let same = state.remote.may_resume(&answer.remote, self.expect.is_some());
-            self.unproven |= same == Resume::Unproven;
-            let same_total = answer.total.is_none() || answer.total == self.filling.total_bytes();
-            return match same {
-                Resume::No => Err(changed("another ETag or time")),
-                Resume::Same | Resume::Unproven if !same_total => Err(changed("another length")),
-                Resume::Same | Resume::Unproven if !answer.ranged => Err(changed("no ranges now")),
-                Resume::Same | Resume::Unproven => Ok(true),
-            };
-        }
+    ) -> Result<(bool, Agreed), FetchError> {
+        let has_digest = self.expect.is_some();
         let resume = known.map_or(Resume::No, |known| {
-            let same = known.may_resume(&answer.remote, self.expect.is_some());
+            let same = known.may_resume(&answer.remote, has_digest);
             let same_total = answer.total.is_some() && answer.total == self.filling.total_bytes();
             if same_total && answer.ranged { same } else { Resume::No }
         });
@@ -301,72 +295,17 @@ impl Run<'_> {
             }
             // What is here is of another version: ask again, from the beginning.
             Resume::No if answer.start > 0 || known.is_some() && answer.ranged => {
-                return Err(changed("it is not the version of which a part is here"));
+                let what = "it is not the version of which a part is here".to_owned();
+                return Err(FetchError::Changed { url: client.shown(), what });
             }
             Resume::No => self.begin(&answer.remote, answer.total)?,
         }
         self.progress.set_total(self.filling.total_bytes());
-        let ranged = answer.ranged
-            && answer.remote.may_resume(&answer.remote, self.expect.is_some()) != Resume::No;
+        let provable = answer.remote.may_resume(&answer.remote, has_digest) != Resume::No;
         // A source that has not told its length cannot be continued: its end would not be known.
-        let ranged = ranged && answer.total.is_some();
-        *version = Some(Agreed { remote: answer.remote.clone(), ranged });
-        Ok(resume != Resume::No)
-    }
-
-    async fn stream(
-        &mut self,
-        client: &Client,
-        mut answer: Answer,
-        asked_end: u64,
-    ) -> Result<(), FetchError> {
-        let end = match self.filling.total_bytes() {
-            Some(total) => asked_end.min(total),
-            None => self.engine.policy.max_bytes,
-        };
-        let Some(pipeline) = &mut self.pipeline else { return Ok(()) };
-        pipeline.seek(answer.start);
-        let stall = self.engine.policy.stall_timeout;
-        let streamed = loop {
-            let at = pipeline.at();
-            let chunk = tokio::select! {
-                chunk = answer.chunk(at, client, stall) => chunk,
-                () = self.progress.stopped() => Err(FetchError::Cancelled),
-            };
-            match chunk {
-                Ok(Some(bytes)) if bytes.len() as u64 > end - at => {
-                    break Err(FetchError::TooMuch { url: client.shown(), total: end });
-                }
-                Ok(Some(bytes)) => {
-                    self.progress.add_received(bytes.len() as u64);
-                    let pushed = tokio::select! {
-                        pushed = pipeline.push(&bytes) => pushed,
-                        () = self.progress.stopped() => Err(FetchError::Cancelled),
-                    };
-                    match pushed {
-                        Ok(Ok(())) => {}
-                        Ok(Err(_stopped)) => break Err(self.writer_error().await),
-                        Err(error) => break Err(error),
-                    }
-                    // A body without a length of its own may go on: that is a lie to be found.
-                    if pipeline.at() == end && answer.has_length() {
-                        break Ok(());
-                    }
-                }
-                Ok(None) if at == end || self.filling.total_bytes().is_none() => break Ok(()),
-                Ok(None) => {
-                    break Err(FetchError::Short { url: client.shown(), at, total: end });
-                }
-                // All is here; how the connection ends makes no difference.
-                Err(error) if at == end && error.class() != Class::Cancelled => break Ok(()),
-                Err(error) => break Err(error),
-            }
-        };
-        let Some(pipeline) = &mut self.pipeline else { return streamed };
-        if pipeline.flush(streamed.is_ok()).is_err() && streamed.is_ok() {
-            return Err(self.writer_error().await);
-        }
-        streamed
+        let can_resume = answer.ranged && provable && answer.total.is_some();
+        let agreed = Agreed { remote: answer.remote.clone(), can_resume, has_digest };
+        Ok((resume != Resume::No, agreed))
     }
 
     /// The error that made the writer stop.
@@ -378,24 +317,14 @@ impl Run<'_> {
         }
     }
 
-    /// A source that never said its length has ended.
-    async fn end_of_unknown(&mut self) -> Result<Option<String>, FetchError> {
-        let total = self.position();
-        if total == 0 {
-            return Err(FetchError::Empty { url: self.url.to_string() });
-        }
-        self.progress.set_total(Some(total));
-        Ok(None)
-    }
-
-    /// Everything has arrived: waits for disk and digests, and judges.
-    async fn complete(&mut self, etag: Option<String>) -> Result<Fetched, FetchError> {
+    /// Everything up to `total` is here: waits for disk and digests, and judges.
+    async fn complete(&mut self, etag: Option<String>, total: u64) -> Result<Fetched, FetchError> {
         self.progress.set_phase(Phase::Verifying);
-        let total = self.filling.total_bytes().unwrap_or_else(|| self.position());
-        let pipeline = match self.pipeline.take() {
-            Some(pipeline) => pipeline,
-            None => self.start_pipeline()?,
-        };
+        self.progress.set_total(Some(total));
+        if self.pipeline.is_none() {
+            drop(self.start_pipeline(&[])?);
+        }
+        let Some(pipeline) = self.pipeline.take() else { return Err(FetchError::Cancelled) };
         let finished = blocking(move || pipeline.finish(total)).await;
         let digests = match finished {
             Err(_) if self.progress.is_stopped() => return Err(FetchError::Cancelled),
@@ -425,23 +354,11 @@ impl Run<'_> {
     }
 }
 
-/// What the first answer of a run has settled.
-struct Agreed {
-    remote: Remote,
-    /// True if the run can go on after a break.
-    ranged: bool,
-}
-
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
         Ok(value) => value,
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
-}
-
-/// True for an error after which this run cannot go on, though another may.
-fn ends_run(error: &FetchError) -> bool {
-    matches!(error, FetchError::Changed { .. } | FetchError::Disk(_) | FetchError::ReadBack { .. })
 }
 
 /// Runs work that waits for the disk without holding up the other tasks of this thread.
@@ -453,11 +370,4 @@ fn in_place<T>(work: impl FnOnce() -> T) -> T {
         // Such a runtime has no other thread to hand its tasks to.
         work()
     }
-}
-
-fn pause(error: &FetchError, failures: u32, policy: &Policy) -> Duration {
-    if let FetchError::Status { retry_after_s: Some(seconds), .. } = error {
-        return Duration::from_secs(*seconds).min(MAX_RETRY_AFTER);
-    }
-    policy.backoff * 2u32.pow(failures.saturating_sub(1).min(6))
 }

@@ -68,6 +68,40 @@ impl Remote {
     }
 }
 
+/// What the first answer of a run has settled, for all further ones.
+#[derive(Clone, Debug)]
+pub(super) struct Agreed {
+    /// The version that the bytes belong to.
+    pub(super) remote: Remote,
+    /// True if the run can go on after a break.
+    pub(super) can_resume: bool,
+    /// True if the user has given a digest, which proves the whole in the end.
+    pub(super) has_digest: bool,
+}
+
+impl Agreed {
+    /// Holds a further answer, with its version, its range and its total, against the first.
+    ///
+    /// # Errors
+    /// What differs, in words.
+    pub(super) fn judge(
+        &self,
+        now: &Remote,
+        ranged: bool,
+        total: Option<u64>,
+        expected_total: Option<u64>,
+    ) -> Result<Resume, String> {
+        match self.remote.may_resume(now, self.has_digest) {
+            Resume::No => Err("another ETag or time".to_owned()),
+            Resume::Same | Resume::Unproven if total.is_some() && total != expected_total => {
+                Err("another length".to_owned())
+            }
+            Resume::Same | Resume::Unproven if !ranged => Err("no ranges now".to_owned()),
+            same @ (Resume::Same | Resume::Unproven) => Ok(same),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -17,7 +17,7 @@ use super::backend::{
 };
 use super::worker;
 use crate::disk::{self, CopyRecord, Disk, DiskError};
-use crate::fetch::{Policy, one_line};
+use crate::fetch::{Policy, RateLimit, one_line};
 use crate::image::{Format, ImageError, View};
 use crate::names::DiskUuid;
 use crate::ring::{BufPool, Choice, Probe, probe};
@@ -48,7 +48,7 @@ impl NodeOptions {
             create: true,
             sink: Choice::Auto,
             policy: Policy::default(),
-            buffers: 96,
+            buffers: 256,
             max_transfers: 8,
         }
     }
@@ -87,6 +87,7 @@ pub struct Node {
     slots: Vec<Arc<Slot>>,
     pool: BufPool,
     policy: Policy,
+    limit: Arc<RateLimit>,
     transfers: Arc<Semaphore>,
     /// Buffers that one transfer may hold: so many that none can starve the others.
     buffers_each: usize,
@@ -117,6 +118,7 @@ impl Node {
             slots,
             pool: BufPool::new(options.buffers),
             policy: options.policy.clone(),
+            limit: Arc::default(),
             transfers: Arc::new(Semaphore::new(options.max_transfers.max(1))),
             buffers_each: (options.buffers / options.max_transfers.max(1)).max(2),
         })
@@ -231,6 +233,7 @@ impl Backend for Node {
             pool: self.pool.clone(),
             policy: self.policy.clone(),
             buffers: self.buffers_each,
+            limit: Arc::clone(&self.limit),
             transfers: Arc::clone(&self.transfers),
         };
         WorkerHandle::spawn(move |cancel| async move {

@@ -19,7 +19,7 @@ use super::backend::{
 use super::node::{OpenError, Slot, info_of, store_id, view_of};
 use crate::disk::{self, CopyState, DigestSet, DiskError, Filling, SealRecord};
 use crate::fetch::one_line;
-use crate::fetch::{self, Class, Engine, Expect, FetchError, Fetched, Policy};
+use crate::fetch::{self, Class, Engine, Expect, FetchError, Fetched, Policy, RateLimit};
 use crate::image::{self, Format, ImageError};
 use crate::ring::BufPool;
 
@@ -33,6 +33,7 @@ pub(super) struct Shared {
     pub(super) pool: BufPool,
     pub(super) policy: Policy,
     pub(super) buffers: usize,
+    pub(super) limit: Arc<RateLimit>,
     pub(super) transfers: Arc<Semaphore>,
 }
 
@@ -229,6 +230,7 @@ impl Worker {
             probe: self.slot.probe.clone(),
             policy: self.shared.policy.clone(),
             buffers: self.shared.buffers,
+            limit: Arc::clone(&self.shared.limit),
         };
         let progress = Arc::new(fetch::Progress::default());
         let from = fetch::Source::new(source.clone()).expecting(self.expect());

@@ -7,6 +7,7 @@
 //! Start at [`BufPool::take`].
 
 use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use memmap2::MmapMut;
@@ -78,10 +79,17 @@ impl BufPool {
         Ok(Buf { memory: Some(memory), len: 0, pool, _permit: permit, _share: None })
     }
 
-    /// A part of the pool for one user: at most `count` of its buffers at a time.
+    /// A part of the pool for one user: at most `most` of its buffers at a time, and `count` until
+    /// [`BufShare::grow`].
     #[must_use]
-    pub fn share(&self, count: usize) -> BufShare {
-        BufShare { pool: self.clone(), permits: Arc::new(Semaphore::new(count)) }
+    pub fn share(&self, count: usize, most: usize) -> BufShare {
+        let count = count.clamp(1, most.max(1));
+        BufShare {
+            pool: self.clone(),
+            permits: Arc::new(Semaphore::new(count)),
+            count: Arc::new(AtomicUsize::new(count)),
+            most: most.max(1),
+        }
     }
 }
 
@@ -90,6 +98,9 @@ impl BufPool {
 pub struct BufShare {
     pool: BufPool,
     permits: Arc<Semaphore>,
+    /// Buffers that this user may hold now, and at most.
+    count: Arc<AtomicUsize>,
+    most: usize,
 }
 
 impl BufShare {
@@ -98,10 +109,81 @@ impl BufShare {
     /// # Errors
     /// The system has no memory to give.
     pub async fn take(&self) -> io::Result<Buf> {
-        let share = Arc::clone(&self.permits)
-            .acquire_owned()
+        self.reserve(1).await?.take().await
+    }
+
+    /// The right to `count` buffers (or all of this user's, if that is less), as soon as they may
+    /// be had. Whoever works on a piece of a file takes all that it needs before it begins: then
+    /// no piece can wait for buffers that are held by pieces behind it.
+    ///
+    /// # Errors
+    /// The pool is closed.
+    pub async fn reserve(&self, count: usize) -> io::Result<BufPermits> {
+        let count = count.min(self.count.load(Ordering::Relaxed));
+        let permits = Arc::clone(&self.permits)
+            .acquire_many_owned(u32::try_from(count).unwrap_or(u32::MAX))
             .await
             .map_err(|_closed| io::Error::other("buffer share is closed"))?;
+        Ok(BufPermits { pool: self.pool.clone(), permits })
+    }
+
+    /// Buffers that this user may hold.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    /// Buffers that this user may hold at most, after [`BufShare::grow`].
+    #[must_use]
+    pub fn most(&self) -> usize {
+        self.most
+    }
+
+    /// Lets this user hold as many as it ever may. Until then it has few, which stay in the
+    /// processor's cache.
+    pub fn grow(&self) {
+        let before = self.count.swap(self.most, Ordering::Relaxed);
+        self.permits.add_permits(self.most - before);
+    }
+}
+
+/// The right to some buffers, which nobody else can take meanwhile.
+#[derive(Debug)]
+pub struct BufPermits {
+    pool: BufPool,
+    permits: OwnedSemaphorePermit,
+}
+
+impl BufPermits {
+    /// How many buffers are left.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.permits.num_permits()
+    }
+
+    /// True if none is left.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Adds those of `other`.
+    pub fn merge(&mut self, other: Self) {
+        self.permits.merge(other.permits);
+    }
+
+    /// Gives all but `count` back.
+    pub fn keep(&mut self, count: usize) {
+        drop(self.permits.split(self.len().saturating_sub(count)));
+    }
+
+    /// An empty buffer. The shares of all users together fit into the pool, so this is quick.
+    ///
+    /// # Errors
+    /// None is left (`WouldBlock`), or the system has no memory to give.
+    pub async fn take(&mut self) -> io::Result<Buf> {
+        let share =
+            self.permits.split(1).ok_or_else(|| io::Error::from(io::ErrorKind::WouldBlock))?;
         let mut buf = self.pool.take().await?;
         buf._share = Some(share);
         Ok(buf)

@@ -22,7 +22,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-pub use buf::{BLOCK_BYTES, Buf, BufPool, BufShare, PAGE_BYTES};
+pub use buf::{BLOCK_BYTES, Buf, BufPermits, BufPool, BufShare, PAGE_BYTES};
 pub use probe::{Choice, Probe, SinkKind, probe};
 pub use thread::ThreadSink;
 pub use uring::UringSink;

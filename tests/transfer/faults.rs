@@ -111,7 +111,7 @@ fn a_broken_connection_costs_at_most_the_open_unit() {
         let waste = case.server.sent() - LEN as u64;
         assert!(waste < 4 * UNIT, "{waste} bytes were sent twice");
         for request in &case.server.requests()[1..] {
-            assert_eq!(request.header("if-range").unwrap(), ETAG, "bound to the version");
+            assert_eq!(request.header("if-match").unwrap(), ETAG, "bound to the version");
         }
     }
 }

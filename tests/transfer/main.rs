@@ -15,7 +15,7 @@ mod kill;
 use std::path::Path;
 
 use bedplate::fetch::{Engine, Policy};
-use bedplate::ring::{BufPool, Choice, probe};
+use bedplate::ring::{Choice, probe};
 
 /// Bytes that look random and have zero pages, the same for the same length and seed.
 pub fn content(len: usize, seed: u64) -> Vec<u8> {
@@ -48,5 +48,5 @@ pub fn engine(dir: &Path, sink: Choice) -> Engine {
         backoff: std::time::Duration::from_millis(1),
         ..Policy::default()
     };
-    Engine { pool: BufPool::new(8), probe: probe(dir, sink).expect("a sink"), policy, buffers: 8 }
+    Engine::alone(probe(dir, sink).expect("a sink"), policy, 8)
 }

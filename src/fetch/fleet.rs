@@ -1,0 +1,493 @@
+//! The connections of one run: they share what is to be asked for, and each other's failures.
+//!
+//! Why: one connection seldom fills the way, and one that breaks must not stop the others.
+//! How: each connection is a task that takes the lowest piece nobody has, with the buffers for it,
+//! asks for it and cuts its body into blocks. A single connection asks for all that follows and
+//! takes it MiB by MiB, so that on a fast way there is one request; [`Scale`] says when more would
+//! help. What a connection did not finish goes back, buffers included, to be taken first.
+//! Never: lets bytes of two versions in (each answer is held against the first), or retries
+//! without a bound.
+//! Start at [`Fleet::run`].
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
+
+use super::book::{Book, Claim, Turn};
+use super::error::{Class, FetchError};
+use super::http::{Answer, Client};
+use super::limit::RateLimit;
+use super::pipeline::{Cutter, Feed, Stopped};
+use super::policy::Policy;
+use super::progress::{Phase, Progress};
+use super::scale::{Sample, Scale};
+use super::version::{Agreed, Resume};
+use crate::ring::BufShare;
+
+/// How often it is looked at how many connections there should be.
+const TICK: Duration = Duration::from_millis(100);
+/// Longest pause that a server's `Retry-After` can ask for.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
+
+/// What the connections of one run share.
+pub(super) struct Fleet {
+    pub(super) client: Client,
+    pub(super) policy: Policy,
+    pub(super) agreed: Agreed,
+    /// Length of the object; `None` if the server does not tell.
+    pub(super) total: Option<u64>,
+    pub(super) feed: Feed,
+    pub(super) share: BufShare,
+    pub(super) progress: Arc<Progress>,
+    /// What all transfers of the process share.
+    pub(super) limit: Arc<RateLimit>,
+    pub(super) book: Mutex<Book>,
+    pub(super) state: State,
+}
+
+/// How the connections hear of each other.
+pub(super) struct State {
+    /// Something came back, or nothing is left to wait for.
+    freed: Notify,
+    /// True once everybody has to end.
+    halt: watch::Sender<bool>,
+    /// True once an answer was taken on the digest's word alone.
+    unproven: AtomicBool,
+    /// Nanoseconds that connections have waited for bytes.
+    starved: AtomicU64,
+    /// Nanoseconds from the last request to its answer.
+    latency: AtomicU64,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        let halt = watch::Sender::new(false);
+        Self {
+            freed: Notify::new(),
+            halt,
+            unproven: AtomicBool::new(false),
+            starved: AtomicU64::new(0),
+            latency: AtomicU64::new(0),
+        }
+    }
+}
+
+/// An answer that is there already, and the end of what was asked for (`u64::MAX`: all).
+pub(super) struct First {
+    pub(super) answer: Answer,
+    pub(super) asked_end: u64,
+}
+
+/// How a connection ended.
+enum End {
+    /// Nothing is left for it.
+    Done,
+    /// The writer has stopped.
+    Stopped,
+    Failed(FetchError),
+}
+
+/// How a run of the fleet ended.
+pub(super) enum Outcome {
+    /// Everything was handed over; the position behind the last byte.
+    Complete(u64),
+    /// The writer has stopped, for a reason of its own.
+    Stopped,
+    /// It cannot go on.
+    Failed(FetchError),
+}
+
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+impl Fleet {
+    fn book(&self) -> MutexGuard<'_, Book> {
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Fetches everything in the book, beginning with `first`. Returns when all connections have
+    /// ended, so that nothing is handed over any more.
+    pub(super) async fn run(self: &Arc<Self>, first: First) -> Outcome {
+        let mut crew = Crew {
+            fleet: self,
+            tasks: JoinSet::new(),
+            scale: Scale::new(self.most_connections()),
+            begin: Instant::now(),
+            failures: 0,
+            handed: 0,
+        };
+        crew.join(Some(first));
+        let outcome = crew.work().await;
+        let _ = self.state.halt.send(true);
+        while crew.tasks.join_next().await.is_some() {}
+        self.progress.set_connections(0);
+        self.book().flush(&self.feed, &self.share);
+        match outcome {
+            Ok(()) => Outcome::Complete(self.book().highest()),
+            Err(outcome) => outcome,
+        }
+    }
+
+    /// True if bytes were taken that only the user's digest can prove.
+    pub(super) fn is_unproven(&self) -> bool {
+        self.state.unproven.load(Ordering::Relaxed)
+    }
+
+    /// Several connections need a version that proves each answer, and buffers for each.
+    fn most_connections(&self) -> usize {
+        if !self.agreed.can_resume || self.agreed.remote.etag.is_none() {
+            return 1;
+        }
+        self.policy.max_connections.min(self.share.most() / 2).max(1)
+    }
+
+    /// One connection, until nothing is left for it or it fails.
+    async fn connection(self: Arc<Self>, first: Option<First>) -> End {
+        let mut halt = self.state.halt.subscribe();
+        let ended = tokio::select! {
+            ended = self.pieces(first) => ended,
+            _ = halt.wait_for(|halt| *halt) => Ok(()),
+        };
+        self.book().connections -= 1;
+        self.state.freed.notify_waiters();
+        match ended {
+            Ok(()) => End::Done,
+            Err(Broken::Stopped) => End::Stopped,
+            Err(Broken::Error(error)) => End::Failed(error),
+        }
+    }
+
+    async fn pieces(&self, mut first: Option<First>) -> Result<(), Broken> {
+        while let Some(claim) = self.claim(first.is_some()).await? {
+            // Whatever happens to this future, what was claimed goes back.
+            let mut held = Held { fleet: self, claim: Some(claim) };
+            let open = match first.take() {
+                Some(first) => first,
+                None => self.ask(held.claim()).await?,
+            };
+            self.stream(open, &mut held).await?;
+        }
+        Ok(())
+    }
+
+    /// The next piece for this connection; `None` if there is none and none can come back.
+    async fn claim(&self, first: bool) -> Result<Option<Claim>, FetchError> {
+        loop {
+            let freed = self.state.freed.notified();
+            tokio::pin!(freed);
+            freed.as_mut().enable();
+            let turn = self.book().turn(&self.share, first);
+            let blocks = match turn {
+                Turn::Returned(claim) => return Ok(Some(claim)),
+                Turn::Over => return Ok(None),
+                Turn::Wait => {
+                    freed.await;
+                    continue;
+                }
+                Turn::Take { blocks } => blocks,
+            };
+            let reserve = self.share.reserve(blocks);
+            tokio::select! {
+                permits = reserve => {
+                    let permits = permits.map_err(|source| FetchError::Memory { source })?;
+                    if let Some(claim) = self.book().take(permits) {
+                        return Ok(Some(claim));
+                    }
+                }
+                () = freed => {}
+            }
+        }
+    }
+
+    async fn ask(&self, claim: &Claim) -> Result<First, FetchError> {
+        let begin = Instant::now();
+        let whole = Some(claim.asked_end) == self.total;
+        let asked_end = if whole { u64::MAX } else { claim.asked_end };
+        let range = claim.range.start..asked_end;
+        let remote = Some(&self.agreed.remote);
+        let answer = self.client.get(range, remote, &self.policy).await?;
+        self.state.latency.store(nanos(begin.elapsed()), Ordering::Relaxed);
+        match self.agreed.judge(&answer.remote, answer.ranged, answer.total, self.total) {
+            Err(what) => Err(FetchError::Changed { url: self.client.shown(), what }),
+            Ok(same) => {
+                self.state.unproven.fetch_or(same == Resume::Unproven, Ordering::Relaxed);
+                Ok(First { answer, asked_end })
+            }
+        }
+    }
+
+    /// Reads the body of an answer into the claim and, if it goes on, into what follows.
+    async fn stream(&self, open: First, held: &mut Held<'_>) -> Result<(), Broken> {
+        let First { mut answer, asked_end } = open;
+        let end = match self.total {
+            Some(total) => asked_end.min(total),
+            None => self.policy.max_bytes,
+        };
+        let Claim { range, permits, buf, .. } = held.claim_mut();
+        let (start, permits, buf) = (range.start, permits.take(), buf.take());
+        let (feed, share) = (self.feed.clone(), self.share.clone());
+        let mut cutter = Cutter::resume(feed, share, start, permits, buf);
+        self.progress.set_phase(Phase::Fetching);
+        let read = self.read(&mut answer, end, &mut cutter, held).await;
+        let at = cutter.at();
+        let mut flushed = Ok(());
+        if read.is_ok() && self.total.is_none_or(|total| at == total) {
+            flushed = cutter.flush(true);
+        }
+        self.book().advanced(start, at);
+        let claim = held.claim_mut();
+        claim.range.start = at.min(claim.range.end);
+        (claim.permits, claim.buf) = cutter.take_apart();
+        if read.is_ok() && self.total.is_none() {
+            claim.range.start = claim.range.end;
+            self.book().close();
+        }
+        read?;
+        flushed.map_err(|Stopped| Broken::Stopped)
+    }
+
+    async fn read(
+        &self,
+        answer: &mut Answer,
+        end: u64,
+        cutter: &mut Cutter,
+        held: &mut Held<'_>,
+    ) -> Result<(), Broken> {
+        loop {
+            let at = cutter.at();
+            if at >= held.claim().range.end && at < end && !held.extend(at) {
+                // Somebody else has what follows: this body is of no more use.
+                return Ok(());
+            }
+            let begin = Instant::now();
+            let chunk = answer.chunk(at, &self.client, self.policy.stall_timeout).await;
+            self.state.starved.fetch_add(nanos(begin.elapsed()), Ordering::Relaxed);
+            match chunk {
+                Ok(Some(bytes)) if bytes.len() as u64 > end - at => {
+                    let url = self.client.shown();
+                    return Err(FetchError::TooMuch { url, total: end }.into());
+                }
+                Ok(Some(bytes)) => {
+                    self.progress.add_received(bytes.len() as u64);
+                    self.limit.spend(bytes.len()).await;
+                    self.progress.limit().spend(bytes.len()).await;
+                    if !self.take(&bytes, end, cutter, held).await? {
+                        return Ok(());
+                    }
+                    // A body without a length of its own may go on: that is a lie to be found.
+                    if cutter.at() == end && answer.has_length() {
+                        return Ok(());
+                    }
+                }
+                Ok(None) if at == end || self.total.is_none() => return Ok(()),
+                Ok(None) => {
+                    let url = self.client.shown();
+                    return Err(FetchError::Short { url, at, total: end }.into());
+                }
+                // All is here; how the connection ends makes no difference.
+                Err(_) if at == end => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Cuts a chunk; false if a part of it belongs to somebody else.
+    async fn take(
+        &self,
+        mut bytes: &[u8],
+        end: u64,
+        cutter: &mut Cutter,
+        held: &mut Held<'_>,
+    ) -> Result<bool, Broken> {
+        while !bytes.is_empty() {
+            let at = cutter.at();
+            let room = held.claim().range.end.saturating_sub(at);
+            if room == 0 {
+                if at < end && held.extend(at) {
+                    continue;
+                }
+                return Ok(false);
+            }
+            let count = bytes.len().min(usize::try_from(room).unwrap_or(usize::MAX));
+            let pushed = cutter.push(&bytes[..count]).await?;
+            pushed.map_err(|Stopped| Broken::Stopped)?;
+            bytes = &bytes[count..];
+        }
+        Ok(true)
+    }
+}
+
+/// Why a connection has to end.
+enum Broken {
+    Stopped,
+    Error(FetchError),
+}
+
+impl From<FetchError> for Broken {
+    fn from(error: FetchError) -> Self {
+        Self::Error(error)
+    }
+}
+
+/// A claim in work: what is left of it goes back to the book on drop.
+struct Held<'a> {
+    fleet: &'a Fleet,
+    claim: Option<Claim>,
+}
+
+impl Held<'_> {
+    fn claim(&self) -> &Claim {
+        self.claim.as_ref().expect("a claim leaves only in drop")
+    }
+
+    fn claim_mut(&mut self) -> &mut Claim {
+        self.claim.as_mut().expect("a claim leaves only in drop")
+    }
+
+    /// Takes the MiB at `at` too, if it is free.
+    fn extend(&mut self, at: u64) -> bool {
+        let Some(claim) = self.claim.as_mut() else { return false };
+        self.fleet.book().extend(claim, at)
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        if let Some(claim) = self.claim.take() {
+            self.fleet.book().give_back(claim);
+            self.fleet.state.freed.notify_waiters();
+        }
+    }
+}
+
+/// The tasks of a fleet, and what is done about their ends.
+struct Crew<'a> {
+    fleet: &'a Arc<Fleet>,
+    tasks: JoinSet<End>,
+    scale: Scale,
+    begin: Instant,
+    /// Failed attempts in a row without a new byte.
+    failures: u32,
+    /// Bytes that had been handed over at the last failure.
+    handed: u64,
+}
+
+impl Crew<'_> {
+    fn join(&mut self, first: Option<First>) {
+        self.fleet.book().connections += 1;
+        self.tasks.spawn(Arc::clone(self.fleet).connection(first));
+        self.fleet.progress.set_connections(self.tasks.len());
+    }
+
+    async fn work(&mut self) -> Result<(), Outcome> {
+        let progress = Arc::clone(&self.fleet.progress);
+        let mut tick = tokio::time::interval(TICK);
+        loop {
+            tokio::select! {
+                ended = self.tasks.join_next() => {
+                    self.fleet.progress.set_connections(self.tasks.len());
+                    let end = match ended {
+                        Some(Ok(end)) => end,
+                        Some(Err(died)) => std::panic::resume_unwind(died.into_panic()),
+                        None => End::Done,
+                    };
+                    match end {
+                        End::Done => {}
+                        End::Stopped => return Err(Outcome::Stopped),
+                        End::Failed(error) => self.failed(error).await?,
+                    }
+                    if self.tasks.is_empty() {
+                        if self.fleet.book().is_empty() {
+                            return Ok(());
+                        }
+                        self.join(None);
+                    }
+                }
+                _ = tick.tick() => self.scale(),
+                () = progress.stopped() => return Err(Outcome::Failed(FetchError::Cancelled)),
+            }
+        }
+    }
+
+    /// Looks at how it goes, and adds connections if more would help.
+    fn scale(&mut self) {
+        let state = &self.fleet.state;
+        let target = self.scale.sample(Sample {
+            now: self.begin.elapsed(),
+            received: self.fleet.progress.received(),
+            starved: Duration::from_nanos(state.starved.load(Ordering::Relaxed)),
+            latency: Duration::from_nanos(state.latency.load(Ordering::Relaxed)),
+        });
+        if target > 1 && self.fleet.share.count() < self.fleet.share.most() {
+            self.fleet.share.grow();
+        }
+        self.fleet.book().target = target;
+        while self.tasks.len() < target && self.fleet.book().has_untaken() {
+            self.join(None);
+        }
+    }
+
+    /// Decides whether a failure ends the run; if not, waits as long as it takes to try again.
+    async fn failed(&mut self, error: FetchError) -> Result<(), Outcome> {
+        let fleet = self.fleet;
+        if error.class() == Class::Cancelled || error.ends_run() {
+            return Err(Outcome::Failed(error));
+        }
+        let others = self.tasks.len();
+        if others > 0 {
+            // The others take over what this one leaves.
+            self.scale.lost(self.begin.elapsed(), others);
+            fleet.book().target = others;
+            fleet.progress.failed_once(error.report());
+            return Ok(());
+        }
+        let handed = fleet.book().handed_bytes();
+        // Whole units count: a server that breaks after a few bytes each time is no progress.
+        if handed > self.handed {
+            self.failures = 0;
+        }
+        self.handed = handed;
+        self.failures += 1;
+        if error.class() == Class::Refuse {
+            return Err(Outcome::Failed(error));
+        }
+        let source = Box::new(error);
+        if !fleet.agreed.can_resume {
+            let (url, at) = (fleet.client.shown(), fleet.book().highest());
+            return Err(Outcome::Failed(FetchError::CannotResume { url, at, source }));
+        }
+        let attempts = self.failures;
+        if attempts >= fleet.policy.max_attempts {
+            return Err(Outcome::Failed(FetchError::GaveUp { attempts, source }));
+        }
+        self.scale.lost(self.begin.elapsed(), 1);
+        fleet.book().target = 1;
+        fleet.progress.failed_once(source.report());
+        rest(&source, attempts, &fleet.policy, &fleet.progress).await.map_err(Outcome::Failed)
+    }
+}
+
+/// Waits before the next attempt, after `failures` of them.
+///
+/// # Errors
+/// [`FetchError::Cancelled`] meanwhile.
+pub(super) async fn rest(
+    error: &FetchError,
+    failures: u32,
+    policy: &Policy,
+    progress: &Progress,
+) -> Result<(), FetchError> {
+    let mut pause = policy.backoff * 2u32.pow(failures.saturating_sub(1).min(6));
+    if let FetchError::Status { retry_after_s: Some(seconds), .. } = error {
+        pause = Duration::from_secs(*seconds).min(MAX_RETRY_AFTER);
+    }
+    progress.set_phase(Phase::Retrying);
+    tokio::select! {
+        () = tokio::time::sleep(pause) => Ok(()),
+        () = progress.stopped() => Err(FetchError::Cancelled),
+    }
+}
