@@ -11,6 +11,7 @@ mod fault_server;
 mod faults;
 mod full_disk;
 mod kill;
+mod parallel;
 
 use std::path::Path;
 

@@ -1,0 +1,185 @@
+//! Promise: several connections are used where they help, and whatever happens to them the bytes
+//! are right and none is asked for twice.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use crate::fault_server::{Cut, FaultServer, Reply, Request};
+use crate::{content, engine, sha256};
+use bedplate::fetch::{
+    Expect, FetchError, Policy, Progress, PullRequest, Pulled, Source, SourceUrl, pull,
+};
+use bedplate::ring::{Choice, probe};
+
+const MIB: usize = 1 << 20;
+const ETAG: &str = "\"one\"";
+/// 64 KiB each 4 ms: about 16 MB/s and connection.
+const PACE: Duration = Duration::from_millis(4);
+
+fn paced(request: &Request, bytes: &[u8], etag: &str) -> Reply {
+    let mut reply = Reply::ranged(request, bytes, etag);
+    reply.pace = PACE;
+    reply
+}
+
+fn bring_in(server: &FaultServer, expect: &Expect) -> (Result<Pulled, FetchError>, Vec<u8>, u32) {
+    let temp = tempfile::tempdir().unwrap();
+    let policy = Policy {
+        stall_timeout: Duration::from_millis(500),
+        backoff: Duration::from_millis(1),
+        ..Policy::default()
+    };
+    let engine =
+        bedplate::fetch::Engine::alone(probe(temp.path(), Choice::Auto).unwrap(), policy, 32);
+    let url = SourceUrl::parse(&format!("{}/x", server.url)).unwrap();
+    let output = temp.path().join("out.img");
+    let source = Source::new(url).expecting(expect.clone());
+    let request = PullRequest { source, output: output.clone() };
+    let progress = Arc::new(Progress::default());
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let (watched, most) = (Arc::clone(&progress), Arc::new(AtomicUsize::new(0)));
+    let seen = Arc::clone(&most);
+    runtime.spawn(async move {
+        loop {
+            seen.fetch_max(watched.snapshot().connections as usize, Ordering::Relaxed);
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    });
+    let pulled = runtime.block_on(pull(&engine, &request, &progress));
+    let bytes = std::fs::read(output).unwrap_or_default();
+    (pulled, bytes, most.load(Ordering::Relaxed) as u32)
+}
+
+fn expect(bytes: &[u8]) -> Expect {
+    Expect::parse(Some(&sha256(bytes)), None).unwrap()
+}
+
+/// The bytes that were asked for in bounded ranges, and how often a byte was in two of them.
+fn overlaps(requests: &[Request]) -> u64 {
+    let mut bounded: Vec<_> =
+        requests.iter().filter_map(|r| r.range.clone()).filter(|r| r.end != u64::MAX).collect();
+    bounded.sort_by_key(|range| range.start);
+    bounded.windows(2).map(|pair| pair[0].end.saturating_sub(pair[1].start)).sum()
+}
+
+#[test]
+fn a_server_that_limits_each_connection_is_asked_on_several() {
+    let bytes = content(64 * MIB + 12_345, 31);
+    let served = bytes.clone();
+    let server = FaultServer::start(move |r| paced(r, &served, ETAG));
+    let (pulled, got, connections) = bring_in(&server, &expect(&bytes));
+    assert_eq!(pulled.unwrap().digests.sha256.unwrap(), sha256(&bytes));
+    assert!(got == bytes);
+    assert!(connections >= 4, "{connections} connections");
+    assert_eq!(overlaps(&server.requests()), 0, "pieces do not overlap");
+    for request in &server.requests()[1..] {
+        assert_eq!(request.header("if-match").unwrap(), ETAG, "each piece is bound to the version");
+    }
+}
+
+#[test]
+fn without_a_strong_etag_there_is_one_connection() {
+    let bytes = content(20 * MIB, 32);
+    let served = bytes.clone();
+    let server = FaultServer::start(move |r| paced(r, &served, "W/\"weak\""));
+    let (pulled, got, connections) = bring_in(&server, &expect(&bytes));
+    pulled.unwrap();
+    assert!(got == bytes);
+    assert_eq!((connections, server.requests().len()), (1, 1), "no answer could prove its version");
+}
+
+#[test]
+fn a_server_that_allows_two_connections_is_used_with_two() {
+    let bytes = content(48 * MIB, 33);
+    let (served, open) = (bytes.clone(), Arc::new(AtomicUsize::new(0)));
+    let refused = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&refused);
+    // A body is counted as open until the next request on its connection, so bounded pieces are
+    // told apart from the first answer by their range.
+    let server = FaultServer::start(move |request| {
+        let bounded = request.range.as_ref().is_some_and(|range| range.end != u64::MAX);
+        if bounded && open.fetch_add(1, Ordering::SeqCst) % 3 == 2 {
+            count.fetch_add(1, Ordering::SeqCst);
+            return Reply::status("503 Too many connections");
+        }
+        paced(request, &served, ETAG)
+    });
+    let (pulled, got, _) = bring_in(&server, &expect(&bytes));
+    pulled.unwrap();
+    assert!(got == bytes);
+    assert!(refused.load(Ordering::SeqCst) > 0, "the server refused some");
+}
+
+#[test]
+fn pieces_that_break_at_any_byte_go_on_where_they_broke() {
+    for (cut, seed) in [(Cut::Close as fn(usize) -> Cut, 34), (Cut::Reset, 35), (Cut::Stall, 36)] {
+        let bytes = content(40 * MIB + 77, seed);
+        let served = bytes.clone();
+        let server = FaultServer::start(move |request| {
+            let reply = paced(request, &served, ETAG);
+            // Every other piece breaks, each at another byte.
+            let odd = request.index % 2 == 1;
+            if odd { reply.cut(cut(300_001 + 7919 * request.index)) } else { reply }
+        });
+        let (pulled, got, _) = bring_in(&server, &expect(&bytes));
+        pulled.unwrap();
+        assert!(got == bytes);
+    }
+}
+
+#[test]
+fn an_object_replaced_while_several_connections_read_it_is_never_mixed() {
+    for knows_if_match in [true, false] {
+        let (old, new) = (content(48 * MIB, 37), content(48 * MIB, 38));
+        let (before, after) = (old.clone(), new.clone());
+        let server = FaultServer::start(move |request| {
+            // The object is replaced once several connections are at work.
+            if request.index < 6 {
+                return paced(request, &before, "\"old\"");
+            }
+            let asked = request.header("if-match");
+            if knows_if_match && asked.is_some_and(|tag| tag != "\"new\"") {
+                return Reply::status("412 Precondition Failed");
+            }
+            Reply::ranged(request, &after, "\"new\"")
+        });
+        let (pulled, got, connections) = bring_in(&server, &Expect::default());
+        pulled.unwrap();
+        assert!(connections > 1, "the replacement met several connections");
+        assert!(got == new, "if-match known: {knows_if_match}");
+    }
+}
+
+#[test]
+fn a_run_that_ends_in_the_middle_goes_on_without_asking_for_what_is_durable() {
+    let bytes = content(48 * MIB, 39);
+    let (served, broken) = (bytes.clone(), Arc::new(AtomicBool::new(true)));
+    let down = Arc::clone(&broken);
+    let server = FaultServer::start(move |request| {
+        if down.load(Ordering::SeqCst) && request.index > 8 {
+            return Reply::status("404 Not Found");
+        }
+        paced(request, &served, ETAG)
+    });
+    let temp = tempfile::tempdir().unwrap();
+    let mut engine = engine(temp.path(), Choice::Auto);
+    engine = bedplate::fetch::Engine::alone(engine.probe, engine.policy, 32);
+    let url = SourceUrl::parse(&format!("{}/x", server.url)).unwrap();
+    let output = temp.path().join("out.img");
+    let request =
+        PullRequest { source: Source::new(url).expecting(expect(&bytes)), output: output.clone() };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let run = || {
+        let progress = Arc::new(Progress::default());
+        runtime.block_on(pull(&engine, &request, &progress)).map(|p| p.received_bytes)
+    };
+    assert!(run().unwrap_err().report().contains("404"));
+    broken.store(false, Ordering::SeqCst);
+    let asked_before = server.requests().len();
+    let received = run().unwrap();
+    assert!(std::fs::read(&output).unwrap() == bytes);
+    assert!(received < bytes.len() as u64, "a part was here");
+    let again: u64 = overlaps(&server.requests()[asked_before..]);
+    assert_eq!(again, 0);
+}
