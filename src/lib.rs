@@ -25,6 +25,7 @@ pub mod daemon;
 pub mod disk;
 pub mod fetch;
 pub mod image;
+pub mod import;
 pub mod manager;
 pub mod map;
 pub mod ring;

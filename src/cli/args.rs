@@ -15,6 +15,7 @@ use super::exit::Exit;
 use super::sizes::parse_bytes;
 use crate::daemon;
 use crate::image::Format;
+use crate::import::Layout;
 use crate::names::{ImageName, NameError};
 
 static EXIT_CODES: LazyLock<String> = LazyLock::new(|| {
@@ -193,13 +194,20 @@ Run it again after an interruption: what has arrived is not fetched again.
 
 Examples:
   bedplate pull https://example.org/disk.img -o disk.img
-  bedplate pull https://example.org/disk.img -o disk.img --sha256 HEX --json")]
+  bedplate pull https://example.org/disk.img -o disk.img --sha256 HEX --json
+  bedplate pull https://example.org/disk.qcow2 -o disk.raw --layout raw")]
 pub struct PullArgs {
     /// http://, https:// or file:// URL, a path, or - for a URL on stdin
     pub source: String,
     /// The file to make; an existing one is replaced once the new one is complete
     #[arg(short, long, value_name = "FILE")]
     pub output: PathBuf,
+    /// What to make of a QCOW2 source: the file as it is, or the guest's disk, sparse
+    #[arg(long, default_value = "as-is", value_name = "LAYOUT")]
+    pub layout: Layout,
+    /// Make no digest of a file for which none is given
+    #[arg(long, conflicts_with_all = ["sha256", "sha512"])]
+    pub no_digest: bool,
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at its type")]
     pub expected: Expected,

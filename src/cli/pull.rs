@@ -14,10 +14,8 @@ use super::output::Output;
 use super::progress::{Meter, Moment};
 use super::signals::Signals;
 use super::source;
-use crate::fetch::{
-    self, Class, Engine, Expect, FetchError, Phase, Policy, Progress, PullRequest, Pulled,
-    Snapshot, Source,
-};
+use crate::fetch::{self, Class, Engine, Expect, Phase, Policy, Progress, Snapshot, Source};
+use crate::import::{ImportError, PullRequest, Pulled, pull};
 use crate::ring;
 use crate::units::human_bytes;
 
@@ -36,8 +34,9 @@ pub(super) async fn run(args: &PullArgs, output: &Output) -> Result<(), CliError
     let probe = ring::probe(dir, ring::Choice::Auto)
         .map_err(|reason| CliError::new(Exit::Refused, reason, ""))?;
     let engine = Engine::alone(probe, Policy::default(), BUFFERS);
-    let source = Source::new(url).expecting(expect.map_err(usage)?);
-    let request = PullRequest { source, output: args.output.clone() };
+    let mut source = Source::new(url).expecting(expect.map_err(usage)?);
+    source.digest = !args.no_digest;
+    let request = PullRequest { source, layout: args.layout, output: args.output.clone() };
     let started = Instant::now();
     let pulled = watch(engine, request, output).await?;
     show(args, &pulled, started.elapsed(), output)
@@ -52,7 +51,7 @@ async fn watch(engine: Engine, request: PullRequest, output: &Output) -> Result<
     let mut speed = Speed::default();
     // A task of its own runs where its socket wakes up, without a hop to this thread.
     let watched = Arc::clone(&progress);
-    let mut pulling = tokio::spawn(async move { fetch::pull(&engine, &request, &watched).await });
+    let mut pulling = tokio::spawn(async move { pull(&engine, &request, &watched).await });
     let mut tick = tokio::time::interval(TICK);
     let result = loop {
         tokio::select! {
@@ -68,7 +67,7 @@ async fn watch(engine: Engine, request: PullRequest, output: &Output) -> Result<
     }
 }
 
-fn failure(error: &FetchError) -> CliError {
+fn failure(error: &ImportError) -> CliError {
     match error.class() {
         Class::Refuse => CliError::refused(error),
         Class::Retry => CliError::retry(error),

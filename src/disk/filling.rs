@@ -26,7 +26,7 @@ use crate::ring::PAGE_BYTES;
 
 /// The names of one image's files in their directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Layout {
+pub struct FileNames {
     /// The finished file.
     pub data: String,
     /// The file while it is filling.
@@ -39,7 +39,7 @@ pub struct Layout {
     pub cfg: Option<String>,
 }
 
-impl Layout {
+impl FileNames {
     /// A copy in the store, with Longhorn's names.
     #[must_use]
     pub fn copy() -> Self {
@@ -92,7 +92,7 @@ impl SealRecord {
 #[derive(Debug)]
 pub struct Filling {
     dir: Dir,
-    layout: Layout,
+    layout: FileNames,
     space: Space,
     file: Arc<File>,
     presence: Option<Arc<Mutex<Presence>>>,
@@ -115,7 +115,7 @@ impl Filling {
     ///
     /// # Errors
     /// [`DiskError::Io`].
-    pub fn open(dir: Dir, layout: Layout, space: Space) -> Result<Self, DiskError> {
+    pub fn open(dir: Dir, layout: FileNames, space: Space) -> Result<Self, DiskError> {
         let file = lock_partial(&dir, &layout.partial)?;
         let presence = believable(&dir, &layout, &file)?;
         let total_bytes = presence.as_ref().and_then(|p| p.version().total_bytes);
@@ -129,7 +129,7 @@ impl Filling {
     ///
     /// # Errors
     /// [`DiskError::Io`].
-    pub fn peek(dir: &Dir, layout: &Layout) -> Result<Option<(u64, Option<u64>)>, DiskError> {
+    pub fn peek(dir: &Dir, layout: &FileNames) -> Result<Option<(u64, Option<u64>)>, DiskError> {
         let Some(file) = dir.try_open_file(&layout.partial, OFlags::RDONLY)? else {
             return Ok(None);
         };
@@ -191,6 +191,11 @@ impl Filling {
     /// # Errors
     /// [`DiskError::NoSpace`] if it cannot fit, [`DiskError::Io`].
     pub fn begin(&mut self, version: &Version) -> Result<(), DiskError> {
+        self.start_over(version)?;
+        self.prepare(None)
+    }
+
+    fn start_over(&mut self, version: &Version) -> Result<(), DiskError> {
         let path = self.path();
         if version.total_bytes.is_some_and(|total| total > MAX_FILE_BYTES) {
             let why = format!("longer than the limit of {MAX_FILE_BYTES} bytes");
@@ -205,7 +210,28 @@ impl Filling {
         self.total_bytes = version.total_bytes;
         let presence = Presence::create(&self.dir, &self.layout.presence, version.clone())?;
         self.presence = Some(Arc::new(Mutex::new(presence)));
-        self.prepare()
+        Ok(())
+    }
+
+    /// As [`Filling::begin`] or, with `keep`, [`Filling::resume`], for a caller who knows how many
+    /// bytes will be written: only so much room is promised. See [`Filling::promise`].
+    ///
+    /// # Errors
+    /// As [`Filling::begin`].
+    pub fn begin_sparse(&mut self, version: &Version, keep: bool) -> Result<(), DiskError> {
+        if keep {
+            return self.prepare(Some(0));
+        }
+        self.start_over(version)?;
+        self.prepare(Some(0))
+    }
+
+    /// Promises room for `need_bytes` more, after [`Filling::begin_sparse`].
+    ///
+    /// # Errors
+    /// [`DiskError::NoSpace`].
+    pub fn promise(&self, need_bytes: u64) -> Result<(), DiskError> {
+        self.reservation.as_ref().map_or(Ok(()), |reservation| reservation.extend(need_bytes))
     }
 
     /// Goes on with the durable bytes that are here: reserves room for the rest, and makes sure
@@ -214,15 +240,20 @@ impl Filling {
     /// # Errors
     /// As [`Filling::begin`].
     pub fn resume(&mut self) -> Result<(), DiskError> {
-        self.prepare()
+        self.prepare(None)
     }
 
-    fn prepare(&mut self) -> Result<(), DiskError> {
+    /// `need`: bytes that will be written; `None`: everything that is missing.
+    fn prepare(&mut self, need: Option<u64>) -> Result<(), DiskError> {
         let Some(total) = self.total_bytes else { return Ok(()) };
         let (path, missing) = (self.path(), self.missing());
         self.reservation = None;
-        let need = missing.iter().map(|range| range.end - range.start).sum();
-        self.reservation = Some(Arc::new(self.space.reserve(need)?));
+        let whole = || missing.iter().map(|range| range.end - range.start).sum();
+        let reserved = match need {
+            Some(need) => self.space.reserve_data(need)?,
+            None => self.space.reserve(whole())?,
+        };
+        self.reservation = Some(Arc::new(reserved));
         let padded = total.next_multiple_of(PAGE_BYTES as u64);
         let set_len = |len| self.file.set_len(len).map_err(|e| DiskError::write(&path, len, e));
         if self.file.metadata().is_ok_and(|meta| meta.len() > padded) {
@@ -390,7 +421,7 @@ fn lock_partial(dir: &Dir, name: &str) -> Result<File, DiskError> {
 }
 
 /// The presence of an unfinished file, if its data can be what it says.
-fn believable(dir: &Dir, layout: &Layout, file: &File) -> Result<Option<Presence>, DiskError> {
+fn believable(dir: &Dir, layout: &FileNames, file: &File) -> Result<Option<Presence>, DiskError> {
     let len = file.metadata().map_err(|e| DiskError::io("stat", dir.path(), e))?.len();
     let presence = Presence::load(dir, &layout.presence)?;
     Ok(presence.filter(|presence| {

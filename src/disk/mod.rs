@@ -27,7 +27,7 @@ pub use cfg::{CopyCfg, go_time};
 pub use digests::{DigestRecord, DigestSet, Digests, Hasher};
 pub use dir::Dir;
 pub use error::DiskError;
-pub use filling::{Filling, Layout, SealError, SealRecord};
+pub use filling::{FileNames, Filling, SealError, SealRecord};
 pub use page::page_crc;
 pub use presence::{MAX_FILE_BYTES, Presence, UNIT_BYTES, Version};
 pub use readback::{hash_file, hash_range};

@@ -192,14 +192,16 @@ impl Presence {
                 unit += 64;
                 continue;
             }
+            let none_of_word = unit % 64 == 0 && matches!(whole_word, None | Some(0));
+            let count = if none_of_word { 64 } else { 1 };
             if !self.has_unit(unit) {
-                let range = unit * UNIT_BYTES..((unit + 1) * UNIT_BYTES).min(total_bytes);
+                let range = unit * UNIT_BYTES..((unit + count) * UNIT_BYTES).min(total_bytes);
                 match missing.last_mut() {
                     Some(last) if last.end == range.start => last.end = range.end,
                     Some(_) | None => missing.push(range),
                 }
             }
-            unit += 1;
+            unit += count;
         }
         missing
     }
@@ -224,10 +226,15 @@ impl Presence {
             let at_end = self.version.total_bytes == Some(range.end);
             let first = range.start.div_ceil(UNIT_BYTES);
             let end = if at_end { range.end.div_ceil(UNIT_BYTES) } else { range.end / UNIT_BYTES };
-            for unit in first..end {
+            let mut unit = first;
+            while unit < end {
                 let word = usize::try_from(unit / 64).unwrap_or(usize::MAX);
-                *self.word_mut(word) |= 1 << (unit % 64);
+                // The bits of this word from `unit` on, below `end`.
+                let count = (64 - unit % 64).min(end - unit);
+                let bits = u64::MAX >> (64 - count) << (unit % 64);
+                *self.word_mut(word) |= bits;
                 dirty.insert(page_of(word));
+                unit += count;
             }
         }
         for index in dirty {

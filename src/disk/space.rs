@@ -72,6 +72,28 @@ impl Space {
     /// # Errors
     /// [`DiskError::NoSpace`] if that much is not free beyond what others were promised.
     pub fn reserve(&self, need_bytes: u64) -> Result<Reservation, DiskError> {
+        let id = {
+            let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+            ledger.next_id += 1;
+            ledger.next_id
+        };
+        self.promise(id, need_bytes)?;
+        Ok(Reservation { id, space: self.clone(), counts_zeroes: true })
+    }
+
+    /// As [`Space::reserve`], for a caller who knows which ranges are zero and counts only the
+    /// others; see [`Reservation::extend`].
+    ///
+    /// # Errors
+    /// As [`Space::reserve`].
+    pub fn reserve_data(&self, need_bytes: u64) -> Result<Reservation, DiskError> {
+        let mut reserved = self.reserve(need_bytes)?;
+        reserved.counts_zeroes = false;
+        Ok(reserved)
+    }
+
+    /// Adds `need_bytes` to what `id` was promised.
+    fn promise(&self, id: u64, need_bytes: u64) -> Result<(), DiskError> {
         let usage = self.usage()?;
         let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
         let reserved = ledger.promised.values().sum::<u64>();
@@ -79,10 +101,8 @@ impl Space {
             let path = self.path.clone();
             return Err(DiskError::NoSpace { path, need: need_bytes, free: usage.free, reserved });
         }
-        ledger.next_id += 1;
-        let id = ledger.next_id;
-        ledger.promised.insert(id, need_bytes);
-        Ok(Reservation { id, ledger: Arc::clone(&self.ledger) })
+        *ledger.promised.entry(id).or_default() += need_bytes;
+        Ok(())
     }
 }
 
@@ -90,13 +110,25 @@ impl Space {
 #[derive(Debug)]
 pub struct Reservation {
     id: u64,
-    ledger: Arc<Mutex<Ledger>>,
+    space: Space,
+    counts_zeroes: bool,
 }
 
 impl Reservation {
-    /// Notes that `bytes` were written, or turned out to be holes.
-    pub fn consume(&self, bytes: u64) {
-        let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Promises `need_bytes` more.
+    ///
+    /// # Errors
+    /// As [`Space::reserve`]; what was promised before stays.
+    pub fn extend(&self, need_bytes: u64) -> Result<(), DiskError> {
+        self.space.promise(self.id, need_bytes)
+    }
+
+    /// Notes that `bytes` were written, or (`zero`) turned out to be a hole.
+    pub fn consume(&self, bytes: u64, zero: bool) {
+        if zero && !self.counts_zeroes {
+            return;
+        }
+        let mut ledger = self.space.ledger.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(left) = ledger.promised.get_mut(&self.id) {
             *left = left.saturating_sub(bytes);
         }
@@ -105,7 +137,7 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ledger = self.space.ledger.lock().unwrap_or_else(PoisonError::into_inner);
         ledger.promised.remove(&self.id);
     }
 }
@@ -121,9 +153,9 @@ mod tests {
         let first = space.reserve(1000).unwrap();
         assert_eq!(space.usage().unwrap().reserved, 1000);
         assert!(matches!(space.reserve(all.saturating_mul(2)), Err(DiskError::NoSpace { .. })));
-        first.consume(400);
+        first.consume(400, false);
         assert_eq!(space.usage().unwrap().reserved, 600);
-        first.consume(10_000);
+        first.consume(10_000, true);
         assert_eq!(space.usage().unwrap().reserved, 0);
         drop(first);
         assert_eq!(space.usage().unwrap().reserved, 0);

@@ -14,7 +14,7 @@ use rustix::fs::{FlockOperation, OFlags};
 
 use super::cfg::{CopyCfg, DiskCfg, go_time};
 use super::digests::{DigestRecord, Digests};
-use super::filling::{Filling, Layout, SealRecord, copy_cfg, store_cfg};
+use super::filling::{FileNames, Filling, SealRecord, copy_cfg, store_cfg};
 use super::readback::hash_file;
 use super::space::Space;
 use super::{DigestSet, Dir, DiskError, Hasher, Sealed};
@@ -123,7 +123,7 @@ impl Disk {
     /// Where the sealed file of a copy is, or will be: the path that a replica opens.
     #[must_use]
     pub fn data_path(&self, id: &CopyId) -> PathBuf {
-        self.images.path().join(id.dir_name()).join(Layout::copy().data)
+        self.images.path().join(id.dir_name()).join(FileNames::copy().data)
     }
 
     /// Every copy on the disk. Directories with other names are left alone.
@@ -153,7 +153,7 @@ impl Disk {
     /// [`DiskError::Io`].
     pub fn copy_state(&self, id: &CopyId) -> Result<Option<CopyState>, DiskError> {
         let Some(dir) = self.copy_dir(id)? else { return Ok(None) };
-        let layout = Layout::copy();
+        let layout = FileNames::copy();
         if let Some(file) = dir.try_open_file(&layout.data, OFlags::RDONLY)? {
             let record = ready_record(&dir, &layout, &file)?;
             return Ok(Some(record.map_or(CopyState::Unchecked, CopyState::Ready)));
@@ -180,7 +180,7 @@ impl Disk {
     /// [`DiskError::Io`].
     pub fn filling(&self, id: &CopyId) -> Result<Filling, DiskError> {
         let dir = self.images.make_dir(&id.dir_name())?;
-        Filling::open(dir, Layout::copy(), self.space.clone())
+        Filling::open(dir, FileNames::copy(), self.space.clone())
     }
 
     /// The sealed file of a ready copy.
@@ -189,7 +189,7 @@ impl Disk {
     /// [`DiskError::Io`] if there is none.
     pub fn sealed(&self, id: &CopyId) -> Result<Sealed, DiskError> {
         let dir = self.images.open_dir(&id.dir_name())?;
-        let layout = Layout::copy();
+        let layout = FileNames::copy();
         let file = dir.open_file(&layout.data, OFlags::RDONLY)?;
         Sealed::from_file(file, dir.join(&layout.data))
     }
@@ -209,7 +209,7 @@ impl Disk {
         progress: &mut dyn FnMut(u64) -> bool,
     ) -> Result<CopyRecord, DiskError> {
         let dir = self.images.open_dir(&id.dir_name())?;
-        let layout = Layout::copy();
+        let layout = FileNames::copy();
         let path = dir.join(&layout.data);
         let file = dir.open_file(&layout.data, OFlags::RDONLY)?;
         let stat = || file.metadata().map_err(|e| DiskError::io("stat", &path, e));
@@ -253,7 +253,7 @@ impl Disk {
     /// [`DiskError::Io`]. A copy that is not there is fine.
     pub fn remove(&self, id: &CopyId) -> Result<(), DiskError> {
         let Some(dir) = self.copy_dir(id)? else { return Ok(()) };
-        let layout = Layout::copy();
+        let layout = FileNames::copy();
         // The bits go first: without them nothing of an unfinished file is believed.
         dir.remove_file(&layout.presence)?;
         for name in dir.names()? {
@@ -281,7 +281,7 @@ fn compare(
 }
 
 /// What `backing.cfg` and `backing.digests` say, whatever the file's state.
-fn recorded(dir: &Dir, layout: &Layout) -> Result<(Option<CopyCfg>, DigestRecord), DiskError> {
+fn recorded(dir: &Dir, layout: &FileNames) -> Result<(Option<CopyCfg>, DigestRecord), DiskError> {
     let cfg = read_cfg(dir, layout)?;
     let mut record = match &layout.digests {
         Some(name) => DigestRecord::load(dir, name)?.unwrap_or_default(),
@@ -296,14 +296,18 @@ fn recorded(dir: &Dir, layout: &Layout) -> Result<(Option<CopyCfg>, DigestRecord
     Ok((cfg, record))
 }
 
-fn read_cfg(dir: &Dir, layout: &Layout) -> Result<Option<CopyCfg>, DiskError> {
+fn read_cfg(dir: &Dir, layout: &FileNames) -> Result<Option<CopyCfg>, DiskError> {
     let Some(name) = &layout.cfg else { return Ok(None) };
     let Some(bytes) = dir.read_small(name)? else { return Ok(None) };
     Ok(serde_json::from_slice(&bytes).ok())
 }
 
 /// The record of a finished file, if it is valid and the file was not touched since.
-fn ready_record(dir: &Dir, layout: &Layout, file: &File) -> Result<Option<CopyRecord>, DiskError> {
+fn ready_record(
+    dir: &Dir,
+    layout: &FileNames,
+    file: &File,
+) -> Result<Option<CopyRecord>, DiskError> {
     let meta = file.metadata().map_err(|e| DiskError::io("stat", dir.path(), e))?;
     let (cfg, record) = recorded(dir, layout)?;
     let Some(cfg) = cfg else { return Ok(None) };

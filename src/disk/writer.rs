@@ -40,6 +40,13 @@ pub enum Block {
         /// The bytes, padded ([`Buf::pad`]).
         buf: Arc<Buf>,
     },
+    /// A range that somebody else has written to the file already.
+    Written {
+        /// Where it begins, a multiple of 64 KiB.
+        at: FileOffset,
+        /// How long it is.
+        len_bytes: u64,
+    },
     /// A range that the source knows to be zero.
     Zero {
         /// Where it begins, a multiple of 64 KiB.
@@ -55,7 +62,9 @@ impl Block {
     pub fn range(&self) -> Range<u64> {
         match self {
             Self::Data { at, buf } => at.0..at.0 + buf.len() as u64,
-            Self::Zero { at, len_bytes } => at.0..at.0 + len_bytes,
+            Self::Written { at, len_bytes } | Self::Zero { at, len_bytes } => {
+                at.0..at.0 + len_bytes
+            }
         }
     }
 }
@@ -234,7 +243,7 @@ impl Work {
         self.next_tag += 1;
         let range = block.range();
         if let Some(reservation) = &self.side.reservation {
-            reservation.consume(range.end - range.start);
+            reservation.consume(range.end - range.start, matches!(block, Block::Zero { .. }));
         }
         // One more than there are writes, so that the block is not over while it is being placed.
         self.pending.insert(tag, Pending { range, writes_left: 1 });

@@ -52,10 +52,12 @@ pub(super) struct Stored {
 
 impl DigestThread {
     /// Starts to hash from byte 0. `missing` are the ranges that will be handed over, ascending;
-    /// everything else is in the file already.
+    /// everything else is in the file already. At most `most_held` buffers wait here for their
+    /// turn; further ones are read back.
     pub(super) fn start(
         stored: Stored,
         missing: &[Range<u64>],
+        most_held: usize,
         set: DigestSet,
         progress: Arc<Progress>,
     ) -> Result<Self, DiskError> {
@@ -75,6 +77,8 @@ impl DigestThread {
                     missing,
                     queue,
                     early: BTreeMap::new(),
+                    held: 0,
+                    most_held,
                 };
                 work.run(&end_queue, &go_on)?;
                 Ok(work.hasher.finish())
@@ -120,9 +124,27 @@ impl DigestThread {
 #[derive(Debug)]
 enum Early {
     /// Still in memory.
-    Held(Block),
+    Held(Arc<Buf>),
+    Zero {
+        len_bytes: u64,
+    },
     /// In memory only while the writer needs them; then in the file.
-    Spilled { end: u64, buf: Weak<Buf> },
+    Stored {
+        end: u64,
+        buf: Weak<Buf>,
+    },
+}
+
+impl Early {
+    fn of(block: Block, hold: bool) -> Self {
+        let end = block.range().end;
+        match block {
+            Block::Data { buf, .. } if hold => Self::Held(buf),
+            Block::Data { buf, .. } => Self::Stored { end, buf: Arc::downgrade(&buf) },
+            Block::Written { .. } => Self::Stored { end, buf: Weak::new() },
+            Block::Zero { len_bytes, .. } => Self::Zero { len_bytes },
+        }
+    }
 }
 
 struct Work {
@@ -132,13 +154,19 @@ struct Work {
     missing: VecDeque<Range<u64>>,
     queue: Receiver<Block>,
     early: BTreeMap<u64, Early>,
+    /// How many of `early` are held, and may be.
+    held: usize,
+    most_held: usize,
 }
 
 impl Work {
     fn run(&mut self, end: &Receiver<u64>, go_on: &dyn Fn() -> bool) -> Result<(), DiskError> {
         self.advance(go_on)?;
         while let Ok(block) = self.queue.recv() {
-            self.early.insert(block.range().start, Early::Held(block));
+            let start = block.range().start;
+            let early = Early::of(block, self.held < self.most_held);
+            self.held += usize::from(matches!(early, Early::Held(_)));
+            self.early.insert(start, early);
             self.advance(go_on)?;
         }
         // No end means that the transfer failed: then the digests are wanted by nobody.
@@ -173,14 +201,30 @@ impl Work {
 
     fn take(&mut self, early: Early, go_on: &dyn Fn() -> bool) -> Result<(), DiskError> {
         match early {
-            Early::Held(Block::Data { buf, .. }) => self.hasher.update(buf.bytes()),
-            Early::Held(Block::Zero { len_bytes, .. }) => self.hasher.update_zeroes(len_bytes),
-            Early::Spilled { end, buf } => match buf.upgrade() {
+            Early::Held(buf) => {
+                self.held -= 1;
+                self.hasher.update(buf.bytes());
+            }
+            Early::Zero { len_bytes } => {
+                for at in (0..len_bytes).step_by(1 << 26) {
+                    self.hasher.update_zeroes((len_bytes - at).min(1 << 26));
+                    self.go_on(go_on)?;
+                }
+            }
+            Early::Stored { end, buf } => match buf.upgrade() {
                 Some(buf) => self.hasher.update(buf.bytes()),
                 None => self.read_back(end, go_on)?,
             },
         }
         Ok(())
+    }
+
+    fn go_on(&self, go_on: &dyn Fn() -> bool) -> Result<(), DiskError> {
+        if go_on() {
+            return Ok(());
+        }
+        let stopped = std::io::Error::from(std::io::ErrorKind::Interrupted);
+        Err(DiskError::io("go on hashing", &self.stored.path, stopped))
     }
 
     /// Hashes from the file up to `to`. What arrives meanwhile does not wait in memory.
@@ -192,12 +236,7 @@ impl Work {
         let (queue, early) = (&self.queue, &mut self.early);
         hash_range(&self.stored.file, &self.stored.path, from..to, &mut self.hasher, &mut |_| {
             while let Ok(block) = queue.try_recv() {
-                let Range { start, end } = block.range();
-                let spilled = match block {
-                    Block::Data { buf, .. } => Early::Spilled { end, buf: Arc::downgrade(&buf) },
-                    zero @ Block::Zero { .. } => Early::Held(zero),
-                };
-                early.insert(start, spilled);
+                early.insert(block.range().start, Early::of(block, false));
             }
             go_on()
         })

@@ -56,6 +56,10 @@ pub enum FetchError {
     },
     #[error("{url}: header {field} is {found:?}, need {need}; the server or a proxy is broken")]
     Header { url: String, field: &'static str, found: String, need: String },
+    #[error(
+        "{url}: parts of it cannot be asked for: {why}; bring it in as it is, without a layout"
+    )]
+    NoParts { url: String, why: &'static str },
     #[error("{url}: the image changed while it was brought in ({what}); run it again")]
     Changed { url: String, what: String },
     #[error("{url}: the source is empty; check the URL")]
@@ -121,6 +125,7 @@ impl FetchError {
             Self::Disk(error) if error.may_retry() => Class::Retry,
             Self::Redirect { .. }
             | Self::TooMuch { .. }
+            | Self::NoParts { .. }
             | Self::Header { .. }
             | Self::Empty { .. }
             | Self::TooLarge { .. }

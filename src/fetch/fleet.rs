@@ -109,9 +109,9 @@ impl Fleet {
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Fetches everything in the book, beginning with `first`. Returns when all connections have
+    /// Fetches everything in the book, beginning with `first` if there is one. Returns when all connections have
     /// ended, so that nothing is handed over any more.
-    pub(super) async fn run(self: &Arc<Self>, first: First) -> Outcome {
+    pub(super) async fn run(self: &Arc<Self>, first: Option<First>) -> Outcome {
         let mut crew = Crew {
             fleet: self,
             tasks: JoinSet::new(),
@@ -120,7 +120,7 @@ impl Fleet {
             failures: 0,
             handed: 0,
         };
-        crew.join(Some(first));
+        crew.join(first);
         let outcome = crew.work().await;
         let _ = self.state.halt.send(true);
         while crew.tasks.join_next().await.is_some() {}
@@ -234,10 +234,8 @@ impl Fleet {
         self.progress.set_phase(Phase::Fetching);
         let read = self.read(&mut answer, end, &mut cutter, held).await;
         let at = cutter.at();
-        let mut flushed = Ok(());
-        if read.is_ok() && self.total.is_none_or(|total| at == total) {
-            flushed = cutter.flush(true);
-        }
+        // A body that ended well ends where a range does; one that broke goes on in its buffer.
+        let flushed = if read.is_ok() { cutter.flush(true) } else { Ok(()) };
         self.book().advanced(start, at);
         let claim = held.claim_mut();
         claim.range.start = at.min(claim.range.end);

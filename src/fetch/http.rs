@@ -22,7 +22,7 @@ use super::source::SourceUrl;
 use super::version::Remote;
 
 /// Makes requests for one source.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Client {
     http: reqwest::Client,
     url: SourceUrl,
@@ -170,6 +170,33 @@ impl Answer {
     /// True if the body's length is fixed by HTTP itself (Content-Length), so that no more can come.
     pub(super) fn has_length(&self) -> bool {
         self.body.content_length().is_some()
+    }
+
+    /// The whole body of an answer to a bounded `range`.
+    pub(super) async fn read_all(
+        &mut self,
+        range: Range<u64>,
+        client: &Client,
+        policy: &Policy,
+    ) -> Result<Vec<u8>, FetchError> {
+        let len = range.end - range.start;
+        let mut bytes = Vec::with_capacity(usize::try_from(len).unwrap_or(0));
+        loop {
+            let at = range.start + bytes.len() as u64;
+            if at == range.end && self.has_length() {
+                return Ok(bytes);
+            }
+            match self.chunk(at, client, policy.stall_timeout).await? {
+                Some(chunk) if chunk.len() as u64 > range.end - at => {
+                    return Err(FetchError::TooMuch { url: client.shown(), total: range.end });
+                }
+                Some(chunk) => bytes.extend_from_slice(&chunk),
+                None if at == range.end => return Ok(bytes),
+                None => {
+                    return Err(FetchError::Short { url: client.shown(), at, total: range.end });
+                }
+            }
+        }
     }
 
     /// The next bytes of the body, `None` at its end. `at` is their place in the file.

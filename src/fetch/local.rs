@@ -79,11 +79,26 @@ impl LocalFile {
         Ok(if data == end { end - at } else { (data - at) / UNIT_BYTES * UNIT_BYTES })
     }
 
-    fn read(&self, buf: &mut Buf, at: u64, len: usize) -> Result<(), FetchError> {
-        use std::os::unix::fs::FileExt;
-        let read = self.file.read_exact_at(&mut buf.spare(len)[..len], at);
-        read.map_err(|e| self.failed("read", e))?;
+    /// Puts `len` bytes from `at` on into an empty buffer.
+    pub(super) fn read(&self, buf: &mut Buf, at: u64, len: usize) -> Result<(), FetchError> {
+        self.read_into(&mut buf.spare(len)[..len], at)?;
         buf.set_len(len);
+        Ok(())
+    }
+
+    /// Fills `bytes` from `at` on.
+    pub(super) fn read_into(&self, bytes: &mut [u8], at: u64) -> Result<(), FetchError> {
+        use std::os::unix::fs::FileExt;
+        self.file.read_exact_at(bytes, at).map_err(|e| self.failed("read", e))
+    }
+
+    /// An error if the file is no longer as it was opened.
+    pub(super) fn unchanged(&self) -> Result<(), FetchError> {
+        let (_, now) = version_of(&self.file, &self.path)?;
+        if now != self.remote {
+            let what = "its size or time is another".to_owned();
+            return Err(FetchError::Changed { url: self.path.display().to_string(), what });
+        }
         Ok(())
     }
 
@@ -124,11 +139,7 @@ impl LocalFile {
                 return Ok(pushed);
             }
         }
-        let (_, now) = version_of(&self.file, &self.path)?;
-        if now != self.remote {
-            let what = "its size or time is another".to_owned();
-            return Err(FetchError::Changed { url: self.path.display().to_string(), what });
-        }
+        self.unchanged()?;
         Ok(Ok(()))
     }
 }

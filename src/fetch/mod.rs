@@ -7,7 +7,7 @@
 //! the body is not read: that is all the back-pressure. Every answer is held against the version
 //! of the source that the bytes here belong to.
 //! Never: knows image formats, or believes a server: what it says is checked or bounded.
-//! Start at [`transfer()`], or [`pull()`] for a plain file.
+//! Start at [`transfer()`].
 
 mod book;
 mod digest;
@@ -20,7 +20,7 @@ mod local;
 mod pipeline;
 mod policy;
 mod progress;
-mod pull;
+mod remote;
 mod scale;
 pub mod source;
 mod spec;
@@ -32,9 +32,10 @@ pub use error::{Class, FetchError, one_line};
 pub use expect::{Expect, ExpectError};
 pub use http::parse_content_range;
 pub use limit::RateLimit;
+pub use pipeline::{Feed, Pipeline, Stopped, Taker};
 pub use policy::Policy;
 pub use progress::{Phase, Progress, Snapshot};
-pub use pull::{PullRequest, Pulled, pull};
+pub use remote::{MAX_PART_BYTES, SourceFile};
 pub use source::{SourceError, SourceUrl};
 pub use spec::Source;
 pub use transfer::{Engine, Fetched, transfer};

@@ -19,7 +19,7 @@ use crate::units::FileOffset;
 
 /// The stages behind the streams.
 #[derive(Debug)]
-pub(super) struct Pipeline {
+pub struct Pipeline {
     writer: Writer,
     digest: DigestThread,
     feed: Feed,
@@ -27,41 +27,70 @@ pub(super) struct Pipeline {
 
 /// A way into the stages. The pipeline ends when all of them are gone.
 #[derive(Clone, Debug)]
-pub(super) struct Feed {
-    writer: BlockSender,
-    digest: DigestFeed,
+pub struct Feed {
+    to: Destination,
     progress: Arc<Progress>,
 }
 
-/// Why a stream must end: the writer has stopped; [`Pipeline::abandon`] tells why.
-#[derive(Debug)]
-pub(super) struct Stopped;
+#[derive(Clone, Debug)]
+enum Destination {
+    /// The bytes are the file's.
+    File { writer: BlockSender, digest: DigestFeed },
+    /// Somebody makes something else of them.
+    Taker { taker: Arc<dyn Taker>, digest: Option<DigestFeed> },
+}
+
+/// Takes the bytes of a source that are not those of the file.
+pub trait Taker: Send + Sync + std::fmt::Debug {
+    /// Takes the bytes of `buf`, which begin at byte `at` of the source. Pieces come in any order,
+    /// from several threads, and end at MiB boundaries of the source or where a wanted range ends.
+    /// Must not block.
+    ///
+    /// # Errors
+    /// [`Stopped`] if nothing more is of use; the taker knows why.
+    fn take(&self, at: u64, buf: Arc<Buf>) -> Result<(), Stopped>;
+}
+
+/// Why a stream must end: a stage has stopped, and tells why when it is ended.
+#[derive(Debug, thiserror::Error)]
+#[error("a stage of the transfer has stopped")]
+pub struct Stopped;
 
 impl Pipeline {
-    /// Starts the stages. `missing` are the ranges that will be fed; all else is in the file.
-    pub(super) fn start(
+    /// Starts the stages. `missing` are the ranges that will be fed; all else is in the file. Of
+    /// buffers that come out of order at most `most_held` wait in memory for their digest.
+    ///
+    /// # Errors
+    /// A thread cannot be started, or nothing was begun.
+    pub fn start(
         filling: &Filling,
         missing: &[Range<u64>],
+        most_held: usize,
         probe: &Probe,
         digests: DigestSet,
         progress: &Arc<Progress>,
     ) -> Result<Self, FetchError> {
         let stored = Stored { file: Arc::clone(filling.file()), path: filling.path() };
-        let digest = DigestThread::start(stored, missing, digests, Arc::clone(progress))?;
+        let watched = Arc::clone(progress);
+        let digest = DigestThread::start(stored, missing, most_held, digests, watched)?;
         let writer = Writer::start(filling, probe)?;
-        let feed =
-            Feed { writer: writer.sender(), digest: digest.feed(), progress: Arc::clone(progress) };
+        let to = Destination::File { writer: writer.sender(), digest: digest.feed() };
+        let feed = Feed { to, progress: Arc::clone(progress) };
         Ok(Self { writer, digest, feed })
     }
 
     /// A way into the stages.
-    pub(super) fn feed(&self) -> Feed {
+    #[must_use]
+    pub fn feed(&self) -> Feed {
         self.feed.clone()
     }
 
     /// Waits until everything is durable and hashed up to `total_bytes`. Blocks the thread; every
     /// other feed is gone.
-    pub(super) fn finish(self, total_bytes: u64) -> Result<Digests, FetchError> {
+    ///
+    /// # Errors
+    /// The first failure of a write, a sync or a read-back.
+    pub fn finish(self, total_bytes: u64) -> Result<Digests, FetchError> {
         let Self { writer, digest, feed } = self;
         drop(feed);
         writer.finish()?;
@@ -69,7 +98,10 @@ impl Pipeline {
     }
 
     /// Ends early: makes durable what was handed over. Blocks the thread; every other feed is gone.
-    pub(super) fn abandon(self) -> Result<(), FetchError> {
+    ///
+    /// # Errors
+    /// As [`Pipeline::finish`].
+    pub fn abandon(self) -> Result<(), FetchError> {
         let Self { writer, digest, feed } = self;
         drop(feed);
         let (written, digested) = (writer.finish(), digest.abandon());
@@ -79,27 +111,60 @@ impl Pipeline {
 }
 
 impl Feed {
-    /// Hands a buffer over that begins at `start` of the file and ends at a MiB or at the end.
-    pub(super) fn send(&self, start: u64, mut buf: Buf) -> Result<(), Stopped> {
-        buf.pad();
-        let len = buf.len() as u64;
-        let (at, buf) = (FileOffset(start), Arc::new(buf));
-        if !self.digest.send(Block::Data { at, buf: Arc::clone(&buf) }) {
-            return Err(Stopped);
-        }
-        self.writer.send(Block::Data { at, buf }).map_err(|_| Stopped)?;
-        self.progress.add_done(len);
-        Ok(())
+    /// For a taker; `digest` also gets the bytes, of the whole source then.
+    pub(super) fn to_taker(
+        taker: Arc<dyn Taker>,
+        digest: Option<DigestFeed>,
+        progress: &Arc<Progress>,
+    ) -> Self {
+        Self { to: Destination::Taker { taker, digest }, progress: Arc::clone(progress) }
     }
 
-    /// Hands over a range of zeroes; `at` must be a unit's begin.
-    pub(super) fn send_zeroes(&self, at: u64, len_bytes: u64) -> Result<(), Stopped> {
-        let at = FileOffset(at);
-        if !self.digest.send(Block::Zero { at, len_bytes }) {
+    /// Hands a buffer over that begins at `start` of the file and ends at a MiB or at the end.
+    ///
+    /// # Errors
+    /// [`Stopped`].
+    pub fn send(&self, start: u64, mut buf: Buf) -> Result<(), Stopped> {
+        buf.pad();
+        let at = FileOffset(start);
+        let buf = Arc::new(buf);
+        match &self.to {
+            Destination::File { .. } => self.send_block(|| Block::Data { at, buf: buf.clone() }),
+            Destination::Taker { taker, digest } => {
+                let block = Block::Data { at, buf: Arc::clone(&buf) };
+                if digest.as_ref().is_some_and(|digest| !digest.send(block)) {
+                    return Err(Stopped);
+                }
+                taker.take(start, buf)
+            }
+        }
+    }
+
+    /// Hands over a range of zeroes; `at` must be a unit's begin. Not for a taker.
+    ///
+    /// # Errors
+    /// [`Stopped`].
+    pub fn send_zeroes(&self, at: u64, len_bytes: u64) -> Result<(), Stopped> {
+        self.send_block(|| Block::Zero { at: FileOffset(at), len_bytes })
+    }
+
+    /// Notes that the caller has written a range of the file; `at` must be a unit's begin. Not for
+    /// a taker.
+    ///
+    /// # Errors
+    /// [`Stopped`].
+    pub fn send_written(&self, at: u64, len_bytes: u64) -> Result<(), Stopped> {
+        self.send_block(|| Block::Written { at: FileOffset(at), len_bytes })
+    }
+
+    fn send_block(&self, block: impl Fn() -> Block) -> Result<(), Stopped> {
+        let Destination::File { writer, digest } = &self.to else { return Err(Stopped) };
+        let range = block().range();
+        if !digest.send(block()) {
             return Err(Stopped);
         }
-        self.writer.send(Block::Zero { at, len_bytes }).map_err(|_| Stopped)?;
-        self.progress.add_done(len_bytes);
+        writer.send(block()).map_err(|_| Stopped)?;
+        self.progress.add_done(range.end - range.start);
         Ok(())
     }
 }

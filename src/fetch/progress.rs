@@ -131,11 +131,21 @@ impl Progress {
         }
     }
 
+    /// For whoever makes something else of the bytes: so many are here already.
+    pub(crate) fn begin_at(&self, bytes: u64) {
+        self.set_done(bytes);
+    }
+
+    /// For whoever makes something else of the bytes: all have arrived.
+    pub(crate) fn verifying(&self) {
+        self.set_phase(Phase::Verifying);
+    }
+
     pub(super) fn set_phase(&self, phase: Phase) {
         self.phase.store(phase as u8, Ordering::Relaxed);
     }
 
-    pub(super) fn set_total(&self, total: Option<u64>) {
+    pub(crate) fn set_total(&self, total: Option<u64>) {
         self.total.store(total.unwrap_or(UNKNOWN), Ordering::Relaxed);
     }
 

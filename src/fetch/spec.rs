@@ -6,6 +6,7 @@
 
 use super::expect::Expect;
 use super::source::SourceUrl;
+use crate::disk::DigestSet;
 
 /// One source, and what is known of its bytes.
 #[derive(Clone, Debug)]
@@ -14,13 +15,25 @@ pub struct Source {
     pub url: SourceUrl,
     /// Digests that they must have.
     pub expect: Expect,
+    /// Whether to make a digest of the bytes although none is expected.
+    pub digest: bool,
 }
 
 impl Source {
     /// A source at `url` with nothing known of its bytes.
     #[must_use]
     pub fn new(url: SourceUrl) -> Self {
-        Self { url, expect: Expect::default() }
+        Self { url, expect: Expect::default(), digest: true }
+    }
+
+    /// The digests to be made on the way.
+    #[must_use]
+    pub fn wanted(&self) -> DigestSet {
+        if self.digest || self.expect.is_some() {
+            self.expect.wanted()
+        } else {
+            DigestSet::default()
+        }
     }
 
     /// With digests that the bytes must have.

@@ -78,13 +78,22 @@ pub async fn transfer(
     filling: &mut Filling,
     progress: &Arc<Progress>,
 ) -> Result<Fetched, FetchError> {
-    let Source { url, expect } = source;
+    let Source { url, expect, .. } = source;
     let mut restarts = 0;
     let mut fresh = false;
     loop {
         let share = engine.pool.share(FEW_BUFFERS, engine.buffers);
-        let mut run =
-            Run { engine, url, expect, filling, progress, share, pipeline: None, unproven: false };
+        let mut run = Run {
+            engine,
+            source,
+            url,
+            expect,
+            filling,
+            progress,
+            share,
+            pipeline: None,
+            unproven: false,
+        };
         let result = match url.file_path() {
             Some(path) => run.local(&path).await,
             None => run.http(fresh).await,
@@ -110,6 +119,7 @@ pub async fn transfer(
 /// One run on one version of the source.
 struct Run<'a> {
     engine: &'a Engine,
+    source: &'a Source,
     url: &'a SourceUrl,
     expect: &'a Expect,
     filling: &'a mut Filling,
@@ -173,9 +183,15 @@ impl Run<'_> {
 
     /// Starts what takes the bytes of `missing`; all else is here.
     fn start_pipeline(&mut self, missing: &[Range<u64>]) -> Result<Feed, FetchError> {
-        let (engine, wanted) = (self.engine, self.expect.wanted());
-        let pipeline =
-            Pipeline::start(self.filling, missing, &engine.probe, wanted, self.progress)?;
+        let (engine, wanted) = (self.engine, self.source.wanted());
+        let pipeline = Pipeline::start(
+            self.filling,
+            missing,
+            usize::MAX,
+            &engine.probe,
+            wanted,
+            self.progress,
+        )?;
         let feed = pipeline.feed();
         self.pipeline = Some(pipeline);
         self.progress.set_done(self.filling.present_bytes());
@@ -206,7 +222,7 @@ impl Run<'_> {
             book: Mutex::new(Book::new(missing)),
             state: fleet::State::default(),
         });
-        let outcome = fleet.run(first).await;
+        let outcome = fleet.run(Some(first)).await;
         self.unproven |= fleet.is_unproven();
         // The stages end when nobody can feed them any more.
         drop(fleet);
@@ -354,7 +370,7 @@ impl Run<'_> {
     }
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
         Ok(value) => value,
         Err(error) => std::panic::resume_unwind(error.into_panic()),

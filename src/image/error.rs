@@ -99,7 +99,9 @@ impl ImageError {
         self
     }
 
-    pub(super) fn fault(path: &Path, fault: Fault) -> Self {
+    /// A field that is not accepted, in the file `path`.
+    #[must_use]
+    pub fn fault(path: &Path, fault: Fault) -> Self {
         let Fault { kind, field, at, found, need } = fault;
         let path = path.to_owned();
         match kind {

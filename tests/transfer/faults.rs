@@ -6,10 +6,9 @@ use std::sync::Arc;
 
 use crate::fault_server::{Cut, FaultServer, Reply, Request};
 use crate::{content, engine, sha256};
-use bedplate::disk::{Dir, Filling, Layout, Space, Version};
-use bedplate::fetch::{
-    Class, Expect, FetchError, Policy, Progress, PullRequest, Pulled, Source, SourceUrl, pull,
-};
+use bedplate::disk::{Dir, FileNames, Filling, Space, Version};
+use bedplate::fetch::{Class, Expect, Policy, Progress, Source, SourceUrl};
+use bedplate::import::{ImportError, Layout, PullRequest, Pulled, pull};
 use bedplate::ring::Choice;
 
 const LEN: usize = 5 * 1024 * 1024 + 4321;
@@ -31,7 +30,7 @@ impl Case {
         self.temp.path().join("out.img")
     }
 
-    fn pull(&self, path: &str, expect: &Expect) -> Result<Pulled, FetchError> {
+    fn pull(&self, path: &str, expect: &Expect) -> Result<Pulled, ImportError> {
         let mut engine = engine(self.temp.path(), Choice::Auto);
         if let Some(policy) = &self.policy {
             engine.policy = policy.clone();
@@ -39,6 +38,7 @@ impl Case {
         let request = PullRequest {
             source: Source::new(SourceUrl::parse(&format!("{}{path}", self.server.url)).unwrap())
                 .expecting(expect.clone()),
+            layout: Layout::AsIs,
             output: self.output(),
         };
         let runtime = tokio::runtime::Runtime::new().unwrap();
@@ -293,6 +293,7 @@ fn secrets_in_a_url_are_in_no_error() {
     for url in urls {
         let request = PullRequest {
             source: Source::new(SourceUrl::parse(&url).unwrap()).expecting(Expect::default()),
+            layout: Layout::AsIs,
             output: case.output(),
         };
         let engine = engine(case.temp.path(), Choice::Threads);
@@ -317,6 +318,7 @@ fn a_local_file_is_copied_as_sparse_as_it_is() {
     let request = PullRequest {
         source: Source::new(SourceUrl::from_file_path(&source).unwrap())
             .expecting(Expect::default()),
+        layout: Layout::AsIs,
         output: case.output(),
     };
     let engine = engine(case.temp.path(), Choice::Auto);
@@ -333,7 +335,7 @@ fn a_local_file_is_copied_as_sparse_as_it_is() {
 fn crashed_before_the_rename(case: &Case, bytes: &[u8], tag: &str) {
     let dir = Dir::open(case.temp.path()).unwrap();
     let space = Space::of(&dir).unwrap();
-    let mut filling = Filling::open(dir, Layout::file("out.img"), space).unwrap();
+    let mut filling = Filling::open(dir, FileNames::file("out.img"), space).unwrap();
     let version = Version { total_bytes: None, tag: format!("{{\"etag\":{tag:?}}}") };
     filling.begin(&version).unwrap();
     let partial = case.temp.path().join("out.img.bedplate-part");
@@ -400,7 +402,7 @@ fn two_pulls_of_one_file_do_not_mix() {
     let case = Case::new(FaultServer::start(move |r| Reply::ranged(r, &bytes, ETAG)));
     let dir = Dir::open(case.temp.path()).unwrap();
     let space = Space::of(&dir).unwrap();
-    let first = Filling::open(dir, Layout::file("out.img"), space).unwrap();
+    let first = Filling::open(dir, FileNames::file("out.img"), space).unwrap();
     let text = case.refused(&Expect::default());
     assert!(text.contains("another bedplate is bringing this file in"), "{text}");
     drop(first);

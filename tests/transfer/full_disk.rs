@@ -9,9 +9,8 @@ use std::sync::{Arc, Mutex};
 
 use crate::fault_server::{Cut, FaultServer, Reply};
 use crate::{content, engine, sha256};
-use bedplate::fetch::{
-    Class, Expect, FetchError, Progress, PullRequest, Pulled, Source, SourceUrl, pull,
-};
+use bedplate::fetch::{Class, Expect, Progress, Source, SourceUrl};
+use bedplate::import::{ImportError, Layout, PullRequest, Pulled, pull};
 use bedplate::ring::Choice;
 
 const LEN: usize = 24 << 20;
@@ -45,10 +44,16 @@ impl SmallDisk {
         Some(Self { _temp: temp, mount })
     }
 
-    fn pull(&self, server: &FaultServer, sink: Choice, bytes: &[u8]) -> Result<Pulled, FetchError> {
+    fn pull(
+        &self,
+        server: &FaultServer,
+        sink: Choice,
+        bytes: &[u8],
+    ) -> Result<Pulled, ImportError> {
         let request = PullRequest {
             source: Source::new(SourceUrl::parse(&format!("{}/x", server.url)).unwrap())
                 .expecting(Expect::parse(Some(&sha256(bytes)), None).unwrap()),
+            layout: Layout::AsIs,
             output: self.mount.join("out.img"),
         };
         let engine = engine(&self.mount, sink);

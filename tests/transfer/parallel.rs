@@ -7,9 +7,8 @@ use std::time::Duration;
 
 use crate::fault_server::{Cut, FaultServer, Reply, Request};
 use crate::{content, engine, sha256};
-use bedplate::fetch::{
-    Expect, FetchError, Policy, Progress, PullRequest, Pulled, Source, SourceUrl, pull,
-};
+use bedplate::fetch::{Expect, Policy, Progress, Source, SourceUrl};
+use bedplate::import::{ImportError, Layout, PullRequest, Pulled, pull};
 use bedplate::ring::{Choice, probe};
 
 const MIB: usize = 1 << 20;
@@ -23,7 +22,7 @@ fn paced(request: &Request, bytes: &[u8], etag: &str) -> Reply {
     reply
 }
 
-fn bring_in(server: &FaultServer, expect: &Expect) -> (Result<Pulled, FetchError>, Vec<u8>, u32) {
+fn bring_in(server: &FaultServer, expect: &Expect) -> (Result<Pulled, ImportError>, Vec<u8>, u32) {
     let temp = tempfile::tempdir().unwrap();
     let policy = Policy {
         stall_timeout: Duration::from_millis(500),
@@ -35,7 +34,7 @@ fn bring_in(server: &FaultServer, expect: &Expect) -> (Result<Pulled, FetchError
     let url = SourceUrl::parse(&format!("{}/x", server.url)).unwrap();
     let output = temp.path().join("out.img");
     let source = Source::new(url).expecting(expect.clone());
-    let request = PullRequest { source, output: output.clone() };
+    let request = PullRequest { source, layout: Layout::AsIs, output: output.clone() };
     let progress = Arc::new(Progress::default());
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let (watched, most) = (Arc::clone(&progress), Arc::new(AtomicUsize::new(0)));
@@ -167,8 +166,11 @@ fn a_run_that_ends_in_the_middle_goes_on_without_asking_for_what_is_durable() {
     engine = bedplate::fetch::Engine::alone(engine.probe, engine.policy, 32);
     let url = SourceUrl::parse(&format!("{}/x", server.url)).unwrap();
     let output = temp.path().join("out.img");
-    let request =
-        PullRequest { source: Source::new(url).expecting(expect(&bytes)), output: output.clone() };
+    let request = PullRequest {
+        source: Source::new(url).expecting(expect(&bytes)),
+        layout: Layout::AsIs,
+        output: output.clone(),
+    };
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let run = || {
         let progress = Arc::new(Progress::default());

@@ -154,6 +154,19 @@ impl Header {
         })
     }
 
+    /// How many bytes [`Header::parse`] wants to see of a file that starts with `first_bytes`: one
+    /// cluster; 0 if the cluster size is none.
+    #[must_use]
+    pub fn wanted_len(first_bytes: &[u8]) -> usize {
+        wanted_len(first_bytes)
+    }
+
+    /// The part of the L1 table that the disk needs.
+    #[must_use]
+    pub fn l1_needed(&self) -> Range<u64> {
+        self.l1.start..self.l1.start + 8 * self.l1_entries
+    }
+
     /// Number of guest clusters; the last one may reach past the disk's end.
     #[must_use]
     pub fn clusters(&self) -> u64 {

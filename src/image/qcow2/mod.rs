@@ -25,6 +25,7 @@ mod open;
 mod raw;
 mod word;
 
+pub use check::L2Table;
 pub use clusters::ClusterMap;
 pub use codec::{Codec, CodecFault};
 pub use entry::{Cluster, Limits, Packed, decode_l1, decode_l2};

@@ -7,6 +7,7 @@
 //! Start at [`Image::open`].
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -46,6 +47,25 @@ impl Image {
         }
         let header = Header::parse(&first, file_len_bytes)
             .map_err(|fault| ImageError::fault(path, fault))?;
+        let Range { start, end } = header.l1_needed();
+        let len = usize::try_from(end - start).expect("an L1 table is <= 32 MiB");
+        let mut bytes = vec![0; len];
+        file.read_exact_at(&mut bytes, start)
+            .map_err(|source| ImageError::read(path, start, len, source))?;
+        Self::from_l1(header, file_len_bytes, &bytes, path)
+    }
+
+    /// From a checked header and the bytes of [`Header::l1_needed`], wherever they came from.
+    /// `path` is for messages. Pure.
+    ///
+    /// # Errors
+    /// [`ImageError`] with the first entry at fault.
+    pub fn from_l1(
+        header: Header,
+        file_len_bytes: u64,
+        l1_bytes: &[u8],
+        path: &Path,
+    ) -> Result<Self, ImageError> {
         let mut image = Self {
             header,
             file_len_bytes,
@@ -53,7 +73,7 @@ impl Image {
             l2_tables: Vec::new(),
             odd_l1_entries: 0,
         };
-        image.read_l1(file, path)?;
+        image.take_l1(l1_bytes, path)?;
         image.refuse_shared_l2_tables(path)?;
         Ok(image)
     }
@@ -87,12 +107,7 @@ impl Image {
         }
     }
 
-    fn read_l1(&mut self, file: &File, path: &Path) -> Result<(), ImageError> {
-        let start = self.header.l1.start;
-        let len = usize::try_from(self.header.l1_entries * 8).expect("an L1 table is <= 32 MiB");
-        let mut bytes = vec![0; len];
-        file.read_exact_at(&mut bytes, start)
-            .map_err(|source| ImageError::read(path, start, len, source))?;
+    fn take_l1(&mut self, bytes: &[u8], path: &Path) -> Result<(), ImageError> {
         let (entries, _none) = bytes.as_chunks();
         self.l1.reserve_exact(entries.len());
         for (index, &entry) in entries.iter().enumerate() {

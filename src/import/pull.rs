@@ -9,17 +9,17 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::error::FetchError;
-use super::progress::Progress;
-use super::spec::Source;
-use super::transfer::{Engine, Fetched, transfer};
-use crate::disk::{Digests, Dir, DiskError, Filling, Layout, SealRecord, Sealed, Space};
+use super::{ImportError, Layout, import};
+use crate::disk::{self, Digests, Dir, DiskError, Filling, SealRecord, Sealed, Space};
+use crate::fetch::{Engine, Fetched, Progress, Source};
 
 /// What to pull, and where to.
 #[derive(Debug)]
 pub struct PullRequest {
     /// What to bring in.
     pub source: Source,
+    /// As the source has them, or expanded.
+    pub layout: Layout,
     /// The file to make; an existing one is replaced when the new one is complete.
     pub output: PathBuf,
 }
@@ -38,16 +38,16 @@ pub struct Pulled {
 /// Brings `request.source` into `request.output`.
 ///
 /// # Errors
-/// [`FetchError`]. What has arrived is kept for the next try, but for bytes with a wrong digest.
+/// [`ImportError`]. What has arrived is kept for the next try, but for bytes with a wrong digest.
 pub async fn pull(
     engine: &Engine,
     request: &PullRequest,
     progress: &Arc<Progress>,
-) -> Result<Pulled, FetchError> {
+) -> Result<Pulled, ImportError> {
     let (dir, name) = split(&request.output)?;
     let space = Space::of(&dir)?;
-    let mut filling = Filling::open(dir, Layout::file(&name), space)?;
-    let fetched = transfer(engine, &request.source, &mut filling, progress).await;
+    let mut filling = Filling::open(dir, disk::FileNames::file(&name), space)?;
+    let fetched = import(engine, &request.source, request.layout, &mut filling, progress).await;
     match fetched {
         Ok(Fetched { digests, .. }) => {
             let sealing = tokio::task::spawn_blocking(move || filling.seal(&SealRecord::default()));
@@ -58,7 +58,7 @@ pub async fn pull(
             let received_bytes = progress.snapshot().bytes_received;
             Ok(Pulled { sealed, digests, received_bytes })
         }
-        Err(error @ FetchError::Digest { .. }) => {
+        Err(error) if error.condemns_bytes() => {
             filling.discard()?;
             Err(error)
         }
@@ -72,10 +72,10 @@ pub async fn pull(
     }
 }
 
-fn split(output: &Path) -> Result<(Dir, String), FetchError> {
+fn split(output: &Path) -> Result<(Dir, String), ImportError> {
     let unusable = || {
         let source = std::io::Error::from(std::io::ErrorKind::InvalidFilename);
-        FetchError::Disk(DiskError::io("write to", output, source))
+        ImportError::Disk(DiskError::io("write to", output, source))
     };
     let name = output.file_name().and_then(|name| name.to_str()).ok_or_else(unusable)?;
     let parent = match output.parent() {

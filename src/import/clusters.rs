@@ -1,0 +1,331 @@
+//! Makes the guest's bytes of the source's, on all cores.
+//!
+//! Why: decompression is the slowest stage of an expansion, and clusters do not depend on each
+//! other.
+//! How: each buffer that arrives goes to one of a few threads, which decodes the clusters in it
+//! into buffers of the guest's; clusters that follow each other in the guest share one. A cluster
+//! that lies across two buffers is put together first. Clusters smaller than a unit are written
+//! where they belong, and their unit counts once all of it is there.
+//! Never: holds more of cut clusters than a bounded number of bytes, or panics on a bad stream.
+//! Start at [`Clusters::start`].
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use super::error::ImportError;
+use super::plan::{Entry, Plan};
+use crate::disk::{DiskError, Filling, UNIT_BYTES};
+use crate::fetch::{Feed, FetchError, Stopped, Taker};
+use crate::image::ReadError;
+use crate::image::qcow2::Codec;
+use crate::ring::{BLOCK_BYTES, Buf, BufShare, data_runs};
+use crate::units::{FileOffset, GuestOffset};
+
+/// Bytes of clusters that lie across buffers which are kept at most. Sound images have one such
+/// cluster at each end of a buffer.
+const MAX_CUT_BYTES: usize = 64 << 20;
+
+/// A buffer of the source, and where it begins.
+type Piece = (u64, Arc<Buf>);
+
+/// The threads that decode.
+#[derive(Debug)]
+pub(super) struct Clusters {
+    pieces: Sender<Piece>,
+    threads: Vec<JoinHandle<Result<(), ImportError>>>,
+}
+
+impl Taker for Clusters {
+    fn take(&self, at: u64, buf: Arc<Buf>) -> Result<(), Stopped> {
+        self.pieces.send((at, buf)).map_err(|_ended| Stopped)
+    }
+}
+
+/// What the threads share.
+struct Shared {
+    plan: Plan,
+    pieces: Mutex<Receiver<Piece>>,
+    cut: Mutex<Cut>,
+    units: Mutex<HashMap<u64, u32>>,
+    feed: Feed,
+    made: BufShare,
+    file: Arc<File>,
+    path: PathBuf,
+    name: PathBuf,
+    runtime: tokio::runtime::Handle,
+}
+
+/// Clusters of which a part has arrived, by the number of their entry.
+#[derive(Default)]
+struct Cut {
+    parts: HashMap<usize, CutCluster>,
+    bytes: usize,
+}
+
+struct CutCluster {
+    bytes: Vec<u8>,
+    missing: usize,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Clusters {
+    /// Starts a thread for each core. `name` is the source's, for messages.
+    pub(super) fn start(
+        mut plan: Plan,
+        feed: Feed,
+        made: &BufShare,
+        filling: &Filling,
+        name: &Path,
+    ) -> Result<Self, ImportError> {
+        let (pieces, queue) = mpsc::channel();
+        let shared = Arc::new(Shared {
+            units: Mutex::new(std::mem::take(&mut plan.units)),
+            plan,
+            pieces: Mutex::new(queue),
+            cut: Mutex::default(),
+            feed,
+            made: made.clone(),
+            file: Arc::clone(filling.file()),
+            path: filling.path(),
+            name: name.to_owned(),
+            runtime: tokio::runtime::Handle::current(),
+        });
+        let count = std::thread::available_parallelism().map_or(1, usize::from);
+        let mut threads = Vec::new();
+        for _ in 0..count {
+            let shared = Arc::clone(&shared);
+            let thread = std::thread::Builder::new().name("expand".into()).spawn(move || {
+                Decoder { codec: Codec::new(), scratch: Vec::new(), open: None, shared: &shared }
+                    .run()
+            });
+            threads.push(thread.map_err(|e| DiskError::io("decode into", &filling.path(), e))?);
+        }
+        Ok(Self { pieces, threads })
+    }
+
+    /// Waits until everything that was taken is handed on. Blocks the thread.
+    ///
+    /// # Errors
+    /// The first cluster that could not be decoded, or [`ImportError::Stopped`].
+    pub(super) fn finish(self) -> Result<(), ImportError> {
+        drop(self.pieces);
+        let mut result = Ok(());
+        for thread in self.threads {
+            let ended = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            // A reason is worth more than the fact that something has stopped.
+            if !matches!(result, Err(ref e) if !matches!(e, ImportError::Stopped)) && ended.is_err()
+            {
+                result = ended;
+            }
+        }
+        result
+    }
+}
+
+/// One thread.
+struct Decoder<'a> {
+    codec: Codec,
+    scratch: Vec<u8>,
+    /// The guest's bytes that are being gathered, and where they begin.
+    open: Option<(u64, Buf)>,
+    shared: &'a Shared,
+}
+
+impl Decoder<'_> {
+    fn run(&mut self) -> Result<(), ImportError> {
+        loop {
+            let next = lock(&self.shared.pieces).recv();
+            let Ok((at, buf)) = next else { return Ok(()) };
+            let done = self.piece(at, buf.bytes());
+            if let Err(error) = done {
+                // The others stop at their next piece, and the network with them.
+                let (_, none) = mpsc::channel();
+                *lock(&self.shared.pieces) = none;
+                return Err(error);
+            }
+        }
+    }
+
+    fn piece(&mut self, at: u64, bytes: &[u8]) -> Result<(), ImportError> {
+        let range = at..at + bytes.len() as u64;
+        let plan = &self.shared.plan;
+        for index in plan.reaching(&range) {
+            let entry = plan.entries[index];
+            let stored = entry.stored();
+            let within = |at: u64| usize::try_from(at - range.start).unwrap_or(usize::MAX);
+            if stored.start >= range.start && stored.end <= range.end {
+                self.cluster(&entry, &bytes[within(stored.start)..within(stored.end)])?;
+                continue;
+            }
+            let part = stored.start.max(range.start)..stored.end.min(range.end);
+            let bytes = &bytes[within(part.start)..within(part.end)];
+            if let Some(whole) = self.put_together(index, &entry, &part, bytes)? {
+                self.cluster(&entry, &whole)?;
+            }
+        }
+        self.close()
+    }
+
+    /// Keeps a part of a cluster; gives all of it once it is complete.
+    fn put_together(
+        &self,
+        index: usize,
+        entry: &Entry,
+        part: &Range<u64>,
+        bytes: &[u8],
+    ) -> Result<Option<Vec<u8>>, ImportError> {
+        let len = usize::try_from(entry.len).unwrap_or(usize::MAX);
+        let mut cut = lock(&self.shared.cut);
+        if !cut.parts.contains_key(&index) {
+            cut.bytes += len;
+            if cut.bytes > MAX_CUT_BYTES {
+                return Err(self.fault(entry, "too many clusters at one place of the file"));
+            }
+            cut.parts.insert(index, CutCluster { bytes: vec![0; len], missing: len });
+        }
+        let Some(cluster) = cut.parts.get_mut(&index) else { return Ok(None) };
+        let start = usize::try_from(part.start - entry.at).unwrap_or(usize::MAX);
+        cluster.bytes[start..start + bytes.len()].copy_from_slice(bytes);
+        cluster.missing -= bytes.len();
+        if cluster.missing > 0 {
+            return Ok(None);
+        }
+        cut.bytes -= len;
+        Ok(cut.parts.remove(&index).map(|cluster| cluster.bytes))
+    }
+
+    fn fault(&self, entry: &Entry, what: &'static str) -> ImportError {
+        let at = GuestOffset(self.shared.plan.guest(entry.cluster).start);
+        let (path, stored_at) = (self.shared.name.clone(), FileOffset(entry.at));
+        ReadError::Decode { path, what, at, stored_at }.into()
+    }
+
+    /// Hands on one cluster, of which `stored` is in the source.
+    fn cluster(&mut self, entry: &Entry, stored: &[u8]) -> Result<(), ImportError> {
+        let guest = self.shared.plan.guest(entry.cluster);
+        let size = usize::try_from(self.shared.plan.bits.size_bytes()).unwrap_or(usize::MAX);
+        if self.shared.plan.bits.size_bytes() < UNIT_BYTES {
+            return self.small_cluster(entry, stored, guest, size);
+        }
+        if !entry.packed {
+            return self.append(guest.start, stored);
+        }
+        let visible = usize::try_from(guest.end - guest.start).unwrap_or(usize::MAX);
+        if size > BLOCK_BYTES {
+            let mut scratch = std::mem::take(&mut self.scratch);
+            scratch.resize(size, 0);
+            self.unpack(entry, stored, &mut scratch)?;
+            let appended = self.append(guest.start, &scratch[..visible]);
+            self.scratch = scratch;
+            return appended;
+        }
+        // Decoded right where it is written from: the cluster divides the MiB.
+        let mut buf = self.buf_at(guest.start)?;
+        let len = buf.len();
+        let Self { codec, shared, .. } = self;
+        let room = &mut buf.spare(len + size)[..size];
+        let done = codec.decode(shared.plan.compression, stored, room);
+        done.map_err(|fault| self.fault(entry, fault.text()))?;
+        buf.set_len(len + visible);
+        self.keep(guest.start - len as u64, buf)
+    }
+
+    fn unpack(
+        &mut self,
+        entry: &Entry,
+        stored: &[u8],
+        cluster: &mut [u8],
+    ) -> Result<(), ImportError> {
+        let done = self.codec.decode(self.shared.plan.compression, stored, cluster);
+        done.map_err(|fault| self.fault(entry, fault.text()))
+    }
+
+    /// The open buffer if it goes on at `at` of the guest, else a new one.
+    fn buf_at(&mut self, at: u64) -> Result<Buf, ImportError> {
+        if let Some((start, buf)) = self.open.take() {
+            if start + buf.len() as u64 == at {
+                return Ok(buf);
+            }
+            self.hand_on(start, buf)?;
+        }
+        let taken = self.shared.runtime.block_on(self.shared.made.take());
+        Ok(taken.map_err(|source| FetchError::Memory { source })?)
+    }
+
+    /// Keeps `buf` open, or hands it on if it ends at a MiB.
+    fn keep(&mut self, start: u64, buf: Buf) -> Result<(), ImportError> {
+        if (start + buf.len() as u64).is_multiple_of(BLOCK_BYTES as u64) {
+            return self.hand_on(start, buf);
+        }
+        self.open = Some((start, buf));
+        Ok(())
+    }
+
+    fn append(&mut self, mut at: u64, mut bytes: &[u8]) -> Result<(), ImportError> {
+        while !bytes.is_empty() {
+            let mut buf = self.buf_at(at)?;
+            let start = at - buf.len() as u64;
+            let in_block = usize::try_from(start % BLOCK_BYTES as u64).unwrap_or(0);
+            let taken = buf.fill(bytes, BLOCK_BYTES - in_block);
+            at += taken as u64;
+            bytes = &bytes[taken..];
+            self.keep(start, buf)?;
+        }
+        Ok(())
+    }
+
+    fn hand_on(&self, start: u64, buf: Buf) -> Result<(), ImportError> {
+        self.shared.feed.send(start, buf).map_err(|Stopped| ImportError::Stopped)
+    }
+
+    /// The piece is over: what follows it in the guest may be with another thread.
+    fn close(&mut self) -> Result<(), ImportError> {
+        self.open.take().map_or(Ok(()), |(start, buf)| self.hand_on(start, buf))
+    }
+
+    /// A cluster of less than a unit is written at once; its unit counts when all are.
+    fn small_cluster(
+        &mut self,
+        entry: &Entry,
+        stored: &[u8],
+        guest: Range<u64>,
+        size: usize,
+    ) -> Result<(), ImportError> {
+        let mut scratch = std::mem::take(&mut self.scratch);
+        let visible = usize::try_from(guest.end - guest.start).unwrap_or(usize::MAX);
+        let bytes = if entry.packed {
+            scratch.resize(size, 0);
+            self.unpack(entry, stored, &mut scratch)?;
+            &scratch[..visible]
+        } else {
+            stored
+        };
+        for run in data_runs(bytes) {
+            let at = guest.start + run.start as u64;
+            let wrote = self.shared.file.write_all_at(&bytes[run], at);
+            wrote.map_err(|e| DiskError::write(&self.shared.path, at, e))?;
+        }
+        self.scratch = scratch;
+        let unit = guest.start / UNIT_BYTES;
+        let mut units = lock(&self.shared.units);
+        let left = units.get_mut(&unit).expect("each unit with an entry is counted");
+        *left -= 1;
+        if *left > 0 {
+            return Ok(());
+        }
+        units.remove(&unit);
+        drop(units);
+        let end = self.shared.plan.virtual_bytes.min((unit + 1) * UNIT_BYTES);
+        let (at, len) = (unit * UNIT_BYTES, end - unit * UNIT_BYTES);
+        self.shared.feed.send_written(at, len).map_err(|Stopped| ImportError::Stopped)
+    }
+}

@@ -1,0 +1,72 @@
+//! Why a source cannot be imported.
+
+use crate::disk::DiskError;
+use crate::fetch::{Class, FetchError, one_line};
+use crate::image::{self, ImageError, ReadError};
+
+/// Why a source cannot be imported.
+#[derive(Debug, thiserror::Error)]
+pub enum ImportError {
+    /// The source could not be read.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    /// Its header or a table is at fault.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A compressed cluster is at fault.
+    #[error(transparent)]
+    Decode(#[from] ReadError),
+    /// The disk is at fault.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// Too much to be held at once.
+    #[error(
+        "the image has more than {most} clusters in use, too many to expand it while its digest \
+         is proved; bring it in as it is, or without a digest"
+    )]
+    TooManyClusters {
+        /// The limit.
+        most: usize,
+    },
+    /// A stage behind has stopped; never seen outside.
+    #[error("the writer has stopped")]
+    Stopped,
+}
+
+impl ImportError {
+    /// Whether trying again can help.
+    #[must_use]
+    pub fn class(&self) -> Class {
+        let of_image = |class| match class {
+            image::Class::Retry => Class::Retry,
+            image::Class::Refuse | image::Class::Bug => Class::Refuse,
+        };
+        match self {
+            Self::Fetch(error) => error.class(),
+            Self::Image(error) => of_image(error.class()),
+            Self::Decode(error) => of_image(error.class()),
+            Self::Disk(error) if error.may_retry() => Class::Retry,
+            Self::Disk(_) | Self::TooManyClusters { .. } => Class::Refuse,
+            Self::Stopped => Class::Retry,
+        }
+    }
+
+    /// True if what has arrived is worth nothing: wrong bytes, or no usable image. An expired
+    /// signature or a broken proxy says nothing about what has arrived before.
+    #[must_use]
+    pub fn condemns_bytes(&self) -> bool {
+        match self {
+            Self::Fetch(error) => {
+                matches!(error, FetchError::Digest { .. } | FetchError::TooMuch { .. })
+            }
+            Self::Image(_) | Self::Decode(_) => self.class() == Class::Refuse,
+            Self::Disk(_) | Self::TooManyClusters { .. } | Self::Stopped => false,
+        }
+    }
+
+    /// The message with its causes on one line.
+    #[must_use]
+    pub fn report(&self) -> String {
+        one_line(self)
+    }
+}

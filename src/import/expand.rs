@@ -1,0 +1,236 @@
+//! Expands a QCOW2 source.
+//!
+//! Why: one pass over what is in use costs less than a download and a conversion.
+//! How: batch after batch of L2 tables: a [`Plan`] of what is stored, a fetch of just that, and
+//! [`Clusters`] that make the guest's bytes of it.
+//! Never: goes on with another version of the source, or with a layout that is not the copy's.
+//! Start at [`expand`].
+
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::disk::{DigestSet, Filling, Version};
+use crate::fetch::{
+    Engine, FetchError, Fetched, MAX_PART_BYTES, Pipeline, Progress, Source, SourceFile, transfer,
+};
+use crate::image::qcow2::{Header, Image};
+use crate::image::{Format, ImageError, detect};
+use crate::ring::BufShare;
+
+use super::clusters::Clusters;
+use super::error::ImportError;
+use super::plan::Plan;
+use super::tables;
+
+/// Entries of one batch: 24 bytes each, and 64 GiB of guest data at the usual cluster size.
+const BATCH_ENTRIES: usize = 1 << 20;
+/// Entries at most if the source has to come in one go, so that a digest can prove it.
+const WHOLE_ENTRIES: usize = 8 << 20;
+/// Before the tag of the source's version: such bytes are not the source's own.
+const TAG_PREFIX: &str = "raw:";
+
+/// Brings what `source` names into `filling` as a raw disk. A source that is no QCOW2 image is
+/// brought in as it is. The digests are those of the raw disk; those that `source` expects are of
+/// its own bytes, and proved on the way.
+///
+/// # Errors
+/// [`ImportError`]. What is durable stays for the next try, but after a digest that differs.
+pub(super) async fn expand(
+    engine: &Engine,
+    source: &Source,
+    digests: DigestSet,
+    filling: &mut Filling,
+    progress: &Arc<Progress>,
+) -> Result<Fetched, ImportError> {
+    let (file, head) = match SourceFile::open(engine, source, progress).await {
+        Ok(opened) => opened,
+        Err(error) => return Err(error.into()),
+    };
+    if detect(&head) != Format::Qcow2 {
+        return Ok(transfer(engine, source, filling, progress).await?);
+    }
+    let name = source.url.file_path().unwrap_or_else(|| source.url.to_string().into());
+    let image = open_image(&file, head, &name).await?;
+    let virtual_bytes = image.header().size_bytes;
+    let limit = engine.policy.max_bytes;
+    if virtual_bytes > limit {
+        let url = source.url.to_string();
+        return Err(FetchError::TooLarge { url, total: virtual_bytes, limit }.into());
+    }
+    let tag = format!("{TAG_PREFIX}{}", file.tag());
+    let version = Version { total_bytes: Some(virtual_bytes), tag };
+    let keep = filling.version().as_ref() == Some(&version);
+    in_place(|| filling.begin_sparse(&version, keep))?;
+    progress.set_total(Some(virtual_bytes));
+    // Half of the buffers for what arrives, half for what is made of it.
+    let half = (engine.buffers / 2).max(4);
+    let work = Work {
+        engine,
+        file: &file,
+        image: &image,
+        name,
+        digests,
+        arriving: engine.pool.share(half, half),
+        made: engine.pool.share(half, half),
+        progress,
+    };
+    work.run(filling).await
+}
+
+/// Fetches and judges header and L1 table.
+async fn open_image(
+    file: &SourceFile<'_>,
+    mut head: Vec<u8>,
+    name: &std::path::Path,
+) -> Result<Image, ImportError> {
+    let total = file.len_bytes();
+    let wanted = (Header::wanted_len(&head) as u64).min(total);
+    if wanted > head.len() as u64 {
+        head = file.read(0..wanted).await?;
+    }
+    head.truncate(usize::try_from(wanted.max(512)).unwrap_or(usize::MAX));
+    let header = Header::parse(&head, total).map_err(|fault| ImageError::fault(name, fault))?;
+    let range = header.l1_needed();
+    let mut l1 = Vec::new();
+    let mut at = range.start;
+    while at < range.end {
+        let end = range.end.min(at + MAX_PART_BYTES);
+        l1.extend(file.read(at..end).await?);
+        at = end;
+    }
+    Ok(Image::from_l1(header, total, &l1, name)?)
+}
+
+/// The clusters that are not wholly here: each is made at once.
+pub(super) fn whole_clusters(header: &Header, missing: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    let size = header.cluster_bits.size_bytes();
+    let mut whole: Vec<Range<u64>> = Vec::new();
+    for range in missing {
+        let end = range.end.next_multiple_of(size).min(header.size_bytes);
+        let start = range.start / size * size;
+        match whole.last_mut() {
+            Some(last) if start <= last.end => last.end = last.end.max(end),
+            Some(_) | None => whole.push(start..end),
+        }
+    }
+    whole
+}
+
+struct Work<'a> {
+    engine: &'a Engine,
+    file: &'a SourceFile<'a>,
+    image: &'a Image,
+    name: PathBuf,
+    digests: DigestSet,
+    arriving: BufShare,
+    made: BufShare,
+    progress: &'a Arc<Progress>,
+}
+
+impl Work<'_> {
+    async fn run(&self, filling: &mut Filling) -> Result<Fetched, ImportError> {
+        let missing = whole_clusters(self.image.header(), filling.missing());
+        self.progress.begin_at(filling.present_bytes());
+        let (digests, probe) = (self.digests, &self.engine.probe);
+        // Clusters come nearly in order; a few that are early wait, the rest is read back.
+        let held = self.made.most() / 2;
+        let pipeline = Pipeline::start(filling, &missing, held, probe, digests, self.progress)?;
+        let result = self.batches(filling, &missing, &pipeline).await;
+        let total = filling.total_bytes().unwrap_or(0);
+        match result {
+            Ok(()) => {
+                self.progress.verifying();
+                let digests = blocking(move || pipeline.finish(total)).await?;
+                Ok(Fetched { digests, etag: self.file.etag() })
+            }
+            Err(error) => {
+                // A writer that has stopped tells why; else the first error is the reason.
+                let ended = blocking(move || pipeline.abandon()).await;
+                match (error, ended) {
+                    (ImportError::Stopped, Err(why)) => Err(why.into()),
+                    (ImportError::Stopped, Ok(())) => Err(FetchError::Cancelled.into()),
+                    (error, _) => Err(error),
+                }
+            }
+        }
+    }
+
+    async fn batches(
+        &self,
+        filling: &Filling,
+        missing: &[Range<u64>],
+        pipeline: &Pipeline,
+    ) -> Result<(), ImportError> {
+        let proves = self.file.source().expect.is_some();
+        let most = if proves { WHOLE_ENTRIES } else { BATCH_ENTRIES };
+        let tables: Vec<_> = self.image.tables().collect();
+        let mut next = 0;
+        while next < tables.len() {
+            let mut plan = Plan::new(self.image, missing, tables[next].first_cluster);
+            next = tables::read_batch(
+                self.file, self.image, &tables, next, most, &mut plan, &self.name,
+            )
+            .await?;
+            if proves && next < tables.len() {
+                return Err(ImportError::TooManyClusters { most: WHOLE_ENTRIES });
+            }
+            plan.close();
+            filling.promise(plan.data_bytes())?;
+            self.batch(filling, plan, pipeline, proves).await?;
+        }
+        Ok(())
+    }
+
+    async fn batch(
+        &self,
+        filling: &Filling,
+        plan: Plan,
+        pipeline: &Pipeline,
+        proves: bool,
+    ) -> Result<(), ImportError> {
+        let feed = pipeline.feed();
+        for zero in plan.zeroes() {
+            let len = zero.end - zero.start;
+            feed.send_zeroes(zero.start, len).map_err(|_stopped| ImportError::Stopped)?;
+        }
+        let ranges = match proves {
+            true => std::iter::once(0..self.file.len_bytes()).collect(),
+            false => plan.ranges(),
+        };
+        let clusters = Arc::new(Clusters::start(plan, feed, &self.made, filling, &self.name)?);
+        let taker: Arc<dyn crate::fetch::Taker> = Arc::clone(&clusters) as _;
+        let wanted = proves.then(|| self.file.source().expect.wanted());
+        let fetched = self.file.fetch(ranges, taker, wanted, &self.arriving, filling).await;
+        let clusters = Arc::into_inner(clusters).expect("the fetch has let go of its taker");
+        // Decoders that failed stopped the fetch: their error is the reason.
+        let decoded = blocking(move || clusters.finish()).await;
+        let found = match (fetched, decoded) {
+            (Err(error), _) => return Err(error.into()),
+            (Ok(_), Err(error)) => return Err(error),
+            (Ok(None), Ok(())) => return Err(ImportError::Stopped),
+            (Ok(Some(found)), Ok(())) => found,
+        };
+        if let Some((kind, expected, found)) = self.file.source().expect.mismatch(&found) {
+            let url = self.file.source().url.to_string();
+            return Err(FetchError::Digest { url, kind, expected, found }.into());
+        }
+        Ok(())
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(value) => value,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+/// Runs work that waits for the disk without holding up the other tasks of this thread.
+fn in_place<T>(work: impl FnOnce() -> T) -> T {
+    use tokio::runtime::{Handle, RuntimeFlavor};
+    match Handle::current().runtime_flavor() {
+        RuntimeFlavor::MultiThread => tokio::task::block_in_place(work),
+        _other_flavours_have_no_second_thread => work(),
+    }
+}

@@ -1,0 +1,172 @@
+//! What of a source is needed for a part of the disk, and where it goes.
+//!
+//! Why: the source's order is not the guest's, and much of a source may not be in use at all.
+//! How: one entry for each cluster that is stored and missing, sorted by its place in the source;
+//! units without any are zero.
+//! Never: holds an entry that was not judged.
+//! Start at [`Plan::add`], then [`Plan::close`].
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use crate::disk::UNIT_BYTES;
+use crate::image::qcow2::{Cluster, ClusterBits, Compression, Image};
+
+/// A gap between two ranges of the source that is rather read than asked around.
+const BRIDGE_BYTES: u64 = 256 * 1024;
+
+/// One stored cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Entry {
+    /// Where its bytes begin in the source.
+    pub(super) at: u64,
+    /// How many of them there are, at most twice a cluster.
+    pub(super) len: u32,
+    /// True if they are compressed.
+    pub(super) packed: bool,
+    /// Which guest cluster it is.
+    pub(super) cluster: u64,
+}
+
+impl Entry {
+    /// Its bytes in the source.
+    pub(super) fn stored(&self) -> Range<u64> {
+        self.at..self.at + u64::from(self.len)
+    }
+}
+
+/// A part of the disk: what is stored of it, and what is zero.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) bits: ClusterBits,
+    pub(super) compression: Compression,
+    pub(super) virtual_bytes: u64,
+    /// By place in the source, once closed.
+    pub(super) entries: Vec<Entry>,
+    /// Units of more than one cluster: how many of their clusters are still to come.
+    pub(super) units: HashMap<u64, u32>,
+    /// Longest entry, for finding those that reach into a range.
+    pub(super) longest: u64,
+    missing: Vec<Range<u64>>,
+    span: Range<u64>,
+}
+
+impl Plan {
+    /// A plan for the guest's clusters from `first_cluster` on, of which `missing` is not here.
+    pub(super) fn new(image: &Image, missing: &[Range<u64>], first_cluster: u64) -> Self {
+        let header = image.header();
+        let start = first_cluster << header.cluster_bits.get();
+        Self {
+            bits: header.cluster_bits,
+            compression: header.compression,
+            virtual_bytes: header.size_bytes,
+            entries: Vec::new(),
+            units: HashMap::new(),
+            longest: 0,
+            missing: missing.to_vec(),
+            span: start..start,
+        }
+    }
+
+    /// The guest's bytes in a cluster; fewer than a cluster at the disk's end.
+    pub(super) fn guest(&self, cluster: u64) -> Range<u64> {
+        let start = cluster << self.bits.get();
+        start..self.virtual_bytes.min(start + self.bits.size_bytes())
+    }
+
+    /// The next cluster of the guest.
+    pub(super) fn add(&mut self, cluster: u64, meaning: Cluster) {
+        let guest = self.guest(cluster);
+        self.span.end = guest.end;
+        let (at, len, packed) = match meaning {
+            Cluster::Zero | Cluster::Unallocated => return,
+            Cluster::Data(at) => (at.0, guest.end - guest.start, false),
+            Cluster::Compressed(packed) => (packed.at.0, packed.len_bytes, true),
+        };
+        if !self.is_missing(&guest) {
+            return;
+        }
+        let len = u32::try_from(len).expect("an entry has at most 4 MiB");
+        self.longest = self.longest.max(len.into());
+        self.entries.push(Entry { at, len, packed, cluster });
+    }
+
+    /// The next `count` clusters, none of which is stored.
+    pub(super) fn add_zeroes(&mut self, first_cluster: u64, count: u64) {
+        self.span.end = self.guest(first_cluster + count - 1).end;
+    }
+
+    /// True if a unit that `guest` touches is missing.
+    fn is_missing(&self, guest: &Range<u64>) -> bool {
+        let start = guest.start / UNIT_BYTES * UNIT_BYTES;
+        let index = self.missing.partition_point(|range| range.end <= start);
+        self.missing.get(index).is_some_and(|range| range.start < guest.end)
+    }
+
+    /// Everything was added.
+    pub(super) fn close(&mut self) {
+        if self.bits.size_bytes() < UNIT_BYTES {
+            for entry in &self.entries {
+                let unit = (entry.cluster << self.bits.get()) / UNIT_BYTES;
+                *self.units.entry(unit).or_default() += 1;
+            }
+        }
+        self.entries.sort_unstable_by_key(|entry| entry.at);
+    }
+
+    /// Bytes of the guest's units that will be written.
+    pub(super) fn data_bytes(&self) -> u64 {
+        match self.units.len() as u64 {
+            0 => self.entries.len() as u64 * self.bits.size_bytes(),
+            units => units * UNIT_BYTES,
+        }
+    }
+
+    /// The missing ranges of the guest of which nothing is stored, in whole units.
+    pub(super) fn zeroes(&self) -> Vec<Range<u64>> {
+        let unit_end = |at: u64| at.next_multiple_of(UNIT_BYTES);
+        let mut stored: Vec<Range<u64>> = match self.units.is_empty() {
+            true => self.entries.iter().map(|entry| self.guest(entry.cluster)).collect(),
+            false => self.units.keys().map(|u| u * UNIT_BYTES..(u + 1) * UNIT_BYTES).collect(),
+        };
+        stored.sort_unstable_by_key(|range| range.start);
+        let (mut zeroes, mut stored) = (Vec::new(), stored.into_iter().peekable());
+        for missing in &self.missing {
+            let (mut at, end) =
+                (missing.start.max(self.span.start), missing.end.min(self.span.end));
+            while at < end {
+                while stored.next_if(|range| unit_end(range.end) <= at).is_some() {}
+                let next = stored.peek().map_or(end, |range| range.start.clamp(at, end));
+                if next > at {
+                    zeroes.push(at..next);
+                }
+                at = stored.peek().map_or(end, |range| unit_end(range.end)).max(next);
+            }
+        }
+        zeroes
+    }
+
+    /// The ranges of the source that are needed, ascending, with small gaps bridged.
+    pub(super) fn ranges(&self) -> Vec<Range<u64>> {
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        for entry in &self.entries {
+            let stored = entry.stored();
+            match ranges.last_mut() {
+                Some(last) if stored.start <= last.end + BRIDGE_BYTES => {
+                    last.end = last.end.max(stored.end);
+                }
+                Some(_) | None => ranges.push(stored),
+            }
+        }
+        ranges
+    }
+
+    /// The entries that have bytes in `range` of the source, by their numbers.
+    pub(super) fn reaching(&self, range: &Range<u64>) -> impl Iterator<Item = usize> {
+        let from = range.start.saturating_sub(self.longest);
+        let first = self.entries.partition_point(|entry| entry.at < from);
+        let end = self.entries.partition_point(|entry| entry.at < range.end);
+        let start = range.start;
+        (first..end).filter(move |&index| self.entries[index].stored().end > start)
+    }
+}

@@ -1,0 +1,116 @@
+//! Fetches L2 tables, several at a time.
+//!
+//! Why: tables lie between the data they describe; one request after the other would cost a way to
+//! the server and back for each 512 MiB of the disk.
+//! How: tables that lie close together are read in one part, and a few parts at a time.
+//! Never: holds more than a bounded number of tables.
+//! Start at [`read_batch`].
+
+use std::ops::Range;
+use std::path::Path;
+
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+
+use super::error::ImportError;
+use super::plan::Plan;
+use crate::fetch::{FetchError, SourceFile};
+use crate::image::qcow2::{Image, L2Table};
+
+/// Bytes of tables that are read for one group.
+const GROUP_BYTES: u64 = 8 << 20;
+/// A gap between tables that is rather read than asked around.
+const BRIDGE_BYTES: u64 = 64 * 1024;
+/// Parts that are asked for at the same time.
+const PARTS_AT_ONCE: usize = 8;
+
+/// Adds tables to `plan` from number `first` on, until it has `most_entries` or all are added, and
+/// at a unit of the disk. Returns the number of the first table that was not added.
+pub(super) async fn read_batch(
+    file: &SourceFile<'_>,
+    image: &Image,
+    tables: &[L2Table],
+    first: usize,
+    most_entries: usize,
+    plan: &mut Plan,
+    name: &Path,
+) -> Result<usize, ImportError> {
+    let mut next = first;
+    while next < tables.len() && plan.entries.len() < most_entries {
+        let group = group_from(tables, next, first, most_entries - plan.entries.len());
+        let parts = read_group(file, &tables[group.clone()]).await?;
+        for table in &tables[group.clone()] {
+            add(image, table, &parts, plan, name)?;
+        }
+        next = group.end;
+    }
+    Ok(next)
+}
+
+/// Tables of about [`GROUP_BYTES`], whose number since `first` is even unless they are the last: a
+/// table of the smallest clusters maps half a unit of the disk.
+fn group_from(tables: &[L2Table], start: usize, first: usize, most_entries: usize) -> Range<usize> {
+    let (mut end, mut bytes, mut entries) = (start, 0, 0);
+    while let Some(table) = tables.get(end) {
+        let whole_units = (end - first) % 2 == 0;
+        if end > start && whole_units && (bytes >= GROUP_BYTES || entries >= most_entries) {
+            break;
+        }
+        let len = table.stored.as_ref().map_or(0, |stored| stored.end - stored.start);
+        bytes += len;
+        entries += usize::try_from(len / 8).unwrap_or(usize::MAX);
+        end += 1;
+    }
+    start..end
+}
+
+/// Parts of the source, ascending, with their places.
+type Parts = Vec<(u64, Vec<u8>)>;
+
+async fn read_group(file: &SourceFile<'_>, tables: &[L2Table]) -> Result<Parts, FetchError> {
+    let mut stored: Vec<_> = tables.iter().filter_map(|table| table.stored.clone()).collect();
+    stored.sort_unstable_by_key(|range| range.start);
+    let mut parts: Vec<Range<u64>> = Vec::new();
+    for range in stored {
+        match parts.last_mut() {
+            Some(last)
+                if range.start <= last.end + BRIDGE_BYTES
+                    && range.end - last.start <= 2 * GROUP_BYTES =>
+            {
+                last.end = last.end.max(range.end);
+            }
+            Some(_) | None => parts.push(range),
+        }
+    }
+    let reads = parts.into_iter().map(|part| async move {
+        let start = part.start;
+        file.read(part).await.map(|bytes| (start, bytes))
+    });
+    stream::iter(reads).buffered(PARTS_AT_ONCE).try_collect().await
+}
+
+fn add(
+    image: &Image,
+    table: &L2Table,
+    parts: &Parts,
+    plan: &mut Plan,
+    name: &Path,
+) -> Result<(), ImportError> {
+    let Some(stored) = &table.stored else {
+        plan.add_zeroes(table.first_cluster, table.clusters);
+        return Ok(());
+    };
+    let index = parts.partition_point(|(start, _)| *start <= stored.start) - 1;
+    let (start, bytes) = &parts[index];
+    let within = |at: u64| usize::try_from(at - start).unwrap_or(usize::MAX);
+    let bytes = &bytes[within(stored.start)..within(stored.end)];
+    image.decode_table(
+        table.first_cluster,
+        stored.start,
+        bytes,
+        name,
+        &mut |cluster, meaning| {
+            plan.add(cluster, meaning);
+        },
+    )?;
+    Ok(())
+}

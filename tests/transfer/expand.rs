@@ -1,0 +1,274 @@
+//! Promise: a QCOW2 source becomes the raw disk that qemu reads, in one pass, and only what is in
+//! use of it is fetched.
+
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+
+use crate::fault_server::{Cut, FaultServer, Reply, Request};
+use crate::{content, engine, sha256};
+use bedplate::fetch::{Class, Engine, Expect, Progress, Source, SourceUrl};
+use bedplate::import::{ImportError, Layout, PullRequest, Pulled, pull};
+use bedplate::ring::Choice;
+
+const MIB: usize = 1 << 20;
+const ETAG: &str = "\"one\"";
+
+fn have_qemu() -> bool {
+    let runs = |tool: &str| Command::new(tool).arg("--version").output().is_ok();
+    if runs("qemu-img") && runs("qemu-io") {
+        return true;
+    }
+    println!("SKIPPED: qemu-img or qemu-io is not installed");
+    assert!(std::env::var("REQUIRE_TOOLS").as_deref() != Ok("1"), "REQUIRE_TOOLS=1");
+    false
+}
+
+fn tool(name: &str, args: &[&str]) {
+    let output = Command::new(name).args(args).output().unwrap();
+    assert!(
+        output.status.success(),
+        "{name} {args:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// Random bytes, zeroes and bytes that compress, of an odd length in sectors.
+fn disk(len: usize, seed: u64) -> Vec<u8> {
+    let mut bytes = content(len / 512 * 512, seed);
+    for (index, part) in bytes.chunks_mut(MIB / 2).enumerate() {
+        match (index as u64 + seed) % 5 {
+            1 => part.fill(0),
+            2 | 3 => part
+                .iter_mut()
+                .enumerate()
+                .for_each(|(at, byte)| *byte = b'a' + (at / 97 % 7) as u8),
+            _ => {}
+        }
+    }
+    bytes
+}
+
+/// A QCOW2 file of `bytes` made by qemu, and what qemu reads of it after further writes.
+fn qcow2(
+    dir: &Path,
+    bytes: &[u8],
+    options: &str,
+    packed: bool,
+    writes: &[&str],
+) -> (Vec<u8>, Vec<u8>) {
+    let (raw, image, back) = (dir.join("s.raw"), dir.join("s.qcow2"), dir.join("back.raw"));
+    std::fs::write(&raw, bytes).unwrap();
+    let (raw, image) = (raw.to_str().unwrap(), image.to_str().unwrap());
+    let mut args = vec!["convert", "-f", "raw", "-O", "qcow2", "-o", options];
+    if packed {
+        args.push("-c");
+    }
+    args.extend([raw, image]);
+    tool("qemu-img", &args);
+    for write in writes {
+        tool("qemu-io", &["-f", "qcow2", "-c", write, image]);
+    }
+    tool("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", image, back.to_str().unwrap()]);
+    (std::fs::read(image).unwrap(), std::fs::read(back).unwrap())
+}
+
+fn expand(
+    engine: &Engine,
+    server: &FaultServer,
+    dir: &Path,
+    expect: Expect,
+) -> Result<Pulled, ImportError> {
+    let url = SourceUrl::parse(&format!("{}/s.qcow2", server.url)).unwrap();
+    let source = Source::new(url).expecting(expect);
+    let request = PullRequest { source, layout: Layout::Raw, output: dir.join("out.raw") };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(pull(engine, &request, &Arc::new(Progress::default())))
+}
+
+fn output(dir: &Path) -> Vec<u8> {
+    std::fs::read(dir.join("out.raw")).unwrap_or_default()
+}
+
+#[test]
+fn every_kind_of_image_becomes_the_disk_that_qemu_reads() {
+    if !have_qemu() {
+        return;
+    }
+    let writes =
+        ["write -P 7 300k 5k", "write -z 1M 700k", "discard 3M 1M", "write -P 9 2500k 70k"];
+    for (index, (options, packed)) in [
+        ("cluster_size=64k", true),
+        ("cluster_size=64k", false),
+        ("cluster_size=64k,compression_type=zstd", true),
+        ("cluster_size=2M", true),
+        ("cluster_size=2M", false),
+        ("cluster_size=4k", true),
+        ("cluster_size=512", true),
+        ("cluster_size=512", false),
+        ("cluster_size=128k,compat=0.10", true),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let temp = tempfile::tempdir().unwrap();
+        let bytes = disk(9 * MIB + 512 * (7 + index), 40 + index as u64);
+        let (image, raw) = qcow2(temp.path(), &bytes, options, packed, &writes);
+        // Half of the runs meet a server that breaks.
+        let served = image.clone();
+        let server = FaultServer::start(move |request| {
+            let reply = Reply::ranged(request, &served, ETAG);
+            let breaks = index % 2 == 1 && request.index % 3 == 2;
+            if breaks { reply.cut(Cut::Close(100_003)) } else { reply }
+        });
+        let sink = if index % 3 == 0 { Choice::Threads } else { Choice::Auto };
+        let pulled = expand(&engine(temp.path(), sink), &server, temp.path(), Expect::default());
+        pulled.unwrap_or_else(|error| panic!("{options}: {}", error.report()));
+        assert!(output(temp.path()) == raw, "{options}, compressed {packed}");
+    }
+}
+
+#[test]
+fn a_digest_of_the_source_is_proved_on_the_way() {
+    if !have_qemu() {
+        return;
+    }
+    let temp = tempfile::tempdir().unwrap();
+    let (image, raw) = qcow2(temp.path(), &disk(8 * MIB, 50), "cluster_size=64k", true, &[]);
+    let served = image.clone();
+    let server = FaultServer::start(move |r| Reply::ranged(r, &served, "W/\"weak\""));
+    let expect = |bytes: &[u8]| Expect::parse(Some(&sha256(bytes)), None).unwrap();
+    let engine = engine(temp.path(), Choice::Auto);
+    expand(&engine, &server, temp.path(), expect(&image)).unwrap();
+    assert!(output(temp.path()) == raw);
+    std::fs::remove_file(temp.path().join("out.raw")).unwrap();
+    let error = expand(&engine, &server, temp.path(), expect(&raw)).unwrap_err();
+    assert_eq!(error.class(), Class::Refuse);
+    assert!(error.report().contains("SHA-256"), "{}", error.report());
+    let left: Vec<_> =
+        std::fs::read_dir(temp.path()).unwrap().flatten().map(|e| e.file_name()).collect();
+    assert!(left.iter().all(|name| !name.to_string_lossy().contains("out")), "{left:?}");
+}
+
+#[test]
+fn what_is_not_in_use_is_not_fetched() {
+    if !have_qemu() {
+        return;
+    }
+    let temp = tempfile::tempdir().unwrap();
+    // The discarded clusters stay in the file, where nothing refers to them.
+    let discard = ["discard 1M 20M"];
+    let bytes = content(24 * MIB, 51);
+    let (image, raw) = qcow2(temp.path(), &bytes, "cluster_size=64k", false, &discard);
+    let served = image.clone();
+    let server = FaultServer::start(move |r| Reply::ranged(r, &served, ETAG));
+    let engine = engine(temp.path(), Choice::Auto);
+    let pulled = expand(&engine, &server, temp.path(), Expect::default()).unwrap();
+    assert!(output(temp.path()) == raw);
+    assert!(pulled.received_bytes < 6 << 20, "{} bytes of {}", pulled.received_bytes, image.len());
+    // A virtual disk far larger than the room: only what is in use has to fit.
+    let huge = temp.path().join("huge.qcow2");
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", huge.to_str().unwrap(), "8T"]);
+    tool("qemu-io", &["-f", "qcow2", "-c", "write -P 5 7T 64k", huge.to_str().unwrap()]);
+    let image = std::fs::read(&huge).unwrap();
+    let server = FaultServer::start(move |r| Reply::ranged(r, &image, ETAG));
+    let url = SourceUrl::parse(&format!("{}/h", server.url)).unwrap();
+    let request = PullRequest {
+        source: Source::new(url),
+        layout: Layout::Raw,
+        output: temp.path().join("huge.raw"),
+    };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let progress = Arc::new(Progress::default());
+    let pulled = runtime.block_on(pull(&engine, &request, &progress)).unwrap();
+    assert_eq!(pulled.sealed.len_bytes(), 8 << 40);
+    let mut found = vec![0; 64 << 10];
+    std::os::unix::fs::FileExt::read_exact_at(pulled.sealed.file(), &mut found, 7 << 40).unwrap();
+    assert!(found.iter().all(|&byte| byte == 5));
+}
+
+#[test]
+fn an_interrupted_expansion_goes_on_with_what_is_missing() {
+    if !have_qemu() {
+        return;
+    }
+    let temp = tempfile::tempdir().unwrap();
+    let (image, raw) = qcow2(temp.path(), &content(32 * MIB, 52), "cluster_size=64k", true, &[]);
+    let served = image.clone();
+    // The first run gets about half, then a refusal.
+    let server = FaultServer::start(move |request: &Request| {
+        let reply = Reply::ranged(request, &served, ETAG);
+        match request.index {
+            0..=2 => reply,
+            3 => reply.cut(Cut::Close(served.len() / 2)),
+            4 => Reply::status("403 Forbidden"),
+            _ => reply,
+        }
+    });
+    let engine = engine(temp.path(), Choice::Auto);
+    let error = expand(&engine, &server, temp.path(), Expect::default()).unwrap_err();
+    assert!(error.report().contains("403"), "{}", error.report());
+    let pulled = expand(&engine, &server, temp.path(), Expect::default()).unwrap();
+    assert!(output(temp.path()) == raw);
+    assert!(pulled.received_bytes < image.len() as u64 * 3 / 4, "{} bytes", pulled.received_bytes);
+}
+
+#[test]
+fn a_server_that_cannot_give_parts_safely_is_refused_with_the_reason() {
+    if !have_qemu() {
+        return;
+    }
+    let temp = tempfile::tempdir().unwrap();
+    let (image, _) = qcow2(temp.path(), &disk(2 * MIB, 53), "cluster_size=64k", true, &[]);
+    let engine = engine(temp.path(), Choice::Auto);
+    for (etag, ranged, words) in
+        [(ETAG, false, "no byte ranges"), ("W/\"x\"", true, "no strong ETag")]
+    {
+        let served = image.clone();
+        let server = FaultServer::start(move |request| match ranged {
+            true => Reply::ranged(request, &served, etag),
+            false => Reply::whole(&served),
+        });
+        let error = expand(&engine, &server, temp.path(), Expect::default()).unwrap_err();
+        assert_eq!(error.class(), Class::Refuse);
+        assert!(error.report().contains(words), "{}", error.report());
+    }
+}
+
+#[test]
+fn a_damaged_image_is_refused_and_nothing_of_it_is_kept() {
+    if !have_qemu() {
+        return;
+    }
+    let temp = tempfile::tempdir().unwrap();
+    let bytes = vec![b'x'; 16 * MIB];
+    let (image, _) = qcow2(temp.path(), &bytes, "cluster_size=64k", true, &[]);
+    let engine = engine(temp.path(), Choice::Auto);
+    let last = image.iter().rposition(|&byte| byte != 0).unwrap();
+    let mut cluster = image.clone();
+    cluster[last - 100..last - 20].fill(0xff);
+    let mut entry = image.clone();
+    let l1 = u64::from_be_bytes(image[40..48].try_into().unwrap()) as usize;
+    entry[l1] = 0x80;
+    entry[l1 + 1] = 0xff;
+    for (damaged, words) in [(cluster, "deflate"), (entry, "L2 table offset")] {
+        let server = FaultServer::start(move |r| Reply::ranged(r, &damaged, ETAG));
+        let error = expand(&engine, &server, temp.path(), Expect::default()).unwrap_err();
+        assert_eq!(error.class(), Class::Refuse, "{}", error.report());
+        assert!(error.report().contains(words), "{}", error.report());
+        assert!(error.condemns_bytes());
+        let left = std::fs::read_dir(temp.path()).unwrap().flatten();
+        assert!(left.into_iter().all(|e| !e.file_name().to_string_lossy().starts_with("out")));
+    }
+}
+
+#[test]
+fn a_source_that_is_a_raw_disk_already_is_brought_in_as_it_is() {
+    let bytes = content(5 * MIB, 54);
+    let served = bytes.clone();
+    let server = FaultServer::start(move |r| Reply::ranged(r, &served, ETAG));
+    let temp = tempfile::tempdir().unwrap();
+    let engine = engine(temp.path(), Choice::Auto);
+    expand(&engine, &server, temp.path(), Expect::default()).unwrap();
+    assert!(output(temp.path()) == bytes);
+}
