@@ -9,6 +9,8 @@
 //! Never: knows image formats, or believes a server: what it says is checked or bounded.
 //! Start at [`transfer()`], or [`pull()`] for a plain file.
 
+mod access;
+mod address;
 mod digest;
 mod error;
 mod expect;
@@ -18,17 +20,23 @@ mod pipeline;
 mod policy;
 mod progress;
 mod pull;
+mod route;
+mod s3;
+mod secret;
 pub mod source;
 mod spec;
 mod transfer;
 mod version;
 
+pub use access::{Access, Basic, S3Access};
+pub use address::{AddressClass, AddressPolicy, AddressRefused, judge as judge_address};
 pub use error::{Class, FetchError, one_line};
 pub use expect::{Expect, ExpectError};
 pub use http::parse_content_range;
 pub use policy::Policy;
 pub use progress::{Phase, Progress, Snapshot};
 pub use pull::{PullRequest, Pulled, pull};
+pub use secret::{AccessError, Secret, Trust};
 pub use source::{SourceError, SourceUrl};
 pub use spec::Source;
 pub use transfer::{Engine, Fetched, transfer};

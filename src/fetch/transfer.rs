@@ -11,6 +11,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::access::Access;
 use super::error::{Class, FetchError};
 use super::expect::Expect;
 use super::http::{Answer, Client};
@@ -65,13 +66,14 @@ pub async fn transfer(
     filling: &mut Filling,
     progress: &Arc<Progress>,
 ) -> Result<Fetched, FetchError> {
-    let Source { url, expect } = source;
+    let Source { url, expect, access } = source;
     let mut restarts = 0;
     let mut fresh = false;
     loop {
         let share = engine.pool.share(engine.buffers);
+        let (pipeline, unproven) = (None, false);
         let mut run =
-            Run { engine, url, expect, filling, progress, share, pipeline: None, unproven: false };
+            Run { engine, url, access, expect, filling, progress, share, pipeline, unproven };
         let result = match url.file_path() {
             Some(path) => run.local(&path).await,
             None => run.http(fresh).await,
@@ -98,6 +100,7 @@ pub async fn transfer(
 struct Run<'a> {
     engine: &'a Engine,
     url: &'a SourceUrl,
+    access: &'a Access,
     expect: &'a Expect,
     filling: &'a mut Filling,
     progress: &'a Arc<Progress>,
@@ -167,7 +170,7 @@ impl Run<'_> {
     }
 
     async fn http(&mut self, fresh: bool) -> Result<Fetched, FetchError> {
-        let client = Client::new(self.url, &self.engine.policy)?;
+        let client = Client::new(self.url, self.access, &self.engine.policy)?;
         // A version of which nothing is here binds nothing.
         let useless = fresh || self.filling.present_bytes() == 0;
         let known = if useless { None } else { self.known_version() };
