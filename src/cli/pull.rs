@@ -38,6 +38,7 @@ pub(super) async fn run(args: &PullArgs, output: &Output) -> Result<(), CliError
     let engine =
         Engine { pool: BufPool::new(BUFFERS), probe, policy: Policy::default(), buffers: BUFFERS };
     let source = Source::new(url).expecting(expect.map_err(usage)?);
+    let source = source.reached_with(args.access.by_reference()?);
     let request = PullRequest { source, output: args.output.clone() };
     let started = Instant::now();
     let pulled = watch(engine, request, output).await?;
