@@ -73,7 +73,7 @@ fn new_image(body: &CreateImage) -> Answer<NewImage> {
         name,
         uuid: ImageUuid::random()?,
         source,
-        access: body.access.clone(),
+        access: Box::new(body.access.clone()),
         expected: Expected::parse(body.sha256.as_deref(), body.sha512.as_deref())?,
         declared_format,
         disks: disks?,

@@ -27,6 +27,9 @@ use super::s3::Object;
 use super::secret::{AccessError, Trust};
 use super::source::SourceUrl;
 
+/// Every name and every address, as exceptions from a proxy.
+const ALL_HOSTS: &str = "*,0.0.0.0/0,::/0";
+
 /// Where a walk begins.
 enum Start {
     /// At a URL, without its userinfo.
@@ -294,7 +297,9 @@ impl Tls {
 
 impl Proxies {
     fn new(access: &Access, policy: &Policy) -> Result<Self, AccessError> {
-        let exceptions = access.no_proxy.join(",");
+        // The matcher takes a `*` for names alone.
+        let all = |entry: &String| if entry == "*" { ALL_HOSTS.to_owned() } else { entry.clone() };
+        let exceptions = access.no_proxy.iter().map(all).collect::<Vec<_>>().join(",");
         let mut addresses = policy.addresses.clone();
         let matcher = match &access.proxy {
             _ if access.direct => Matcher::builder().build(),

@@ -122,7 +122,7 @@ pub struct CopyTask {
     /// Where the bytes come from. `None` for an image found on a disk: check it, or fail.
     pub source: Option<SourceUrl>,
     /// What it takes to reach it.
-    pub access: Access,
+    pub access: Box<Access>,
     /// Digests to hold the bytes against.
     pub expected: Expected,
     /// Format that the user declared; `None` = look.

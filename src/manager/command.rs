@@ -28,7 +28,7 @@ pub struct NewImage {
     /// Where the bytes come from.
     pub source: SourceUrl,
     /// What it takes to reach it.
-    pub access: Access,
+    pub access: Box<Access>,
     /// Digests that the bytes must have.
     pub expected: Expected,
     /// Format, if the user says it.
@@ -189,7 +189,7 @@ impl World {
 
     /// Takes over credentials: those of an image change while its bytes stay the same. None given
     /// means that nothing is said of them.
-    fn renew_access(&mut self, name: &ImageName, access: Access, touched: &mut Touched) {
+    fn renew_access(&mut self, name: &ImageName, access: Box<Access>, touched: &mut Touched) {
         let Some(image) = self.images.get_mut(name) else { return };
         if access.is_empty() || image.record.access == access {
             return;

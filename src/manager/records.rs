@@ -89,7 +89,7 @@ pub struct ImageRecord {
     pub source: Option<SourceUrl>,
     /// What it takes to reach the source; whole, as [`SourceUrl`] is.
     #[serde(default, skip_serializing_if = "Access::is_empty")]
-    pub access: Access,
+    pub access: Box<Access>,
     /// What the user says of its digests.
     #[serde(default)]
     pub expected: Expected,

@@ -6,7 +6,6 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
-use crate::fetch::Access;
 use crate::names::{DiskUuid, ImageName, ImageUuid};
 
 const DISKS: [&str; 3] = ["aaaaaaaa-1111-2222", "bbbbbbbb-1111-2222", "aaaaaaaa-3333-4444"];
@@ -53,7 +52,7 @@ fn create_from(image: &str, url: &str) -> Command {
         name: name(image),
         uuid: ImageUuid::random().unwrap(),
         source: SourceUrl::parse(url).unwrap(),
-        access: Access::default(),
+        access: Box::default(),
         expected: Expected::default(),
         declared_format: None,
         disks: Vec::new(),

@@ -233,7 +233,7 @@ impl Worker {
         let progress = Arc::new(fetch::Progress::default());
         let from = fetch::Source::new(source.clone())
             .expecting(self.expect())
-            .reached_with(self.task.access.clone());
+            .reached_with((*self.task.access).clone());
         let transfer = fetch::transfer(&engine, &from, &mut filling, &progress);
         let fetched = self.watch(transfer, &progress).await?;
         self.judge_digests(&fetched.digests)?;

@@ -18,7 +18,6 @@ use super::backend::{
 };
 use super::records::{AttachmentId, AttachmentRecord, Expected, ImageRecord, Want};
 use super::step::differs;
-use crate::fetch::Access;
 use crate::names::{DiskUuid, ImageName};
 
 /// State of a copy, in Longhorn's words.
@@ -312,7 +311,7 @@ impl World {
                 name: name.clone(),
                 uuid: uuid.clone(),
                 source: None,
-                access: Access::default(),
+                access: Box::default(),
                 expected: Expected::default(),
                 declared_format: None,
                 facts: None,

@@ -30,7 +30,7 @@ fn guarded(name: &'static str, value: String, bytes: &[u8]) -> FaultServer {
 
 #[test]
 fn each_kind_of_credential_arrives() {
-    let (place, bytes) = (Place::new(), content(100_000));
+    let (place, bytes) = (Place::empty(), content(100_000));
     let file = place.file("secret", &format!("{SECRET}\n"));
     let server = guarded("authorization", BASIC.into(), &bytes);
     let (url, host) = (format!("{}/a", server.url), &server.url["http://".len()..]);
@@ -66,7 +66,7 @@ fn assert_bare(request: &Request) {
 
 #[test]
 fn credentials_do_not_follow_a_redirect_to_another_origin_nor_back() {
-    let (place, bytes) = (Place::new(), content(100_000));
+    let (place, bytes) = (Place::empty(), content(100_000));
     let served = bytes.clone();
     let other = FaultServer::start(move |request| match request.path.as_str() {
         path if path.starts_with("/back") => to(&path["/back?".len()..]),
@@ -103,7 +103,7 @@ fn credentials_do_not_follow_a_redirect_to_another_origin_nor_back() {
 
 #[test]
 fn all_ranges_come_from_one_mirror_until_it_refuses() {
-    let (place, bytes) = (Place::new(), content(3_000_000));
+    let (place, bytes) = (Place::empty(), content(3_000_000));
     let served = bytes.clone();
     // The mirror breaks twice, and takes each ticket for two requests.
     let mirror = FaultServer::start(move |request| {
@@ -189,7 +189,7 @@ fn an_image_takes_over_new_credentials() {
     let bytes = content(100_000);
     let server = guarded("authorization", format!("Bearer {SECRET}"), &bytes);
     let daemon = Daemon::start();
-    let place = Place::new();
+    let place = Place::empty();
     let (old, new) = (place.file("old", "expired"), place.file("new", SECRET));
     let url = format!("{}/a.img", server.url);
     let create = |token: &str| daemon.cli(&["create", &url, "--bearer-file", token, "--fetch"]);

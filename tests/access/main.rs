@@ -44,7 +44,7 @@ pub struct Place(tempfile::TempDir);
 
 impl Place {
     /// A new one.
-    pub fn new() -> Self {
+    pub fn empty() -> Self {
         Self(tempfile::tempdir().unwrap())
     }
 

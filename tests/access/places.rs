@@ -107,7 +107,7 @@ fn a_daemon_does_not_go_through_a_loopback_proxy_that_a_client_names() {
 
 #[test]
 fn a_person_is_kept_from_metadata_services_only() {
-    let (place, bytes) = (Place::new(), content(50_000));
+    let (place, bytes) = (Place::empty(), content(50_000));
     let served = bytes.clone();
     let server = FaultServer::start(move |request| match request.path.as_str() {
         "/away" => {

@@ -72,7 +72,7 @@ fn forward(mut client: TcpStream, seen: &Mutex<Vec<String>>) -> Option<()> {
 
 #[test]
 fn an_image_has_its_own_proxy_and_exceptions() {
-    let (place, bytes) = (Place::new(), content(100_000));
+    let (place, bytes) = (Place::empty(), content(100_000));
     let served = bytes.clone();
     let server = FaultServer::start(move |request| Reply::ranged(request, &served, "\"v\""));
     let proxy = TinyProxy::start();
@@ -104,7 +104,7 @@ fn an_image_has_its_own_proxy_and_exceptions() {
 
 #[test]
 fn the_environment_s_proxy_is_used_unless_the_image_says_otherwise() {
-    let (place, bytes) = (Place::new(), content(100_000));
+    let (place, bytes) = (Place::empty(), content(100_000));
     let served = bytes.clone();
     let server = FaultServer::start(move |request| Reply::ranged(request, &served, "\"v\""));
     let proxy = TinyProxy::start();

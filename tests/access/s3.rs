@@ -68,7 +68,7 @@ fn bucket(bytes: Vec<u8>, token: Option<&'static str>) -> FaultServer {
 
 #[test]
 fn an_object_is_asked_for_with_a_fresh_signature_each_time() {
-    let (place, bytes) = (Place::new(), content(3_000_000));
+    let (place, bytes) = (Place::empty(), content(3_000_000));
     let server = bucket(bytes.clone(), None);
     let (id, secret) = (place.file("id", KEY_ID), place.file("key", SECRET));
     let common = ["--s3-endpoint", &server.url, "--s3-region", "eu-test-1"];
@@ -89,7 +89,7 @@ fn an_object_is_asked_for_with_a_fresh_signature_each_time() {
 
 #[test]
 fn a_person_s_environment_signs_too() {
-    let (place, bytes) = (Place::new(), content(100_000));
+    let (place, bytes) = (Place::empty(), content(100_000));
     let server = bucket(bytes.clone(), Some(TOKEN));
     let env = BTreeMap::from([
         ("AWS_ACCESS_KEY_ID", KEY_ID),
@@ -104,7 +104,7 @@ fn a_person_s_environment_signs_too() {
 
 #[test]
 fn a_public_bucket_needs_no_signature() {
-    let (place, bytes) = (Place::new(), content(100_000));
+    let (place, bytes) = (Place::empty(), content(100_000));
     let served = bytes.clone();
     let server = FaultServer::start(move |request| match request.path.as_str() {
         "/images/a.img" => Reply::ranged(request, &served, "\"v\""),

@@ -86,7 +86,7 @@ fn a_private_authority_and_a_client_s_certificate_open_the_way() {
     if !have(&[("nginx", "-v"), ("openssl", "version")]) {
         return;
     }
-    let (place, bytes) = (Place::new(), content(300_000));
+    let (place, bytes) = (Place::empty(), content(300_000));
     let dir = place.dir();
     certificates(dir);
     std::fs::create_dir(dir.join("root")).unwrap();
