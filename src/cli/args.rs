@@ -178,9 +178,6 @@ pub struct RunArgs {
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at its type")]
     pub expected: Expected,
-    #[command(flatten)]
-    #[expect(missing_docs, reason = "documented at its type")]
-    pub access: AccessArgs,
     /// Format of the file [default: look]
     #[arg(long)]
     pub format: Option<FormatArg>,
@@ -188,6 +185,9 @@ pub struct RunArgs {
     /// directory]
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type")]
+    pub access: AccessArgs,
 }
 
 /// Arguments of `pull`.
@@ -197,7 +197,9 @@ Run it again after an interruption: what has arrived is not fetched again.
 
 Examples:
   bedplate pull https://example.org/disk.img -o disk.img
-  bedplate pull https://example.org/disk.img -o disk.img --sha256 HEX --json")]
+  bedplate pull https://example.org/disk.img -o disk.img --sha256 HEX --json
+  bedplate pull s3://images/disk.img -o disk.img --s3-region eu-central-1
+  bedplate pull https://example.org/d.img -o d.img --user me --password-file pw.txt")]
 pub struct PullArgs {
     /// http://, https:// or s3:// URL, a path, or - for a URL on stdin
     pub source: String,
@@ -309,9 +311,6 @@ pub struct CreateArgs {
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at its type")]
     pub expected: Expected,
-    #[command(flatten)]
-    #[expect(missing_docs, reason = "documented at its type")]
-    pub access: AccessArgs,
     /// Format of the file [default: look]
     #[arg(long)]
     pub format: Option<FormatArg>,
@@ -324,6 +323,9 @@ pub struct CreateArgs {
     /// Disk to bring it in on [default: one with room]
     #[arg(long, value_name = "UUID")]
     pub disk: Option<String>,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type")]
+    pub access: AccessArgs,
 }
 
 /// Arguments of `list`.

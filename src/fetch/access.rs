@@ -253,6 +253,17 @@ impl S3Access {
         if self.access_key.is_some() != self.secret_key.is_some() {
             return Err(unusable("access.s3", "access_key and secret_key belong together"));
         }
+        // An endpoint is shown; the credentials are the access key's.
+        if let Some(endpoint) = &self.endpoint {
+            let url = Url::parse(endpoint).ok().filter(|url| {
+                let web = matches!(url.scheme(), "http" | "https");
+                web && url.username().is_empty() && url.password().is_none()
+            });
+            if url.is_none() {
+                let rule = "endpoint is no http:// or https:// URL without credentials";
+                return Err(unusable("access.s3", rule));
+            }
+        }
         if self.session_token.is_some() && self.access_key.is_none() {
             return Err(unusable("access.s3", "session_token needs access_key and secret_key"));
         }
@@ -338,6 +349,7 @@ mod tests {
             r#"{"proxy":"http://p","direct":true}"#,
             r#"{"s3":{"access_key":"hunter2"}}"#,
             r#"{"s3":{"session_token":"hunter2"}}"#,
+            r#"{"s3":{"endpoint":"http://u:hunter2@h"}}"#,
         ] {
             let text = access(bad).check().unwrap_err().to_string();
             assert!(!text.contains("hunter2"), "{text}");

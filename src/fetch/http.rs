@@ -82,7 +82,10 @@ impl Client {
         };
         let sent = self.route.send(&headers);
         let sent = tokio::time::timeout(policy.stall_timeout + policy.connect_timeout, sent);
-        let body = sent.await.map_err(|_elapsed| stalled())??;
+        let body = sent.await.map_err(|_elapsed| {
+            self.route.forget();
+            stalled()
+        })??;
         self.judge(body, range.start)
     }
 

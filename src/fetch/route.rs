@@ -127,12 +127,17 @@ impl Route {
     pub(super) async fn send(&self, headers: &HeaderMap) -> Result<Response, FetchError> {
         if let Some(hop) = self.landed() {
             match self.walk(hop, headers).await {
-                Ok((response, _)) if !is_stale(response.status()) => return Ok(response),
+                Ok((response, _)) if !is_stale(response.status()) => {
+                    if response.status().is_server_error() {
+                        self.forget();
+                    }
+                    return Ok(response);
+                }
                 Ok(_) | Err(FetchError::Connect { .. } | FetchError::Redirect { .. }) => {}
                 Err(error) => return Err(error),
             }
             // A signed URL that has expired, or a mirror that is gone: ask the source again.
-            self.land(None);
+            self.forget();
         }
         let url = match &self.start {
             Start::Url(url) => url.clone(),
@@ -147,6 +152,11 @@ impl Route {
 
     fn landed(&self) -> Option<Hop> {
         self.landed.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The next request begins at the source again: the server that was found does not answer.
+    pub(super) fn forget(&self) {
+        self.land(None);
     }
 
     fn land(&self, hop: Option<Hop>) {

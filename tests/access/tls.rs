@@ -4,8 +4,9 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use crate::fault_server::{FaultServer, Reply};
 use crate::proxy::TinyProxy;
-use crate::{Place, content, have};
+use crate::{Place, SECRET, content, have};
 
 /// An nginx that wants a client's certificate on its second port; ended with the test.
 struct Nginx {
@@ -109,10 +110,23 @@ fn a_private_authority_and_a_client_s_certificate_open_the_way() {
     let swapped = [&[open.as_str(), "--cert", &ca, "--key", &ca], &trust[..]].concat();
     place.refused(&swapped, &[], &["client certificate"]);
 
+    // Another origin does not get to see the client's certificate.
+    let target = strict.clone();
+    let origin = FaultServer::start(move |_| {
+        let mut reply = Reply::status("302 Found");
+        reply.headers.push(format!("Location: {target}"));
+        reply
+    });
+    let args = [&[origin.url.as_str(), "--cert", &cert, "--key", &key], &trust[..]].concat();
+    place.refused(&args, &[], &["400"]);
+
     let proxy = TinyProxy::start();
     let args = [open.as_str(), "--cacert", &ca, "--proxy", &proxy.url()];
     place.pulled(&args, &[], &bytes);
     assert!(proxy.take()[0].starts_with("CONNECT localhost:"));
+    let file = place.file("p", &format!("http://bob:{SECRET}@127.0.0.1:{}", proxy.port));
+    place.pulled(&[&open, "--cacert", &ca, "--proxy-file", &file], &[], &bytes);
+    assert!(proxy.take()[0].to_ascii_lowercase().contains("proxy-authorization: basic "));
     place.pulled(&[&open, "--cacert", &ca], &[("HTTPS_PROXY", &proxy.url())], &bytes);
     assert_eq!(proxy.take().len(), 1);
     let unknown = place.pull(&[&open], &[]);
