@@ -11,6 +11,7 @@ use std::sync::LazyLock;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+use super::args_access::AccessArgs;
 use super::exit::Exit;
 use super::sizes::parse_bytes;
 use crate::daemon;
@@ -167,7 +168,7 @@ Examples:
   bedplate run https://example.org/d.qcow2 --sha256 $(cut -c1-64 d.sha256)
   bedplate run - < file-with-a-secret-url")]
 pub struct RunArgs {
-    /// http:// or https:// URL, a path, or - for a URL on stdin (keeps it out of process lists)
+    /// http://, https:// or s3:// URL, a path, or - for a URL on stdin (keeps it out of process lists)
     pub source: String,
     /// Name of the image and of its export [default: made of the source's last part]
     #[arg(long)]
@@ -185,6 +186,9 @@ pub struct RunArgs {
     /// directory]
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type")]
+    pub access: AccessArgs,
 }
 
 /// Arguments of `pull`.
@@ -195,9 +199,11 @@ Run it again after an interruption: what has arrived is not fetched again.
 Examples:
   bedplate pull https://example.org/disk.img -o disk.img
   bedplate pull https://example.org/disk.img -o disk.img --sha256 HEX --json
-  bedplate pull https://example.org/disk.qcow2 -o disk.raw --layout raw")]
+  bedplate pull https://example.org/disk.qcow2 -o disk.raw --layout raw
+  bedplate pull s3://images/disk.img -o disk.img --s3-region eu-central-1
+  bedplate pull https://example.org/d.img -o d.img --user me --password-file pw.txt")]
 pub struct PullArgs {
-    /// http://, https:// or file:// URL, a path, or - for a URL on stdin
+    /// http://, https:// or s3:// URL, a path, or - for a URL on stdin
     pub source: String,
     /// The file to make; an existing one is replaced once the new one is complete
     #[arg(short, long, value_name = "FILE")]
@@ -211,6 +217,9 @@ pub struct PullArgs {
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at its type")]
     pub expected: Expected,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type")]
+    pub access: AccessArgs,
 }
 
 /// Arguments of `export`.
@@ -269,6 +278,9 @@ A configuration file has these keys; only disks is needed:
   sink = \"auto\"                       # auto, uring or threads
   max_transfers = 8
   default_export = \"debian-12\"        # what NBD clients get who name none
+  allow_loopback = false              # may sources be on this host itself?
+  allow_addresses = [\"169.254.7.0/24\"] # networks that are allowed whatever they are
+  secrets_dir = \"/run/secrets\"        # files that requests may name for credentials
 
 Examples:
   bedplate serve --disk /var/lib/bedplate
@@ -283,6 +295,9 @@ pub struct ServeArgs {
     /// Unix socket to serve NBD on [default: bedplate/nbd.sock on the first disk]
     #[arg(long, value_name = "SOCKET")]
     pub nbd: Option<PathBuf>,
+    /// Fetch from this host's loopback addresses too
+    #[arg(long)]
+    pub allow_loopback: bool,
 }
 
 /// Arguments of `create`.
@@ -296,7 +311,7 @@ Examples:
   bedplate create https://example.org/d.qcow2 --name debian --wait
   bedplate create - --name private < file-with-a-secret-url")]
 pub struct CreateArgs {
-    /// http://, https:// or file:// URL, a path on the daemon's node, or - for a URL on stdin
+    /// http://, https:// or s3:// URL, a path on the daemon's node, or - for a URL on stdin
     pub source: String,
     /// Name of the image [default: made of the source's last part]
     #[arg(long)]
@@ -316,6 +331,9 @@ pub struct CreateArgs {
     /// Disk to bring it in on [default: one with room]
     #[arg(long, value_name = "UUID")]
     pub disk: Option<String>,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type")]
+    pub access: AccessArgs,
 }
 
 /// Arguments of `list`.

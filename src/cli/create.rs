@@ -11,7 +11,7 @@ use super::output::Output;
 use super::source;
 use crate::control::client::Client;
 use crate::control::types::{CreateImage, FetchImage, Image};
-use crate::fetch::SourceUrl;
+use crate::fetch::{Access, SourceUrl};
 use crate::image::Format;
 
 pub(super) async fn run(
@@ -22,8 +22,9 @@ pub(super) async fn run(
     let client = Client::new(&global.socket());
     let url = source::parse(&args.source)?;
     let name = args.name.as_ref().map(ToString::to_string);
-    let mut image: Image =
-        client.post("/v1/images", &request(&url, name, &args.expected, args.format)).await?;
+    let mut request = request(&url, name, &args.expected, args.format);
+    request.access = args.access.by_value()?;
+    let mut image: Image = client.post("/v1/images", &request).await?;
     if args.fetch || args.wait || args.disk.is_some() {
         let target = format!("/v1/images/{}/fetch", image.name);
         image = client.post(&target, &FetchImage { disk: args.disk.clone() }).await?;
@@ -48,6 +49,7 @@ pub(super) fn request(
     CreateImage {
         name,
         url: url.expose().to_string(),
+        access: Access::default(),
         sha256: expected.sha256.clone(),
         sha512: expected.sha512.clone(),
         format: format.map(|f| Format::from(f).to_string()),

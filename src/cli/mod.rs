@@ -9,6 +9,7 @@
 //! Start at [`main`] and [`args::Command`].
 
 pub mod args;
+pub mod args_access;
 pub mod exit;
 
 mod attach;

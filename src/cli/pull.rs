@@ -36,6 +36,7 @@ pub(super) async fn run(args: &PullArgs, output: &Output) -> Result<(), CliError
     let engine = Engine::alone(probe, Policy::default(), BUFFERS);
     let mut source = Source::new(url).expecting(expect.map_err(usage)?);
     source.digest = !args.no_digest;
+    let source = source.reached_with(args.access.by_reference()?);
     let request = PullRequest { source, layout: args.layout, output: args.output.clone() };
     let started = Instant::now();
     let pulled = watch(engine, request, output).await?;

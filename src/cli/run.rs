@@ -37,7 +37,8 @@ pub(super) async fn run(args: RunArgs, global: &Global, output: &Output) -> Resu
     let node = open_node(config.clone()).await?;
     let daemon = Daemon::start(&config, node).await?;
     let client = Client::new(daemon.control_socket());
-    let request = create::request(&url, Some(name.to_string()), &args.expected, args.format);
+    let mut request = create::request(&url, Some(name.to_string()), &args.expected, args.format);
+    request.access = args.access.by_reference()?;
     let known: Result<Image, _> = client.post("/v1/images", &request).await;
     // An image that isn't ours (its name was taken) is left as it is.
     let ours = known.is_ok();
@@ -60,6 +61,7 @@ fn config(args: &RunArgs, global: &Global, name: &ImageName) -> Result<Config, C
         control_socket: global.socket.clone().map(absolute).transpose()?,
         nbd_socket: args.nbd.clone().map(absolute).transpose()?,
         default_export: Some(name.clone()),
+        personal: true,
         ..Config::with_disks(vec![data])
     })
 }

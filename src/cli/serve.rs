@@ -21,6 +21,7 @@ pub(super) async fn run(
             .map_err(|e| CliError::new(Exit::Usage, crate::fetch::one_line(&e), ""))?,
         None => Config::with_disks(args.disk.clone()),
     };
+    config.allow_loopback |= args.allow_loopback;
     config.nbd_socket = args.nbd.clone().or(config.nbd_socket);
     config.control_socket = global.socket.clone().or(config.control_socket);
     for disk in &mut config.disks {

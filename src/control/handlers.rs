@@ -60,6 +60,7 @@ fn new_image(body: &CreateImage) -> Answer<NewImage> {
         let hint = "give the URL of an image file";
         ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "refused-source", e.to_string(), hint)
     })?;
+    body.access.check().map_err(|e| ApiError::bad_request(e.to_string()))?;
     let name = match &body.name {
         Some(name) => ImageName::parse(name)?,
         None => ImageName::suggest(source.expose().path())
@@ -72,6 +73,7 @@ fn new_image(body: &CreateImage) -> Answer<NewImage> {
         name,
         uuid: ImageUuid::random()?,
         source,
+        access: Box::new(body.access.clone()),
         expected: Expected::parse(body.sha256.as_deref(), body.sha512.as_deref())?,
         declared_format,
         disks: disks?,

@@ -3,10 +3,12 @@
 //! Why: the contract is in one file, apart from the manager's own types, which may change.
 //! How: plain serde. Every property of an answer is always there (`null` when not known); readers
 //! ignore properties that they don't know, the daemon refuses them in requests.
-//! Never: a type that holds a credential: a source is text that was redacted already.
+//! Never: an answer's type that holds a credential: a source is text that was redacted already.
 //! Start at [`Image`].
 
 use serde::{Deserialize, Serialize};
+
+use crate::fetch::Access;
 
 /// Digests of an image's file, lower-case hex.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,6 +70,10 @@ pub struct Image {
     pub uuid: String,
     /// Its URL, without userinfo and query values; `null` for an image found on a disk.
     pub source: Option<String>,
+    /// What is set of its access: `basic`, `bearer`, `headers`, `ca`, `cert`, `proxy`, `no_proxy`,
+    /// `direct`, `s3`. Never a value.
+    #[serde(default)]
+    pub access: Vec<String>,
     /// Digests that the user expects.
     pub expected: Digests,
     /// `raw` or `qcow2`: found, or else declared.
@@ -217,8 +223,11 @@ pub struct CreateImage {
     /// Its name; default: made of the URL's last part.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// http, https or file URL; may hold credentials.
+    /// http, https, s3 or file URL; may hold credentials.
     pub url: String,
+    /// What it takes to reach it: credentials, certificates, a proxy.
+    #[serde(default, skip_serializing_if = "Access::is_empty")]
+    pub access: Access,
     /// Digest that the file must have.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,

@@ -22,6 +22,7 @@ pub(crate) fn image(status: &ImageStatus, nbd_socket: &Path) -> Image {
         name: record.name.to_string(),
         uuid: record.uuid.to_string(),
         source: record.source.as_ref().map(ToString::to_string),
+        access: record.access.kinds().into_iter().map(str::to_owned).collect(),
         expected: Digests {
             sha256: record.expected.sha256.clone(),
             sha512: record.expected.sha512.clone(),

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::{CONTROL_SOCKET, DaemonError, NBD_SOCKET, sockets};
+use crate::fetch::{AddressPolicy, Trust};
 use crate::manager::NodeOptions;
 use crate::names::ImageName;
 
@@ -37,6 +38,17 @@ pub struct Config {
     pub max_transfers: Option<usize>,
     /// The image that NBD clients get who name none. Default: the only one, if there is only one.
     pub default_export: Option<ImageName>,
+    /// Sources on this host's loopback addresses may be fetched from. Default: no.
+    #[serde(default)]
+    pub allow_loopback: bool,
+    /// Networks that sources may be in whatever they are, as `10.1.2.0/24`. Default: none.
+    #[serde(default)]
+    pub allow_addresses: Vec<ipnet::IpNet>,
+    /// Directory of the files that a client may name for credentials. Default: none.
+    pub secrets_dir: Option<PathBuf>,
+    /// True for a person's own process: it goes and reads where the person may.
+    #[serde(skip)]
+    pub personal: bool,
 }
 
 /// Why a configuration is refused.
@@ -96,6 +108,16 @@ impl Config {
             }
             options.max_transfers = most;
         }
+        let addresses =
+            if self.personal { AddressPolicy::person() } else { AddressPolicy::daemon() };
+        options.policy.addresses = AddressPolicy {
+            loopback: addresses.loopback || self.allow_loopback,
+            allow: self.allow_addresses.clone(),
+            ..addresses
+        };
+        if !self.personal {
+            options.policy.trust = Trust::Clients { secrets_dir: self.secrets_dir.clone() };
+        }
         Ok(options)
     }
 
@@ -152,6 +174,22 @@ mod tests {
         assert_eq!(config, Config::with_disks(vec!["/d".into()]));
         assert_eq!(config.control_socket().unwrap(), Path::new("/d/bedplate/control.sock"));
         assert_eq!(config.nbd_socket().unwrap(), Path::new("/d/bedplate/nbd.sock"));
+    }
+
+    #[test]
+    fn a_daemon_goes_to_loopback_and_reads_secrets_only_where_it_is_told() {
+        let policy = |text: &str| parse(text).unwrap().node_options().unwrap().policy;
+        let closed = policy("disks = ['/d']");
+        assert_eq!(closed.addresses, AddressPolicy::daemon());
+        assert_eq!(closed.trust, Trust::Clients { secrets_dir: None });
+        let open = policy(
+            "disks = ['/d']\nallow_loopback = true\nallow_addresses = ['169.254.7.0/24']\n\
+             secrets_dir = '/run/secrets'",
+        );
+        let allows = |address: &str| open.addresses.allows(address.parse().unwrap());
+        assert!(allows("127.0.0.1") && allows("169.254.7.1") && !allows("169.254.8.1"));
+        assert_eq!(open.trust, Trust::Clients { secrets_dir: Some("/run/secrets".into()) });
+        assert!(parse("disks = ['/d']\nallow_addresses = ['10.0.0.0/99']").is_err());
     }
 
     #[test]

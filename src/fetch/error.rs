@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::address::AddressRefused;
+use super::secret::AccessError;
 use crate::disk::DiskError;
 
 /// What a caller does about an error.
@@ -25,6 +27,14 @@ pub enum FetchError {
         url: String,
         #[source]
         source: reqwest::Error,
+    },
+    #[error("{url}: {source}")]
+    Address { url: String, source: AddressRefused },
+    #[error("{url}: access")]
+    Access {
+        url: String,
+        #[source]
+        source: AccessError,
     },
     #[error("{url}: {reason}; give the final URL")]
     Redirect { url: String, reason: String },
@@ -124,6 +134,8 @@ impl FetchError {
             },
             Self::Disk(error) if error.may_retry() => Class::Retry,
             Self::Redirect { .. }
+            | Self::Address { .. }
+            | Self::Access { .. }
             | Self::TooMuch { .. }
             | Self::NoParts { .. }
             | Self::Header { .. }

@@ -34,7 +34,7 @@ const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
 
 /// What the connections of one run share.
 pub(super) struct Fleet {
-    pub(super) client: Client,
+    pub(super) client: Arc<Client>,
     pub(super) policy: Policy,
     pub(super) agreed: Agreed,
     /// Length of the object; `None` if the server does not tell.

@@ -1,7 +1,6 @@
 //! One HTTP request for a range of the source, and the checks of its answer.
 //!
-//! Why: servers and proxies lie: they ignore ranges, answer with another version, encode bodies,
-//! redirect in circles.
+//! Why: servers and proxies lie: they ignore ranges, answer with another version, encode bodies.
 //! How: always a GET with `Range`, never a HEAD (pre-signed URLs refuse it); status, Content-Range,
 //! Content-Encoding and validators are held against what was asked (RFC 9110 sections 14 and 15).
 //! Never: gives bytes to a caller before the answer's headers were judged.
@@ -11,20 +10,22 @@ use std::ops::Range;
 use std::time::Duration;
 
 use reqwest::header::{
-    CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderName, IF_MATCH,
-    LAST_MODIFIED, RANGE, RETRY_AFTER,
+    CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderName, HeaderValue,
+    IF_MATCH, LAST_MODIFIED, RANGE, RETRY_AFTER,
 };
-use reqwest::{Response, StatusCode, redirect};
+use reqwest::{Response, StatusCode};
 
+use super::access::Access;
 use super::error::{FetchError, status_hint};
 use super::policy::Policy;
+use super::route::Route;
 use super::source::SourceUrl;
 use super::version::Remote;
 
 /// Makes requests for one source.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(super) struct Client {
-    http: reqwest::Client,
+    route: Route,
     url: SourceUrl,
 }
 
@@ -43,20 +44,12 @@ pub(super) struct Answer {
 }
 
 impl Client {
-    pub(super) fn new(url: &SourceUrl, policy: &Policy) -> Result<Self, FetchError> {
-        install_crypto();
-        let max_redirects = policy.max_redirects;
-        let http = reqwest::Client::builder()
-            .http1_only()
-            .connect_timeout(policy.connect_timeout)
-            .redirect(redirect::Policy::custom(move |attempt| {
-                judge_redirect(attempt, max_redirects)
-            }))
-            .referer(false)
-            .user_agent(concat!("bedplate/", env!("CARGO_PKG_VERSION")))
-            .build()
-            .map_err(|source| FetchError::Client { source })?;
-        Ok(Self { http, url: url.clone() })
+    pub(super) fn new(
+        url: &SourceUrl,
+        access: &Access,
+        policy: &Policy,
+    ) -> Result<Self, FetchError> {
+        Ok(Self { route: Route::new(url, access, policy)?, url: url.clone() })
     }
 
     /// The URL for messages.
@@ -75,31 +68,25 @@ impl Client {
             u64::MAX => format!("bytes={}-", range.start),
             end => format!("bytes={}-{}", range.start, end.saturating_sub(1)),
         };
-        let mut request = self.http.get(self.url.expose().clone()).header(RANGE, bytes);
-        if let Some(etag) = same.and_then(|remote| remote.etag.as_deref()) {
-            request = request.header(IF_MATCH, etag);
+        let mut headers = HeaderMap::new();
+        let etag = same.and_then(|remote| remote.etag.as_deref());
+        for (name, value) in [(RANGE, Some(bytes.as_str())), (IF_MATCH, etag)] {
+            if let Some(value) = value.and_then(|text| HeaderValue::from_str(text).ok()) {
+                headers.insert(name, value);
+            }
         }
         let stalled = || FetchError::Stalled {
             url: self.shown(),
             at: range.start,
             seconds: policy.stall_timeout.as_secs(),
         };
-        let sent =
-            tokio::time::timeout(policy.stall_timeout + policy.connect_timeout, request.send());
-        let body = sent.await.map_err(|_elapsed| stalled())?.map_err(|e| self.request_failed(e))?;
+        let sent = self.route.send(&headers);
+        let sent = tokio::time::timeout(policy.stall_timeout + policy.connect_timeout, sent);
+        let body = sent.await.map_err(|_elapsed| {
+            self.route.forget();
+            stalled()
+        })??;
         self.judge(body, range.start)
-    }
-
-    fn request_failed(&self, error: reqwest::Error) -> FetchError {
-        let (url, is_redirect) = (self.shown(), error.is_redirect());
-        // The error's own text would show the whole URL.
-        let source = error.without_url();
-        if is_redirect {
-            let reason = std::error::Error::source(&source)
-                .map_or_else(|| "a redirect that is not followed".to_owned(), ToString::to_string);
-            return FetchError::Redirect { url, reason };
-        }
-        FetchError::Connect { url, source }
     }
 
     fn judge(&self, body: Response, asked: u64) -> Result<Answer, FetchError> {
@@ -237,24 +224,4 @@ pub fn parse_content_range(text: &str) -> Option<(u64, u64, Option<u64>)> {
     let end = last.checked_add(1)?;
     let inside = first < end && total.is_none_or(|total| end <= total);
     inside.then_some((first, end, total))
-}
-
-fn judge_redirect(attempt: redirect::Attempt<'_>, max: usize) -> redirect::Action {
-    let from_https = attempt.previous().last().is_some_and(|url| url.scheme() == "https");
-    let scheme = attempt.url().scheme().to_owned();
-    if attempt.previous().len() > max {
-        return attempt.error(format!("more than {max} redirects"));
-    }
-    match scheme.as_str() {
-        "https" => attempt.follow(),
-        "http" if !from_https => attempt.follow(),
-        "http" => attempt.error("a redirect from https to http is not followed"),
-        other => attempt.error(format!("a redirect to a {other:?} URL is not followed")),
-    }
-}
-
-/// rustls wants one crypto provider named for the process.
-fn install_crypto() {
-    // A second call finds the first one's provider in place, which is as good.
-    let _ = rustls::crypto::ring::default_provider().install_default();
 }

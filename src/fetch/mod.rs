@@ -9,6 +9,8 @@
 //! Never: knows image formats, or believes a server: what it says is checked or bounded.
 //! Start at [`transfer()`].
 
+mod access;
+mod address;
 mod book;
 mod digest;
 mod error;
@@ -21,13 +23,18 @@ mod pipeline;
 mod policy;
 mod progress;
 mod remote;
+mod route;
+mod s3;
 mod scale;
+mod secret;
 pub mod source;
 mod spec;
 mod todo;
 mod transfer;
 mod version;
 
+pub use access::{Access, Basic, S3Access};
+pub use address::{AddressClass, AddressPolicy, AddressRefused, judge as judge_address};
 pub use error::{Class, FetchError, one_line};
 pub use expect::{Expect, ExpectError};
 pub use http::parse_content_range;
@@ -36,6 +43,7 @@ pub use pipeline::{Feed, Pipeline, Stopped, Taker};
 pub use policy::Policy;
 pub use progress::{Phase, Progress, Snapshot};
 pub use remote::{MAX_PART_BYTES, SourceFile};
+pub use secret::{AccessError, Secret, Trust};
 pub use source::{SourceError, SourceUrl};
 pub use spec::Source;
 pub use transfer::{Engine, Fetched, transfer};

@@ -5,6 +5,8 @@
 
 use std::time::Duration;
 
+use super::address::AddressPolicy;
+use super::secret::Trust;
 use crate::disk::MAX_FILE_BYTES;
 
 /// Bounds on what a transfer accepts and how long it insists.
@@ -24,8 +26,13 @@ pub struct Policy {
     pub max_connections: usize,
     /// Largest file in bytes.
     pub max_bytes: u64,
+    /// Where a transfer may connect to.
+    pub addresses: AddressPolicy,
+    /// Which files and variables may be read for credentials.
+    pub trust: Trust,
 }
 
+/// For a person's own process; a daemon narrows `addresses` and `trust`.
 impl Default for Policy {
     fn default() -> Self {
         Self {
@@ -36,6 +43,8 @@ impl Default for Policy {
             max_redirects: 10,
             max_connections: 16,
             max_bytes: MAX_FILE_BYTES,
+            addresses: AddressPolicy::person(),
+            trust: Trust::Person,
         }
     }
 }

@@ -41,7 +41,7 @@ pub struct SourceFile<'a> {
 
 #[derive(Debug)]
 enum Kind {
-    Http { client: Box<Client>, agreed: Agreed },
+    Http { client: Arc<Client>, agreed: Agreed },
     Local(LocalFile),
 }
 
@@ -63,10 +63,10 @@ impl<'a> SourceFile<'a> {
                 (kind, total, None)
             }
             None => {
-                let client = Client::new(&source.url, &engine.policy)?;
+                let client = Client::new(&source.url, &source.access, &engine.policy)?;
                 let opened = retried(engine, progress, || first_part(engine, source, &client));
                 let (agreed, total, head) = opened.await?;
-                (Kind::Http { client: Box::new(client), agreed }, total, Some(head))
+                (Kind::Http { client: Arc::new(client), agreed }, total, Some(head))
             }
         };
         let limit = engine.policy.max_bytes;
@@ -191,14 +191,14 @@ impl<'a> SourceFile<'a> {
 
     async fn fetch_http(
         &self,
-        client: &Client,
+        client: &Arc<Client>,
         agreed: &Agreed,
         ranges: Vec<Range<u64>>,
         feed: Feed,
         share: &BufShare,
     ) -> Outcome {
         let fleet = Arc::new(Fleet {
-            client: client.clone(),
+            client: Arc::clone(client),
             policy: self.engine.policy.clone(),
             agreed: agreed.clone(),
             total: Some(self.total),

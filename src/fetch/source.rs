@@ -15,7 +15,7 @@ use url::Url;
 /// What replaces each secret part.
 const REDACTED: &str = "***";
 
-/// An http, https or file URL. Prints itself without userinfo and without query values.
+/// An http, https, s3 or file URL. Prints itself without userinfo and without query values.
 #[derive(Clone, PartialEq, Eq)]
 pub struct SourceUrl(Url);
 
@@ -23,21 +23,23 @@ pub struct SourceUrl(Url);
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SourceError {
     /// Not a URL at all.
-    #[error("source is not a URL ({reason}); give http://, https:// or file:///absolute/path")]
+    #[error(
+        "source is not a URL ({reason}); give http://, https://, s3:// or file:///absolute/path"
+    )]
     NotAUrl {
         /// The parser's words, without the text.
         reason: String,
     },
     /// A URL of a scheme that nothing here can fetch.
-    #[error("scheme {scheme:?} is not supported; give http://, https:// or file://")]
+    #[error("scheme {scheme:?} is not supported; give http://, https://, s3:// or file://")]
     Scheme {
         /// The scheme as given.
         scheme: String,
     },
-    /// No host in an http URL, or a host or no absolute path in a file URL.
+    /// More or less than bucket and key in an s3 URL; a host or no absolute path in a file URL.
     #[error("{scheme} URL has {fault}; give {need}")]
     Shape {
-        /// "http", "https" or "file".
+        /// "s3" or "file".
         scheme: String,
         /// What is wrong.
         fault: &'static str,
@@ -56,7 +58,7 @@ impl SourceUrl {
     /// Longest URL in bytes. Pre-signed URLs of the large clouds stay below 4 KiB.
     pub const MAX_LEN: usize = 8192;
 
-    /// Parses an absolute http, https or file URL.
+    /// Parses an absolute http, https, s3 or file URL.
     ///
     /// # Errors
     /// [`SourceError`]; its text holds nothing of the URL but its scheme.
@@ -69,6 +71,14 @@ impl SourceUrl {
             |fault, need| Err(SourceError::Shape { scheme: url.scheme().to_owned(), fault, need });
         match url.scheme() {
             "http" | "https" => Ok(Self(url)),
+            "s3" if url.host_str().is_none_or(str::is_empty) || url.path().len() < 2 => {
+                shape("no bucket or no key", "s3://BUCKET/KEY")
+            }
+            // Credentials belong to the access; a `?` of the key is written %3F.
+            "s3" if url.username() != "" || url.port().is_some() || url.query().is_some() => {
+                shape("more than bucket and key", "s3://BUCKET/KEY")
+            }
+            "s3" => Ok(Self(url)),
             "file" if url.host().is_some() => shape("a host", "file:///absolute/path"),
             "file" if url.to_file_path().is_err() || url.path() == "/" => {
                 shape("no path of a file", "file:///absolute/path")
@@ -187,9 +197,17 @@ mod tests {
 
     #[test]
     fn a_refused_source_is_not_printed() {
-        for bad in
-            ["hunter2", "https://u:hunter2@", "ftp://u:hunter2@h/", "file://hunter2/x", "file:///"]
-        {
+        for bad in [
+            "hunter2",
+            "https://u:hunter2@",
+            "ftp://u:hunter2@h/",
+            "file://hunter2/x",
+            "file:///",
+            "s3://u:hunter2@b/k",
+            "s3://b/k?hunter2",
+            "s3://hunter2",
+            "s3:///hunter2",
+        ] {
             let text = SourceUrl::parse(bad).unwrap_err().to_string();
             assert!(!text.contains("hunter2"), "{text}");
         }

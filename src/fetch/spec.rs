@@ -4,6 +4,7 @@
 //! say the same things.
 //! Never: holds anything of one run; the same source may be tried again.
 
+use super::access::Access;
 use super::expect::Expect;
 use super::source::SourceUrl;
 use crate::disk::DigestSet;
@@ -17,13 +18,15 @@ pub struct Source {
     pub expect: Expect,
     /// Whether to make a digest of the bytes although none is expected.
     pub digest: bool,
+    /// What it takes to get them.
+    pub access: Access,
 }
 
 impl Source {
     /// A source at `url` with nothing known of its bytes.
     #[must_use]
     pub fn new(url: SourceUrl) -> Self {
-        Self { url, expect: Expect::default(), digest: true }
+        Self { url, expect: Expect::default(), digest: true, access: Access::default() }
     }
 
     /// The digests to be made on the way.
@@ -41,5 +44,56 @@ impl Source {
     pub fn expecting(mut self, expect: Expect) -> Self {
         self.expect = expect;
         self
+    }
+
+    /// With what it takes to reach it.
+    #[must_use]
+    pub fn reached_with(mut self, access: Access) -> Self {
+        self.access = access;
+        self
+    }
+
+    /// What it takes to reach something that belongs to the source, as a file of its digests: all
+    /// of it at the source's own origin; elsewhere authorities and proxy, and no credential.
+    #[must_use]
+    pub fn access_at(&self, other: &SourceUrl) -> Access {
+        let (here, there) = (self.url.expose(), other.expose());
+        let same = match here.scheme() {
+            // Of a bucket's own kind of URL the origin is the bucket.
+            "s3" => there.scheme() == "s3" && here.host() == there.host(),
+            _ => here.origin() == there.origin(),
+        };
+        if same {
+            return self.access.clone();
+        }
+        let Access { ca, proxy, no_proxy, direct, .. } = self.access.clone();
+        Access { ca, proxy, no_proxy, direct, ..Access::default() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn credentials_are_for_the_source_s_own_origin() {
+        let url = |text: &str| SourceUrl::parse(text).unwrap();
+        let json = r#"{"bearer":"t","headers":{"X":"t"},"ca":"c","s3":{"region":"r"}}"#;
+        let access: Access = serde_json::from_str(json).unwrap();
+        let kinds = |of: &str, at: &str| {
+            Source::new(url(of)).reached_with(access.clone()).access_at(&url(at)).kinds().len()
+        };
+        for (of, at) in [("https://h/a", "https://h:443/b"), ("s3://b/a", "s3://b/b")] {
+            assert_eq!(kinds(of, at), 4, "{of} {at}");
+        }
+        for (of, at) in [
+            ("https://h/a", "http://h/a"),
+            ("https://h/a", "https://i/a"),
+            ("s3://b/a", "s3://c/a"),
+            ("s3://b/a", "https://b/a"),
+            ("https://h/a", "s3://h/a"),
+        ] {
+            assert_eq!(kinds(of, at), 1, "{of} {at}");
+        }
     }
 }

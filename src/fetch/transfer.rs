@@ -10,6 +10,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
+use super::access::Access;
 use super::book::Book;
 use super::error::{Class, FetchError};
 use super::expect::Expect;
@@ -78,21 +79,23 @@ pub async fn transfer(
     filling: &mut Filling,
     progress: &Arc<Progress>,
 ) -> Result<Fetched, FetchError> {
-    let Source { url, expect, .. } = source;
+    let Source { url, expect, access, .. } = source;
     let mut restarts = 0;
     let mut fresh = false;
     loop {
         let share = engine.pool.share(FEW_BUFFERS, engine.buffers);
+        let (pipeline, unproven) = (None, false);
         let mut run = Run {
             engine,
             source,
             url,
+            access,
             expect,
             filling,
             progress,
             share,
-            pipeline: None,
-            unproven: false,
+            pipeline,
+            unproven,
         };
         let result = match url.file_path() {
             Some(path) => run.local(&path).await,
@@ -121,6 +124,7 @@ struct Run<'a> {
     engine: &'a Engine,
     source: &'a Source,
     url: &'a SourceUrl,
+    access: &'a Access,
     expect: &'a Expect,
     filling: &'a mut Filling,
     progress: &'a Arc<Progress>,
@@ -199,7 +203,7 @@ impl Run<'_> {
     }
 
     async fn http(&mut self, fresh: bool) -> Result<Fetched, FetchError> {
-        let client = Client::new(self.url, &self.engine.policy)?;
+        let client = Client::new(self.url, self.access, &self.engine.policy)?;
         // A version of which nothing is here binds nothing.
         let useless = fresh || self.filling.present_bytes() == 0;
         let known = if useless { None } else { self.known_version() };
@@ -211,7 +215,7 @@ impl Run<'_> {
             None => std::iter::once(0..u64::MAX).collect(),
         };
         let fleet = Arc::new(Fleet {
-            client,
+            client: Arc::new(client),
             policy: self.engine.policy.clone(),
             agreed,
             total,

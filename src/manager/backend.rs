@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::records::{Expected, Facts};
-use crate::fetch::SourceUrl;
+use crate::fetch::{Access, SourceUrl};
 use crate::image::Format;
 use crate::image::View;
 use crate::names::{DiskUuid, ImageName, ImageUuid};
@@ -121,6 +121,8 @@ pub struct CopyTask {
     pub worker: String,
     /// Where the bytes come from. `None` for an image found on a disk: check it, or fail.
     pub source: Option<SourceUrl>,
+    /// What it takes to reach it.
+    pub access: Box<Access>,
     /// Digests to hold the bytes against.
     pub expected: Expected,
     /// Format that the user declared; `None` = look.

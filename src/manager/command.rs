@@ -11,7 +11,7 @@ use super::backend::DiskStatus;
 use super::error::ManagerError;
 use super::records::{AttachmentId, AttachmentRecord, Expected, ImageRecord, Want};
 use super::world::{Action, Attachment, AttachmentState, Change, Image, Touched, Worker, World};
-use crate::fetch::SourceUrl;
+use crate::fetch::{Access, SourceUrl};
 use crate::image::Format;
 use crate::names::{DiskUuid, ImageName, ImageUuid};
 
@@ -27,6 +27,8 @@ pub struct NewImage {
     pub uuid: ImageUuid,
     /// Where the bytes come from.
     pub source: SourceUrl,
+    /// What it takes to reach it.
+    pub access: Box<Access>,
     /// Digests that the bytes must have.
     pub expected: Expected,
     /// Format, if the user says it.
@@ -140,6 +142,7 @@ impl World {
                 name: new.name,
                 uuid: new.uuid,
                 source: Some(new.source),
+                access: new.access,
                 expected: new.expected,
                 declared_format: new.declared_format,
                 facts: None,
@@ -153,6 +156,7 @@ impl World {
         } else {
             same_image(&self.usable(&name)?.record, &new)?;
             self.expect_more(&name, new.expected, new.declared_format, touched);
+            self.renew_access(&name, new.access, touched);
         }
         for disk in &new.disks {
             self.want(&name, disk, touched);
@@ -181,6 +185,18 @@ impl World {
             touched.actions.push(Action::SaveImage(record.clone()));
             touched.images.insert(name.clone());
         }
+    }
+
+    /// Takes over credentials: those of an image change while its bytes stay the same. None given
+    /// means that nothing is said of them.
+    fn renew_access(&mut self, name: &ImageName, access: Box<Access>, touched: &mut Touched) {
+        let Some(image) = self.images.get_mut(name) else { return };
+        if access.is_empty() || image.record.access == access {
+            return;
+        }
+        image.record.access = access;
+        touched.actions.push(Action::SaveImage(image.record.clone()));
+        touched.images.insert(name.clone());
     }
 
     /// Rule 12.

@@ -41,7 +41,7 @@ pub trait Exporter: Send + Sync + 'static {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Object {
     /// An image.
-    Image(ImageStatus),
+    Image(Box<ImageStatus>),
     /// An image that is no more.
     ImageGone(ImageName),
     /// An attachment.

@@ -303,7 +303,9 @@ impl Driver {
         let object = match &change {
             Change::ImageCreated(name)
             | Change::ImageUpdated(name)
-            | Change::ImageProgress(name) => self.world.image(name).map(Object::Image),
+            | Change::ImageProgress(name) => {
+                self.world.image(name).map(Box::new).map(Object::Image)
+            }
             Change::ImageDeleted(name) => Some(Object::ImageGone(name.clone())),
             Change::AttachmentCreated(id) | Change::AttachmentUpdated(id) => {
                 self.world.attachment(id).map(Object::Attachment)

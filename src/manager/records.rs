@@ -3,7 +3,7 @@
 //! Why: a restart must find every image, every wanted disk and every reader as they were.
 //! How: plain data with serde. Unknown fields are ignored, so an older daemon reads what a newer
 //! one wrote. The state of a copy isn't here: the files on the disk are its only witness.
-//! Never: holds what can be read from the disk, or a credential outside [`SourceUrl`].
+//! Never: holds what can be read from the disk, or a credential outside [`SourceUrl`] and [`Access`].
 //! Start at [`ImageRecord`].
 
 use std::collections::BTreeMap;
@@ -11,6 +11,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::fetch::Access;
 use crate::fetch::source::{self, SourceUrl};
 use crate::image::Format;
 use crate::names::{DiskUuid, ImageName, ImageUuid, NameError};
@@ -86,6 +87,9 @@ pub struct ImageRecord {
     /// Where the bytes come from. `None` for an image that was found on a disk.
     #[serde(default, with = "source::whole")]
     pub source: Option<SourceUrl>,
+    /// What it takes to reach the source; whole, as [`SourceUrl`] is.
+    #[serde(default, skip_serializing_if = "Access::is_empty")]
+    pub access: Box<Access>,
     /// What the user says of its digests.
     #[serde(default)]
     pub expected: Expected,
@@ -189,6 +193,17 @@ mod tests {
             serde_json::from_str(&serde_json::to_string(&record).unwrap()).unwrap();
         assert_eq!(again, record);
         assert!(!format!("{record:?}").contains("pw"));
+        assert!(record.access.is_empty());
+    }
+
+    #[test]
+    fn a_record_keeps_its_access_and_does_not_print_it() {
+        let json = r#"{"name":"a","uuid":"0a1b","created_unix_s":7,"source":"https://h/a",
+                       "access":{"bearer":"hunter2","basic2":{"later":"hunter2"}}}"#;
+        let record: ImageRecord = serde_json::from_str(json).unwrap();
+        let stored = serde_json::to_string(&record).unwrap();
+        assert_eq!(serde_json::from_str::<ImageRecord>(&stored).unwrap(), record);
+        assert!(stored.contains("basic2") && !format!("{record:?}").contains("hunter2"));
     }
 
     #[test]

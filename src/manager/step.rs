@@ -252,6 +252,7 @@ fn start_step(
     let task = CopyTask {
         worker: copy.worker_name.clone(),
         source: record.source.clone(),
+        access: record.access.clone(),
         expected: record.expected.clone(),
         declared_format: record.declared_format,
         facts: record.facts.clone(),

@@ -52,6 +52,7 @@ fn create_from(image: &str, url: &str) -> Command {
         name: name(image),
         uuid: ImageUuid::random().unwrap(),
         source: SourceUrl::parse(url).unwrap(),
+        access: Box::default(),
         expected: Expected::default(),
         declared_format: None,
         disks: Vec::new(),

@@ -233,7 +233,9 @@ impl Worker {
             limit: Arc::clone(&self.shared.limit),
         };
         let progress = Arc::new(fetch::Progress::default());
-        let from = fetch::Source::new(source.clone()).expecting(self.expect());
+        let from = fetch::Source::new(source.clone())
+            .expecting(self.expect())
+            .reached_with((*self.task.access).clone());
         let transfer = fetch::transfer(&engine, &from, &mut filling, &progress);
         let fetched = self.watch(transfer, &progress).await?;
         self.judge_digests(&fetched.digests)?;

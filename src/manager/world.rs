@@ -311,6 +311,7 @@ impl World {
                 name: name.clone(),
                 uuid: uuid.clone(),
                 source: None,
+                access: Box::default(),
                 expected: Expected::default(),
                 declared_format: None,
                 facts: None,

@@ -34,7 +34,9 @@ impl Daemon {
         let disk = dir.path().join("disk");
         std::fs::create_dir_all(&disk).unwrap();
         let file = dir.path().join("bedplate.toml");
-        std::fs::write(&file, format!("disks = [{disk:?}]\n{config}")).unwrap();
+        // The sources of the tests are on this host.
+        let config = format!("disks = [{disk:?}]\nallow_loopback = true\n{config}");
+        std::fs::write(&file, config).unwrap();
         let mut command = Command::new(BEDPLATE);
         command.args(["serve", "-vv", "--config"]).arg(&file);
         let mut child = clean(&mut command).stderr(Stdio::piped()).spawn().unwrap();

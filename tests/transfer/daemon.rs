@@ -23,7 +23,11 @@ impl Daemon {
         let (disk, socket) = (dir.join("disk"), dir.join("c.sock"));
         std::fs::create_dir_all(&disk).unwrap();
         let mut command = Command::new(BEDPLATE);
-        command.args(["serve", "--disk"]).arg(&disk).arg("--socket").arg(&socket);
+        command
+            .args(["serve", "--allow-loopback", "--disk"])
+            .arg(&disk)
+            .arg("--socket")
+            .arg(&socket);
         prepare(clean(&mut command));
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let (log, ready) = collect(child.stderr.take().unwrap(), "NBD socket:");

@@ -24,7 +24,7 @@ struct Daemon {
 impl Daemon {
     fn start(disk: &Path, socket: &Path) -> Self {
         let child = Command::new(env!("CARGO_BIN_EXE_bedplate"))
-            .args(["serve", "--disk"])
+            .args(["serve", "--allow-loopback", "--disk"])
             .arg(disk)
             .arg("--socket")
             .arg(socket)
