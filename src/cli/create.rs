@@ -13,6 +13,7 @@ use crate::control::client::Client;
 use crate::control::types::{CreateImage, FetchImage, Image};
 use crate::fetch::{Access, SourceUrl};
 use crate::image::Format;
+use crate::import::Layout;
 
 pub(super) async fn run(
     args: &CreateArgs,
@@ -22,7 +23,7 @@ pub(super) async fn run(
     let client = Client::new(&global.socket());
     let url = source::parse(&args.source)?;
     let name = args.name.as_ref().map(ToString::to_string);
-    let mut request = request(&url, name, &args.expected, args.format);
+    let mut request = request(&url, name, &args.expected, args.format, args.layout);
     request.access = args.access.by_value()?;
     let mut image: Image = client.post("/v1/images", &request).await?;
     if args.fetch || args.wait || args.disk.is_some() {
@@ -45,6 +46,7 @@ pub(super) fn request(
     name: Option<String>,
     expected: &super::args::Expected,
     format: Option<super::args::FormatArg>,
+    layout: Layout,
 ) -> CreateImage {
     CreateImage {
         name,
@@ -53,6 +55,7 @@ pub(super) fn request(
         sha256: expected.sha256.clone(),
         sha512: expected.sha512.clone(),
         format: format.map(|f| Format::from(f).to_string()),
+        layout: (layout != Layout::default()).then(|| layout.to_string()),
         disks: Vec::new(),
     }
 }

@@ -39,14 +39,20 @@ pub(super) async fn run(args: &PullArgs, output: &Output) -> Result<(), CliError
     let source = source.reached_with(args.access.by_reference()?);
     let request = PullRequest { source, layout: args.layout, output: args.output.clone() };
     let started = Instant::now();
-    let pulled = watch(engine, request, output).await?;
+    let progress = Arc::new(Progress::default());
+    progress.limit().set(args.rate);
+    let pulled = watch(engine, request, progress, output).await?;
     show(args, &pulled, started.elapsed(), output)
 }
 
 /// Pulls, and draws how it goes; a signal ends it so that it can be resumed.
-async fn watch(engine: Engine, request: PullRequest, output: &Output) -> Result<Pulled, CliError> {
+async fn watch(
+    engine: Engine,
+    request: PullRequest,
+    progress: Arc<Progress>,
+    output: &Output,
+) -> Result<Pulled, CliError> {
     let mut signals = Signals::new()?;
-    let progress = Arc::new(Progress::default());
     let name = request.output.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let mut meter = Meter::new(output, &name);
     let mut speed = Speed::default();
@@ -123,6 +129,7 @@ impl Speed {
             message = format!("try {}: {message}", now.retries + 1);
         }
         Moment {
+            connections: now.connections,
             phase: match now.phase {
                 Phase::Connecting => "connecting",
                 Phase::Fetching => "fetching",

@@ -9,10 +9,12 @@ use std::time::Duration;
 
 use super::backend::DiskStatus;
 use super::error::ManagerError;
-use super::records::{AttachmentId, AttachmentRecord, Expected, ImageRecord, Want};
+use super::records::{AttachmentId, AttachmentRecord, Expected, ImageRecord, Steering, Want};
+use super::steer::SteeringChange;
 use super::world::{Action, Attachment, AttachmentState, Change, Image, Touched, Worker, World};
 use crate::fetch::{Access, SourceUrl};
 use crate::image::Format;
+use crate::import::Layout;
 use crate::names::{DiskUuid, ImageName, ImageUuid};
 
 /// Longest label of a reader in bytes.
@@ -29,6 +31,8 @@ pub struct NewImage {
     pub source: SourceUrl,
     /// What it takes to reach it.
     pub access: Box<Access>,
+    /// What a copy's bytes are to be.
+    pub layout: Layout,
     /// Digests that the bytes must have.
     pub expected: Expected,
     /// Format, if the user says it.
@@ -62,6 +66,10 @@ pub enum Command {
     Create(NewImage),
     /// Bring it in on a disk now; `None` = one that has or wants it, else one with room.
     Fetch(ImageName, Option<DiskUuid>),
+    /// Steer its transfers.
+    Steer(ImageName, SteeringChange),
+    /// Stop its unfinished transfers and remove what has arrived of them.
+    Cancel(ImageName),
     /// Remove it and its copies.
     Delete {
         /// Which.
@@ -105,6 +113,8 @@ impl World {
                 self.want(&name, &disk, &mut touched);
                 Outcome::Image(name, false)
             }
+            Command::Steer(name, change) => self.steer(name, change, &mut touched)?,
+            Command::Cancel(name) => self.cancel(name, &mut touched)?,
             Command::Delete { name, sessions } => self.delete(name, sessions, &mut touched)?,
             Command::Attach(new) => self.attach(new, &mut touched)?,
             Command::Detach(id) => {
@@ -120,7 +130,7 @@ impl World {
         Ok((outcome, self.finish(now, touched)))
     }
 
-    fn usable(&self, name: &ImageName) -> Result<&Image, ManagerError> {
+    pub(super) fn usable(&self, name: &ImageName) -> Result<&Image, ManagerError> {
         match self.images.get(name) {
             None => Err(ManagerError::NoSuchImage { name: name.clone() }),
             Some(image) if image.record.deleting => {
@@ -143,6 +153,8 @@ impl World {
                 uuid: new.uuid,
                 source: Some(new.source),
                 access: new.access,
+                layout: new.layout,
+                steering: Steering::default(),
                 expected: new.expected,
                 declared_format: new.declared_format,
                 facts: None,
@@ -266,6 +278,7 @@ impl World {
         let before = image.record.disks.get(disk).cloned();
         let copy = image.copy_on(disk);
         (copy.refused, copy.retry_at) = (false, None);
+        copy.cancelled &= copy.worker != Worker::Idle || copy.removing;
         if copy.worker == Worker::Idle && !copy.state.is_sealed() {
             copy.failures = 0;
         }
@@ -328,6 +341,7 @@ fn same_image(record: &ImageRecord, new: &NewImage) -> Result<(), ManagerError> 
             record.expected.sha512.clone().or_else(|| facts.and_then(|f| f.sha512.clone())),
             new.expected.sha512.clone(),
         ),
+        ("layout", Some(record.layout.to_string()), Some(new.layout.to_string())),
         (
             "format",
             record.declared_format.or(facts.map(|f| f.format)).map(|f| f.to_string()),

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::fetch::Access;
 use crate::fetch::source::{self, SourceUrl};
 use crate::image::Format;
+use crate::import::Layout;
 use crate::names::{DiskUuid, ImageName, ImageUuid, NameError};
 
 /// The digests that a user expects of an image's file: lower-case hex, checked on arrival.
@@ -69,6 +70,20 @@ pub struct Facts {
     pub sha512: Option<String>,
 }
 
+/// How a user steers the transfers of an image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Steering {
+    /// Nothing is fetched; what has arrived is kept.
+    #[serde(default)]
+    pub paused: bool,
+    /// Of images that wait for their turn, higher ones come first; -100 to 100.
+    #[serde(default)]
+    pub priority: i32,
+    /// Bytes per second at most, of each copy.
+    #[serde(default)]
+    pub rate_bytes_per_s: Option<u64>,
+}
+
 /// One disk on which a copy is wanted.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Want {
@@ -90,6 +105,12 @@ pub struct ImageRecord {
     /// What it takes to reach the source; whole, as [`SourceUrl`] is.
     #[serde(default, skip_serializing_if = "Access::is_empty")]
     pub access: Box<Access>,
+    /// What a copy's bytes are.
+    #[serde(default)]
+    pub layout: Layout,
+    /// How its transfers are steered.
+    #[serde(default)]
+    pub steering: Steering,
     /// What the user says of its digests.
     #[serde(default)]
     pub expected: Expected,

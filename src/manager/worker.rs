@@ -11,16 +11,17 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Semaphore, SemaphorePermit};
-
 use super::backend::{
     Cancel, CopyInfo, CopyTask, FailureClass, Phase, Progress, Reporter, WorkerEvent,
 };
+use super::helm::{Held, Helms};
 use super::node::{OpenError, Slot, info_of, store_id, view_of};
+use super::turns::{Turn, Turns};
 use crate::disk::{self, CopyState, DigestSet, DiskError, Filling, SealRecord};
 use crate::fetch::one_line;
 use crate::fetch::{self, Class, Engine, Expect, FetchError, Fetched, Policy, RateLimit};
 use crate::image::{self, Format, ImageError};
+use crate::import::{ImportError, Layout, import};
 use crate::ring::BufPool;
 
 /// How often a transfer's numbers are reported.
@@ -34,7 +35,8 @@ pub(super) struct Shared {
     pub(super) policy: Policy,
     pub(super) buffers: usize,
     pub(super) limit: Arc<RateLimit>,
-    pub(super) transfers: Arc<Semaphore>,
+    pub(super) turns: Arc<Turns>,
+    pub(super) helms: Arc<Helms>,
 }
 
 /// Why a worker gave up.
@@ -43,7 +45,7 @@ enum WorkError {
     #[error(transparent)]
     Disk(#[from] DiskError),
     #[error(transparent)]
-    Fetch(#[from] FetchError),
+    Import(#[from] ImportError),
     #[error(transparent)]
     Image(#[from] ImageError),
     #[error("no file here and no URL to fetch it from; delete the image, or create it with a URL")]
@@ -70,9 +72,7 @@ impl WorkError {
         match self {
             Self::Image(error) => error.class() == image::Class::Refuse,
             Self::OtherImage { .. } => true,
-            Self::Fetch(error) => {
-                matches!(error, FetchError::Digest { .. } | FetchError::TooMuch { .. })
-            }
+            Self::Import(error) => error.condemns_bytes(),
             Self::Disk(_) | Self::NoSource => false,
         }
     }
@@ -81,7 +81,7 @@ impl WorkError {
     fn class(&self) -> Option<FailureClass> {
         let retry = match self {
             Self::Disk(error) => error.may_retry(),
-            Self::Fetch(error) => match error.class() {
+            Self::Import(error) => match error.class() {
                 Class::Cancelled => return None,
                 Class::Retry => true,
                 Class::Refuse => false,
@@ -129,7 +129,11 @@ impl Worker {
     }
 
     fn declared(&self) -> Option<Format> {
-        self.task.declared_format
+        match self.task.layout {
+            Layout::AsIs => self.task.declared_format,
+            // Whatever the bytes look like: they are the guest's.
+            Layout::Raw => Some(Format::Raw),
+        }
     }
 
     /// Runs `work` with the disk on a thread that may block.
@@ -203,9 +207,18 @@ impl Worker {
     }
 
     fn judge_digests(&self, digests: &disk::Digests) -> Result<(), WorkError> {
-        if let Some((field, expected, found)) = self.expect().mismatch(digests) {
+        // Those that are expected are of the source's own bytes.
+        let is_source = self.task.layout == Layout::AsIs;
+        if let Some((field, expected, found)) =
+            self.expect().mismatch(digests).filter(|_| is_source)
+        {
             return Err(WorkError::OtherImage { field, expected, found });
         }
+        self.judge_facts(digests)
+    }
+
+    /// Holds digests against those of an earlier copy; the import has held the others.
+    fn judge_facts(&self, digests: &disk::Digests) -> Result<(), WorkError> {
         let Some(facts) = &self.task.facts else { return Ok(()) };
         for (field, expected, found) in [
             ("SHA-256", &facts.sha256, &digests.sha256),
@@ -223,7 +236,8 @@ impl Worker {
 
     async fn fetch(&self) -> Result<CopyInfo, WorkError> {
         let source = self.task.source.as_ref().ok_or(WorkError::NoSource)?;
-        let _turn = self.turn().await?;
+        let helm = self.shared.helms.take(&self.task.id, self.task.steering);
+        let _turn = self.turn(&helm).await.map_err(ImportError::from)?;
         let mut filling = self.on_disk(|slot, id| slot.disk.filling(&id)).await?;
         let engine = Engine {
             pool: self.shared.pool.clone(),
@@ -232,28 +246,28 @@ impl Worker {
             buffers: self.shared.buffers,
             limit: Arc::clone(&self.shared.limit),
         };
-        let progress = Arc::new(fetch::Progress::default());
+        let progress = Arc::clone(helm.progress());
         let from = fetch::Source::new(source.clone())
             .expecting(self.expect())
             .reached_with((*self.task.access).clone());
-        let transfer = fetch::transfer(&engine, &from, &mut filling, &progress);
-        let fetched = self.watch(transfer, &progress).await?;
-        self.judge_digests(&fetched.digests)?;
+        let importing = import(&engine, &from, self.task.layout, &mut filling, &progress);
+        let fetched = self.watch(importing, &progress).await?;
+        self.judge_facts(&fetched.digests)?;
         // A refused copy is removed at once: its errors name what a person can look at.
         let name = source.file_path().unwrap_or_else(|| source.to_string().into());
         self.seal(filling, fetched, name).await
     }
 
-    /// Waits until one more transfer may run.
-    async fn turn(&self) -> Result<SemaphorePermit<'_>, FetchError> {
-        if let Ok(turn) = self.shared.transfers.try_acquire() {
+    /// Waits until it is this transfer's turn.
+    async fn turn(&self, helm: &Held) -> Result<Turn, FetchError> {
+        if let Some(turn) = self.shared.turns.try_turn() {
             return Ok(turn);
         }
         let waiting = Progress { message: "waiting for its turn".into(), ..Progress::default() };
         self.events.send(WorkerEvent::Progress(waiting));
         let mut cancel = self.cancel.clone();
         tokio::select! {
-            turn = self.shared.transfers.acquire() => turn.map_err(|_| FetchError::Cancelled),
+            turn = self.shared.turns.turn(helm.priority()) => Ok(turn),
             () = cancel.cancelled() => Err(FetchError::Cancelled),
         }
     }
@@ -279,6 +293,7 @@ impl Worker {
             bytes_done: now.bytes_done,
             bytes_total: now.bytes_total,
             rate_bytes_per_s: rate.add(now.bytes_received),
+            connections: now.connections,
             phase: match now.phase {
                 fetch::Phase::Connecting => Phase::Connecting,
                 fetch::Phase::Fetching => Phase::Fetching,
