@@ -13,6 +13,7 @@ mod faults;
 mod full_disk;
 mod kill;
 mod parallel;
+mod steer;
 
 use std::path::Path;
 
