@@ -224,6 +224,9 @@ pub struct PullArgs {
     /// The file to make; an existing one is replaced once the new one is complete
     #[arg(short, long, value_name = "FILE")]
     pub output: PathBuf,
+    /// Another URL of the same bytes; repeatable, needs a digest
+    #[arg(long, value_name = "URL")]
+    pub mirror: Vec<String>,
     /// What to make of a QCOW2 source: the file as it is, or the guest's disk, sparse
     #[arg(long, default_value = "as-is", value_name = "LAYOUT")]
     pub layout: Layout,
@@ -342,6 +345,9 @@ pub struct CreateArgs {
     /// Format of the file [default: look]
     #[arg(long)]
     pub format: Option<FormatArg>,
+    /// Another URL of the same bytes; repeatable, needs a digest
+    #[arg(long, value_name = "URL")]
+    pub mirror: Vec<String>,
     /// What to make of a QCOW2 source: copies as it is, or of the guest's disk, sparse
     #[arg(long, default_value = "as-is", value_name = "LAYOUT")]
     pub layout: Layout,

@@ -24,6 +24,7 @@ pub(super) async fn run(
     let url = source::parse(&args.source)?;
     let name = args.name.as_ref().map(ToString::to_string);
     let mut request = request(&url, name, &args.expected, args.format, args.layout);
+    request.mirrors.clone_from(&args.mirror);
     request.access = args.access.by_value()?;
     let mut image: Image = client.post("/v1/images", &request).await?;
     if args.fetch || args.wait || args.disk.is_some() {
@@ -51,6 +52,7 @@ pub(super) fn request(
     CreateImage {
         name,
         url: url.expose().to_string(),
+        mirrors: Vec::new(),
         access: Access::default(),
         sha256: expected.sha256.clone(),
         sha512: expected.sha512.clone(),

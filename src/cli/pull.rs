@@ -36,6 +36,12 @@ pub(super) async fn run(args: &PullArgs, output: &Output) -> Result<(), CliError
     let engine = Engine::alone(probe, Policy::default(), BUFFERS);
     let mut source = Source::new(url).expecting(expect.map_err(usage)?);
     source.digest = !args.no_digest;
+    for text in &args.mirror {
+        let mirror = super::source::url(text)?;
+        let usage = |e: fetch::SourceError| CliError::new(Exit::Usage, e.to_string(), "");
+        source.url.check_mirror(&mirror).map_err(usage)?;
+        source.mirrors.push(mirror);
+    }
     let source = source.reached_with(args.access.by_reference()?);
     let request = PullRequest { source, layout: args.layout, output: args.output.clone() };
     let started = Instant::now();

@@ -23,6 +23,8 @@ use crate::manager::{
 };
 use crate::names::{DiskUuid, ImageName, ImageUuid};
 
+/// Mirrors that an image may have.
+const MAX_MIRRORS: usize = 16;
 /// Transfers at the same time that may be set.
 const MAX_TRANSFERS: std::ops::RangeInclusive<usize> = 1..=1000;
 
@@ -77,14 +79,28 @@ fn new_image(body: &CreateImage) -> Answer<NewImage> {
     Ok(NewImage {
         name,
         uuid: ImageUuid::random()?,
-        source,
         access: Box::new(body.access.clone()),
+        mirrors: mirrors(&body.mirrors, &source)?,
+        source,
         layout: layout.unwrap_or_default(),
         expected: Expected::parse(body.sha256.as_deref(), body.sha512.as_deref())?,
         declared_format,
         disks: disks?,
         created_unix_s: unix_now_s(),
     })
+}
+
+/// Checks the mirrors of a request. Of a URL nothing is in an error.
+fn mirrors(texts: &[String], source: &SourceUrl) -> Answer<Vec<SourceUrl>> {
+    if texts.len() > MAX_MIRRORS {
+        return Err(ApiError::bad_request(format!("mirrors: give at most {MAX_MIRRORS}")));
+    }
+    let parse = |text: &String| {
+        let mirror = SourceUrl::parse(text)?;
+        source.check_mirror(&mirror).map(|()| mirror)
+    };
+    let parsed: Result<_, crate::fetch::SourceError> = texts.iter().map(parse).collect();
+    parsed.map_err(|e| ApiError::bad_request(format!("mirrors: {e}")))
 }
 
 pub(super) async fn get_image(

@@ -73,6 +73,9 @@ pub struct Image {
     pub uuid: String,
     /// Its URL, without userinfo and query values; `null` for an image found on a disk.
     pub source: Option<String>,
+    /// Its mirrors, redacted as the source.
+    #[serde(default)]
+    pub mirrors: Vec<String>,
     /// What is set of its access: `basic`, `bearer`, `headers`, `ca`, `cert`, `proxy`, `no_proxy`,
     /// `direct`, `s3`. Never a value.
     #[serde(default)]
@@ -240,6 +243,10 @@ pub struct CreateImage {
     pub name: Option<String>,
     /// http, https, s3 or file URL; may hold credentials.
     pub url: String,
+    /// Where the same bytes are too; used if a digest is given, at the same time as the URL and in
+    /// its place.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mirrors: Vec<String>,
     /// What it takes to reach it: credentials, certificates, a proxy.
     #[serde(default, skip_serializing_if = "Access::is_empty")]
     pub access: Access,

@@ -12,6 +12,7 @@
 mod access;
 mod address;
 mod book;
+mod crew;
 mod digest;
 mod error;
 mod expect;
@@ -32,6 +33,7 @@ mod spec;
 mod todo;
 mod transfer;
 mod version;
+mod ways;
 
 pub use access::{Access, Basic, S3Access};
 pub use address::{AddressClass, AddressPolicy, AddressRefused, judge as judge_address};

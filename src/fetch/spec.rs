@@ -14,6 +14,8 @@ use crate::disk::DigestSet;
 pub struct Source {
     /// Where the bytes are.
     pub url: SourceUrl,
+    /// Where the same bytes are too; used only if a digest proves them.
+    pub mirrors: Vec<SourceUrl>,
     /// Digests that they must have.
     pub expect: Expect,
     /// Whether to make a digest of the bytes although none is expected.
@@ -26,7 +28,13 @@ impl Source {
     /// A source at `url` with nothing known of its bytes.
     #[must_use]
     pub fn new(url: SourceUrl) -> Self {
-        Self { url, expect: Expect::default(), digest: true, access: Access::default() }
+        Self {
+            url,
+            mirrors: Vec::new(),
+            expect: Expect::default(),
+            digest: true,
+            access: Access::default(),
+        }
     }
 
     /// The digests to be made on the way.

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 
 use super::access::Access;
 use super::book::Book;
+use super::crew;
 use super::error::{Class, FetchError};
 use super::expect::Expect;
 use super::fleet::{self, First, Fleet, Outcome};
@@ -24,6 +25,7 @@ use super::progress::{Phase, Progress};
 use super::source::SourceUrl;
 use super::spec::Source;
 use super::version::{Agreed, Remote, Resume};
+use super::ways::Ways;
 use crate::disk::{Digests, Filling, Version};
 use crate::ring::{BufPool, BufShare, Probe};
 
@@ -81,7 +83,7 @@ pub async fn transfer(
 ) -> Result<Fetched, FetchError> {
     let Source { url, expect, access, .. } = source;
     let mut restarts = 0;
-    let mut fresh = false;
+    let (mut fresh, mut mirrors) = (false, true);
     loop {
         let share = engine.pool.share(FEW_BUFFERS, engine.buffers);
         let (pipeline, unproven) = (None, false);
@@ -96,6 +98,7 @@ pub async fn transfer(
             share,
             pipeline,
             unproven,
+            mirrors: mirrors && !source.mirrors.is_empty(),
         };
         let result = match url.file_path() {
             Some(path) => run.local(&path).await,
@@ -116,6 +119,8 @@ pub async fn transfer(
             progress.failed_once(error.report());
         }
         fresh = true;
+        // One of them may have other bytes; which one, nobody can say.
+        mirrors &= !matches!(result, Err(FetchError::Digest { .. }));
     }
 }
 
@@ -132,6 +137,8 @@ struct Run<'a> {
     pipeline: Option<Pipeline>,
     /// True once bytes of an earlier run were kept on the digest's word alone.
     unproven: bool,
+    /// Whether the source's mirrors may be used, if it has any.
+    mirrors: bool,
 }
 
 impl Run<'_> {
@@ -151,6 +158,18 @@ impl Run<'_> {
         self.progress.set_phase(Phase::Fetching);
         let missing = self.filling.missing();
         let feed = self.start_pipeline(&missing)?;
+        if let Some(total) = total.filter(|_| self.filling.present_bytes() == 0)
+            && in_place(|| source.share_blocks(self.filling.file()))
+        {
+            // The file's blocks are the source's now; they become durable with the next sync.
+            let sent = feed.send_written(0, total);
+            drop(feed);
+            return match sent.map(|()| source.unchanged()) {
+                Ok(Ok(())) => self.complete(remote.etag, total).await,
+                Ok(Err(error)) => self.abandon(error).await,
+                Err(_stopped) => Err(self.writer_error().await),
+            };
+        }
         let (pool, progress) = (self.share.clone(), Arc::clone(self.progress));
         let runtime = tokio::runtime::Handle::current();
         let copied = blocking(move || {
@@ -203,19 +222,20 @@ impl Run<'_> {
     }
 
     async fn http(&mut self, fresh: bool) -> Result<Fetched, FetchError> {
-        let client = Client::new(self.url, self.access, &self.engine.policy)?;
+        let mut clients = self.clients()?;
         // A version of which nothing is here binds nothing.
         let useless = fresh || self.filling.present_bytes() == 0;
         let known = if useless { None } else { self.known_version() };
-        let (first, agreed) = self.open(&client, known.as_ref()).await?;
+        let (first, agreed) = self.open(&mut clients, known.as_ref()).await?;
         let (total, etag) = (self.filling.total_bytes(), agreed.remote.etag.clone());
         let Some(first) = first else { return self.complete(etag, total.unwrap_or(0)).await };
         let missing = match total {
             Some(_) => self.filling.missing(),
             None => std::iter::once(0..u64::MAX).collect(),
         };
+        let (remote, mirrors) = (agreed.remote.clone(), clients.split_off(1));
         let fleet = Arc::new(Fleet {
-            client: Arc::new(client),
+            ways: Ways::new(clients.remove(0), remote, mirrors),
             policy: self.engine.policy.clone(),
             agreed,
             total,
@@ -237,19 +257,45 @@ impl Run<'_> {
         }
     }
 
+    /// For the source, and for each mirror that may be used: a digest has to prove its bytes.
+    fn clients(&self) -> Result<Vec<Arc<Client>>, FetchError> {
+        let policy = &self.engine.policy;
+        let mut clients = vec![Arc::new(Client::new(self.url, self.access, policy)?)];
+        if self.mirrors && self.expect.is_some() {
+            for url in &self.source.mirrors {
+                let access = self.source.access_at(url);
+                clients.push(Arc::new(Client::new(url, &access, policy)?));
+            }
+        }
+        Ok(clients)
+    }
+
     /// Gets the first answer and settles the version. `None` instead of an answer: all is here.
+    /// The one of `clients` that gave it is the first of them then.
     async fn open(
         &mut self,
-        client: &Client,
+        clients: &mut [Arc<Client>],
         known: Option<&Remote>,
     ) -> Result<(Option<First>, Agreed), FetchError> {
         let mut failures = 0;
         loop {
             self.progress.set_phase(Phase::Connecting);
-            let error = match self.ask_first(client, known).await {
-                Ok(opened) => return Ok(opened),
-                Err(error) => error,
-            };
+            let mut failed = None;
+            for index in 0..clients.len() {
+                let client = Arc::clone(&clients[index]);
+                match self.ask_first(&client, known).await {
+                    Ok(opened) => {
+                        clients.swap(0, index);
+                        return Ok(opened);
+                    }
+                    Err(error @ (FetchError::Cancelled | FetchError::Disk(_))) => {
+                        return Err(error);
+                    }
+                    // The source's own word counts, not a mirror's.
+                    Err(error) => failed = failed.or(Some(error)),
+                }
+            }
+            let Some(error) = failed else { return Err(FetchError::Cancelled) };
             failures += 1;
             match error.class() {
                 Class::Refuse | Class::Cancelled => return Err(error),
@@ -261,7 +307,7 @@ impl Run<'_> {
                 Class::Retry => {}
             }
             self.progress.failed_once(error.report());
-            fleet::rest(&error, failures, &self.engine.policy, self.progress).await?;
+            crew::rest(&error, failures, &self.engine.policy, self.progress).await?;
         }
     }
 
@@ -280,7 +326,9 @@ impl Run<'_> {
             // Everything is here; one byte is asked for to learn the version it belongs to.
             (Some(_), None) => 0..1,
         };
-        let asked = client.get(range.clone(), known, &self.engine.policy);
+        // A mirror has an ETag of its own: the condition would only be refused there.
+        let bound = known.filter(|_| !self.mirrors);
+        let asked = client.get(range.clone(), bound, &self.engine.policy);
         let answer = tokio::select! {
             answer = asked => answer?,
             () = self.progress.stopped() => return Err(FetchError::Cancelled),
@@ -306,6 +354,9 @@ impl Run<'_> {
         let resume = known.map_or(Resume::No, |known| {
             let same = known.may_resume(&answer.remote, has_digest);
             let same_total = answer.total.is_some() && answer.total == self.filling.total_bytes();
+            // Of mirrors, each has a version of its own; the digest tells in the end.
+            let by_digest = same == Resume::No && self.mirrors && has_digest;
+            let same = if by_digest { Resume::Unproven } else { same };
             if same_total && answer.ranged { same } else { Resume::No }
         });
         match resume {

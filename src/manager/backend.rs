@@ -124,6 +124,8 @@ pub struct CopyTask {
     pub source: Option<SourceUrl>,
     /// What it takes to reach it.
     pub access: Box<Access>,
+    /// Where the same bytes are too.
+    pub mirrors: Vec<SourceUrl>,
     /// What the copy's bytes are.
     pub layout: Layout,
     /// How it is steered when it starts; see [`Backend::steer`].

@@ -31,6 +31,8 @@ pub struct NewImage {
     pub source: SourceUrl,
     /// What it takes to reach it.
     pub access: Box<Access>,
+    /// Where the same bytes are too.
+    pub mirrors: Vec<SourceUrl>,
     /// What a copy's bytes are to be.
     pub layout: Layout,
     /// Digests that the bytes must have.
@@ -153,6 +155,7 @@ impl World {
                 uuid: new.uuid,
                 source: Some(new.source),
                 access: new.access,
+                mirrors: new.mirrors,
                 layout: new.layout,
                 steering: Steering::default(),
                 expected: new.expected,
@@ -162,7 +165,7 @@ impl World {
                 deleting: false,
                 created_unix_s: new.created_unix_s,
             };
-            touched.actions.push(Action::SaveImage(record.clone()));
+            touched.actions.push(Action::SaveImage(Box::new(record.clone())));
             touched.actions.push(Action::Announce(Change::ImageCreated(name.clone())));
             self.images.insert(name.clone(), Image::new(record));
         } else {
@@ -194,7 +197,7 @@ impl World {
         record.expected.sha512 = record.expected.sha512.take().or(expected.sha512);
         record.declared_format = record.declared_format.or(declared);
         if *record != before {
-            touched.actions.push(Action::SaveImage(record.clone()));
+            touched.actions.push(Action::SaveImage(Box::new(record.clone())));
             touched.images.insert(name.clone());
         }
     }
@@ -207,7 +210,7 @@ impl World {
             return;
         }
         image.record.access = access;
-        touched.actions.push(Action::SaveImage(image.record.clone()));
+        touched.actions.push(Action::SaveImage(Box::new(image.record.clone())));
         touched.images.insert(name.clone());
     }
 
@@ -232,7 +235,7 @@ impl World {
         for copy in image.copies.values_mut() {
             copy.retry_at = None;
         }
-        touched.actions.push(Action::SaveImage(image.record.clone()));
+        touched.actions.push(Action::SaveImage(Box::new(image.record.clone())));
         touched.images.insert(name.clone());
         Ok(Outcome::Image(name, false))
     }
@@ -284,7 +287,7 @@ impl World {
         }
         image.record.disks.insert(disk.clone(), Want::default());
         if before != Some(Want::default()) {
-            touched.actions.push(Action::SaveImage(image.record.clone()));
+            touched.actions.push(Action::SaveImage(Box::new(image.record.clone())));
             touched.images.insert(name.clone());
         }
     }

@@ -105,6 +105,9 @@ pub struct ImageRecord {
     /// What it takes to reach the source; whole, as [`SourceUrl`] is.
     #[serde(default, skip_serializing_if = "Access::is_empty")]
     pub access: Box<Access>,
+    /// Where the same bytes are too.
+    #[serde(default, with = "source::whole_list", skip_serializing_if = "Vec::is_empty")]
+    pub mirrors: Vec<SourceUrl>,
     /// What a copy's bytes are.
     #[serde(default)]
     pub layout: Layout,

@@ -53,6 +53,7 @@ fn create_from(image: &str, url: &str) -> Command {
         uuid: ImageUuid::random().unwrap(),
         source: SourceUrl::parse(url).unwrap(),
         access: Box::default(),
+        mirrors: Vec::new(),
         layout: Layout::AsIs,
         expected: Expected::default(),
         declared_format: None,
@@ -134,7 +135,7 @@ impl Node {
         for action in actions {
             match action {
                 Action::SaveImage(record) => {
-                    if let Some(old) = self.images.insert(record.name.clone(), record.clone()) {
+                    if let Some(old) = self.images.insert(record.name.clone(), (*record).clone()) {
                         assert_eq!(old.uuid, record.uuid, "a uuid never changes");
                     }
                 }

@@ -247,9 +247,10 @@ impl Worker {
             limit: Arc::clone(&self.shared.limit),
         };
         let progress = Arc::clone(helm.progress());
-        let from = fetch::Source::new(source.clone())
+        let mut from = fetch::Source::new(source.clone())
             .expecting(self.expect())
             .reached_with((*self.task.access).clone());
+        from.mirrors.clone_from(&self.task.mirrors);
         let importing = import(&engine, &from, self.task.layout, &mut filling, &progress);
         let fetched = self.watch(importing, &progress).await?;
         self.judge_facts(&fetched.digests)?;
