@@ -12,6 +12,7 @@
 mod access;
 mod address;
 mod book;
+pub mod decode;
 mod digest;
 mod error;
 mod expect;
