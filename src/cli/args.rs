@@ -230,6 +230,9 @@ pub struct PullArgs {
     /// What to make of a QCOW2 source: the file as it is, or the guest's disk, sparse
     #[arg(long, default_value = "as-is", value_name = "LAYOUT")]
     pub layout: Layout,
+    /// Decode a gz, xz, zst or bz2 source on the way; digests are then those of the source
+    #[arg(long)]
+    pub unpack: bool,
     /// Make no digest of a file for which none is given
     #[arg(long, conflicts_with_all = ["sha256", "sha512"])]
     pub no_digest: bool,

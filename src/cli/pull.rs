@@ -35,7 +35,7 @@ pub(super) async fn run(args: &PullArgs, output: &Output) -> Result<(), CliError
         .map_err(|reason| CliError::new(Exit::Refused, reason, ""))?;
     let engine = Engine::alone(probe, Policy::default(), BUFFERS);
     let mut source = Source::new(url).expecting(expect.map_err(usage)?);
-    source.digest = !args.no_digest;
+    (source.digest, source.unpack) = (!args.no_digest, args.unpack);
     for text in &args.mirror {
         let mirror = super::source::url(text)?;
         let usage = |e: fetch::SourceError| CliError::new(Exit::Usage, e.to_string(), "");

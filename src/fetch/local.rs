@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
+use super::decode::Codec;
 use super::error::FetchError;
 use super::pipeline::{Feed, Stopped};
 use super::progress::Progress;
@@ -91,6 +92,14 @@ impl LocalFile {
     pub(super) fn read_into(&self, bytes: &mut [u8], at: u64) -> Result<(), FetchError> {
         use std::os::unix::fs::FileExt;
         self.file.read_exact_at(bytes, at).map_err(|e| self.failed("read", e))
+    }
+
+    /// How the file is compressed, if it is.
+    pub(super) fn codec(&self) -> Result<Option<Codec>, FetchError> {
+        let len = self.len_bytes.min(Codec::SNIFF_BYTES as u64);
+        let mut head = vec![0; usize::try_from(len).unwrap_or(0)];
+        self.read_into(&mut head, 0)?;
+        Ok(Codec::sniff(&head))
     }
 
     /// Makes `file` share this file's blocks, if both are on one file system that can (XFS, Btrfs).

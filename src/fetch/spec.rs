@@ -18,6 +18,9 @@ pub struct Source {
     pub mirrors: Vec<SourceUrl>,
     /// Digests that they must have.
     pub expect: Expect,
+    /// Whether a compressed source (gz, xz, zst, bz2) is decoded on the way. Digests that are
+    /// expected are those of the source's own bytes.
+    pub unpack: bool,
     /// Whether to make a digest of the bytes although none is expected.
     pub digest: bool,
     /// What it takes to get them.
@@ -32,6 +35,7 @@ impl Source {
             url,
             mirrors: Vec::new(),
             expect: Expect::default(),
+            unpack: false,
             digest: true,
             access: Access::default(),
         }

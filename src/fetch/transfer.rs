@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex};
 use super::access::Access;
 use super::book::Book;
 use super::crew;
+use super::decode::Codec;
 use super::error::{Class, FetchError};
 use super::expect::Expect;
 use super::fleet::{self, First, Fleet, Outcome};
@@ -26,7 +27,7 @@ use super::source::SourceUrl;
 use super::spec::Source;
 use super::version::{Agreed, Remote, Resume};
 use super::ways::Ways;
-use crate::disk::{Digests, Filling, Version};
+use crate::disk::{DigestSet, Digests, Filling, Version};
 use crate::ring::{BufPool, BufShare, Probe};
 
 /// How often a source may turn out to be another version before that is the error.
@@ -124,19 +125,29 @@ pub async fn transfer(
     }
 }
 
+/// What the first answer of a run has told.
+enum Opened {
+    /// All of the file is here; the source's ETag.
+    Here(Option<String>),
+    /// The bytes of the file.
+    Stream(First, Agreed),
+    /// A compressed stream, from its beginning.
+    Packed(Answer, Codec),
+}
+
 /// One run on one version of the source.
-struct Run<'a> {
-    engine: &'a Engine,
-    source: &'a Source,
-    url: &'a SourceUrl,
+pub(super) struct Run<'a> {
+    pub(super) engine: &'a Engine,
+    pub(super) source: &'a Source,
+    pub(super) url: &'a SourceUrl,
     access: &'a Access,
-    expect: &'a Expect,
-    filling: &'a mut Filling,
-    progress: &'a Arc<Progress>,
-    share: BufShare,
-    pipeline: Option<Pipeline>,
+    pub(super) expect: &'a Expect,
+    pub(super) filling: &'a mut Filling,
+    pub(super) progress: &'a Arc<Progress>,
+    pub(super) share: BufShare,
+    pub(super) pipeline: Option<Pipeline>,
     /// True once bytes of an earlier run were kept on the digest's word alone.
-    unproven: bool,
+    pub(super) unproven: bool,
     /// Whether the source's mirrors may be used, if it has any.
     mirrors: bool,
 }
@@ -144,6 +155,11 @@ struct Run<'a> {
 impl Run<'_> {
     async fn local(&mut self, path: &std::path::Path) -> Result<Fetched, FetchError> {
         let source = LocalFile::open(path)?;
+        if self.source.unpack
+            && let Some(codec) = source.codec()?
+        {
+            return self.unpack_file(source, codec).await;
+        }
         let (total, remote) = (Some(source.len_bytes), source.remote.clone());
         let known = self.known_version();
         if known.is_some_and(|known| known.may_resume(&remote, false) == Resume::Same)
@@ -157,7 +173,7 @@ impl Run<'_> {
         self.progress.set_done(self.filling.present_bytes());
         self.progress.set_phase(Phase::Fetching);
         let missing = self.filling.missing();
-        let feed = self.start_pipeline(&missing)?;
+        let feed = self.start_pipeline(&missing, self.source.wanted())?;
         if let Some(total) = total.filter(|_| self.filling.present_bytes() == 0)
             && in_place(|| source.share_blocks(self.filling.file()))
         {
@@ -192,7 +208,7 @@ impl Run<'_> {
         self.filling.version().map(|version| Remote::from_tag(&version.tag))
     }
 
-    fn begin(&mut self, remote: &Remote, total: Option<u64>) -> Result<(), FetchError> {
+    pub(super) fn begin(&mut self, remote: &Remote, total: Option<u64>) -> Result<(), FetchError> {
         let limit = self.engine.policy.max_bytes;
         if total == Some(0) {
             return Err(FetchError::Empty { url: self.url.to_string() });
@@ -205,8 +221,12 @@ impl Run<'_> {
     }
 
     /// Starts what takes the bytes of `missing`; all else is here.
-    fn start_pipeline(&mut self, missing: &[Range<u64>]) -> Result<Feed, FetchError> {
-        let (engine, wanted) = (self.engine, self.source.wanted());
+    pub(super) fn start_pipeline(
+        &mut self,
+        missing: &[Range<u64>],
+        wanted: DigestSet,
+    ) -> Result<Feed, FetchError> {
+        let engine = self.engine;
         let pipeline = Pipeline::start(
             self.filling,
             missing,
@@ -226,9 +246,17 @@ impl Run<'_> {
         // A version of which nothing is here binds nothing.
         let useless = fresh || self.filling.present_bytes() == 0;
         let known = if useless { None } else { self.known_version() };
-        let (first, agreed) = self.open(&mut clients, known.as_ref()).await?;
+        let (first, agreed) = match self.open(&mut clients, known.as_ref()).await? {
+            Opened::Stream(first, agreed) => (first, agreed),
+            Opened::Here(etag) => {
+                let total = self.filling.total_bytes().unwrap_or(0);
+                return self.complete(etag, total).await;
+            }
+            Opened::Packed(answer, codec) => {
+                return self.unpack(&clients[0], answer, codec).await;
+            }
+        };
         let (total, etag) = (self.filling.total_bytes(), agreed.remote.etag.clone());
-        let Some(first) = first else { return self.complete(etag, total.unwrap_or(0)).await };
         let missing = match total {
             Some(_) => self.filling.missing(),
             None => std::iter::once(0..u64::MAX).collect(),
@@ -239,7 +267,7 @@ impl Run<'_> {
             policy: self.engine.policy.clone(),
             agreed,
             total,
-            feed: self.start_pipeline(&missing)?,
+            feed: self.start_pipeline(&missing, self.source.wanted())?,
             share: self.share.clone(),
             progress: Arc::clone(self.progress),
             limit: Arc::clone(&self.engine.limit),
@@ -270,13 +298,12 @@ impl Run<'_> {
         Ok(clients)
     }
 
-    /// Gets the first answer and settles the version. `None` instead of an answer: all is here.
-    /// The one of `clients` that gave it is the first of them then.
+    /// Gets the first answer and settles the version. The one of `clients` that gave it is the first of them then.
     async fn open(
         &mut self,
         clients: &mut [Arc<Client>],
         known: Option<&Remote>,
-    ) -> Result<(Option<First>, Agreed), FetchError> {
+    ) -> Result<Opened, FetchError> {
         let mut failures = 0;
         loop {
             self.progress.set_phase(Phase::Connecting);
@@ -315,7 +342,7 @@ impl Run<'_> {
         &mut self,
         client: &Client,
         known: Option<&Remote>,
-    ) -> Result<(Option<First>, Agreed), FetchError> {
+    ) -> Result<Opened, FetchError> {
         let missing = self.filling.missing().into_iter().next();
         let range = match (known, &missing) {
             (None, _) => 0..u64::MAX,
@@ -333,13 +360,21 @@ impl Run<'_> {
             answer = asked => answer?,
             () = self.progress.stopped() => return Err(FetchError::Cancelled),
         };
+        let mut answer = answer;
+        if self.source.unpack && answer.start == 0 {
+            let stall = self.engine.policy.stall_timeout;
+            let head = answer.peek(Codec::SNIFF_BYTES, client, stall).await?;
+            if let Some(codec) = Codec::sniff(&head) {
+                return Ok(Opened::Packed(answer, codec));
+            }
+        }
         let (resumed, agreed) = self.agree(client, &answer, known)?;
         if resumed && missing.is_none() {
-            return Ok((None, agreed));
+            return Ok(Opened::Here(agreed.remote.etag));
         }
         // A server that ignored the range sends everything.
         let asked_end = if answer.ranged { range.end } else { u64::MAX };
-        Ok((Some(First { answer, asked_end }), agreed))
+        Ok(Opened::Stream(First { answer, asked_end }, agreed))
     }
 
     /// Begins with the first answer, or goes on with what is here if it is of the same version.
@@ -380,7 +415,7 @@ impl Run<'_> {
     }
 
     /// The error that made the writer stop.
-    async fn writer_error(&mut self) -> FetchError {
+    pub(super) async fn writer_error(&mut self) -> FetchError {
         let Some(pipeline) = self.pipeline.take() else { return FetchError::Cancelled };
         match blocking(move || pipeline.abandon()).await {
             Ok(()) => FetchError::Cancelled,
@@ -390,10 +425,20 @@ impl Run<'_> {
 
     /// Everything up to `total` is here: waits for disk and digests, and judges.
     async fn complete(&mut self, etag: Option<String>, total: u64) -> Result<Fetched, FetchError> {
+        let digests = self.finish(total).await?;
+        if let Some((kind, expected, found)) = self.expect.mismatch(&digests) {
+            return Err(FetchError::Digest { url: self.url.to_string(), kind, expected, found });
+        }
+        Ok(Fetched { digests, etag })
+    }
+
+    /// Waits until everything up to `total` is durable and hashed.
+    pub(super) async fn finish(&mut self, total: u64) -> Result<Digests, FetchError> {
         self.progress.set_phase(Phase::Verifying);
         self.progress.set_total(Some(total));
         if self.pipeline.is_none() {
-            drop(self.start_pipeline(&[])?);
+            let wanted = self.source.wanted();
+            drop(self.start_pipeline(&[], wanted)?);
         }
         let Some(pipeline) = self.pipeline.take() else { return Err(FetchError::Cancelled) };
         let finished = blocking(move || pipeline.finish(total)).await;
@@ -407,14 +452,11 @@ impl Run<'_> {
         if self.filling.total_bytes().is_none() {
             in_place(|| self.filling.end_at(total))?;
         }
-        if let Some((kind, expected, found)) = self.expect.mismatch(&digests) {
-            return Err(FetchError::Digest { url: self.url.to_string(), kind, expected, found });
-        }
-        Ok(Fetched { digests, etag })
+        Ok(digests)
     }
 
     /// Ends with `error`, but first makes durable what has arrived.
-    async fn abandon(&mut self, error: FetchError) -> Result<Fetched, FetchError> {
+    pub(super) async fn abandon(&mut self, error: FetchError) -> Result<Fetched, FetchError> {
         if let Some(pipeline) = self.pipeline.take() {
             // A disk that fails now is worth less than the reason why it all ended.
             if let Err(second) = blocking(move || pipeline.abandon()).await {
