@@ -1,5 +1,3 @@
-#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
-
 use std::fs::File;
 use std::io::Write;
 use std::process::Command;
@@ -319,12 +317,11 @@ fn the_output_limit_is_exact_and_named() {
                 let run = |limit| drive(codec, &stream, limit, || (1 << 14, room));
                 assert_eq!(run(len).unwrap().len() as u64, len, "{codec}");
                 for limit in [len - 1, len / 2, 1, 0] {
-                    match run(limit).unwrap_err() {
-                        DecodeError::TooLarge { max_output_bytes, .. } => {
-                            assert_eq!(max_output_bytes, limit);
-                        }
-                        other => panic!("{codec}: {other}"),
-                    }
+                    let error = run(limit).unwrap_err();
+                    let DecodeError::TooLarge { max_output_bytes, .. } = error else {
+                        panic!("{codec}: {error}");
+                    };
+                    assert_eq!(max_output_bytes, limit);
                 }
             }
         }
@@ -362,12 +359,8 @@ fn xz_with_a_huge_dictionary_is_refused_by_its_header() {
     };
     assert_eq!(with_dictionary(31).unwrap(), b"data", "192 MiB");
     for code in [32, 36, 40] {
-        match with_dictionary(code).unwrap_err() {
-            DecodeError::NeedsMemory { codec: Codec::Xz, at: 24, limit_bytes } => {
-                assert_eq!(limit_bytes, 256 << 20);
-            }
-            other => panic!("{other}"),
-        }
+        let wanted = DecodeError::NeedsMemory { codec: Codec::Xz, at: 24, limit_bytes: 256 << 20 };
+        assert_eq!(with_dictionary(code), Err(wanted));
     }
 }
 
@@ -427,10 +420,9 @@ fn a_wrong_checksum_is_corruption_at_the_end_of_the_member() {
         let len = stream.len();
         // The CRC-32 before the length, and the low half of an XXH64.
         stream[if codec == Codec::Gzip { len - 8 } else { len - 1 }] ^= 1;
-        match decode_bytewise(codec, &stream).unwrap_err() {
-            DecodeError::Corrupt { at, .. } => assert!(at + 1 >= len as u64, "{codec}: {at}"),
-            other => panic!("{other}"),
-        }
+        let error = decode_bytewise(codec, &stream).unwrap_err();
+        let DecodeError::Corrupt { at, .. } = error else { panic!("{error}") };
+        assert!(at + 1 >= len as u64, "{codec}: {at}");
     }
 }
 
