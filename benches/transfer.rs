@@ -2,8 +2,10 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed benchmark")]
 
 use std::hint::black_box;
+use std::process::{Command, Stdio};
 
 use bedplate::disk::{DigestSet, Dir, Hasher, Presence, UNIT_BYTES, Version};
+use bedplate::fetch::decode::{Codec, Decoder, Limits};
 use bedplate::ring::{BLOCK_BYTES, data_runs, is_zero};
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 
@@ -72,5 +74,63 @@ fn presence(c: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, zero_detection, digests, presence);
+/// Like an image: text-like bytes that compress two to one, bytes that do not, and zeroes.
+fn image(len: usize) -> Vec<u8> {
+    let mut state = 1_u64;
+    let mut bytes = vec![0; len];
+    for (index, page) in bytes.chunks_mut(4096).enumerate() {
+        let mask = [0x0f, 0xff, 0x00, 0x0f][index % 4];
+        for byte in page {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            *byte = (state >> 56) as u8 & mask;
+        }
+    }
+    bytes
+}
+
+/// One stream from start to end through a buffer of one block; MiB/s are of the decoded bytes.
+fn decoding(c: &mut Criterion) {
+    let temp = tempfile::tempdir().unwrap();
+    let (path, len) = (temp.path().join("image"), 32 * BLOCK_BYTES);
+    std::fs::write(&path, image(len)).unwrap();
+    let mut group = c.benchmark_group("decode_32mib");
+    group.throughput(Throughput::Bytes(len as u64)).sample_size(10);
+    for (codec, tool, level) in [
+        (Codec::Gzip, "gzip", "-6"),
+        (Codec::Xz, "xz", "-1"),
+        (Codec::Zstd, "zstd", "-3"),
+        (Codec::Bzip2, "bzip2", "-9"),
+    ] {
+        let Ok(packed) = Command::new(tool).args([level, "-c"]).arg(&path).output() else {
+            println!("SKIPPED: {tool} is not installed");
+            continue;
+        };
+        let (stream, mut room) = (packed.stdout, vec![0; BLOCK_BYTES]);
+        group.bench_function(format!("{codec}/bedplate"), |b| {
+            b.iter(|| {
+                let limits = Limits { max_output_bytes: len as u64 };
+                let mut decoder = Decoder::new(codec, limits).unwrap();
+                let mut at = 0;
+                while decoder.finish().is_err() {
+                    at += decoder.decode(black_box(&stream[at..]), &mut room).unwrap().read;
+                }
+                assert_eq!(decoder.written_bytes(), len as u64);
+            });
+        });
+        // The tool with its process and its reads: 32 MiB are long enough to hide most of that.
+        let stored = temp.path().join("image.packed");
+        std::fs::write(&stored, &stream).unwrap();
+        group.bench_function(format!("{codec}/peer_tool"), |b| {
+            b.iter(|| {
+                let from = std::fs::File::open(&stored).unwrap();
+                let mut command = Command::new(tool);
+                command.args(["-d", "-c"]).stdin(from).stdout(Stdio::null());
+                assert!(command.status().unwrap().success());
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, zero_detection, digests, presence, decoding);
 criterion_main!(benches);
