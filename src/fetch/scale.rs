@@ -2,23 +2,25 @@
 //!
 //! Why: a server that limits each connection, or a long way with loss, wants several; on a fast way
 //! a second one only costs.
-//! How: while the connections mostly wait for the network, their number is doubled and the rate
-//! before and after compared. A doubling that brings too little is taken back and not tried again
-//! for a while.
+//! How: while the connections mostly wait for the network, there are four times as many, and the
+//! rate before and after is compared. A step that brings too little is taken back and not tried
+//! again for a while.
 //! Never: has a clock of its own; a sample brings the time.
 //! Start at [`Scale::sample`].
 
 use std::time::Duration;
 
 /// Shortest time over which a rate is measured.
-const MEASURE: Duration = Duration::from_millis(300);
+const MEASURE: Duration = Duration::from_millis(200);
 /// Time after a change in which nothing is measured: slow start has to pass.
-const SETTLE: Duration = Duration::from_millis(200);
-/// A doubling that was worth it adds at least this share.
+const SETTLE: Duration = Duration::from_millis(100);
+/// How many times as many connections are tried.
+const STEP: usize = 4;
+/// A step that was worth it adds at least this share.
 const GAIN: f64 = 1.15;
 /// Share of their time that connections wait for the network if it is the network that limits.
 const STARVED: f64 = 0.6;
-/// How long a doubling is not tried again after it brought too little; doubles each time.
+/// How long a step is not tried again after it brought too little; doubles each time.
 const HOLD: Duration = Duration::from_secs(10);
 const HOLD_MOST: Duration = Duration::from_secs(160);
 
@@ -42,8 +44,8 @@ pub(super) struct Scale {
     target: usize,
     base: Sample,
     settled_at: Duration,
-    /// The rate before the last doubling, while that is on trial.
-    before: Option<f64>,
+    /// Number and rate before the last step, while that is on trial.
+    before: Option<(usize, f64)>,
     hold: Duration,
     hold_until: Duration,
 }
@@ -78,14 +80,14 @@ impl Scale {
         let waited = at.starved.saturating_sub(self.base.starved).as_secs_f64();
         let starved = waited / (seconds * self.target as f64);
         self.base = at;
-        if let Some(before) = self.before.take()
+        if let Some((count, before)) = self.before.take()
             && rate < before * GAIN
         {
-            self.target = (self.target / 2).max(1);
+            self.target = count;
             self.wait(at.now);
         } else if starved > STARVED && at.now >= self.hold_until && self.target < self.most {
-            self.before = Some(rate);
-            self.target = (self.target * 2).min(self.most);
+            self.before = Some((self.target, rate));
+            self.target = (self.target * STEP).min(self.most);
             self.settled_at = at.now + SETTLE.max(at.latency * 2);
         }
         self.target
@@ -128,7 +130,7 @@ mod tests {
     fn a_limit_per_connection_brings_all_connections_within_seconds() {
         let used = play(16, 4, 0.95, |count| 40_000_000 * count);
         assert_eq!(used.last(), Some(&16));
-        assert!(used.iter().position(|&n| n == 16).is_some_and(|tenths| tenths <= 25), "{used:?}");
+        assert!(used.iter().position(|&n| n == 16).is_some_and(|tenths| tenths <= 10), "{used:?}");
     }
 
     #[test]
@@ -136,7 +138,7 @@ mod tests {
         let used = play(16, 9, 0.95, |_| 50_000_000);
         assert_eq!(used.last(), Some(&1));
         let probing = used.iter().filter(|&&n| n > 1).count();
-        assert!(probing <= 10, "one trial of two connections: {used:?}");
+        assert!(probing <= 10, "one short trial: {used:?}");
     }
 
     #[test]

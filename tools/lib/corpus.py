@@ -50,6 +50,11 @@ def dense(path, size):
     return _write(path, size, "RT")
 
 
+def text(path, size):
+    """Text alone, which compresses as the files of a system do. Returns what `mixed` does."""
+    return _write(path, size, "T")
+
+
 def _write(path, size, pattern):
     makers = {"R": _Random(1), "T": _Text(2)}
     zero, digest, data_bytes = bytes(UNIT), hashlib.sha256(), 0

@@ -23,6 +23,7 @@ http {{
     tcp_nopush on;
     server {{
         listen 127.0.0.1:{port};
+        {tls}
         root {root};
     }}
 }}
@@ -30,16 +31,22 @@ http {{
 
 
 class Nginx:
-    """Serves the files below `root` at `url`."""
+    """Serves the files below `root` at `url`, and with `tls` (certificate, key) at `tls_url`."""
 
-    def __init__(self, scratch, root, prefix=()):
+    def __init__(self, scratch, root, prefix=(), tls=None):
         conf_dir = scratch.dir("nginx")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            second.bind(("127.0.0.1", 0))
+            port, tls_port = first.getsockname()[1], second.getsockname()[1]
+        lines = ""
+        if tls:
+            lines = (f"listen 127.0.0.1:{tls_port} ssl; ssl_protocols TLSv1.3; "
+                     f"ssl_certificate {tls[0]}; ssl_certificate_key {tls[1]};")
         conf = conf_dir / "nginx.conf"
-        conf.write_text(_CONF.format(dir=conf_dir, port=port, root=root))
+        conf.write_text(_CONF.format(dir=conf_dir, port=port, root=root, tls=lines))
         self.url = f"http://127.0.0.1:{port}"
+        self.tls_url = f"https://127.0.0.1:{tls_port}"
         self._access = conf_dir / "access.log"
         self.server = scratch.serve(
             "nginx", ["nginx", "-p", conf_dir, "-e", conf_dir / "error.log", "-c", conf], prefix)
