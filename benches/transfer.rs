@@ -3,7 +3,7 @@
 
 use std::hint::black_box;
 
-use bedplate::disk::{DigestSet, Dir, Hasher, Presence, UNIT_BYTES, Version};
+use bedplate::disk::{DigestKind, DigestSet, Dir, Hasher, Presence, UNIT_BYTES, Version};
 use bedplate::ring::{BLOCK_BYTES, data_runs, is_zero};
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 
@@ -40,11 +40,11 @@ fn digests(c: &mut Criterion) {
     let mut group = c.benchmark_group("digest_1mib");
     group.throughput(Throughput::Bytes(BLOCK_BYTES as u64));
     let bytes = block(1);
-    for (name, sha256, sha512) in
-        [("xxh3", false, false), ("xxh3+sha256", true, false), ("xxh3+sha512", false, true)]
-    {
+    let each = DigestKind::ALL.iter().map(std::slice::from_ref);
+    for kinds in std::iter::once(&[][..]).chain(each) {
+        let name = kinds.iter().fold("xxh3".to_owned(), |name, kind| name + "+" + kind.key());
         group.bench_function(name, |b| {
-            let mut hasher = Hasher::new(DigestSet { sha256, sha512 });
+            let mut hasher = Hasher::new(DigestSet::of(kinds));
             b.iter(|| hasher.update(black_box(&bytes)));
         });
     }

@@ -17,6 +17,7 @@ use super::types::{
     Image, Images,
 };
 use super::wire;
+use crate::fetch::{DigestKind, DigestMap};
 use crate::manager::{
     AttachmentId, AttachmentStatus, Expected, Format, ImageStatus, NewAttachment, NewImage,
     SourceUrl, unix_now_s,
@@ -74,11 +75,26 @@ fn new_image(body: &CreateImage) -> Answer<NewImage> {
         uuid: ImageUuid::random()?,
         source,
         access: Box::new(body.access.clone()),
-        expected: Expected::parse(body.sha256.as_deref(), body.sha512.as_deref())?,
+        expected: Box::new(expected(body)?),
         declared_format,
         disks: disks?,
         created_unix_s: unix_now_s(),
     })
+}
+
+/// Checks what a request says of the digests.
+fn expected(body: &CreateImage) -> Answer<Expected> {
+    let given = [
+        (DigestKind::Sha256, body.sha256.as_deref()),
+        (DigestKind::Sha512, body.sha512.as_deref()),
+        (DigestKind::Sha1, body.sha1.as_deref()),
+        (DigestKind::Md5, body.md5.as_deref()),
+        (DigestKind::Blake3, body.blake3.as_deref()),
+    ];
+    let digests = DigestMap::parse(given).map_err(|e| ApiError::bad_request(e.to_string()))?;
+    let url = body.checksum_url.as_deref().map(SourceUrl::parse).transpose();
+    let checksum_url = url.map_err(|e| ApiError::bad_request(format!("checksum_url: {e}")))?;
+    Ok(Expected { digests, checksum_url })
 }
 
 pub(super) async fn get_image(

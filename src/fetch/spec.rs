@@ -16,6 +16,8 @@ pub struct Source {
     pub url: SourceUrl,
     /// Digests that they must have.
     pub expect: Expect,
+    /// Where a file of digests is that has the source's, as a vendor's SHA256SUMS.
+    pub checksum_url: Option<SourceUrl>,
     /// Whether to make a digest of the bytes although none is expected.
     pub digest: bool,
     /// What it takes to get them.
@@ -26,7 +28,8 @@ impl Source {
     /// A source at `url` with nothing known of its bytes.
     #[must_use]
     pub fn new(url: SourceUrl) -> Self {
-        Self { url, expect: Expect::default(), digest: true, access: Access::default() }
+        let (expect, access) = (Expect::default(), Access::default());
+        Self { url, expect, checksum_url: None, digest: true, access }
     }
 
     /// The digests to be made on the way.
@@ -43,6 +46,13 @@ impl Source {
     #[must_use]
     pub fn expecting(mut self, expect: Expect) -> Self {
         self.expect = expect;
+        self
+    }
+
+    /// With a file of digests, which has to have the source's.
+    #[must_use]
+    pub fn listed_in(mut self, sums: Option<SourceUrl>) -> Self {
+        self.checksum_url = sums;
         self
     }
 

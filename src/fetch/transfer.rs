@@ -23,6 +23,7 @@ use super::policy::Policy;
 use super::progress::{Phase, Progress};
 use super::source::SourceUrl;
 use super::spec::Source;
+use super::sums::settle;
 use super::version::{Agreed, Remote, Resume};
 use crate::disk::{Digests, Filling, Version};
 use crate::ring::{BufPool, BufShare, Probe};
@@ -79,6 +80,8 @@ pub async fn transfer(
     filling: &mut Filling,
     progress: &Arc<Progress>,
 ) -> Result<Fetched, FetchError> {
+    let settled = settle(engine, source, progress).await?;
+    let source = settled.as_ref();
     let Source { url, expect, access, .. } = source;
     let mut restarts = 0;
     let mut fresh = false;

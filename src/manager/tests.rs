@@ -37,8 +37,7 @@ fn info(size_bytes: u64) -> CopyInfo {
         virtual_size_bytes: size_bytes,
         size_bytes,
         stored_bytes: size_bytes,
-        sha256: Some("a".repeat(64)),
-        sha512: None,
+        digests: format!("sha256:{}", "a".repeat(64)).parse().unwrap(),
         etag: None,
     }
 }
@@ -53,7 +52,7 @@ fn create_from(image: &str, url: &str) -> Command {
         uuid: ImageUuid::random().unwrap(),
         source: SourceUrl::parse(url).unwrap(),
         access: Box::default(),
-        expected: Expected::default(),
+        expected: Box::default(),
         declared_format: None,
         disks: Vec::new(),
         created_unix_s: 1,

@@ -17,9 +17,12 @@ use super::backend::{
     Cancel, CopyInfo, CopyTask, FailureClass, Phase, Progress, Reporter, WorkerEvent,
 };
 use super::node::{OpenError, Slot, info_of, store_id, view_of};
-use crate::disk::{self, CopyState, DigestSet, DiskError, Filling, SealRecord};
+use super::records::Expected;
+use crate::disk::{self, CopyState, DigestKind, DiskError, Filling, SealRecord};
 use crate::fetch::one_line;
-use crate::fetch::{self, Class, Engine, Expect, FetchError, Fetched, Policy, RateLimit};
+use crate::fetch::{
+    self, Class, Engine, Expect, FetchError, Fetched, Policy, RateLimit, SourceUrl,
+};
 use crate::image::{self, Format, ImageError};
 use crate::ring::BufPool;
 
@@ -173,7 +176,8 @@ impl Worker {
     async fn verify(&self) -> Result<CopyInfo, WorkError> {
         let (events, cancel, declared) =
             (self.events.clone(), self.cancel.clone(), self.declared());
-        let want = self.expect().wanted();
+        let expect = self.settled_expect().await?;
+        let want = expect.wanted();
         let record = self
             .on_disk(move |slot, id| -> Result<_, WorkError> {
                 let sealed = slot.disk.sealed(&id)?;
@@ -188,54 +192,72 @@ impl Worker {
                     }));
                     !cancel.is_cancelled()
                 };
-                let want = DigestSet { sha256: true, ..want };
+                let want = want.with(DigestKind::Sha256);
                 Ok(slot.disk.verify(&id, info.virtual_size_bytes, want, report)?)
             })
             .await?;
+        if let Some((field, expected, found)) = expect.mismatch(&record.digests) {
+            return Err(WorkError::OtherImage { field, expected, found });
+        }
         self.judge_digests(&record.digests)?;
         self.adopt(record).await
     }
 
-    fn expect(&self) -> Expect {
-        let expected = &self.task.expected;
-        // The manager has checked them; a record that was damaged since expects nothing.
-        Expect::parse(expected.sha256.as_deref(), expected.sha512.as_deref()).unwrap_or_default()
+    /// What the bytes must be, by a file of digests too, which is fetched for that.
+    async fn settled_expect(&self) -> Result<Expect, WorkError> {
+        let Some(source) = &self.task.source else {
+            return Ok(self.task.expected.digests.clone().into());
+        };
+        let (from, engine, progress) = (self.from(source), self.engine(), Arc::default());
+        let settled = self.watch(fetch::settle(&engine, &from, &progress), &progress).await?;
+        Ok(settled.into_owned().expect)
     }
 
-    fn judge_digests(&self, digests: &disk::Digests) -> Result<(), WorkError> {
-        if let Some((field, expected, found)) = self.expect().mismatch(digests) {
-            return Err(WorkError::OtherImage { field, expected, found });
+    fn engine(&self) -> Engine {
+        Engine {
+            pool: self.shared.pool.clone(),
+            probe: self.slot.probe.clone(),
+            policy: self.shared.policy.clone(),
+            buffers: self.shared.buffers,
+            limit: Arc::clone(&self.shared.limit),
         }
+    }
+
+    /// The source with what is known of it. What its file of digests said of the first copy is
+    /// among the facts: the file is not needed again, and may be another by now.
+    fn from(&self, url: &SourceUrl) -> fetch::Source {
+        let Expected { mut digests, checksum_url } = *self.task.expected.clone();
+        let facts = self.task.facts.as_ref().filter(|facts| !facts.digests.is_empty());
+        let sums = match (checksum_url, facts) {
+            (Some(_), Some(facts)) => {
+                digests.fill_from(&facts.digests);
+                None
+            }
+            (sums, _) => sums,
+        };
+        let source = fetch::Source::new(url.clone()).expecting(digests.into()).listed_in(sums);
+        source.reached_with((*self.task.access).clone())
+    }
+
+    /// The copy is the image that an earlier one was.
+    fn judge_digests(&self, digests: &disk::Digests) -> Result<(), WorkError> {
         let Some(facts) = &self.task.facts else { return Ok(()) };
-        for (field, expected, found) in [
-            ("SHA-256", &facts.sha256, &digests.sha256),
-            ("SHA-512", &facts.sha512, &digests.sha512),
-        ] {
-            if let (Some(expected), Some(found)) = (expected, found)
-                && expected != found
-            {
-                let (expected, found) = (expected.clone(), found.clone());
-                return Err(WorkError::OtherImage { field, expected, found });
+        match facts.digests.differs(&digests.whole) {
+            None => Ok(()),
+            Some((kind, expected, found)) => {
+                let (expected, found) = (expected.to_owned(), found.to_owned());
+                Err(WorkError::OtherImage { field: kind.name(), expected, found })
             }
         }
-        Ok(())
     }
 
     async fn fetch(&self) -> Result<CopyInfo, WorkError> {
         let source = self.task.source.as_ref().ok_or(WorkError::NoSource)?;
         let _turn = self.turn().await?;
         let mut filling = self.on_disk(|slot, id| slot.disk.filling(&id)).await?;
-        let engine = Engine {
-            pool: self.shared.pool.clone(),
-            probe: self.slot.probe.clone(),
-            policy: self.shared.policy.clone(),
-            buffers: self.shared.buffers,
-            limit: Arc::clone(&self.shared.limit),
-        };
+        let engine = self.engine();
         let progress = Arc::new(fetch::Progress::default());
-        let from = fetch::Source::new(source.clone())
-            .expecting(self.expect())
-            .reached_with((*self.task.access).clone());
+        let from = self.from(source);
         let transfer = fetch::transfer(&engine, &from, &mut filling, &progress);
         let fetched = self.watch(transfer, &progress).await?;
         self.judge_digests(&fetched.digests)?;
@@ -304,7 +326,8 @@ impl Worker {
             ..Progress::default()
         }));
         let (uuid, declared) = (self.task.id.uuid.to_string(), self.declared());
-        let expected_sha512 = self.task.expected.sha512.clone();
+        let expected_sha512 = self.task.expected.digests.get(DigestKind::Sha512);
+        let expected_sha512 = expected_sha512.map(str::to_owned);
         self.on_disk(move |slot, id| -> Result<CopyInfo, WorkError> {
             // The last block may be padded: the file must have its length to be judged by it.
             filling.trim()?;

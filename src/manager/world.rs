@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::backend::{
     CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy, FoundState, Progress,
 };
-use super::records::{AttachmentId, AttachmentRecord, Expected, ImageRecord, Want};
+use super::records::{AttachmentId, AttachmentRecord, ImageRecord, Want};
 use super::step::differs;
 use crate::names::{DiskUuid, ImageName};
 
@@ -312,7 +312,7 @@ impl World {
                 uuid: uuid.clone(),
                 source: None,
                 access: Box::default(),
-                expected: Expected::default(),
+                expected: Box::default(),
                 declared_format: None,
                 facts: None,
                 disks: BTreeMap::new(),
