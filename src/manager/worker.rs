@@ -223,20 +223,11 @@ impl Worker {
         }
     }
 
-    /// The source with what is known of it. What its file of digests said of the first copy is
-    /// among the facts: the file is not needed again, and may be another by now.
+    /// The source with what is known of it.
     fn from(&self, url: &SourceUrl) -> fetch::Source {
-        let Expected { mut digests, checksum_url } = *self.task.expected.clone();
-        let facts = self.task.facts.as_ref().filter(|facts| !facts.digests.is_empty());
-        let sums = match (checksum_url, facts) {
-            (Some(_), Some(facts)) => {
-                digests.fill_from(&facts.digests);
-                None
-            }
-            (sums, _) => sums,
-        };
-        let source = fetch::Source::new(url.clone()).expecting(digests.into()).listed_in(sums);
-        source.reached_with((*self.task.access).clone())
+        let Expected { digests, checksum_url } = *self.task.expected.clone();
+        let source = fetch::Source::new(url.clone()).expecting(digests.into());
+        source.listed_in(checksum_url).reached_with((*self.task.access).clone())
     }
 
     /// The copy is the image that an earlier one was.
