@@ -6,7 +6,7 @@ use std::process::Command;
 
 use control_support::{bedplate, stderr, stdout};
 
-const COMMANDS: [&str; 16] = [
+const COMMANDS: [&str; 22] = [
     "run",
     "pull",
     "export",
@@ -18,6 +18,12 @@ const COMMANDS: [&str; 16] = [
     "delete",
     "attach",
     "detach",
+    "pause",
+    "resume",
+    "cancel",
+    "set",
+    "settings",
+    "watch",
     "events",
     "disks",
     "doctor",

@@ -13,6 +13,7 @@ use clap_complete::Shell;
 
 use super::args_access::AccessArgs;
 use super::args_digest::DigestArgs;
+use super::args_steer::{CancelArgs, PauseArgs, ResumeArgs, SetArgs, SettingsArgs, WatchArgs};
 use super::exit::Exit;
 use super::sizes::parse_bytes;
 use crate::daemon;
@@ -111,7 +112,19 @@ pub enum Command {
     Attach(AttachArgs),
     /// Read an image no more
     Detach(DetachArgs),
-    /// Watch what happens
+    /// Stop fetching an image for now
+    Pause(PauseArgs),
+    /// Go on fetching an image
+    Resume(ResumeArgs),
+    /// Stop fetching an image and remove what has arrived
+    Cancel(CancelArgs),
+    /// Set an image's rate or priority
+    Set(SetArgs),
+    /// Show or change what holds for all transfers
+    Settings(SettingsArgs),
+    /// Show transfers under way until they are done
+    Watch(WatchArgs),
+    /// Print what happens
     Events(EventsArgs),
     /// List disks
     Disks(DisksArgs),
@@ -165,6 +178,9 @@ pub struct RunArgs {
     /// Format of the file [default: look]
     #[arg(long)]
     pub format: Option<FormatArg>,
+    /// What to make of a QCOW2 source: a copy as it is, or of the guest's disk, sparse
+    #[arg(long, default_value = "as-is", value_name = "LAYOUT")]
+    pub layout: Layout,
     /// Directory where images are kept; made if it isn't there [default: bedplate in the XDG data
     /// directory]
     #[arg(long, value_name = "DIR")]
@@ -193,12 +209,21 @@ pub struct PullArgs {
     /// The file to make; an existing one is replaced once the new one is complete
     #[arg(short, long, value_name = "FILE")]
     pub output: PathBuf,
+    /// Another URL of the same bytes; repeatable, needs a digest
+    #[arg(long, value_name = "URL")]
+    pub mirror: Vec<String>,
     /// What to make of a QCOW2 source: the file as it is, or the guest's disk, sparse
     #[arg(long, default_value = "as-is", value_name = "LAYOUT")]
     pub layout: Layout,
+    /// Decode a gz, xz, zst or bz2 source on the way; digests are then those of the source
+    #[arg(long)]
+    pub unpack: bool,
     /// Make no digest of a file for which none is given
     #[arg(long, conflicts_with_all = ["sha256", "sha512", "checksum", "checksum_url"])]
     pub no_digest: bool,
+    /// Bytes per second at most, such as 20M
+    #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
+    pub rate: Option<u64>,
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at its type")]
     pub expected: DigestArgs,
@@ -262,6 +287,7 @@ A configuration file has these keys; only disks is needed:
   control_gids = [64055]
   sink = \"auto\"                       # auto, uring or threads
   max_transfers = 8
+  rate_limit = 100000000              # bytes per second, all transfers together
   default_export = \"debian-12\"        # what NBD clients get who name none
   allow_loopback = false              # may sources be on this host itself?
   allow_addresses = [\"169.254.7.0/24\"] # networks that are allowed whatever they are
@@ -308,6 +334,12 @@ pub struct CreateArgs {
     /// Format of the file [default: look]
     #[arg(long)]
     pub format: Option<FormatArg>,
+    /// Another URL of the same bytes; repeatable, needs a digest
+    #[arg(long, value_name = "URL")]
+    pub mirror: Vec<String>,
+    /// What to make of a QCOW2 source: copies as it is, or of the guest's disk, sparse
+    #[arg(long, default_value = "as-is", value_name = "LAYOUT")]
+    pub layout: Layout,
     /// Bring it in now
     #[arg(long)]
     pub fetch: bool,

@@ -13,6 +13,7 @@ use crate::control::client::Client;
 use crate::control::types::{CreateImage, Digests, FetchImage, Image};
 use crate::fetch::{Access, SourceUrl};
 use crate::image::Format;
+use crate::import::Layout;
 
 pub(super) async fn run(
     args: &CreateArgs,
@@ -22,7 +23,8 @@ pub(super) async fn run(
     let client = Client::new(&global.socket());
     let url = source::parse(&args.source)?;
     let name = args.name.as_ref().map(ToString::to_string);
-    let mut request = request(&url, name, &args.expected, args.format)?;
+    let mut request = request(&url, name, &args.expected, args.format, args.layout)?;
+    request.mirrors.clone_from(&args.mirror);
     request.access = args.access.by_value()?;
     let mut image: Image = client.post("/v1/images", &request).await?;
     if args.fetch || args.wait || args.disk.is_some() {
@@ -45,11 +47,13 @@ pub(super) fn request(
     name: Option<String>,
     expected: &super::args_digest::DigestArgs,
     format: Option<super::args::FormatArg>,
+    layout: Layout,
 ) -> Result<CreateImage, CliError> {
     let digests = Digests::from(&expected.digests()?);
     Ok(CreateImage {
         name,
         url: url.expose().to_string(),
+        mirrors: Vec::new(),
         access: Access::default(),
         sha256: digests.sha256,
         sha512: digests.sha512,
@@ -58,6 +62,7 @@ pub(super) fn request(
         blake3: digests.blake3,
         checksum_url: expected.checksum_url()?.map(|url| url.expose().to_string()),
         format: format.map(|f| Format::from(f).to_string()),
+        layout: (layout != Layout::default()).then(|| layout.to_string()),
         disks: Vec::new(),
     })
 }

@@ -111,6 +111,7 @@ pub(super) fn moment(copy: &Copy) -> Moment {
         bytes_total: copy.bytes_total,
         rate_bytes_per_s: copy.rate_bytes_per_s,
         eta_s: copy.eta_s,
+        connections: copy.connections,
         message,
     }
 }

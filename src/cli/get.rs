@@ -26,6 +26,7 @@ pub(super) async fn run(args: &GetArgs, global: &Global, output: &Output) -> Res
         ("source", text(&image.source)),
         ("created", image.created_at.clone()),
         ("state", state(&image)),
+        ("layout", image.layout.clone()),
         ("format", text(&image.format)),
         ("virtual size", size(image.virtual_size_bytes)),
         ("file size", size(image.size_bytes)),
@@ -63,6 +64,10 @@ pub(super) async fn run(args: &GetArgs, global: &Global, output: &Output) -> Res
 pub(super) fn state(image: &Image) -> String {
     if image.deleting {
         return "deleting".to_owned();
+    }
+    let unfinished = |copy: &crate::control::types::Copy| !copy.state.starts_with("ready");
+    if image.paused && image.copies.iter().all(unfinished) {
+        return "paused".to_owned();
     }
     let order = ["ready", "ready-for-transfer", "in-progress", "starting", "pending"];
     let rank = |state: &str| order.iter().position(|s| *s == state).unwrap_or(order.len());

@@ -11,6 +11,7 @@
 pub mod args;
 pub mod args_access;
 pub mod args_digest;
+pub mod args_steer;
 pub mod exit;
 
 mod attach;
@@ -35,7 +36,9 @@ mod serve;
 mod signals;
 mod sizes;
 mod source;
+mod steer;
 mod table;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -83,6 +86,12 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         | Command::Delete(_)
         | Command::Attach(_)
         | Command::Detach(_)
+        | Command::Pause(_)
+        | Command::Resume(_)
+        | Command::Cancel(_)
+        | Command::Set(_)
+        | Command::Settings(_)
+        | Command::Watch(_)
         | Command::Events(_)
         | Command::Disks(_)
         | Command::Doctor(_) => {}
@@ -100,6 +109,12 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
             Command::Delete(args) => delete::run(&args, &global, output).await,
             Command::Attach(args) => attach::run(&args, &global, output).await,
             Command::Detach(args) => detach::run(&args, &global, output).await,
+            Command::Pause(args) => steer::pause(&args, &global, output).await,
+            Command::Resume(args) => steer::resume(&args, &global, output).await,
+            Command::Cancel(args) => steer::cancel(&args, &global, output).await,
+            Command::Set(args) => steer::set(&args, &global, output).await,
+            Command::Settings(args) => steer::settings(&args, &global, output).await,
+            Command::Watch(args) => watch::run(&args, &global, output).await,
             Command::Events(args) => events::run(&args, &global, output).await,
             Command::Disks(_) => disks::run(&global, output).await,
             Command::Doctor(args) => doctor::run(&args, &global, output).await,

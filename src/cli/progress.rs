@@ -23,6 +23,7 @@ pub(super) struct Moment {
     pub(super) bytes_total: Option<u64>,
     pub(super) rate_bytes_per_s: u64,
     pub(super) eta_s: Option<u64>,
+    pub(super) connections: u32,
     /// Retries, reasons; may be empty.
     pub(super) message: String,
 }
@@ -38,6 +39,10 @@ impl Moment {
         });
         if self.rate_bytes_per_s > 0 {
             parts.push(format!("{}/s", human_bytes(self.rate_bytes_per_s)));
+        }
+        // One goes without saying.
+        if self.connections > 1 {
+            parts.push(format!("{} connections", self.connections));
         }
         parts.extend(self.eta_s.map(|s| format!("{} left", human_time(s))));
         if !self.message.is_empty() {
@@ -128,11 +133,12 @@ mod tests {
             bytes_total: Some(2 << 30),
             rate_bytes_per_s: 512 << 20,
             eta_s: Some(61),
+            connections: 4,
             message: "try 2\nof 6".into(),
         };
         assert_eq!(
             moment.text(),
-            "fetching     75%  1.5 GiB of 2.0 GiB  512.0 MiB/s  1 min 1 s left  try 2 of 6"
+            "fetching     75%  1.5 GiB of 2.0 GiB  512.0 MiB/s  4 connections  1 min 1 s left  try 2 of 6"
         );
         let almost = Moment { bytes_done: 999, bytes_total: Some(1000), ..Moment::default() };
         assert_eq!(almost.share(), Some(99));

@@ -14,7 +14,9 @@ use super::output::Output;
 use super::progress::{Meter, Moment};
 use super::signals::Signals;
 use super::source;
-use crate::fetch::{Class, DigestKind, Engine, Phase, Policy, Progress, Snapshot, Source};
+use crate::fetch::{
+    Class, DigestKind, Engine, Phase, Policy, Progress, Snapshot, Source, SourceError,
+};
 use crate::import::{ImportError, PullRequest, Pulled, pull};
 use crate::ring;
 use crate::units::human_bytes;
@@ -35,18 +37,30 @@ pub(super) async fn run(args: &PullArgs, output: &Output) -> Result<(), CliError
     let mut source = Source::new(url)
         .expecting(args.expected.digests()?.into())
         .listed_in(args.expected.checksum_url()?);
-    source.digest = !args.no_digest;
+    (source.digest, source.unpack) = (!args.no_digest, args.unpack);
+    for text in &args.mirror {
+        let mirror = super::source::url(text)?;
+        let usage = |e: SourceError| CliError::new(Exit::Usage, e.to_string(), "");
+        source.url.check_mirror(&mirror).map_err(usage)?;
+        source.mirrors.push(mirror);
+    }
     let source = source.reached_with(args.access.by_reference()?);
     let request = PullRequest { source, layout: args.layout, output: args.output.clone() };
     let started = Instant::now();
-    let pulled = watch(engine, request, output).await?;
+    let progress = Arc::new(Progress::default());
+    progress.limit().set(args.rate);
+    let pulled = watch(engine, request, progress, output).await?;
     show(args, &pulled, started.elapsed(), output)
 }
 
 /// Pulls, and draws how it goes; a signal ends it so that it can be resumed.
-async fn watch(engine: Engine, request: PullRequest, output: &Output) -> Result<Pulled, CliError> {
+async fn watch(
+    engine: Engine,
+    request: PullRequest,
+    progress: Arc<Progress>,
+    output: &Output,
+) -> Result<Pulled, CliError> {
     let mut signals = Signals::new()?;
-    let progress = Arc::new(Progress::default());
     let name = request.output.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let mut meter = Meter::new(output, &name);
     let mut speed = Speed::default();
@@ -124,6 +138,7 @@ impl Speed {
             message = format!("try {}: {message}", now.retries + 1);
         }
         Moment {
+            connections: now.connections,
             phase: match now.phase {
                 Phase::Connecting => "connecting",
                 Phase::Fetching => "fetching",

@@ -32,7 +32,7 @@ pub(super) fn parse(text: &str) -> Result<SourceUrl, CliError> {
         .ok_or_else(|| CliError::new(Exit::Usage, format!("{text}: not a usable path"), ""))
 }
 
-fn url(text: &str) -> Result<SourceUrl, CliError> {
+pub(super) fn url(text: &str) -> Result<SourceUrl, CliError> {
     SourceUrl::parse(text).map_err(|e| CliError::new(Exit::Usage, e.to_string(), ""))
 }
 

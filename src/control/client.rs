@@ -82,6 +82,19 @@ impl Client {
         self.json(Method::GET, target, None).await
     }
 
+    /// `PATCH target` with a JSON body.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn patch<T: DeserializeOwned>(
+        &self,
+        target: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        let body = serde_json::to_vec(body).map_err(|e| self.garbled(&e))?;
+        self.json(Method::PATCH, target, Some(body)).await
+    }
+
     /// `POST target` with a JSON body.
     ///
     /// # Errors

@@ -13,16 +13,21 @@ use super::App;
 use super::body::Body;
 use super::error::ApiError;
 use super::types::{
-    Attachment, Attachments, CreateAttachment, CreateImage, Disks, Doctor, FetchImage, Health,
-    Image, Images,
+    Attachment, Attachments, ChangeSettings, CreateAttachment, CreateImage, Disks, Doctor,
+    FetchImage, Health, Image, Images, Settings, SteerImage,
 };
 use super::wire;
 use crate::fetch::{DigestKind, DigestMap};
 use crate::manager::{
-    AttachmentId, AttachmentStatus, Expected, Format, ImageStatus, NewAttachment, NewImage,
-    SourceUrl, unix_now_s,
+    AttachmentId, AttachmentStatus, Expected, Format, ImageStatus, Layout, NewAttachment, NewImage,
+    SourceUrl, SteeringChange, unix_now_s,
 };
 use crate::names::{DiskUuid, ImageName, ImageUuid};
+
+/// Mirrors that an image may have.
+const MAX_MIRRORS: usize = 16;
+/// Transfers at the same time that may be set.
+const MAX_TRANSFERS: std::ops::RangeInclusive<usize> = 1..=1000;
 
 type Answer<T> = Result<T, ApiError>;
 
@@ -69,17 +74,34 @@ fn new_image(body: &CreateImage) -> Answer<NewImage> {
     };
     let format = body.format.as_deref().map(str::parse::<Format>).transpose();
     let declared_format = format.map_err(|e| ApiError::bad_request(format!("format: {e}")))?;
+    let layout = body.layout.as_deref().map(str::parse::<Layout>).transpose();
+    let layout = layout.map_err(|e| ApiError::bad_request(format!("layout: {e}")))?;
     let disks: Result<Vec<_>, _> = body.disks.iter().map(|d| DiskUuid::parse(d)).collect();
     Ok(NewImage {
         name,
         uuid: ImageUuid::random()?,
-        source,
         access: Box::new(body.access.clone()),
+        mirrors: mirrors(&body.mirrors, &source)?,
+        source,
+        layout: layout.unwrap_or_default(),
         expected: Box::new(expected(body)?),
         declared_format,
         disks: disks?,
         created_unix_s: unix_now_s(),
     })
+}
+
+/// Checks the mirrors of a request. Of a URL nothing is in an error.
+fn mirrors(texts: &[String], source: &SourceUrl) -> Answer<Vec<SourceUrl>> {
+    if texts.len() > MAX_MIRRORS {
+        return Err(ApiError::bad_request(format!("mirrors: give at most {MAX_MIRRORS}")));
+    }
+    let parse = |text: &String| {
+        let mirror = SourceUrl::parse(text)?;
+        source.check_mirror(&mirror).map(|()| mirror)
+    };
+    let parsed: Result<_, crate::fetch::SourceError> = texts.iter().map(parse).collect();
+    parsed.map_err(|e| ApiError::bad_request(format!("mirrors: {e}")))
 }
 
 /// Checks what a request says of the digests.
@@ -105,6 +127,49 @@ pub(super) async fn get_image(
     let wanted = name.clone();
     let found = app.manager.read(move |world| world.image(&wanted)).await?;
     found.map(|image| show(&app, &image)).ok_or_else(|| no_image(&name))
+}
+
+pub(super) async fn steer_image(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    Body(body): Body<SteerImage>,
+) -> Answer<Json<Image>> {
+    let change = SteeringChange {
+        paused: body.paused,
+        priority: body.priority,
+        rate_bytes_per_s: body.rate_limit_bytes_per_s,
+    };
+    let image = app.manager.steer(ImageName::parse(&name)?, change).await?;
+    Ok(show(&app, &image))
+}
+
+pub(super) async fn cancel_image(
+    State(app): State<App>,
+    Path(name): Path<String>,
+) -> Answer<Response> {
+    let image = app.manager.cancel(ImageName::parse(&name)?).await?;
+    Ok((StatusCode::ACCEPTED, show(&app, &image)).into_response())
+}
+
+pub(super) async fn get_settings(State(app): State<App>) -> Json<Settings> {
+    Json(wire::settings(app.backend.settings()))
+}
+
+pub(super) async fn change_settings(
+    State(app): State<App>,
+    Body(body): Body<ChangeSettings>,
+) -> Answer<Json<Settings>> {
+    let mut settings = app.backend.settings();
+    if let Some(most) = body.max_transfers {
+        let most = usize::try_from(most).ok().filter(|most| MAX_TRANSFERS.contains(most));
+        settings.max_transfers =
+            most.ok_or_else(|| ApiError::bad_request("max_transfers: give 1 to 1000"))?;
+    }
+    if let Some(rate) = body.rate_limit_bytes_per_s {
+        settings.rate_bytes_per_s = (rate > 0).then_some(rate);
+    }
+    app.backend.set_settings(settings);
+    Ok(Json(wire::settings(settings)))
 }
 
 pub(super) async fn delete_image(

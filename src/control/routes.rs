@@ -9,14 +9,14 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::http::StatusCode;
 use axum::middleware::Next;
 use axum::response::Response;
-use axum::routing::{MethodRouter, delete, get, post};
+use axum::routing::{MethodRouter, delete, get, patch, post};
 
 use super::error::ApiError;
 use super::{App, events, handlers, metrics};
 
 /// One method of one path.
 pub struct Route {
-    /// `GET`, `POST` or `DELETE`.
+    /// `GET`, `POST`, `PATCH` or `DELETE`.
     pub method: &'static str,
     /// With `{name}` for what varies.
     pub path: &'static str,
@@ -31,8 +31,12 @@ pub fn table() -> Vec<Route> {
         route("GET", "/v1/images", get(handlers::list_images)),
         route("POST", "/v1/images", post(handlers::create_image)),
         route("GET", "/v1/images/{name}", get(handlers::get_image)),
+        route("PATCH", "/v1/images/{name}", patch(handlers::steer_image)),
         route("DELETE", "/v1/images/{name}", delete(handlers::delete_image)),
         route("POST", "/v1/images/{name}/fetch", post(handlers::fetch_image)),
+        route("POST", "/v1/images/{name}/cancel", post(handlers::cancel_image)),
+        route("GET", "/v1/settings", get(handlers::get_settings)),
+        route("PATCH", "/v1/settings", patch(handlers::change_settings)),
         route("GET", "/v1/disks", get(handlers::list_disks)),
         route("GET", "/v1/attachments", get(handlers::list_attachments)),
         route("POST", "/v1/attachments", post(handlers::create_attachment)),

@@ -86,6 +86,9 @@ pub struct Copy {
     pub eta_s: Option<u64>,
     /// Bytes that the file occupies on its disk.
     pub stored_bytes: Option<u64>,
+    /// Connections to the source.
+    #[serde(default)]
+    pub connections: u32,
     /// How many times the source was tried again.
     pub retries: u32,
     /// True if it failed for good: only a new attach or fetch tries again.
@@ -103,10 +106,25 @@ pub struct Image {
     pub uuid: String,
     /// Its URL, without userinfo and query values; `null` for an image found on a disk.
     pub source: Option<String>,
+    /// Its mirrors, redacted as the source.
+    #[serde(default)]
+    pub mirrors: Vec<String>,
     /// What is set of its access: `basic`, `bearer`, `headers`, `ca`, `cert`, `proxy`, `no_proxy`,
     /// `direct`, `s3`. Never a value.
     #[serde(default)]
     pub access: Vec<String>,
+    /// `as-is` or `raw`: what a copy's bytes are.
+    #[serde(default)]
+    pub layout: String,
+    /// True if nothing is fetched for now.
+    #[serde(default)]
+    pub paused: bool,
+    /// Of images that wait for their turn, higher ones come first.
+    #[serde(default)]
+    pub priority: i32,
+    /// Bytes per second at most, of each copy; 0 is no limit.
+    #[serde(default)]
+    pub rate_limit_bytes_per_s: u64,
     /// Digests that the user expects.
     pub expected: Digests,
     /// URL of the file of digests that has the image's, without userinfo and query values.
@@ -261,6 +279,10 @@ pub struct CreateImage {
     pub name: Option<String>,
     /// http, https, s3 or file URL; may hold credentials.
     pub url: String,
+    /// Where the same bytes are too; used if a digest is given, at the same time as the URL and in
+    /// its place.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mirrors: Vec<String>,
     /// What it takes to reach it: credentials, certificates, a proxy.
     #[serde(default, skip_serializing_if = "Access::is_empty")]
     pub access: Access,
@@ -285,6 +307,9 @@ pub struct CreateImage {
     /// `raw` or `qcow2`; default: look.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<String>,
+    /// `as-is` (default), or `raw`: a QCOW2 source is expanded as it arrives.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layout: Option<String>,
     /// Disks on which to bring it in at once; default none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<String>,
@@ -294,6 +319,42 @@ impl std::fmt::Debug for CreateImage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("CreateImage").field("name", &self.name).finish_non_exhaustive()
     }
+}
+
+/// Body of `PATCH /v1/images/{name}`: what is absent stays as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SteerImage {
+    /// Fetch nothing for now (what has arrived is kept), or go on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paused: Option<bool>,
+    /// -100 to 100; of images that wait for their turn, higher ones come first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub priority: Option<i32>,
+    /// Bytes per second at most, of each copy; 0 is no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limit_bytes_per_s: Option<u64>,
+}
+
+/// Answer of `/v1/settings`: what holds for all transfers, until the daemon ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Settings {
+    /// Bytes per second at most, of all transfers together; 0 is no limit.
+    pub rate_limit_bytes_per_s: u64,
+    /// Transfers at the same time; further ones wait.
+    pub max_transfers: u64,
+}
+
+/// Body of `PATCH /v1/settings`: what is absent stays as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChangeSettings {
+    /// Bytes per second at most, of all transfers together; 0 is no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limit_bytes_per_s: Option<u64>,
+    /// 1 to 1000 transfers at the same time; those that run go on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_transfers: Option<u64>,
 }
 
 /// Body of `POST /v1/images/{name}/fetch`; may be absent.

@@ -6,9 +6,10 @@
 
 use std::path::Path;
 
-use super::types::{Attachment, Copy, Digests, Disk, Event, Image, Nbd};
+use super::types::{Attachment, Copy, Digests, Disk, Event, Image, Nbd, Settings};
 use crate::manager::{
     AttachmentState, AttachmentStatus, Change, CopyState, CopyStatus, DiskStatus, ImageStatus,
+    NodeSettings,
 };
 use crate::names::ImageName;
 
@@ -22,7 +23,12 @@ pub(crate) fn image(status: &ImageStatus, nbd_socket: &Path) -> Image {
         name: record.name.to_string(),
         uuid: record.uuid.to_string(),
         source: record.source.as_ref().map(ToString::to_string),
+        mirrors: record.mirrors.iter().map(ToString::to_string).collect(),
         access: record.access.kinds().into_iter().map(str::to_owned).collect(),
+        layout: record.layout.to_string(),
+        paused: record.steering.paused,
+        priority: record.steering.priority,
+        rate_limit_bytes_per_s: record.steering.rate_bytes_per_s.unwrap_or(0),
         expected: (&record.expected.digests).into(),
         checksum_url: record.expected.checksum_url.as_ref().map(ToString::to_string),
         format: facts.map(|f| f.format).or(record.declared_format).map(|f| f.to_string()),
@@ -53,6 +59,7 @@ fn copy(status: &CopyStatus) -> Copy {
         rate_bytes_per_s: progress.rate_bytes_per_s,
         eta_s: eta.filter(|_| busy),
         stored_bytes: status.info.as_ref().map(|i| i.stored_bytes),
+        connections: progress.connections,
         retries: progress.retries,
         refused: status.refused,
         message: status.message.clone(),
@@ -86,6 +93,14 @@ pub(crate) fn disk(status: &DiskStatus) -> Disk {
         sink: status.sink.clone(),
         healthy: status.healthy,
         message: status.message.clone(),
+    }
+}
+
+/// What holds for all transfers, for the wire.
+pub(crate) fn settings(settings: NodeSettings) -> Settings {
+    Settings {
+        rate_limit_bytes_per_s: settings.rate_bytes_per_s.unwrap_or(0),
+        max_transfers: settings.max_transfers as u64,
     }
 }
 

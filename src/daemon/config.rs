@@ -36,6 +36,8 @@ pub struct Config {
     pub sink: Option<String>,
     /// Transfers at the same time; further ones wait. Default: 8.
     pub max_transfers: Option<usize>,
+    /// Bytes per second at most, of all transfers together. Default: no limit.
+    pub rate_limit: Option<u64>,
     /// The image that NBD clients get who name none. Default: the only one, if there is only one.
     pub default_export: Option<ImageName>,
     /// Sources on this host's loopback addresses may be fetched from. Default: no.
@@ -101,6 +103,7 @@ impl Config {
             let refuse = |rule| DaemonError::BadSetting { key: "sink", rule };
             options.sink = sink.parse().map_err(refuse)?;
         }
+        options.rate_bytes_per_s = self.rate_limit.filter(|rate| *rate > 0);
         if let Some(most) = self.max_transfers {
             if most == 0 {
                 let rule = "give at least 1".to_owned();

@@ -71,6 +71,12 @@ pub enum FetchError {
         "{url}: parts of it cannot be asked for: {why}; bring it in as it is, without a layout"
     )]
     NoParts { url: String, why: &'static str },
+    #[error("{url}: the compressed source is refused; check the URL, or bring it in as it is")]
+    Decode {
+        url: String,
+        #[source]
+        source: super::decode::DecodeError,
+    },
     #[error("{url}: the image changed while it was brought in ({what}); run it again")]
     Changed { url: String, what: String },
     #[error("{url}: the source is empty; check the URL")]
@@ -141,6 +147,7 @@ impl FetchError {
             | Self::Access { .. }
             | Self::TooMuch { .. }
             | Self::NoParts { .. }
+            | Self::Decode { .. }
             | Self::Header { .. }
             | Self::Empty { .. }
             | Self::TooLarge { .. }

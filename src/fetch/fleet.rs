@@ -3,8 +3,7 @@
 //! Why: one connection seldom fills the way, and one that breaks must not stop the others.
 //! How: each connection is a task that takes the lowest piece nobody has, with the buffers for it,
 //! asks for it and cuts its body into blocks. A single connection asks for all that follows and
-//! takes it MiB by MiB, so that on a fast way there is one request; [`Scale`] says when more would
-//! help. What a connection did not finish goes back, buffers included, to be taken first.
+//! takes it MiB by MiB, so that on a fast way there is one request; `scale` says when more would help. What a connection did not finish goes back, buffers included, to be taken first.
 //! Never: lets bytes of two versions in (each answer is held against the first), or retries
 //! without a bound.
 //! Start at [`Fleet::run`].
@@ -14,27 +13,22 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, watch};
-use tokio::task::JoinSet;
 
 use super::book::{Book, Claim, Turn};
-use super::error::{Class, FetchError};
-use super::http::{Answer, Client};
+use super::crew::Crew;
+use super::error::FetchError;
+use super::http::Answer;
 use super::limit::RateLimit;
 use super::pipeline::{Cutter, Feed, Stopped};
 use super::policy::Policy;
 use super::progress::{Phase, Progress};
-use super::scale::{Sample, Scale};
 use super::version::{Agreed, Resume};
+use super::ways::{Way, Ways};
 use crate::ring::BufShare;
-
-/// How often it is looked at how many connections there should be.
-const TICK: Duration = Duration::from_millis(100);
-/// Longest pause that a server's `Retry-After` can ask for.
-const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
 
 /// What the connections of one run share.
 pub(super) struct Fleet {
-    pub(super) client: Arc<Client>,
+    pub(super) ways: Ways,
     pub(super) policy: Policy,
     pub(super) agreed: Agreed,
     /// Length of the object; `None` if the server does not tell.
@@ -51,15 +45,15 @@ pub(super) struct Fleet {
 /// How the connections hear of each other.
 pub(super) struct State {
     /// Something came back, or nothing is left to wait for.
-    freed: Notify,
+    pub(super) freed: Notify,
     /// True once everybody has to end.
     halt: watch::Sender<bool>,
     /// True once an answer was taken on the digest's word alone.
     unproven: AtomicBool,
     /// Nanoseconds that connections have waited for bytes.
-    starved: AtomicU64,
+    pub(super) starved: AtomicU64,
     /// Nanoseconds from the last request to its answer.
-    latency: AtomicU64,
+    pub(super) latency: AtomicU64,
 }
 
 impl Default for State {
@@ -82,12 +76,12 @@ pub(super) struct First {
 }
 
 /// How a connection ended.
-enum End {
+pub(super) enum End {
     /// Nothing is left for it.
     Done,
     /// The writer has stopped.
     Stopped,
-    Failed(FetchError),
+    Failed(FetchError, Arc<Way>),
 }
 
 /// How a run of the fleet ended.
@@ -105,25 +99,18 @@ fn nanos(time: Duration) -> u64 {
 }
 
 impl Fleet {
-    fn book(&self) -> MutexGuard<'_, Book> {
+    pub(super) fn book(&self) -> MutexGuard<'_, Book> {
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Fetches everything in the book, beginning with `first` if there is one. Returns when all connections have
-    /// ended, so that nothing is handed over any more.
+    /// Fetches everything in the book, beginning with `first` if there is one. Returns when all
+    /// connections have ended, so that nothing is handed over any more.
     pub(super) async fn run(self: &Arc<Self>, first: Option<First>) -> Outcome {
-        let mut crew = Crew {
-            fleet: self,
-            tasks: JoinSet::new(),
-            scale: Scale::new(self.most_connections()),
-            begin: Instant::now(),
-            failures: 0,
-            handed: 0,
-        };
+        let mut crew = Crew::new(self, self.most_connections());
         crew.join(first);
         let outcome = crew.work().await;
         let _ = self.state.halt.send(true);
-        while crew.tasks.join_next().await.is_some() {}
+        crew.dismiss().await;
         self.progress.set_connections(0);
         self.book().flush(&self.feed, &self.share);
         match outcome {
@@ -139,17 +126,20 @@ impl Fleet {
 
     /// Several connections need a version that proves each answer, and buffers for each.
     fn most_connections(&self) -> usize {
-        if !self.agreed.can_resume || self.agreed.remote.etag.is_none() {
+        // Where ways are several, the digest of the whole is the proof anyhow.
+        let proved = self.agreed.remote.etag.is_some() || self.ways.several();
+        if !self.agreed.can_resume || !proved {
             return 1;
         }
         self.policy.max_connections.min(self.share.most() / 2).max(1)
     }
 
     /// One connection, until nothing is left for it or it fails.
-    async fn connection(self: Arc<Self>, first: Option<First>) -> End {
+    pub(super) async fn connection(self: Arc<Self>, first: Option<First>) -> End {
         let mut halt = self.state.halt.subscribe();
+        let way = if first.is_some() { self.ways.first() } else { self.ways.pick() };
         let ended = tokio::select! {
-            ended = self.pieces(first) => ended,
+            ended = self.pieces(&way.0, first) => ended,
             _ = halt.wait_for(|halt| *halt) => Ok(()),
         };
         self.book().connections -= 1;
@@ -157,19 +147,20 @@ impl Fleet {
         match ended {
             Ok(()) => End::Done,
             Err(Broken::Stopped) => End::Stopped,
-            Err(Broken::Error(error)) => End::Failed(error),
+            Err(Broken::Error(error)) => End::Failed(error, Arc::clone(&way.0)),
         }
     }
 
-    async fn pieces(&self, mut first: Option<First>) -> Result<(), Broken> {
+    async fn pieces(&self, way: &Way, mut first: Option<First>) -> Result<(), Broken> {
         while let Some(claim) = self.claim(first.is_some()).await? {
             // Whatever happens to this future, what was claimed goes back.
             let mut held = Held { fleet: self, claim: Some(claim) };
             let open = match first.take() {
                 Some(first) => first,
-                None => self.ask(held.claim()).await?,
+                None => self.ask(way, held.claim()).await?,
             };
-            self.stream(open, &mut held).await?;
+            self.stream(way, open, &mut held).await?;
+            way.worked();
         }
         Ok(())
     }
@@ -203,16 +194,21 @@ impl Fleet {
         }
     }
 
-    async fn ask(&self, claim: &Claim) -> Result<First, FetchError> {
+    async fn ask(&self, way: &Way, claim: &Claim) -> Result<First, FetchError> {
         let begin = Instant::now();
         let whole = Some(claim.asked_end) == self.total;
         let asked_end = if whole { u64::MAX } else { claim.asked_end };
         let range = claim.range.start..asked_end;
-        let remote = Some(&self.agreed.remote);
-        let answer = self.client.get(range, remote, &self.policy).await?;
+        let answer = way.client.get(range, way.version.get(), &self.policy).await?;
         self.state.latency.store(nanos(begin.elapsed()), Ordering::Relaxed);
-        match self.agreed.judge(&answer.remote, answer.ranged, answer.total, self.total) {
-            Err(what) => Err(FetchError::Changed { url: self.client.shown(), what }),
+        // A mirror's first answer tells its version; the digest proves that it is the same object.
+        let remote = way.version.get_or_init(|| {
+            self.state.unproven.store(true, Ordering::Relaxed);
+            answer.remote.clone()
+        });
+        let agreed = Agreed { remote: remote.clone(), ..self.agreed.clone() };
+        match agreed.judge(&answer.remote, answer.ranged, answer.total, self.total) {
+            Err(what) => Err(FetchError::Changed { url: way.client.shown(), what }),
             Ok(same) => {
                 self.state.unproven.fetch_or(same == Resume::Unproven, Ordering::Relaxed);
                 Ok(First { answer, asked_end })
@@ -221,7 +217,7 @@ impl Fleet {
     }
 
     /// Reads the body of an answer into the claim and, if it goes on, into what follows.
-    async fn stream(&self, open: First, held: &mut Held<'_>) -> Result<(), Broken> {
+    async fn stream(&self, way: &Way, open: First, held: &mut Held<'_>) -> Result<(), Broken> {
         let First { mut answer, asked_end } = open;
         let end = match self.total {
             Some(total) => asked_end.min(total),
@@ -232,7 +228,7 @@ impl Fleet {
         let (feed, share) = (self.feed.clone(), self.share.clone());
         let mut cutter = Cutter::resume(feed, share, start, permits, buf);
         self.progress.set_phase(Phase::Fetching);
-        let read = self.read(&mut answer, end, &mut cutter, held).await;
+        let read = self.read(way, &mut answer, end, &mut cutter, held).await;
         let at = cutter.at();
         // A body that ended well ends where a range does; one that broke goes on in its buffer.
         let flushed = if read.is_ok() { cutter.flush(true) } else { Ok(()) };
@@ -250,6 +246,7 @@ impl Fleet {
 
     async fn read(
         &self,
+        way: &Way,
         answer: &mut Answer,
         end: u64,
         cutter: &mut Cutter,
@@ -262,11 +259,11 @@ impl Fleet {
                 return Ok(());
             }
             let begin = Instant::now();
-            let chunk = answer.chunk(at, &self.client, self.policy.stall_timeout).await;
+            let chunk = answer.chunk(at, &way.client, self.policy.stall_timeout).await;
             self.state.starved.fetch_add(nanos(begin.elapsed()), Ordering::Relaxed);
             match chunk {
                 Ok(Some(bytes)) if bytes.len() as u64 > end - at => {
-                    let url = self.client.shown();
+                    let url = way.client.shown();
                     return Err(FetchError::TooMuch { url, total: end }.into());
                 }
                 Ok(Some(bytes)) => {
@@ -283,7 +280,7 @@ impl Fleet {
                 }
                 Ok(None) if at == end || self.total.is_none() => return Ok(()),
                 Ok(None) => {
-                    let url = self.client.shown();
+                    let url = way.client.shown();
                     return Err(FetchError::Short { url, at, total: end }.into());
                 }
                 // All is here; how the connection ends makes no difference.
@@ -359,133 +356,5 @@ impl Drop for Held<'_> {
             self.fleet.book().give_back(claim);
             self.fleet.state.freed.notify_waiters();
         }
-    }
-}
-
-/// The tasks of a fleet, and what is done about their ends.
-struct Crew<'a> {
-    fleet: &'a Arc<Fleet>,
-    tasks: JoinSet<End>,
-    scale: Scale,
-    begin: Instant,
-    /// Failed attempts in a row without a new byte.
-    failures: u32,
-    /// Bytes that had been handed over at the last failure.
-    handed: u64,
-}
-
-impl Crew<'_> {
-    fn join(&mut self, first: Option<First>) {
-        self.fleet.book().connections += 1;
-        self.tasks.spawn(Arc::clone(self.fleet).connection(first));
-        self.fleet.progress.set_connections(self.tasks.len());
-    }
-
-    async fn work(&mut self) -> Result<(), Outcome> {
-        let progress = Arc::clone(&self.fleet.progress);
-        let mut tick = tokio::time::interval(TICK);
-        loop {
-            tokio::select! {
-                ended = self.tasks.join_next() => {
-                    self.fleet.progress.set_connections(self.tasks.len());
-                    let end = match ended {
-                        Some(Ok(end)) => end,
-                        Some(Err(died)) => std::panic::resume_unwind(died.into_panic()),
-                        None => End::Done,
-                    };
-                    match end {
-                        End::Done => {}
-                        End::Stopped => return Err(Outcome::Stopped),
-                        End::Failed(error) => self.failed(error).await?,
-                    }
-                    if self.tasks.is_empty() {
-                        if self.fleet.book().is_empty() {
-                            return Ok(());
-                        }
-                        self.join(None);
-                    }
-                }
-                _ = tick.tick() => self.scale(),
-                () = progress.stopped() => return Err(Outcome::Failed(FetchError::Cancelled)),
-            }
-        }
-    }
-
-    /// Looks at how it goes, and adds connections if more would help.
-    fn scale(&mut self) {
-        let state = &self.fleet.state;
-        let target = self.scale.sample(Sample {
-            now: self.begin.elapsed(),
-            received: self.fleet.progress.received(),
-            starved: Duration::from_nanos(state.starved.load(Ordering::Relaxed)),
-            latency: Duration::from_nanos(state.latency.load(Ordering::Relaxed)),
-        });
-        if target > 1 && self.fleet.share.count() < self.fleet.share.most() {
-            self.fleet.share.grow();
-        }
-        self.fleet.book().target = target;
-        while self.tasks.len() < target && self.fleet.book().has_untaken() {
-            self.join(None);
-        }
-    }
-
-    /// Decides whether a failure ends the run; if not, waits as long as it takes to try again.
-    async fn failed(&mut self, error: FetchError) -> Result<(), Outcome> {
-        let fleet = self.fleet;
-        if error.class() == Class::Cancelled || error.ends_run() {
-            return Err(Outcome::Failed(error));
-        }
-        let others = self.tasks.len();
-        if others > 0 {
-            // The others take over what this one leaves.
-            self.scale.lost(self.begin.elapsed(), others);
-            fleet.book().target = others;
-            fleet.progress.failed_once(error.report());
-            return Ok(());
-        }
-        let handed = fleet.book().handed_bytes();
-        // Whole units count: a server that breaks after a few bytes each time is no progress.
-        if handed > self.handed {
-            self.failures = 0;
-        }
-        self.handed = handed;
-        self.failures += 1;
-        if error.class() == Class::Refuse {
-            return Err(Outcome::Failed(error));
-        }
-        let source = Box::new(error);
-        if !fleet.agreed.can_resume {
-            let (url, at) = (fleet.client.shown(), fleet.book().highest());
-            return Err(Outcome::Failed(FetchError::CannotResume { url, at, source }));
-        }
-        let attempts = self.failures;
-        if attempts >= fleet.policy.max_attempts {
-            return Err(Outcome::Failed(FetchError::GaveUp { attempts, source }));
-        }
-        self.scale.lost(self.begin.elapsed(), 1);
-        fleet.book().target = 1;
-        fleet.progress.failed_once(source.report());
-        rest(&source, attempts, &fleet.policy, &fleet.progress).await.map_err(Outcome::Failed)
-    }
-}
-
-/// Waits before the next attempt, after `failures` of them.
-///
-/// # Errors
-/// [`FetchError::Cancelled`] meanwhile.
-pub(super) async fn rest(
-    error: &FetchError,
-    failures: u32,
-    policy: &Policy,
-    progress: &Progress,
-) -> Result<(), FetchError> {
-    let mut pause = policy.backoff * 2u32.pow(failures.saturating_sub(1).min(6));
-    if let FetchError::Status { retry_after_s: Some(seconds), .. } = error {
-        pause = Duration::from_secs(*seconds).min(MAX_RETRY_AFTER);
-    }
-    progress.set_phase(Phase::Retrying);
-    tokio::select! {
-        () = tokio::time::sleep(pause) => Ok(()),
-        () = progress.stopped() => Err(FetchError::Cancelled),
     }
 }

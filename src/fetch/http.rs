@@ -41,6 +41,8 @@ pub(super) struct Answer {
     /// True if the server served the range that was asked for.
     pub(super) ranged: bool,
     body: Response,
+    /// Bytes of the body that were looked at before their turn.
+    ahead: Option<bytes::Bytes>,
 }
 
 impl Client {
@@ -118,9 +120,11 @@ impl Client {
                         &need,
                     ));
                 }
-                Ok(Answer { remote, start, total, ranged: true, body })
+                Ok(Answer { remote, start, total, ranged: true, body, ahead: None })
             }
-            StatusCode::OK => Ok(Answer { remote, start: 0, total: length, ranged: false, body }),
+            StatusCode::OK => {
+                Ok(Answer { remote, start: 0, total: length, ranged: false, body, ahead: None })
+            }
             StatusCode::PRECONDITION_FAILED => {
                 let what = "the server no longer has the version with the ETag asked for".into();
                 Err(FetchError::Changed { url: self.shown(), what })
@@ -186,6 +190,25 @@ impl Answer {
         }
     }
 
+    /// The first `len` bytes of the body, or all of a shorter one; they stay to be read.
+    pub(super) async fn peek(
+        &mut self,
+        len: usize,
+        client: &Client,
+        stall: Duration,
+    ) -> Result<bytes::Bytes, FetchError> {
+        let mut seen = bytes::BytesMut::new();
+        while seen.len() < len {
+            match self.chunk(self.start + seen.len() as u64, client, stall).await? {
+                Some(chunk) => seen.extend_from_slice(&chunk),
+                None => break,
+            }
+        }
+        let seen = seen.freeze();
+        self.ahead = (!seen.is_empty()).then(|| seen.clone());
+        Ok(seen)
+    }
+
     /// The next bytes of the body, `None` at its end. `at` is their place in the file.
     pub(super) async fn chunk(
         &mut self,
@@ -193,6 +216,9 @@ impl Answer {
         client: &Client,
         stall: Duration,
     ) -> Result<Option<bytes::Bytes>, FetchError> {
+        if let Some(seen) = self.ahead.take() {
+            return Ok(Some(seen));
+        }
         match tokio::time::timeout(stall, self.body.chunk()).await {
             Ok(Ok(chunk)) => Ok(chunk),
             Ok(Err(error)) => {

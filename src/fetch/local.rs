@@ -1,7 +1,8 @@
 //! A file on this node as a source.
 //!
 //! Why: an image may be here already; it is copied as sparse as it is.
-//! How: holes are asked for (SEEK_DATA) and passed on as zero ranges without being read; size and
+//! How: where the file system can share blocks (XFS, Btrfs), nothing is copied at all; elsewhere
+//! holes are asked for (SEEK_DATA) and passed on as zero ranges without being read; size and
 //! time of the file are its version, checked again at the end.
 //! Never: opens anything but a regular file.
 //! Start at [`LocalFile::open`].
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
+use super::decode::Codec;
 use super::error::FetchError;
 use super::pipeline::{Feed, Stopped};
 use super::progress::Progress;
@@ -90,6 +92,19 @@ impl LocalFile {
     pub(super) fn read_into(&self, bytes: &mut [u8], at: u64) -> Result<(), FetchError> {
         use std::os::unix::fs::FileExt;
         self.file.read_exact_at(bytes, at).map_err(|e| self.failed("read", e))
+    }
+
+    /// How the file is compressed, if it is.
+    pub(super) fn codec(&self) -> Result<Option<Codec>, FetchError> {
+        let len = self.len_bytes.min(Codec::SNIFF_BYTES as u64);
+        let mut head = vec![0; usize::try_from(len).unwrap_or(0)];
+        self.read_into(&mut head, 0)?;
+        Ok(Codec::sniff(&head))
+    }
+
+    /// Makes `file` share this file's blocks, if both are on one file system that can (XFS, Btrfs).
+    pub(super) fn share_blocks(&self, file: &File) -> bool {
+        rustix::fs::ioctl_ficlone(file, &self.file).is_ok()
     }
 
     /// An error if the file is no longer as it was opened.

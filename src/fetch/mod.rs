@@ -12,6 +12,8 @@
 mod access;
 mod address;
 mod book;
+mod crew;
+pub mod decode;
 mod digest;
 mod error;
 mod expect;
@@ -19,6 +21,7 @@ mod fleet;
 mod http;
 mod limit;
 mod local;
+mod packed;
 mod pipeline;
 mod policy;
 mod progress;
@@ -32,7 +35,9 @@ mod spec;
 mod sums;
 mod todo;
 mod transfer;
+mod unpack;
 mod version;
+mod ways;
 
 pub use crate::disk::{BadDigest, DigestKind, DigestMap};
 pub use access::{Access, Basic, S3Access};

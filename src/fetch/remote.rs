@@ -11,6 +11,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use super::book::Book;
+use super::crew;
 use super::digest::{DigestThread, Stored};
 use super::error::{Class, FetchError};
 use super::fleet::{self, Fleet, Outcome};
@@ -21,6 +22,7 @@ use super::progress::{Phase, Progress};
 use super::spec::Source;
 use super::transfer::{Engine, blocking};
 use super::version::Agreed;
+use super::ways::Ways;
 use crate::disk::{DigestSet, Digests, Filling};
 use crate::ring::{BLOCK_BYTES, BufShare};
 
@@ -198,7 +200,7 @@ impl<'a> SourceFile<'a> {
         share: &BufShare,
     ) -> Outcome {
         let fleet = Arc::new(Fleet {
-            client: Arc::clone(client),
+            ways: Ways::new(Arc::clone(client), agreed.remote.clone(), None),
             policy: self.engine.policy.clone(),
             agreed: agreed.clone(),
             total: Some(self.total),
@@ -307,6 +309,6 @@ where
             return Err(FetchError::GaveUp { attempts: failures, source });
         }
         progress.failed_once(error.report());
-        fleet::rest(&error, failures, &engine.policy, progress).await?;
+        crew::rest(&error, failures, &engine.policy, progress).await?;
     }
 }

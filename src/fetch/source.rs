@@ -46,6 +46,9 @@ pub enum SourceError {
         /// What it should look like.
         need: &'static str,
     },
+    /// A file of the node has no mirrors and is none.
+    #[error("a file of the node is no mirror and has none; give http://, https:// or s3:// URLs")]
+    Mirror,
     /// Longer than [`SourceUrl::MAX_LEN`].
     #[error("source has {len_bytes} bytes; a URL has at most {}", SourceUrl::MAX_LEN)]
     TooLong {
@@ -92,6 +95,15 @@ impl SourceUrl {
     #[must_use]
     pub fn from_file_path(path: &Path) -> Option<Self> {
         Url::from_file_path(path).ok().map(Self)
+    }
+
+    /// Checks what is to be a mirror of `self`.
+    ///
+    /// # Errors
+    /// [`SourceError::Mirror`] if either is a file of the node.
+    pub fn check_mirror(&self, mirror: &Self) -> Result<(), SourceError> {
+        let is_file = self.0.scheme() == "file" || mirror.0.scheme() == "file";
+        if is_file { Err(SourceError::Mirror) } else { Ok(()) }
     }
 
     /// The whole URL, credentials included: only for the request itself and the catalog.
@@ -164,6 +176,30 @@ pub mod whole {
     pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<SourceUrl>, D::Error> {
         let text = Option::<String>::deserialize(from)?;
         text.map(|t| SourceUrl::parse(&t)).transpose().map_err(serde::de::Error::custom)
+    }
+}
+
+/// As [`whole`], for a list.
+pub mod whole_list {
+    use super::SourceUrl;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    /// Writes the whole URLs.
+    ///
+    /// # Errors
+    /// The serializer's.
+    pub fn serialize<S: Serializer>(urls: &[SourceUrl], out: S) -> Result<S::Ok, S::Error> {
+        urls.iter().map(|url| url.expose().as_str()).collect::<Vec<_>>().serialize(out)
+    }
+
+    /// Reads them back, with the checks of [`SourceUrl::parse`].
+    ///
+    /// # Errors
+    /// The deserializer's, or a record whose URL breaks the rules.
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<SourceUrl>, D::Error> {
+        let texts = Vec::<String>::deserialize(from)?;
+        let parse = |text: String| SourceUrl::parse(&text).map_err(serde::de::Error::custom);
+        texts.into_iter().map(parse).collect()
     }
 }
 

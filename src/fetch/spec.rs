@@ -14,10 +14,15 @@ use crate::disk::DigestSet;
 pub struct Source {
     /// Where the bytes are.
     pub url: SourceUrl,
+    /// Where the same bytes are too; used only if a digest proves them.
+    pub mirrors: Vec<SourceUrl>,
     /// Digests that they must have.
     pub expect: Expect,
     /// Where a file of digests is that has the source's, as a vendor's SHA256SUMS.
     pub checksum_url: Option<SourceUrl>,
+    /// Whether a compressed source (gz, xz, zst, bz2) is decoded on the way. Digests that are
+    /// expected are those of the source's own bytes.
+    pub unpack: bool,
     /// Whether to make a digest of the bytes although none is expected.
     pub digest: bool,
     /// What it takes to get them.
@@ -28,8 +33,15 @@ impl Source {
     /// A source at `url` with nothing known of its bytes.
     #[must_use]
     pub fn new(url: SourceUrl) -> Self {
-        let (expect, access) = (Expect::default(), Access::default());
-        Self { url, expect, checksum_url: None, digest: true, access }
+        Self {
+            url,
+            mirrors: Vec::new(),
+            expect: Expect::default(),
+            checksum_url: None,
+            unpack: false,
+            digest: true,
+            access: Access::default(),
+        }
     }
 
     /// The digests to be made on the way.

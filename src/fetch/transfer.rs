@@ -12,6 +12,8 @@ use std::sync::{Arc, Mutex};
 
 use super::access::Access;
 use super::book::Book;
+use super::crew;
+use super::decode::Codec;
 use super::error::{Class, FetchError};
 use super::expect::Expect;
 use super::fleet::{self, First, Fleet, Outcome};
@@ -25,7 +27,8 @@ use super::source::SourceUrl;
 use super::spec::Source;
 use super::sums::settle;
 use super::version::{Agreed, Remote, Resume};
-use crate::disk::{Digests, Filling, Version};
+use super::ways::Ways;
+use crate::disk::{DigestSet, Digests, Filling, Version};
 use crate::ring::{BufPool, BufShare, Probe};
 
 /// How often a source may turn out to be another version before that is the error.
@@ -84,7 +87,7 @@ pub async fn transfer(
     let source = settled.as_ref();
     let Source { url, expect, access, .. } = source;
     let mut restarts = 0;
-    let mut fresh = false;
+    let (mut fresh, mut mirrors) = (false, true);
     loop {
         let share = engine.pool.share(FEW_BUFFERS, engine.buffers);
         let (pipeline, unproven) = (None, false);
@@ -99,6 +102,7 @@ pub async fn transfer(
             share,
             pipeline,
             unproven,
+            mirrors: mirrors && !source.mirrors.is_empty(),
         };
         let result = match url.file_path() {
             Some(path) => run.local(&path).await,
@@ -119,27 +123,46 @@ pub async fn transfer(
             progress.failed_once(error.report());
         }
         fresh = true;
+        // One of them may have other bytes; which one, nobody can say.
+        mirrors &= !matches!(result, Err(FetchError::Digest { .. }));
     }
 }
 
+/// What the first answer of a run has told.
+enum Opened {
+    /// All of the file is here; the source's ETag.
+    Here(Option<String>),
+    /// The bytes of the file.
+    Stream(First, Agreed),
+    /// A compressed stream, from its beginning.
+    Packed(Answer, Codec),
+}
+
 /// One run on one version of the source.
-struct Run<'a> {
-    engine: &'a Engine,
-    source: &'a Source,
-    url: &'a SourceUrl,
+pub(super) struct Run<'a> {
+    pub(super) engine: &'a Engine,
+    pub(super) source: &'a Source,
+    pub(super) url: &'a SourceUrl,
     access: &'a Access,
-    expect: &'a Expect,
-    filling: &'a mut Filling,
-    progress: &'a Arc<Progress>,
-    share: BufShare,
-    pipeline: Option<Pipeline>,
+    pub(super) expect: &'a Expect,
+    pub(super) filling: &'a mut Filling,
+    pub(super) progress: &'a Arc<Progress>,
+    pub(super) share: BufShare,
+    pub(super) pipeline: Option<Pipeline>,
     /// True once bytes of an earlier run were kept on the digest's word alone.
-    unproven: bool,
+    pub(super) unproven: bool,
+    /// Whether the source's mirrors may be used, if it has any.
+    mirrors: bool,
 }
 
 impl Run<'_> {
     async fn local(&mut self, path: &std::path::Path) -> Result<Fetched, FetchError> {
         let source = LocalFile::open(path)?;
+        if self.source.unpack
+            && let Some(codec) = source.codec()?
+        {
+            return self.unpack_file(source, codec).await;
+        }
         let (total, remote) = (Some(source.len_bytes), source.remote.clone());
         let known = self.known_version();
         if known.is_some_and(|known| known.may_resume(&remote, false) == Resume::Same)
@@ -153,7 +176,19 @@ impl Run<'_> {
         self.progress.set_done(self.filling.present_bytes());
         self.progress.set_phase(Phase::Fetching);
         let missing = self.filling.missing();
-        let feed = self.start_pipeline(&missing)?;
+        let feed = self.start_pipeline(&missing, self.source.wanted())?;
+        if let Some(total) = total.filter(|_| self.filling.present_bytes() == 0)
+            && in_place(|| source.share_blocks(self.filling.file()))
+        {
+            // The file's blocks are the source's now; they become durable with the next sync.
+            let sent = feed.send_written(0, total);
+            drop(feed);
+            return match sent.map(|()| source.unchanged()) {
+                Ok(Ok(())) => self.complete(remote.etag, total).await,
+                Ok(Err(error)) => self.abandon(error).await,
+                Err(_stopped) => Err(self.writer_error().await),
+            };
+        }
         let (pool, progress) = (self.share.clone(), Arc::clone(self.progress));
         let runtime = tokio::runtime::Handle::current();
         let copied = blocking(move || {
@@ -176,7 +211,7 @@ impl Run<'_> {
         self.filling.version().map(|version| Remote::from_tag(&version.tag))
     }
 
-    fn begin(&mut self, remote: &Remote, total: Option<u64>) -> Result<(), FetchError> {
+    pub(super) fn begin(&mut self, remote: &Remote, total: Option<u64>) -> Result<(), FetchError> {
         let limit = self.engine.policy.max_bytes;
         if total == Some(0) {
             return Err(FetchError::Empty { url: self.url.to_string() });
@@ -189,8 +224,12 @@ impl Run<'_> {
     }
 
     /// Starts what takes the bytes of `missing`; all else is here.
-    fn start_pipeline(&mut self, missing: &[Range<u64>]) -> Result<Feed, FetchError> {
-        let (engine, wanted) = (self.engine, self.source.wanted());
+    pub(super) fn start_pipeline(
+        &mut self,
+        missing: &[Range<u64>],
+        wanted: DigestSet,
+    ) -> Result<Feed, FetchError> {
+        let engine = self.engine;
         let pipeline = Pipeline::start(
             self.filling,
             missing,
@@ -206,23 +245,32 @@ impl Run<'_> {
     }
 
     async fn http(&mut self, fresh: bool) -> Result<Fetched, FetchError> {
-        let client = Client::new(self.url, self.access, &self.engine.policy)?;
+        let mut clients = self.clients()?;
         // A version of which nothing is here binds nothing.
         let useless = fresh || self.filling.present_bytes() == 0;
         let known = if useless { None } else { self.known_version() };
-        let (first, agreed) = self.open(&client, known.as_ref()).await?;
+        let (first, agreed) = match self.open(&mut clients, known.as_ref()).await? {
+            Opened::Stream(first, agreed) => (first, agreed),
+            Opened::Here(etag) => {
+                let total = self.filling.total_bytes().unwrap_or(0);
+                return self.complete(etag, total).await;
+            }
+            Opened::Packed(answer, codec) => {
+                return self.unpack(&clients[0], answer, codec).await;
+            }
+        };
         let (total, etag) = (self.filling.total_bytes(), agreed.remote.etag.clone());
-        let Some(first) = first else { return self.complete(etag, total.unwrap_or(0)).await };
         let missing = match total {
             Some(_) => self.filling.missing(),
             None => std::iter::once(0..u64::MAX).collect(),
         };
+        let (remote, mirrors) = (agreed.remote.clone(), clients.split_off(1));
         let fleet = Arc::new(Fleet {
-            client: Arc::new(client),
+            ways: Ways::new(clients.remove(0), remote, mirrors),
             policy: self.engine.policy.clone(),
             agreed,
             total,
-            feed: self.start_pipeline(&missing)?,
+            feed: self.start_pipeline(&missing, self.source.wanted())?,
             share: self.share.clone(),
             progress: Arc::clone(self.progress),
             limit: Arc::clone(&self.engine.limit),
@@ -240,19 +288,44 @@ impl Run<'_> {
         }
     }
 
-    /// Gets the first answer and settles the version. `None` instead of an answer: all is here.
+    /// For the source, and for each mirror that may be used: a digest has to prove its bytes.
+    fn clients(&self) -> Result<Vec<Arc<Client>>, FetchError> {
+        let policy = &self.engine.policy;
+        let mut clients = vec![Arc::new(Client::new(self.url, self.access, policy)?)];
+        if self.mirrors && self.expect.is_some() {
+            for url in &self.source.mirrors {
+                let access = self.source.access_at(url);
+                clients.push(Arc::new(Client::new(url, &access, policy)?));
+            }
+        }
+        Ok(clients)
+    }
+
+    /// Gets the first answer and settles the version. The one of `clients` that gave it is the first of them then.
     async fn open(
         &mut self,
-        client: &Client,
+        clients: &mut [Arc<Client>],
         known: Option<&Remote>,
-    ) -> Result<(Option<First>, Agreed), FetchError> {
+    ) -> Result<Opened, FetchError> {
         let mut failures = 0;
         loop {
             self.progress.set_phase(Phase::Connecting);
-            let error = match self.ask_first(client, known).await {
-                Ok(opened) => return Ok(opened),
-                Err(error) => error,
-            };
+            let mut failed = None;
+            for index in 0..clients.len() {
+                let client = Arc::clone(&clients[index]);
+                match self.ask_first(&client, known).await {
+                    Ok(opened) => {
+                        clients.swap(0, index);
+                        return Ok(opened);
+                    }
+                    Err(error @ (FetchError::Cancelled | FetchError::Disk(_))) => {
+                        return Err(error);
+                    }
+                    // The source's own word counts, not a mirror's.
+                    Err(error) => failed = failed.or(Some(error)),
+                }
+            }
+            let Some(error) = failed else { return Err(FetchError::Cancelled) };
             failures += 1;
             match error.class() {
                 Class::Refuse | Class::Cancelled => return Err(error),
@@ -264,7 +337,7 @@ impl Run<'_> {
                 Class::Retry => {}
             }
             self.progress.failed_once(error.report());
-            fleet::rest(&error, failures, &self.engine.policy, self.progress).await?;
+            crew::rest(&error, failures, &self.engine.policy, self.progress).await?;
         }
     }
 
@@ -272,7 +345,7 @@ impl Run<'_> {
         &mut self,
         client: &Client,
         known: Option<&Remote>,
-    ) -> Result<(Option<First>, Agreed), FetchError> {
+    ) -> Result<Opened, FetchError> {
         let missing = self.filling.missing().into_iter().next();
         let range = match (known, &missing) {
             (None, _) => 0..u64::MAX,
@@ -283,18 +356,28 @@ impl Run<'_> {
             // Everything is here; one byte is asked for to learn the version it belongs to.
             (Some(_), None) => 0..1,
         };
-        let asked = client.get(range.clone(), known, &self.engine.policy);
+        // A mirror has an ETag of its own: the condition would only be refused there.
+        let bound = known.filter(|_| !self.mirrors);
+        let asked = client.get(range.clone(), bound, &self.engine.policy);
         let answer = tokio::select! {
             answer = asked => answer?,
             () = self.progress.stopped() => return Err(FetchError::Cancelled),
         };
+        let mut answer = answer;
+        if self.source.unpack && answer.start == 0 {
+            let stall = self.engine.policy.stall_timeout;
+            let head = answer.peek(Codec::SNIFF_BYTES, client, stall).await?;
+            if let Some(codec) = Codec::sniff(&head) {
+                return Ok(Opened::Packed(answer, codec));
+            }
+        }
         let (resumed, agreed) = self.agree(client, &answer, known)?;
         if resumed && missing.is_none() {
-            return Ok((None, agreed));
+            return Ok(Opened::Here(agreed.remote.etag));
         }
         // A server that ignored the range sends everything.
         let asked_end = if answer.ranged { range.end } else { u64::MAX };
-        Ok((Some(First { answer, asked_end }), agreed))
+        Ok(Opened::Stream(First { answer, asked_end }, agreed))
     }
 
     /// Begins with the first answer, or goes on with what is here if it is of the same version.
@@ -309,6 +392,9 @@ impl Run<'_> {
         let resume = known.map_or(Resume::No, |known| {
             let same = known.may_resume(&answer.remote, has_digest);
             let same_total = answer.total.is_some() && answer.total == self.filling.total_bytes();
+            // Of mirrors, each has a version of its own; the digest tells in the end.
+            let by_digest = same == Resume::No && self.mirrors && has_digest;
+            let same = if by_digest { Resume::Unproven } else { same };
             if same_total && answer.ranged { same } else { Resume::No }
         });
         match resume {
@@ -332,7 +418,7 @@ impl Run<'_> {
     }
 
     /// The error that made the writer stop.
-    async fn writer_error(&mut self) -> FetchError {
+    pub(super) async fn writer_error(&mut self) -> FetchError {
         let Some(pipeline) = self.pipeline.take() else { return FetchError::Cancelled };
         match blocking(move || pipeline.abandon()).await {
             Ok(()) => FetchError::Cancelled,
@@ -342,10 +428,20 @@ impl Run<'_> {
 
     /// Everything up to `total` is here: waits for disk and digests, and judges.
     async fn complete(&mut self, etag: Option<String>, total: u64) -> Result<Fetched, FetchError> {
+        let digests = self.finish(total).await?;
+        if let Some((kind, expected, found)) = self.expect.mismatch(&digests) {
+            return Err(FetchError::Digest { url: self.url.to_string(), kind, expected, found });
+        }
+        Ok(Fetched { digests, etag })
+    }
+
+    /// Waits until everything up to `total` is durable and hashed.
+    pub(super) async fn finish(&mut self, total: u64) -> Result<Digests, FetchError> {
         self.progress.set_phase(Phase::Verifying);
         self.progress.set_total(Some(total));
         if self.pipeline.is_none() {
-            drop(self.start_pipeline(&[])?);
+            let wanted = self.source.wanted();
+            drop(self.start_pipeline(&[], wanted)?);
         }
         let Some(pipeline) = self.pipeline.take() else { return Err(FetchError::Cancelled) };
         let finished = blocking(move || pipeline.finish(total)).await;
@@ -359,14 +455,11 @@ impl Run<'_> {
         if self.filling.total_bytes().is_none() {
             in_place(|| self.filling.end_at(total))?;
         }
-        if let Some((kind, expected, found)) = self.expect.mismatch(&digests) {
-            return Err(FetchError::Digest { url: self.url.to_string(), kind, expected, found });
-        }
-        Ok(Fetched { digests, etag })
+        Ok(digests)
     }
 
     /// Ends with `error`, but first makes durable what has arrived.
-    async fn abandon(&mut self, error: FetchError) -> Result<Fetched, FetchError> {
+    pub(super) async fn abandon(&mut self, error: FetchError) -> Result<Fetched, FetchError> {
         if let Some(pipeline) = self.pipeline.take() {
             // A disk that fails now is worth less than the reason why it all ended.
             if let Err(second) = blocking(move || pipeline.abandon()).await {

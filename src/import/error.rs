@@ -28,6 +28,15 @@ pub enum ImportError {
         /// The limit.
         most: usize,
     },
+    /// A compressed stream, in which nothing can be looked up.
+    #[error(
+        "{url}: a QCOW2 image inside a compressed stream cannot be expanded as it arrives; bring \
+         it in as it is"
+    )]
+    PackedQcow2 {
+        /// The source, redacted.
+        url: String,
+    },
     /// A stage behind has stopped; never seen outside.
     #[error("the writer has stopped")]
     Stopped,
@@ -46,7 +55,9 @@ impl ImportError {
             Self::Image(error) => of_image(error.class()),
             Self::Decode(error) => of_image(error.class()),
             Self::Disk(error) if error.may_retry() => Class::Retry,
-            Self::Disk(_) | Self::TooManyClusters { .. } => Class::Refuse,
+            Self::Disk(_) | Self::TooManyClusters { .. } | Self::PackedQcow2 { .. } => {
+                Class::Refuse
+            }
             Self::Stopped => Class::Retry,
         }
     }
@@ -60,6 +71,7 @@ impl ImportError {
                 matches!(error, FetchError::Digest { .. } | FetchError::TooMuch { .. })
             }
             Self::Image(_) | Self::Decode(_) => self.class() == Class::Refuse,
+            Self::PackedQcow2 { .. } => true,
             Self::Disk(_) | Self::TooManyClusters { .. } | Self::Stopped => false,
         }
     }

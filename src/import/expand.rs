@@ -7,10 +7,11 @@
 //! Start at [`expand`].
 
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::disk::{DigestSet, Filling, Version};
+use crate::disk::{DigestSet, DiskError, Filling, Version};
 use crate::fetch::{
     Engine, FetchError, Fetched, MAX_PART_BYTES, Pipeline, Progress, Source, SourceFile, transfer,
 };
@@ -48,7 +49,8 @@ pub(super) async fn expand(
         Err(error) => return Err(error.into()),
     };
     if detect(&head) != Format::Qcow2 {
-        return Ok(transfer(engine, source, filling, progress).await?);
+        let fetched = transfer(engine, source, filling, progress).await?;
+        return not_packed(filling, source).map(|()| fetched);
     }
     let name = source.url.file_path().unwrap_or_else(|| source.url.to_string().into());
     let image = open_image(&file, head, &name).await?;
@@ -76,6 +78,17 @@ pub(super) async fn expand(
         progress,
     };
     work.run(filling).await
+}
+
+/// A QCOW2 image inside a compressed stream cannot be expanded, and is no raw disk.
+fn not_packed(filling: &Filling, source: &Source) -> Result<(), ImportError> {
+    let mut head = [0; 4];
+    let read = filling.file().read_at(&mut head, 0);
+    read.map_err(|e| DiskError::io("read", &filling.path(), e))?;
+    match detect(&head) {
+        Format::Raw => Ok(()),
+        Format::Qcow2 => Err(ImportError::PackedQcow2 { url: source.url.to_string() }),
+    }
 }
 
 /// Fetches and judges header and L1 table.
@@ -229,8 +242,10 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
 /// Runs work that waits for the disk without holding up the other tasks of this thread.
 fn in_place<T>(work: impl FnOnce() -> T) -> T {
     use tokio::runtime::{Handle, RuntimeFlavor};
-    match Handle::current().runtime_flavor() {
-        RuntimeFlavor::MultiThread => tokio::task::block_in_place(work),
-        _other_flavours_have_no_second_thread => work(),
+    if Handle::current().runtime_flavor() == RuntimeFlavor::MultiThread {
+        tokio::task::block_in_place(work)
+    } else {
+        // Such a runtime has no other thread to hand its tasks to.
+        work()
     }
 }

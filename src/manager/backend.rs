@@ -16,10 +16,11 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
-use super::records::{Expected, Facts};
+use super::records::{Expected, Facts, Steering};
 use crate::fetch::{Access, DigestMap, SourceUrl};
 use crate::image::Format;
 use crate::image::View;
+use crate::import::Layout;
 use crate::names::{DiskUuid, ImageName, ImageUuid};
 
 /// Which copy: one image on one disk.
@@ -120,6 +121,12 @@ pub struct CopyTask {
     pub source: Option<SourceUrl>,
     /// What it takes to reach it.
     pub access: Box<Access>,
+    /// Where the same bytes are too.
+    pub mirrors: Vec<SourceUrl>,
+    /// What the copy's bytes are.
+    pub layout: Layout,
+    /// How it is steered when it starts; see [`Backend::steer`].
+    pub steering: Steering,
     /// Digests to hold the bytes against.
     pub expected: Box<Expected>,
     /// Format that the user declared; `None` = look.
@@ -168,6 +175,8 @@ pub struct Progress {
     pub bytes_total: Option<u64>,
     /// Bytes per second, over the last seconds.
     pub rate_bytes_per_s: u64,
+    /// Connections to the source.
+    pub connections: u32,
     /// What it is busy with.
     pub phase: Phase,
     /// How many times the source was tried again.
@@ -327,6 +336,15 @@ pub struct BackendError {
     pub message: String,
 }
 
+/// What holds for all transfers of a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeSettings {
+    /// Bytes per second at most, of all transfers together.
+    pub rate_bytes_per_s: Option<u64>,
+    /// Transfers at the same time; further ones wait.
+    pub max_transfers: usize,
+}
+
 /// What the manager asks of the store and the transfer on this node.
 pub trait Backend: Send + Sync + 'static {
     /// The disks, in the order of the configuration, as they are now. Quick (`statvfs`).
@@ -339,6 +357,15 @@ pub trait Backend: Send + Sync + 'static {
     /// the disk allow. Called inside a tokio runtime; returns at once. A cancelled worker makes
     /// durable what it has and ends.
     fn start(&self, task: CopyTask, events: Reporter) -> WorkerHandle;
+
+    /// Steers the worker of a copy, if it has one. Quick.
+    fn steer(&self, copy: &CopyId, steering: Steering);
+
+    /// What holds for all transfers of the node. Quick.
+    fn settings(&self) -> NodeSettings;
+
+    /// Changes what holds for all transfers from now on, also for those that run. Quick.
+    fn set_settings(&self, settings: NodeSettings);
 
     /// Removes every file of a copy. Files that aren't there are no error: it may be the second
     /// try after a crash. No worker of the copy runs. Blocks.

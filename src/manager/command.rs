@@ -9,10 +9,12 @@ use std::time::Duration;
 
 use super::backend::DiskStatus;
 use super::error::ManagerError;
-use super::records::{AttachmentId, AttachmentRecord, Expected, ImageRecord, Want};
+use super::records::{AttachmentId, AttachmentRecord, Expected, ImageRecord, Steering, Want};
+use super::steer::SteeringChange;
 use super::world::{Action, Attachment, AttachmentState, Change, Image, Touched, Worker, World};
 use crate::fetch::{Access, SourceUrl};
 use crate::image::Format;
+use crate::import::Layout;
 use crate::names::{DiskUuid, ImageName, ImageUuid};
 
 /// Longest label of a reader in bytes.
@@ -29,6 +31,10 @@ pub struct NewImage {
     pub source: SourceUrl,
     /// What it takes to reach it.
     pub access: Box<Access>,
+    /// Where the same bytes are too.
+    pub mirrors: Vec<SourceUrl>,
+    /// What a copy's bytes are to be.
+    pub layout: Layout,
     /// Digests that the bytes must have.
     pub expected: Box<Expected>,
     /// Format, if the user says it.
@@ -62,6 +68,10 @@ pub enum Command {
     Create(NewImage),
     /// Bring it in on a disk now; `None` = one that has or wants it, else one with room.
     Fetch(ImageName, Option<DiskUuid>),
+    /// Steer its transfers.
+    Steer(ImageName, SteeringChange),
+    /// Stop its unfinished transfers and remove what has arrived of them.
+    Cancel(ImageName),
     /// Remove it and its copies.
     Delete {
         /// Which.
@@ -105,6 +115,8 @@ impl World {
                 self.want(&name, &disk, &mut touched);
                 Outcome::Image(name, false)
             }
+            Command::Steer(name, change) => self.steer(name, change, &mut touched)?,
+            Command::Cancel(name) => self.cancel(name, &mut touched)?,
             Command::Delete { name, sessions } => self.delete(name, sessions, &mut touched)?,
             Command::Attach(new) => self.attach(new, &mut touched)?,
             Command::Detach(id) => {
@@ -120,7 +132,7 @@ impl World {
         Ok((outcome, self.finish(now, touched)))
     }
 
-    fn usable(&self, name: &ImageName) -> Result<&Image, ManagerError> {
+    pub(super) fn usable(&self, name: &ImageName) -> Result<&Image, ManagerError> {
         match self.images.get(name) {
             None => Err(ManagerError::NoSuchImage { name: name.clone() }),
             Some(image) if image.record.deleting => {
@@ -143,6 +155,9 @@ impl World {
                 uuid: new.uuid,
                 source: Some(new.source),
                 access: new.access,
+                mirrors: new.mirrors,
+                layout: new.layout,
+                steering: Steering::default(),
                 expected: new.expected,
                 declared_format: new.declared_format,
                 facts: None,
@@ -150,7 +165,7 @@ impl World {
                 deleting: false,
                 created_unix_s: new.created_unix_s,
             };
-            touched.actions.push(Action::SaveImage(record.clone()));
+            touched.actions.push(Action::SaveImage(Box::new(record.clone())));
             touched.actions.push(Action::Announce(Change::ImageCreated(name.clone())));
             self.images.insert(name.clone(), Image::new(record));
         } else {
@@ -186,7 +201,7 @@ impl World {
             record.declared_format = record.declared_format.or(declared);
         }
         if *record != before {
-            touched.actions.push(Action::SaveImage(record.clone()));
+            touched.actions.push(Action::SaveImage(Box::new(record.clone())));
             touched.images.insert(name.clone());
         }
     }
@@ -199,7 +214,7 @@ impl World {
             return;
         }
         image.record.access = access;
-        touched.actions.push(Action::SaveImage(image.record.clone()));
+        touched.actions.push(Action::SaveImage(Box::new(image.record.clone())));
         touched.images.insert(name.clone());
     }
 
@@ -224,7 +239,7 @@ impl World {
         for copy in image.copies.values_mut() {
             copy.retry_at = None;
         }
-        touched.actions.push(Action::SaveImage(image.record.clone()));
+        touched.actions.push(Action::SaveImage(Box::new(image.record.clone())));
         touched.images.insert(name.clone());
         Ok(Outcome::Image(name, false))
     }
@@ -270,12 +285,13 @@ impl World {
         let before = image.record.disks.get(disk).cloned();
         let copy = image.copy_on(disk);
         (copy.refused, copy.retry_at) = (false, None);
+        copy.cancelled &= copy.worker != Worker::Idle || copy.removing;
         if copy.worker == Worker::Idle && !copy.state.is_sealed() {
             copy.failures = 0;
         }
         image.record.disks.insert(disk.clone(), Want::default());
         if before != Some(Want::default()) {
-            touched.actions.push(Action::SaveImage(image.record.clone()));
+            touched.actions.push(Action::SaveImage(Box::new(image.record.clone())));
             touched.images.insert(name.clone());
         }
     }
@@ -330,6 +346,7 @@ fn same_image(record: &ImageRecord, new: &NewImage) -> Result<(), ManagerError> 
     let shown = |url: &Option<SourceUrl>| url.as_ref().map(ToString::to_string);
     let others = [
         ("checksum_url", shown(&record.expected.checksum_url), shown(&new.expected.checksum_url)),
+        ("layout", Some(record.layout.to_string()), Some(new.layout.to_string())),
         (
             "format",
             record.declared_format.or(facts.map(|f| f.format)).map(|f| f.to_string()),

@@ -15,6 +15,7 @@ use super::error::ManagerError;
 use super::perform::Driver;
 use super::records::AttachmentId;
 use super::status::{AttachmentStatus, ImageStatus};
+use super::steer::SteeringChange;
 use super::world::{Change, World};
 use crate::catalog::{Catalog, CatalogError};
 use crate::names::{DiskUuid, ImageName};
@@ -132,6 +133,32 @@ impl Manager {
         disk: Option<DiskUuid>,
     ) -> Result<ImageStatus, ManagerError> {
         match self.command(Command::Fetch(name, disk)).await? {
+            Answer::Image(image, _) => Ok(*image),
+            Answer::Attachment(..) | Answer::Done => Err(ManagerError::Stopping),
+        }
+    }
+
+    /// Steers the transfers of an image.
+    ///
+    /// # Errors
+    /// [`ManagerError`]; nothing was changed.
+    pub async fn steer(
+        &self,
+        name: ImageName,
+        change: SteeringChange,
+    ) -> Result<ImageStatus, ManagerError> {
+        match self.command(Command::Steer(name, change)).await? {
+            Answer::Image(image, _) => Ok(*image),
+            Answer::Attachment(..) | Answer::Done => Err(ManagerError::Stopping),
+        }
+    }
+
+    /// Stops the unfinished transfers of an image and removes what has arrived of them.
+    ///
+    /// # Errors
+    /// [`ManagerError::InUse`] while somebody waits for one of them; others if it can't be found.
+    pub async fn cancel(&self, name: ImageName) -> Result<ImageStatus, ManagerError> {
+        match self.command(Command::Cancel(name)).await? {
             Answer::Image(image, _) => Ok(*image),
             Answer::Attachment(..) | Answer::Done => Err(ManagerError::Stopping),
         }

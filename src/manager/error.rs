@@ -36,6 +36,9 @@ pub enum ManagerError {
     /// The reader's label is too long or has control characters.
     #[error("reader label has {len_bytes} bytes; give at most 128, without control characters")]
     BadReader { len_bytes: usize },
+    /// The priority is out of its range.
+    #[error("priority {priority} is not usable; give -100 to 100")]
+    BadPriority { priority: i32 },
     /// The catalog could not store the change.
     #[error("cannot store the change; nothing was done")]
     Catalog(#[from] CatalogError),

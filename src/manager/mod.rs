@@ -11,28 +11,33 @@ pub mod backend;
 mod command;
 mod driver;
 mod error;
+mod helm;
 mod node;
 mod perform;
 pub mod records;
 mod status;
+mod steer;
 mod step;
 #[cfg(test)]
 mod tests;
+mod turns;
 mod worker;
 mod world;
 
 pub use crate::fetch::SourceUrl;
 pub use crate::image::Format;
+pub use crate::import::Layout;
 pub use backend::{
     Backend, BackendError, Cancel, CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy,
-    FoundState, Phase, Progress, Report, Reporter, WorkerEvent, WorkerHandle,
+    FoundState, NodeSettings, Phase, Progress, Report, Reporter, WorkerEvent, WorkerHandle,
 };
 pub use command::{Command, NewAttachment, NewImage, Outcome, READER_MAX_LEN};
 pub use driver::{Exporter, Manager, Object, Subscription, Told};
 pub use error::ManagerError;
 pub use node::{Node, NodeError, NodeOptions};
 pub(crate) use perform::unix_now_s;
-pub use records::{AttachmentId, AttachmentRecord, Expected, Facts, ImageRecord};
+pub use records::{AttachmentId, AttachmentRecord, Expected, Facts, ImageRecord, Steering};
 pub use status::{AttachmentStatus, CopyStatus, ImageStatus};
+pub use steer::{PRIORITIES, SteeringChange};
 pub use step::{BACK_OFF_FIRST, BACK_OFF_MOST, back_off};
 pub use world::{Action, AttachmentState, Change, CopyState, Event, World};

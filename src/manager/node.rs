@@ -9,12 +9,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tokio::sync::Semaphore;
-
 use super::backend::{
     Backend, BackendError, CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy,
-    FoundState, Reporter, WorkerHandle,
+    FoundState, NodeSettings, Reporter, WorkerHandle,
 };
+use super::helm::Helms;
+use super::records::Steering;
+use super::turns::Turns;
 use super::worker;
 use crate::disk::{self, CopyRecord, Disk, DiskError};
 use crate::fetch::{Policy, RateLimit, one_line};
@@ -37,6 +38,8 @@ pub struct NodeOptions {
     pub buffers: usize,
     /// Transfers at the same time; further ones wait.
     pub max_transfers: usize,
+    /// Bytes per second at most, of all transfers together.
+    pub rate_bytes_per_s: Option<u64>,
 }
 
 impl NodeOptions {
@@ -50,6 +53,7 @@ impl NodeOptions {
             policy: Policy::default(),
             buffers: 256,
             max_transfers: 8,
+            rate_bytes_per_s: None,
         }
     }
 }
@@ -88,7 +92,8 @@ pub struct Node {
     pool: BufPool,
     policy: Policy,
     limit: Arc<RateLimit>,
-    transfers: Arc<Semaphore>,
+    turns: Arc<Turns>,
+    helms: Arc<Helms>,
     /// Buffers that one transfer may hold: so many that none can starve the others.
     buffers_each: usize,
 }
@@ -118,8 +123,9 @@ impl Node {
             slots,
             pool: BufPool::new(options.buffers),
             policy: options.policy.clone(),
-            limit: Arc::default(),
-            transfers: Arc::new(Semaphore::new(options.max_transfers.max(1))),
+            limit: Arc::new(RateLimit::new(options.rate_bytes_per_s)),
+            turns: Arc::new(Turns::new(options.max_transfers)),
+            helms: Arc::default(),
             buffers_each: (options.buffers / options.max_transfers.max(1)).max(2),
         })
     }
@@ -233,7 +239,8 @@ impl Backend for Node {
             policy: self.policy.clone(),
             buffers: self.buffers_each,
             limit: Arc::clone(&self.limit),
-            transfers: Arc::clone(&self.transfers),
+            turns: Arc::clone(&self.turns),
+            helms: Arc::clone(&self.helms),
         };
         WorkerHandle::spawn(move |cancel| async move {
             match slot {
@@ -245,6 +252,20 @@ impl Backend for Node {
                 }),
             }
         })
+    }
+
+    fn steer(&self, copy: &CopyId, steering: Steering) {
+        self.helms.steer(copy, steering);
+        self.turns.look_again();
+    }
+
+    fn settings(&self) -> NodeSettings {
+        NodeSettings { rate_bytes_per_s: self.limit.get(), max_transfers: self.turns.most() }
+    }
+
+    fn set_settings(&self, settings: NodeSettings) {
+        self.limit.set(settings.rate_bytes_per_s);
+        self.turns.set_most(settings.max_transfers);
     }
 
     fn remove(&self, copy: &CopyId) -> Result<(), BackendError> {

@@ -220,6 +220,7 @@ impl Driver {
                 Action::ForgetAttachment(id) => self.forget(Kind::Attachment, id.as_str()).await?,
                 Action::Start(..)
                 | Action::Cancel(_)
+                | Action::Steer(..)
                 | Action::Remove(_)
                 | Action::Publish(_)
                 | Action::Withdraw(_)
@@ -263,6 +264,7 @@ impl Driver {
                         cancel.send_replace(true);
                     }
                 }
+                Action::Steer(copy, steering) => self.backend.steer(&copy, steering),
                 Action::Remove(copy) => {
                     let backend = self.backend.clone();
                     self.tasks.spawn_blocking(move || {

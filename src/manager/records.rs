@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::fetch::source::{self, SourceUrl};
 use crate::fetch::{Access, DigestMap};
 use crate::image::Format;
+use crate::import::Layout;
 use crate::names::{DiskUuid, ImageName, ImageUuid, NameError};
 
 /// What a user says of the digests of an image's file; checked on arrival.
@@ -41,6 +42,20 @@ pub struct Facts {
     pub digests: DigestMap,
 }
 
+/// How a user steers the transfers of an image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Steering {
+    /// Nothing is fetched; what has arrived is kept.
+    #[serde(default)]
+    pub paused: bool,
+    /// Of images that wait for their turn, higher ones come first; -100 to 100.
+    #[serde(default)]
+    pub priority: i32,
+    /// Bytes per second at most, of each copy.
+    #[serde(default)]
+    pub rate_bytes_per_s: Option<u64>,
+}
+
 /// One disk on which a copy is wanted.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Want {
@@ -62,6 +77,15 @@ pub struct ImageRecord {
     /// What it takes to reach the source; whole, as [`SourceUrl`] is.
     #[serde(default, skip_serializing_if = "Access::is_empty")]
     pub access: Box<Access>,
+    /// Where the same bytes are too.
+    #[serde(default, with = "source::whole_list", skip_serializing_if = "Vec::is_empty")]
+    pub mirrors: Vec<SourceUrl>,
+    /// What a copy's bytes are.
+    #[serde(default)]
+    pub layout: Layout,
+    /// How its transfers are steered.
+    #[serde(default)]
+    pub steering: Steering,
     /// What the user says of its digests.
     #[serde(default)]
     pub expected: Box<Expected>,

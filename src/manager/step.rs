@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use super::backend::{CopyId, CopyInfo, CopyTask, FailureClass, Report, WorkerEvent};
 use super::records::Facts;
+use super::steer;
 use super::world::{
     Action, AttachmentState, Change, Copy, CopyState, Event, Export, Image, Touched, Worker, World,
 };
@@ -90,16 +91,19 @@ impl World {
             return;
         }
         let stopping = matches!(copy.worker, Worker::Stopping(_));
+        let unwanted = copy.cancelled;
         match event {
             None => {
                 copy.worker = Worker::Idle;
-                if matches!(copy.state, CopyState::Starting | CopyState::InProgress) {
+                if stopping && !copy.state.is_sealed() {
+                    steer::stopped(copy);
+                } else if matches!(copy.state, CopyState::Starting | CopyState::InProgress) {
                     let message = "its worker ended without a result".to_owned();
                     fail(copy, now, FailureClass::Retry, message, false);
                 }
                 touched.images.insert(id.image);
             }
-            Some(_) if stopping || copy.state.is_sealed() => {}
+            Some(_) if stopping || unwanted || copy.state.is_sealed() => {}
             Some(WorkerEvent::Started) => {
                 touched.progress.insert(id.image);
             }
@@ -139,7 +143,7 @@ impl World {
         copy.info = Some(info);
         let merged = merge(image.record.facts.take(), facts);
         image.record.facts = Some(merged);
-        touched.actions.push(Action::SaveImage(image.record.clone()));
+        touched.actions.push(Action::SaveImage(Box::new(image.record.clone())));
     }
 
     /// Keeps a refusal in the record, so that a restart doesn't try again by itself.
@@ -149,7 +153,7 @@ impl World {
         let Some(want) = image.record.disks.get_mut(&id.disk) else { return };
         if copy.refused && !image.record.deleting {
             want.refused = Some(copy.message.clone());
-            touched.actions.push(Action::SaveImage(image.record.clone()));
+            touched.actions.push(Action::SaveImage(Box::new(image.record.clone())));
         }
     }
 
@@ -195,6 +199,10 @@ impl World {
             fail(copy, now, FailureClass::Retry, message, false);
         } else if let Some(image) = self.images.get_mut(&id.image) {
             image.copies.remove(&id.disk);
+            // Wanted again meanwhile: it begins anew.
+            if !image.record.deleting && image.record.disks.contains_key(&id.disk) {
+                image.copy_on(&id.disk);
+            }
         }
     }
 
@@ -212,6 +220,7 @@ impl World {
         let fit = |uuid: &DiskUuid| disks.iter().any(|d| &d.uuid == uuid && d.healthy);
         let wanted: Vec<DiskUuid> = image.copies.keys().cloned().collect();
         for disk in &wanted {
+            steer::step(now, image, disk, touched);
             start_step(now, image, disk, fit(disk), &mut self.generation, touched);
         }
         publish_step(image, touched);
@@ -230,7 +239,8 @@ fn start_step(
     let id = image.copy_id(disk);
     let record = &image.record;
     let Some(copy) = image.copies.get_mut(disk) else { return };
-    if copy.worker != Worker::Idle || copy.state.is_sealed() || copy.refused {
+    let busy = copy.worker != Worker::Idle || copy.removing || copy.cancelled;
+    if busy || copy.state.is_sealed() || copy.refused || record.steering.paused {
         return;
     }
     if !disk_is_fit {
@@ -252,6 +262,9 @@ fn start_step(
     let task = CopyTask {
         worker: copy.worker_name.clone(),
         source: record.source.clone(),
+        mirrors: record.mirrors.clone(),
+        layout: record.layout,
+        steering: record.steering,
         access: record.access.clone(),
         expected: record.expected.clone(),
         declared_format: record.declared_format,

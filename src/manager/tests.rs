@@ -52,6 +52,8 @@ fn create_from(image: &str, url: &str) -> Command {
         uuid: ImageUuid::random().unwrap(),
         source: SourceUrl::parse(url).unwrap(),
         access: Box::default(),
+        mirrors: Vec::new(),
+        layout: Layout::AsIs,
         expected: Box::default(),
         declared_format: None,
         disks: Vec::new(),
@@ -132,7 +134,7 @@ impl Node {
         for action in actions {
             match action {
                 Action::SaveImage(record) => {
-                    if let Some(old) = self.images.insert(record.name.clone(), record.clone()) {
+                    if let Some(old) = self.images.insert(record.name.clone(), (*record).clone()) {
                         assert_eq!(old.uuid, record.uuid, "a uuid never changes");
                     }
                 }
@@ -150,6 +152,8 @@ impl Node {
                 Action::ForgetAttachment(id) => assert!(self.attachments.remove(&id).is_some()),
                 Action::Start(task, number) => {
                     let record = &self.images[&task.id.image];
+                    assert!(!record.steering.paused, "nothing is fetched while paused");
+                    assert_eq!(record.steering, task.steering);
                     assert!(record.disks.contains_key(&task.id.disk), "recorded before it starts");
                     assert!(!record.deleting && !self.removing.contains(&task.id));
                     assert!(self.running.insert(task.id.clone(), number).is_none(), "one worker");
@@ -158,8 +162,18 @@ impl Node {
                 Action::Cancel(id) => {
                     assert!(self.running.contains_key(&id) && self.stopping.insert(id));
                 }
+                Action::Steer(id, steering) => {
+                    assert!(self.running.contains_key(&id));
+                    assert_eq!(self.images[&id.image].steering, steering, "recorded first");
+                }
                 Action::Remove(id) => {
-                    assert!(self.images[&id.image].deleting && !self.running.contains_key(&id));
+                    let record = &self.images[&id.image];
+                    let unwanted = record.deleting || !record.disks.contains_key(&id.disk);
+                    assert!(unwanted || self.wanted_again(&id), "only what nobody wants");
+                    assert!(!self.running.contains_key(&id));
+                    let read =
+                        self.attachments.values().any(|a| a.image == id.image && a.disk == id.disk);
+                    assert!(!read || self.wanted_again(&id), "not while somebody waits for it");
                     assert!(!self.exported.values().any(|open| *open == id), "not while exported");
                     assert!(!self.publishing.contains(&id) && self.removing.insert(id));
                 }
@@ -172,6 +186,12 @@ impl Node {
                 Action::Announce(_) => {}
             }
         }
+    }
+
+    /// A cancelled copy that is asked for again before its files are gone: they go first.
+    fn wanted_again(&self, id: &CopyId) -> bool {
+        let copy = self.world.images.get(&id.image).and_then(|i| i.copies.get(&id.disk));
+        copy.is_some_and(|copy| copy.cancelled)
     }
 
     fn report(&mut self, id: &CopyId, event: WorkerEvent) {
@@ -437,6 +457,91 @@ fn an_unhealthy_disk_gets_no_worker_until_it_is_back() {
     assert_eq!(node.only_worker().disk, disk(0));
 }
 
+fn steer(change: SteeringChange) -> Command {
+    Command::Steer(name("a"), change)
+}
+
+fn paused(paused: bool) -> Command {
+    steer(SteeringChange { paused: Some(paused), ..SteeringChange::default() })
+}
+
+#[test]
+fn a_paused_image_keeps_what_has_arrived_and_goes_on_when_it_may() {
+    let mut node = Node::new();
+    node.command(create("a")).unwrap();
+    node.command(attach("a", Some(0), "vm")).unwrap();
+    let id = node.only_worker();
+    node.report(&id, WorkerEvent::Progress(Progress { bytes_done: 7, ..Progress::default() }));
+    node.command(paused(true)).unwrap();
+    assert!(node.stopping.contains(&id));
+    node.end(&id);
+    let copy = &node.world.image(&name("a")).unwrap().copies[0];
+    assert_eq!((copy.state, copy.progress.bytes_done), (CopyState::Pending, 7));
+    assert!(copy.message.contains("paused"), "{}", copy.message);
+    node.wait(Duration::from_secs(3600));
+    node.restart();
+    node.wait(Duration::from_secs(3600));
+    assert!(node.running.is_empty(), "a restart does not forget it");
+    node.command(paused(false)).unwrap();
+    node.settle();
+    assert_eq!(node.state("a", 0), Some(CopyState::Ready));
+}
+
+#[test]
+fn a_rate_and_a_priority_reach_the_worker_and_are_bounded() {
+    let mut node = Node::new();
+    node.command(create("a")).unwrap();
+    node.command(attach("a", Some(0), "vm")).unwrap();
+    let change = SteeringChange { rate_bytes_per_s: Some(7), priority: Some(5), paused: None };
+    let (_, actions) = node.world.command(node.now, steer(change)).unwrap();
+    let told = Steering { rate_bytes_per_s: Some(7), priority: 5, paused: false };
+    assert!(actions.contains(&Action::Steer(node.only_worker(), told)), "{actions:?}");
+    let none = SteeringChange { rate_bytes_per_s: Some(0), ..SteeringChange::default() };
+    node.world.command(node.now, steer(none)).unwrap();
+    let steering = node.world.image(&name("a")).unwrap().record.steering;
+    assert_eq!((steering.rate_bytes_per_s, steering.priority), (None, 5));
+    let wild = SteeringChange { priority: Some(101), ..SteeringChange::default() };
+    assert!(matches!(node.command(steer(wild)), Err(ManagerError::BadPriority { .. })));
+}
+
+#[test]
+fn a_cancelled_copy_goes_with_its_files_but_not_while_somebody_waits() {
+    let mut node = Node::new();
+    node.command(create("a")).unwrap();
+    node.command(attach("a", Some(0), "vm")).unwrap();
+    let refused = node.command(Command::Cancel(name("a")));
+    assert!(matches!(refused, Err(ManagerError::InUse { attachments: 1, .. })));
+    let held = node.attachments.keys().next().unwrap().clone();
+    node.command(Command::Detach(held)).unwrap();
+    node.command(Command::Cancel(name("a"))).unwrap();
+    let id = node.only_worker();
+    node.end(&id);
+    assert!(node.removing.contains(&id));
+    // The daemon dies before the files are gone: they go all the same.
+    node.restart();
+    assert!(node.removing.contains(&id) && node.running.is_empty());
+    node.settle();
+    assert!(node.files.is_empty() && node.world.image(&name("a")).unwrap().copies.is_empty());
+    node.command(Command::Fetch(name("a"), Some(disk(0)))).unwrap();
+    node.settle();
+    assert_eq!(node.state("a", 0), Some(CopyState::Ready));
+    // What is finished is not touched.
+    node.command(Command::Cancel(name("a"))).unwrap();
+    node.settle();
+    assert_eq!(node.state("a", 0), Some(CopyState::Ready));
+}
+
+#[test]
+fn a_copy_that_is_wanted_again_while_it_is_cancelled_begins_anew() {
+    let mut node = Node::new();
+    node.command(create("a")).unwrap();
+    node.command(Command::Fetch(name("a"), Some(disk(0)))).unwrap();
+    node.command(Command::Cancel(name("a"))).unwrap();
+    node.command(attach("a", Some(0), "vm")).unwrap();
+    node.settle();
+    assert_eq!(node.state("a", 0), Some(CopyState::Ready));
+}
+
 /// One move of the world around the manager; numbers choose among what is possible.
 fn random_move(node: &mut Node, kind: u8, pick: usize) {
     let image = ["a", "b"][pick % 2];
@@ -486,6 +591,15 @@ fn random_move(node: &mut Node, kind: u8, pick: usize) {
         }
         11 => node.wait(Duration::from_secs(pick as u64 % 400)),
         12 => node.restart(),
+        13 => drop(node.command(Command::Cancel(name(image)))),
+        14 | 15 => {
+            let change = SteeringChange {
+                paused: Some(kind == 14),
+                priority: Some(i32::try_from(pick % 5).unwrap()),
+                rate_bytes_per_s: Some(pick as u64 % 3),
+            };
+            drop(node.command(Command::Steer(name(image), change)));
+        }
         _ => node.event(Event::Tick),
     }
 }
@@ -495,7 +609,7 @@ proptest! {
 
     #[test]
     fn any_order_of_events_keeps_the_rules_and_converges(
-        moves in proptest::collection::vec((0u8..14, 0usize..1000), 0..80)
+        moves in proptest::collection::vec((0u8..17, 0usize..1000), 0..80)
     ) {
         let mut node = Node::new();
         for (kind, pick) in moves {
@@ -505,7 +619,9 @@ proptest! {
         for image in node.world.images() {
             prop_assert!(!image.record.deleting);
             for copy in &image.copies {
-                prop_assert!(copy.state == CopyState::Ready || copy.refused, "{copy:?}");
+                let paused = image.record.steering.paused && copy.state == CopyState::Pending;
+                let settled = copy.state == CopyState::Ready || copy.refused || paused;
+                prop_assert!(settled, "{copy:?}");
             }
         }
         let saved: Vec<_> = node.images.values().cloned().collect();

@@ -11,19 +11,20 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Semaphore, SemaphorePermit};
-
 use super::backend::{
     Cancel, CopyInfo, CopyTask, FailureClass, Phase, Progress, Reporter, WorkerEvent,
 };
+use super::helm::{Held, Helms};
 use super::node::{OpenError, Slot, info_of, store_id, view_of};
 use super::records::Expected;
+use super::turns::{Turn, Turns};
 use crate::disk::{self, CopyState, DigestKind, DiskError, Filling, SealRecord};
 use crate::fetch::one_line;
 use crate::fetch::{
     self, Class, Engine, Expect, FetchError, Fetched, Policy, RateLimit, SourceUrl,
 };
 use crate::image::{self, Format, ImageError};
+use crate::import::{ImportError, Layout, import};
 use crate::ring::BufPool;
 
 /// How often a transfer's numbers are reported.
@@ -37,7 +38,8 @@ pub(super) struct Shared {
     pub(super) policy: Policy,
     pub(super) buffers: usize,
     pub(super) limit: Arc<RateLimit>,
-    pub(super) transfers: Arc<Semaphore>,
+    pub(super) turns: Arc<Turns>,
+    pub(super) helms: Arc<Helms>,
 }
 
 /// Why a worker gave up.
@@ -46,7 +48,7 @@ enum WorkError {
     #[error(transparent)]
     Disk(#[from] DiskError),
     #[error(transparent)]
-    Fetch(#[from] FetchError),
+    Import(#[from] ImportError),
     #[error(transparent)]
     Image(#[from] ImageError),
     #[error("no file here and no URL to fetch it from; delete the image, or create it with a URL")]
@@ -73,9 +75,7 @@ impl WorkError {
         match self {
             Self::Image(error) => error.class() == image::Class::Refuse,
             Self::OtherImage { .. } => true,
-            Self::Fetch(error) => {
-                matches!(error, FetchError::Digest { .. } | FetchError::TooMuch { .. })
-            }
+            Self::Import(error) => error.condemns_bytes(),
             Self::Disk(_) | Self::NoSource => false,
         }
     }
@@ -84,7 +84,7 @@ impl WorkError {
     fn class(&self) -> Option<FailureClass> {
         let retry = match self {
             Self::Disk(error) => error.may_retry(),
-            Self::Fetch(error) => match error.class() {
+            Self::Import(error) => match error.class() {
                 Class::Cancelled => return None,
                 Class::Retry => true,
                 Class::Refuse => false,
@@ -132,7 +132,11 @@ impl Worker {
     }
 
     fn declared(&self) -> Option<Format> {
-        self.task.declared_format
+        match self.task.layout {
+            Layout::AsIs => self.task.declared_format,
+            // Whatever the bytes look like: they are the guest's.
+            Layout::Raw => Some(Format::Raw),
+        }
     }
 
     /// Runs `work` with the disk on a thread that may block.
@@ -176,7 +180,10 @@ impl Worker {
     async fn verify(&self) -> Result<CopyInfo, WorkError> {
         let (events, cancel, declared) =
             (self.events.clone(), self.cancel.clone(), self.declared());
-        let expect = self.settled_expect().await?;
+        // What is expected is of the source's own bytes, and was proved when they came; the first
+        // copy has told what the copies are.
+        let is_source = self.task.layout == Layout::AsIs && self.task.facts.is_none();
+        let expect = if is_source { self.settled_expect().await? } else { Expect::default() };
         let want = expect.wanted();
         let record = self
             .on_disk(move |slot, id| -> Result<_, WorkError> {
@@ -199,7 +206,7 @@ impl Worker {
         if let Some((field, expected, found)) = expect.mismatch(&record.digests) {
             return Err(WorkError::OtherImage { field, expected, found });
         }
-        self.judge_digests(&record.digests)?;
+        self.judge_facts(&record.digests)?;
         self.adopt(record).await
     }
 
@@ -209,7 +216,8 @@ impl Worker {
             return Ok(self.task.expected.digests.clone().into());
         };
         let (from, engine, progress) = (self.from(source), self.engine(), Arc::default());
-        let settled = self.watch(fetch::settle(&engine, &from, &progress), &progress).await?;
+        let settling = fetch::settle(&engine, &from, &progress);
+        let settled = self.watch(settling, &progress).await.map_err(ImportError::from)?;
         Ok(settled.into_owned().expect)
     }
 
@@ -227,11 +235,15 @@ impl Worker {
     fn from(&self, url: &SourceUrl) -> fetch::Source {
         let Expected { digests, checksum_url } = *self.task.expected.clone();
         let source = fetch::Source::new(url.clone()).expecting(digests.into());
-        source.listed_in(checksum_url).reached_with((*self.task.access).clone())
+        let source = source.listed_in(checksum_url);
+        let mut source = source.reached_with((*self.task.access).clone());
+        source.unpack = true;
+        source.mirrors.clone_from(&self.task.mirrors);
+        source
     }
 
-    /// The copy is the image that an earlier one was.
-    fn judge_digests(&self, digests: &disk::Digests) -> Result<(), WorkError> {
+    /// Holds digests against those of an earlier copy; the import has held the others.
+    fn judge_facts(&self, digests: &disk::Digests) -> Result<(), WorkError> {
         let Some(facts) = &self.task.facts else { return Ok(()) };
         match facts.digests.differs(&digests.whole) {
             None => Ok(()),
@@ -244,29 +256,30 @@ impl Worker {
 
     async fn fetch(&self) -> Result<CopyInfo, WorkError> {
         let source = self.task.source.as_ref().ok_or(WorkError::NoSource)?;
-        let _turn = self.turn().await?;
+        let helm = self.shared.helms.take(&self.task.id, self.task.steering);
+        let _turn = self.turn(&helm).await.map_err(ImportError::from)?;
         let mut filling = self.on_disk(|slot, id| slot.disk.filling(&id)).await?;
         let engine = self.engine();
-        let progress = Arc::new(fetch::Progress::default());
+        let progress = Arc::clone(helm.progress());
         let from = self.from(source);
-        let transfer = fetch::transfer(&engine, &from, &mut filling, &progress);
-        let fetched = self.watch(transfer, &progress).await?;
-        self.judge_digests(&fetched.digests)?;
+        let importing = import(&engine, &from, self.task.layout, &mut filling, &progress);
+        let fetched = self.watch(importing, &progress).await?;
+        self.judge_facts(&fetched.digests)?;
         // A refused copy is removed at once: its errors name what a person can look at.
         let name = source.file_path().unwrap_or_else(|| source.to_string().into());
         self.seal(filling, fetched, name).await
     }
 
-    /// Waits until one more transfer may run.
-    async fn turn(&self) -> Result<SemaphorePermit<'_>, FetchError> {
-        if let Ok(turn) = self.shared.transfers.try_acquire() {
+    /// Waits until it is this transfer's turn.
+    async fn turn(&self, helm: &Held) -> Result<Turn, FetchError> {
+        if let Some(turn) = self.shared.turns.try_turn() {
             return Ok(turn);
         }
         let waiting = Progress { message: "waiting for its turn".into(), ..Progress::default() };
         self.events.send(WorkerEvent::Progress(waiting));
         let mut cancel = self.cancel.clone();
         tokio::select! {
-            turn = self.shared.transfers.acquire() => turn.map_err(|_| FetchError::Cancelled),
+            turn = self.shared.turns.turn(helm.priority()) => Ok(turn),
             () = cancel.cancelled() => Err(FetchError::Cancelled),
         }
     }
@@ -292,6 +305,7 @@ impl Worker {
             bytes_done: now.bytes_done,
             bytes_total: now.bytes_total,
             rate_bytes_per_s: rate.add(now.bytes_received),
+            connections: now.connections,
             phase: match now.phase {
                 fetch::Phase::Connecting => Phase::Connecting,
                 fetch::Phase::Fetching => Phase::Fetching,
@@ -317,8 +331,10 @@ impl Worker {
             ..Progress::default()
         }));
         let (uuid, declared) = (self.task.id.uuid.to_string(), self.declared());
-        let expected_sha512 = self.task.expected.digests.get(DigestKind::Sha512);
-        let expected_sha512 = expected_sha512.map(str::to_owned);
+        // Longhorn's record holds the file against it; one of another form of it would not match.
+        let [own, given] = [&fetched.digests.whole, &self.task.expected.digests]
+            .map(|digests| digests.get(DigestKind::Sha512));
+        let expected_sha512 = given.filter(|_| own == given).map(str::to_owned);
         self.on_disk(move |slot, id| -> Result<CopyInfo, WorkError> {
             // The last block may be padded: the file must have its length to be judged by it.
             filling.trim()?;

@@ -16,8 +16,9 @@ use serde::{Deserialize, Serialize};
 use super::backend::{
     CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy, FoundState, Progress,
 };
-use super::records::{AttachmentId, AttachmentRecord, ImageRecord, Want};
+use super::records::{AttachmentId, AttachmentRecord, ImageRecord, Steering, Want};
 use super::step::differs;
+use crate::import::Layout;
 use crate::names::{DiskUuid, ImageName};
 
 /// State of a copy, in Longhorn's words.
@@ -99,7 +100,7 @@ impl AttachmentState {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Store the record; everything after it in the list waits until it is durable.
-    SaveImage(ImageRecord),
+    SaveImage(Box<ImageRecord>),
     /// Remove the record.
     ForgetImage(ImageName),
     /// Store the record.
@@ -110,6 +111,8 @@ pub enum Action {
     Start(Box<CopyTask>, u64),
     /// Ask the copy's worker to stop.
     Cancel(CopyId),
+    /// Tell the copy's worker how it is steered.
+    Steer(CopyId, Steering),
     /// Remove the copy's files; answer with [`Event::Removed`].
     Remove(CopyId),
     /// Open the copy for readers; answer with [`Event::Published`].
@@ -177,6 +180,8 @@ pub(super) struct Copy {
     pub(super) state: CopyState,
     pub(super) worker: Worker,
     pub(super) removing: bool,
+    /// A user wants it no more: it stops, and its files go.
+    pub(super) cancelled: bool,
     pub(super) progress: Progress,
     pub(super) info: Option<CopyInfo>,
     pub(super) failures: u32,
@@ -194,6 +199,7 @@ impl Copy {
             state: CopyState::Pending,
             worker: Worker::Idle,
             removing: false,
+            cancelled: false,
             progress: Progress::default(),
             info: None,
             failures: 0,
@@ -229,6 +235,11 @@ impl Image {
     /// The copy on `disk`, wanted from now on.
     pub(super) fn copy_on(&mut self, disk: &DiskUuid) -> &mut Copy {
         self.record.disks.entry(disk.clone()).or_default();
+        self.copy_entry(disk)
+    }
+
+    /// The copy on `disk`, wanted or not.
+    pub(super) fn copy_entry(&mut self, disk: &DiskUuid) -> &mut Copy {
         let name = worker_name(&self.record.name, disk, self.copies.keys());
         self.copies.entry(disk.clone()).or_insert_with(|| Copy::new(name))
     }
@@ -311,6 +322,9 @@ impl World {
                 name: name.clone(),
                 uuid: uuid.clone(),
                 source: None,
+                mirrors: Vec::new(),
+                layout: Layout::default(),
+                steering: Steering::default(),
                 access: Box::default(),
                 expected: Box::default(),
                 declared_format: None,
@@ -323,6 +337,12 @@ impl World {
         }
         let image = self.images.get_mut(&name)?;
         if image.record.uuid != uuid {
+            return None;
+        }
+        let unwanted = !image.record.disks.contains_key(&disk);
+        if unwanted && matches!(found.state, FoundState::Filling { .. }) {
+            // It was cancelled, and the daemon died before its files were gone.
+            image.copy_entry(&disk).cancelled = true;
             return None;
         }
         let before = (!is_new).then(|| image.record.clone());
@@ -349,7 +369,8 @@ impl World {
             }
             FoundState::Ready(_) | FoundState::Filling { .. } | FoundState::NeedsCheck => {}
         }
-        (before.as_ref() != Some(&image.record)).then(|| Action::SaveImage(image.record.clone()))
+        (before.as_ref() != Some(&image.record))
+            .then(|| Action::SaveImage(Box::new(image.record.clone())))
     }
 
     /// When something is due that no event will bring; `None` if nothing is.

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
+use crate::control_support::Daemon;
 use crate::fault_server::{Cut, FaultServer, Reply, Request};
 use crate::{content, engine, sha256};
 use bedplate::fetch::{Class, Engine, Expect, Progress, Source, SourceUrl};
@@ -302,4 +303,45 @@ fn a_source_that_is_a_raw_disk_already_is_brought_in_as_it_is() {
     let engine = engine(temp.path(), Choice::Auto);
     expand(&engine, &server, temp.path(), Expect::default()).unwrap();
     assert!(output(temp.path()) == bytes);
+}
+
+#[test]
+fn a_daemon_that_dies_goes_on_expanding_and_serves_the_raw_disk() {
+    if !have_qemu() {
+        return;
+    }
+    let temp = tempfile::tempdir().unwrap();
+    let (image, raw) = qcow2(temp.path(), &content(24 * MIB, 55), "cluster_size=64k", true, &[]);
+    let digest = sha256(&image);
+    let served = image.clone();
+    let server = FaultServer::start(move |request| {
+        let mut reply = Reply::ranged(request, &served, ETAG);
+        reply.pace = std::time::Duration::from_millis(4);
+        reply
+    });
+    let url = format!("{}/s.qcow2", server.url);
+    let daemon = Daemon::start();
+    let args = ["create", &url, "--name", "a", "--layout", "raw", "--fetch"];
+    assert!(daemon.cli(&args).status.success());
+    let (_, dir) = {
+        daemon.events_until("?image=a", |event| {
+            event["object"]["copies"][0]["bytes_done"].as_u64().unwrap_or(0) > 8 << 20
+        });
+        daemon.end("KILL")
+    };
+    let sent_before = server.sent();
+    let daemon = Daemon::start_in(dir, "");
+    let copy = daemon.wait_for("a", "ready");
+    assert_eq!((&copy["layout"], &copy["format"]), (&"raw".into(), &"raw".into()));
+    assert_eq!(copy["virtual_size_bytes"], raw.len());
+    let found = daemon.dir.path().join("disk/backing-images").read_dir().unwrap().next().unwrap();
+    assert!(std::fs::read(found.unwrap().path().join("backing")).unwrap() == raw);
+    let again = server.sent() - sent_before;
+    assert!(again < image.len() as u64, "{again} of {} bytes were sent again", image.len());
+    // The same image with the digest of its source, on another name: proved on the way.
+    let args = ["create", &url, "--name", "b", "--layout", "raw", "--wait", "--sha256", &digest];
+    let made = daemon.cli(&args);
+    assert!(made.status.success(), "{}", crate::control_support::stderr(&made));
+    let other = daemon.cli(&["create", &url, "--name", "b"]);
+    assert!(!other.status.success(), "a layout is part of what an image is");
 }

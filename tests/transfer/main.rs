@@ -14,6 +14,8 @@ mod faults;
 mod full_disk;
 mod kill;
 mod parallel;
+mod steer;
+mod unpack;
 
 use std::path::Path;
 

@@ -185,3 +185,84 @@ fn a_run_that_ends_in_the_middle_goes_on_without_asking_for_what_is_durable() {
     let again: u64 = overlaps(&server.requests()[asked_before..]);
     assert_eq!(again, 0);
 }
+
+/// Pulls from the first server with the others as its mirrors.
+fn with_mirrors(
+    servers: &[&FaultServer],
+    expect: &Expect,
+) -> (Result<Pulled, ImportError>, Vec<u8>) {
+    let temp = tempfile::tempdir().unwrap();
+    let policy = Policy {
+        stall_timeout: Duration::from_millis(500),
+        backoff: Duration::from_millis(1),
+        ..Policy::default()
+    };
+    let engine =
+        bedplate::fetch::Engine::alone(probe(temp.path(), Choice::Auto).unwrap(), policy, 32);
+    let mut urls =
+        servers.iter().map(|s| SourceUrl::parse(&format!("{}/x?key=hunter2", s.url)).unwrap());
+    let mut source = Source::new(urls.next().unwrap()).expecting(expect.clone());
+    source.mirrors = urls.collect();
+    let output = temp.path().join("out.img");
+    let request = PullRequest { source, layout: Layout::AsIs, output: output.clone() };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let pulled = runtime.block_on(pull(&engine, &request, &Arc::new(Progress::default())));
+    (pulled, std::fs::read(output).unwrap_or_default())
+}
+
+#[test]
+fn mirrors_share_the_work_and_each_is_bound_to_its_own_version() {
+    let bytes = content(48 * MIB, 71);
+    let served = bytes.clone();
+    let [a, b] = ["\"a\"", "\"b\""].map(|etag| {
+        let served = served.clone();
+        FaultServer::start(move |request| paced(request, &served, etag))
+    });
+    let (pulled, got) = with_mirrors(&[&a, &b], &expect(&bytes));
+    pulled.unwrap();
+    assert!(got == bytes);
+    for (server, etag) in [(&a, "\"a\""), (&b, "\"b\"")] {
+        assert!(server.sent() > 4 << 20, "{} bytes came from one of them", server.sent());
+        for request in server.requests().iter().skip(1) {
+            assert_eq!(request.header("if-match").unwrap(), etag);
+        }
+    }
+    // Without a digest nothing could prove that they have the same bytes: one source, no mirror.
+    let before = b.requests().len();
+    with_mirrors(&[&a, &b], &Expect::default()).0.unwrap();
+    assert_eq!(b.requests().len(), before);
+}
+
+#[test]
+fn a_mirror_takes_over_when_the_source_dies_and_a_bad_one_is_left() {
+    let bytes = content(24 * MIB, 72);
+    let served = bytes.clone();
+    let good = FaultServer::start(move |request| Reply::ranged(request, &served, "\"good\""));
+    let gone = FaultServer::start(|_| Reply::status("404 Not Found"));
+    let served = bytes.clone();
+    let dying = FaultServer::start(move |request| match request.index {
+        0 => paced(request, &served, ETAG).cut(Cut::Reset(9 << 20)),
+        _ => Reply::status("503 Gone"),
+    });
+    let short = FaultServer::start(|request| Reply::ranged(request, &[1; 1000], "\"short\""));
+    for servers in [[&gone, &good], [&dying, &good], [&good, &short]] {
+        let (pulled, got) = with_mirrors(&servers, &expect(&bytes));
+        pulled.unwrap_or_else(|error| panic!("{}", error.report()));
+        assert!(got == bytes);
+    }
+    let (pulled, _) = with_mirrors(&[&gone, &short], &expect(&bytes));
+    let text = pulled.unwrap_err().report();
+    assert!(!text.contains("hunter2"), "{text}");
+}
+
+#[test]
+fn a_mirror_with_other_bytes_is_found_out_and_done_without() {
+    let (bytes, other) = (content(48 * MIB, 73), content(48 * MIB, 74));
+    let served = bytes.clone();
+    let good = FaultServer::start(move |request| paced(request, &served, ETAG));
+    let bad = FaultServer::start(move |request| paced(request, &other, "\"bad\""));
+    let (pulled, got) = with_mirrors(&[&good, &bad], &expect(&bytes));
+    pulled.unwrap_or_else(|error| panic!("{}", error.report()));
+    assert!(bad.sent() > 0, "the bad one was asked");
+    assert!(got == bytes);
+}

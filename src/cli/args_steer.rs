@@ -1,0 +1,94 @@
+//! Arguments of the commands that steer and watch transfers.
+//!
+//! Why: one file for what belongs together; `args` is long enough.
+//! Never: acts; see [`super::args`].
+
+use clap::Args;
+
+use super::sizes::parse_bytes;
+use crate::names::ImageName;
+
+/// Arguments of `pause`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+What has arrived is kept. Readers that wait for it go on waiting.
+
+Examples:
+  bedplate pause debian-12")]
+pub struct PauseArgs {
+    /// The image
+    pub name: ImageName,
+}
+
+/// Arguments of `resume`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  bedplate resume debian-12")]
+pub struct ResumeArgs {
+    /// The image
+    pub name: ImageName,
+}
+
+/// Arguments of `cancel`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Only unfinished copies go; the image stays known, and `bedplate attach` or `create --fetch` begins
+anew. Refused (exit code 3) while a reader waits for one of them.
+
+Examples:
+  bedplate cancel debian-12")]
+pub struct CancelArgs {
+    /// The image
+    pub name: ImageName,
+}
+
+/// Arguments of `set`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A running transfer hears of it at once. Rates may end in K, M or G (of 1024); 0 is no limit.
+
+Examples:
+  bedplate set debian-12 --rate 20M
+  bedplate set debian-12 --priority 10 --rate 0")]
+pub struct SetArgs {
+    /// The image
+    pub name: ImageName,
+    /// Bytes per second at most, of each copy
+    #[arg(long, value_parser = parse_bytes, value_name = "SIZE", required_unless_present = "priority")]
+    pub rate: Option<u64>,
+    /// -100 to 100: of images that wait for their turn, higher ones come first
+    #[arg(long, allow_negative_numbers = true, value_name = "NUMBER")]
+    pub priority: Option<i32>,
+}
+
+/// Arguments of `settings`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Without options, prints what holds for all transfers. Changes hold until the daemon ends; its
+configuration file has the same as `rate_limit` and `max_transfers`.
+
+Examples:
+  bedplate settings
+  bedplate settings --rate 100M --max-transfers 4")]
+pub struct SettingsArgs {
+    /// Bytes per second at most, of all transfers together; 0 is no limit
+    #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
+    pub rate: Option<u64>,
+    /// Transfers at the same time; those that run go on
+    #[arg(long, value_name = "NUMBER")]
+    pub max_transfers: Option<u64>,
+}
+
+/// Arguments of `watch`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Ends when nothing is under way any more. On a terminal a bar a copy; elsewhere a line a copy every
+few seconds and when something changes; with --json every change as it comes.
+
+Examples:
+  bedplate watch
+  bedplate watch debian-12
+  bedplate watch --json | jq -r .message")]
+pub struct WatchArgs {
+    /// Only this image
+    pub name: Option<ImageName>,
+}

@@ -1,0 +1,106 @@
+//! `bedplate pause`, `resume`, `cancel`, `set` and `settings`: transfers under way.
+//!
+//! Why: what is more urgent must be able to go first.
+//! Never: waits; `bedplate watch` shows what comes of it.
+
+use serde::Serialize;
+
+use super::args::Global;
+use super::args_steer::{CancelArgs, PauseArgs, ResumeArgs, SetArgs, SettingsArgs};
+use super::exit::CliError;
+use super::get;
+use super::output::Output;
+use crate::control::client::Client;
+use crate::control::types::{ChangeSettings, Image, Settings, SteerImage};
+use crate::names::ImageName;
+use crate::units::human_bytes;
+
+pub(super) async fn pause(
+    args: &PauseArgs,
+    global: &Global,
+    output: &Output,
+) -> Result<(), CliError> {
+    let change = SteerImage { paused: Some(true), ..SteerImage::default() };
+    change_image(&args.name, change, global, output).await
+}
+
+pub(super) async fn resume(
+    args: &ResumeArgs,
+    global: &Global,
+    output: &Output,
+) -> Result<(), CliError> {
+    let change = SteerImage { paused: Some(false), ..SteerImage::default() };
+    change_image(&args.name, change, global, output).await
+}
+
+pub(super) async fn set(args: &SetArgs, global: &Global, output: &Output) -> Result<(), CliError> {
+    let change = SteerImage {
+        priority: args.priority,
+        rate_limit_bytes_per_s: args.rate,
+        ..SteerImage::default()
+    };
+    change_image(&args.name, change, global, output).await
+}
+
+async fn change_image(
+    name: &ImageName,
+    change: SteerImage,
+    global: &Global,
+    output: &Output,
+) -> Result<(), CliError> {
+    let client = Client::new(&global.socket());
+    let image: Image = client.patch(&format!("/v1/images/{name}"), &change).await?;
+    show(&image, output)
+}
+
+pub(super) async fn cancel(
+    args: &CancelArgs,
+    global: &Global,
+    output: &Output,
+) -> Result<(), CliError> {
+    let client = Client::new(&global.socket());
+    let target = format!("/v1/images/{}/cancel", args.name);
+    let image: Image = client.post(&target, &Nothing {}).await?;
+    show(&image, output)
+}
+
+/// The body of a request that needs none.
+#[derive(Serialize)]
+struct Nothing {}
+
+fn show(image: &Image, output: &Output) -> Result<(), CliError> {
+    if output.json {
+        return output.object(image);
+    }
+    let mut parts = vec![image.name.clone(), get::state(image)];
+    if image.priority != 0 {
+        parts.push(format!("priority {}", image.priority));
+    }
+    if image.rate_limit_bytes_per_s > 0 {
+        parts.push(format!("at most {}/s", human_bytes(image.rate_limit_bytes_per_s)));
+    }
+    output.line(&parts.join("  "))
+}
+
+pub(super) async fn settings(
+    args: &SettingsArgs,
+    global: &Global,
+    output: &Output,
+) -> Result<(), CliError> {
+    let client = Client::new(&global.socket());
+    let change =
+        ChangeSettings { rate_limit_bytes_per_s: args.rate, max_transfers: args.max_transfers };
+    let settings: Settings = match change == ChangeSettings::default() {
+        true => client.get("/v1/settings").await?,
+        false => client.patch("/v1/settings", &change).await?,
+    };
+    if output.json {
+        return output.object(&settings);
+    }
+    let rate = match settings.rate_limit_bytes_per_s {
+        0 => "no limit".to_owned(),
+        rate => format!("{}/s", human_bytes(rate)),
+    };
+    output.line(&format!("rate           {rate}"))?;
+    output.line(&format!("max transfers  {}", settings.max_transfers))
+}

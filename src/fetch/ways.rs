@@ -1,0 +1,115 @@
+//! The ways to one object: its source, and mirrors of the same bytes.
+//!
+//! Why: a mirror that is slow, broken or gone must not stop a transfer that another can finish.
+//! How: a connection takes the way with the fewest connections. Each way has its own version, which
+//! its first answer tells; that the ways have the same bytes, only the user's digest proves. A way
+//! that is refused, has another length or fails too often is not taken any more.
+//! Never: gives up the last way: then its failure is the transfer's.
+//! Start at [`Ways::pick`].
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use super::error::{Class, FetchError};
+use super::http::Client;
+use super::version::Remote;
+
+/// Failures after which a way is left, if there is another.
+const MAX_STRIKES: u32 = 3;
+
+/// One way.
+#[derive(Debug)]
+pub(super) struct Way {
+    pub(super) client: Arc<Client>,
+    /// What its first answer said.
+    pub(super) version: OnceLock<Remote>,
+    strikes: AtomicU32,
+    left: AtomicBool,
+    connections: AtomicUsize,
+}
+
+impl Way {
+    fn new(client: Arc<Client>) -> Self {
+        Self {
+            client,
+            version: OnceLock::new(),
+            strikes: AtomicU32::new(0),
+            left: AtomicBool::new(false),
+            connections: AtomicUsize::new(0),
+        }
+    }
+
+    /// A piece came this way: what failed before is forgotten.
+    pub(super) fn worked(&self) {
+        self.strikes.store(0, Ordering::Relaxed);
+    }
+}
+
+/// All ways to one object.
+#[derive(Debug)]
+pub(super) struct Ways(Vec<Arc<Way>>);
+
+/// A connection's use of a way, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Taken(pub(super) Arc<Way>);
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Ways {
+    /// The way over `client`, whose version is known, and `mirrors`, whose is not.
+    pub(super) fn new(
+        client: Arc<Client>,
+        version: Remote,
+        mirrors: impl IntoIterator<Item = Arc<Client>>,
+    ) -> Self {
+        let first = Way::new(client);
+        first.version.get_or_init(|| version);
+        let mirrors = mirrors.into_iter().map(|client| Arc::new(Way::new(client)));
+        Self(std::iter::once(Arc::new(first)).chain(mirrors).collect())
+    }
+
+    /// True if there are mirrors.
+    pub(super) fn several(&self) -> bool {
+        self.0.len() > 1
+    }
+
+    /// The way for one more connection.
+    pub(super) fn pick(&self) -> Taken {
+        let usable = |way: &&Arc<Way>| !way.left.load(Ordering::Relaxed);
+        let least =
+            self.0.iter().filter(usable).min_by_key(|way| way.connections.load(Ordering::Relaxed));
+        Self::take(least.unwrap_or(&self.0[0]))
+    }
+
+    /// The way whose first answer is in hand.
+    pub(super) fn first(&self) -> Taken {
+        Self::take(&self.0[0])
+    }
+
+    fn take(way: &Arc<Way>) -> Taken {
+        way.connections.fetch_add(1, Ordering::Relaxed);
+        Taken(Arc::clone(way))
+    }
+
+    /// A connection on `way` has failed. True if the transfer goes on by another way.
+    pub(super) fn failed(&self, way: &Way, error: &FetchError) -> bool {
+        let others = |other: &&Arc<Way>| {
+            !std::ptr::eq(Arc::as_ptr(other), way) && !other.left.load(Ordering::Relaxed)
+        };
+        // What is wrong with the disk, or wanted by the user, no mirror can mend.
+        let ours = matches!(error, FetchError::Disk(_) | FetchError::ReadBack { .. });
+        if ours || error.class() == Class::Cancelled || !self.0.iter().any(|w| others(&w)) {
+            return false;
+        }
+        let strikes = way.strikes.fetch_add(1, Ordering::Relaxed) + 1;
+        let hopeless = error.class() == Class::Refuse || error.ends_run();
+        if hopeless || strikes >= MAX_STRIKES {
+            way.left.store(true, Ordering::Relaxed);
+        }
+        true
+    }
+}
