@@ -111,6 +111,31 @@ fn sums_in_a_local_file_hold_for_an_expanded_image_too() {
 }
 
 #[test]
+fn sums_of_a_compressed_file_speak_of_it_and_not_of_what_is_in_it() {
+    use std::io::Write;
+    let bytes = content(LEN, 96);
+    let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    packer.write_all(&bytes).unwrap();
+    let packed = packer.finish().unwrap();
+    let temp = tempfile::tempdir().unwrap();
+    let out = temp.path().join("out");
+    for (listed, code) in [(&packed, 0), (&bytes, 1)] {
+        let (served, sums) = (packed.clone(), format!("{} *disk.img.gz\n", sha256(listed)));
+        let server = FaultServer::start(move |request| match request.path.as_str() {
+            "/SHA256SUMS" => Reply::whole(sums.as_bytes()),
+            _ => Reply::ranged(request, &served, ETAG),
+        });
+        let (image, sums) =
+            (format!("{}/disk.img.gz", server.url), format!("{}/SHA256SUMS", server.url));
+        let output =
+            bedplate(&["pull", "--unpack", &image, "-o", text(&out), "--checksum-url", &sums]);
+        assert_eq!(output.status.code(), Some(code), "{}", stderr(&output));
+        assert_eq!(std::fs::read(&out).is_ok_and(|got| got == bytes), code == 0);
+        let _ = std::fs::remove_file(&out);
+    }
+}
+
+#[test]
 fn all_digests_that_are_given_are_checked() {
     use sha2::Digest;
     let bytes = content(LEN, 94);
