@@ -71,7 +71,7 @@ pub(super) async fn scrape(State(app): State<App>) -> Result<impl IntoResponse, 
 }
 
 fn add_images(registry: &mut Registry, app: &App, images: &[ImageStatus]) {
-    let [copies, done, retries, sessions] =
+    let [copies, done, retries, sessions, rate, connections] =
         std::array::from_fn(|_| Family::<Labels, Gauge>::default());
     let [requests, bytes, errors] = std::array::from_fn(|_| Family::<Labels, Counter>::default());
     for image in images {
@@ -88,11 +88,16 @@ fn add_images(registry: &mut Registry, app: &App, images: &[ImageStatus]) {
             let bytes = i64::try_from(copy.progress.bytes_done).unwrap_or(i64::MAX);
             done.get_or_create(&labels).set(bytes);
             retries.get_or_create(&labels).set(i64::from(copy.progress.retries));
+            let per_second = i64::try_from(copy.progress.rate_bytes_per_s).unwrap_or(i64::MAX);
+            rate.get_or_create(&labels).set(per_second);
+            connections.get_or_create(&labels).set(i64::from(copy.progress.connections));
         }
     }
     registry.register("copies", "Copies by state", copies);
     registry.register("copy_bytes", "Bytes of a copy that are here", done);
     registry.register("copy_retries", "Tries of a copy's source after the first", retries);
+    registry.register("copy_rate_bytes_per_second", "Bytes of a copy that arrive a second", rate);
+    registry.register("copy_connections", "Connections to a copy's source", connections);
     registry.register("nbd_sessions", "NBD sessions open on an image", sessions);
     registry.register("nbd_requests", "NBD requests answered", requests);
     registry.register("nbd_bytes", "Bytes of an image sent over NBD, holes included", bytes);
