@@ -4,7 +4,7 @@
 use std::hint::black_box;
 use std::process::{Command, Stdio};
 
-use bedplate::disk::{DigestSet, Dir, Hasher, Presence, UNIT_BYTES, Version};
+use bedplate::disk::{DigestKind, DigestSet, Dir, Hasher, Presence, UNIT_BYTES, Version};
 use bedplate::fetch::decode::{Codec, Decoder, Limits};
 use bedplate::ring::{BLOCK_BYTES, data_runs, is_zero};
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
@@ -42,11 +42,11 @@ fn digests(c: &mut Criterion) {
     let mut group = c.benchmark_group("digest_1mib");
     group.throughput(Throughput::Bytes(BLOCK_BYTES as u64));
     let bytes = block(1);
-    for (name, sha256, sha512) in
-        [("xxh3", false, false), ("xxh3+sha256", true, false), ("xxh3+sha512", false, true)]
-    {
+    let each = DigestKind::ALL.iter().map(std::slice::from_ref);
+    for kinds in std::iter::once(&[][..]).chain(each) {
+        let name = kinds.iter().fold("xxh3".to_owned(), |name, kind| name + "+" + kind.key());
         group.bench_function(name, |b| {
-            let mut hasher = Hasher::new(DigestSet { sha256, sha512 });
+            let mut hasher = Hasher::new(DigestSet::of(kinds));
             b.iter(|| hasher.update(black_box(&bytes)));
         });
     }

@@ -12,13 +12,14 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use super::args_access::AccessArgs;
+use super::args_digest::DigestArgs;
 use super::args_steer::{CancelArgs, PauseArgs, ResumeArgs, SetArgs, SettingsArgs, WatchArgs};
 use super::exit::Exit;
 use super::sizes::parse_bytes;
 use crate::daemon;
 use crate::image::Format;
 use crate::import::Layout;
-use crate::names::{ImageName, NameError};
+use crate::names::ImageName;
 
 static EXIT_CODES: LazyLock<String> = LazyLock::new(|| {
     let mut text = String::from("Exit codes:\n");
@@ -135,25 +136,6 @@ pub enum Command {
     Man(ManArgs),
 }
 
-/// Digests and format that a user can give of an image.
-#[derive(Clone, Debug, Default, Args)]
-pub struct Expected {
-    /// SHA-256 that the file must have
-    #[arg(long, value_name = "HEX", value_parser = sha256)]
-    pub sha256: Option<String>,
-    /// SHA-512 that the file must have
-    #[arg(long, value_name = "HEX", value_parser = sha512)]
-    pub sha512: Option<String>,
-}
-
-fn sha256(text: &str) -> Result<String, NameError> {
-    crate::manager::Expected::parse(Some(text), None).map(|e| e.sha256.unwrap_or_default())
-}
-
-fn sha512(text: &str) -> Result<String, NameError> {
-    crate::manager::Expected::parse(None, Some(text)).map(|e| e.sha512.unwrap_or_default())
-}
-
 /// An image's format, on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum FormatArg {
@@ -179,6 +161,7 @@ Examples:
   bedplate run https://example.org/debian-12.qcow2
   bedplate run ./disk.img --name golden --nbd /tmp/golden.sock
   bedplate run https://example.org/d.qcow2 --sha256 $(cut -c1-64 d.sha256)
+  bedplate run https://example.org/d.qcow2 --checksum-url https://example.org/SHA256SUMS
   bedplate run - < file-with-a-secret-url")]
 pub struct RunArgs {
     /// http://, https:// or s3:// URL, a path, or - for a URL on stdin (keeps it out of process lists)
@@ -191,7 +174,7 @@ pub struct RunArgs {
     pub nbd: Option<PathBuf>,
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at its type")]
-    pub expected: Expected,
+    pub expected: DigestArgs,
     /// Format of the file [default: look]
     #[arg(long)]
     pub format: Option<FormatArg>,
@@ -215,6 +198,8 @@ Run it again after an interruption: what has arrived is not fetched again.
 Examples:
   bedplate pull https://example.org/disk.img -o disk.img
   bedplate pull https://example.org/disk.img -o disk.img --sha256 HEX --json
+  bedplate pull https://example.org/disk.img -o disk.img --checksum md5:HEX --checksum sha1:HEX
+  bedplate pull https://example.org/d.img -o d.img --checksum-url https://example.org/SHA256SUMS
   bedplate pull https://example.org/disk.qcow2 -o disk.raw --layout raw
   bedplate pull s3://images/disk.img -o disk.img --s3-region eu-central-1
   bedplate pull https://example.org/d.img -o d.img --user me --password-file pw.txt")]
@@ -234,14 +219,14 @@ pub struct PullArgs {
     #[arg(long)]
     pub unpack: bool,
     /// Make no digest of a file for which none is given
-    #[arg(long, conflicts_with_all = ["sha256", "sha512"])]
+    #[arg(long, conflicts_with_all = ["sha256", "sha512", "checksum", "checksum_url"])]
     pub no_digest: bool,
     /// Bytes per second at most, such as 20M
     #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
     pub rate: Option<u64>,
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at its type")]
-    pub expected: Expected,
+    pub expected: DigestArgs,
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at its type")]
     pub access: AccessArgs,
@@ -335,6 +320,7 @@ The same name with the same source is the same image.
 Examples:
   bedplate create https://example.org/debian-12.qcow2
   bedplate create https://example.org/d.qcow2 --name debian --wait
+  bedplate create https://example.org/d.qcow2 --checksum-url https://example.org/SHA512SUMS
   bedplate create - --name private < file-with-a-secret-url")]
 pub struct CreateArgs {
     /// http://, https:// or s3:// URL, a path on the daemon's node, or - for a URL on stdin
@@ -344,7 +330,7 @@ pub struct CreateArgs {
     pub name: Option<ImageName>,
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at its type")]
-    pub expected: Expected,
+    pub expected: DigestArgs,
     /// Format of the file [default: look]
     #[arg(long)]
     pub format: Option<FormatArg>,

@@ -10,7 +10,7 @@ use super::get;
 use super::output::Output;
 use super::source;
 use crate::control::client::Client;
-use crate::control::types::{CreateImage, FetchImage, Image};
+use crate::control::types::{CreateImage, Digests, FetchImage, Image};
 use crate::fetch::{Access, SourceUrl};
 use crate::image::Format;
 use crate::import::Layout;
@@ -23,7 +23,7 @@ pub(super) async fn run(
     let client = Client::new(&global.socket());
     let url = source::parse(&args.source)?;
     let name = args.name.as_ref().map(ToString::to_string);
-    let mut request = request(&url, name, &args.expected, args.format, args.layout);
+    let mut request = request(&url, name, &args.expected, args.format, args.layout)?;
     request.mirrors.clone_from(&args.mirror);
     request.access = args.access.by_value()?;
     let mut image: Image = client.post("/v1/images", &request).await?;
@@ -45,19 +45,24 @@ pub(super) async fn run(
 pub(super) fn request(
     url: &SourceUrl,
     name: Option<String>,
-    expected: &super::args::Expected,
+    expected: &super::args_digest::DigestArgs,
     format: Option<super::args::FormatArg>,
     layout: Layout,
-) -> CreateImage {
-    CreateImage {
+) -> Result<CreateImage, CliError> {
+    let digests = Digests::from(&expected.digests()?);
+    Ok(CreateImage {
         name,
         url: url.expose().to_string(),
         mirrors: Vec::new(),
         access: Access::default(),
-        sha256: expected.sha256.clone(),
-        sha512: expected.sha512.clone(),
+        sha256: digests.sha256,
+        sha512: digests.sha512,
+        sha1: digests.sha1,
+        md5: digests.md5,
+        blake3: digests.blake3,
+        checksum_url: expected.checksum_url()?.map(|url| url.expose().to_string()),
         format: format.map(|f| Format::from(f).to_string()),
         layout: (layout != Layout::default()).then(|| layout.to_string()),
         disks: Vec::new(),
-    }
+    })
 }

@@ -9,7 +9,7 @@ use super::follow::moment;
 use super::output::Output;
 use super::table::Table;
 use crate::control::client::Client;
-use crate::control::types::Image;
+use crate::control::types::{Digests, Image};
 use crate::units::human_bytes;
 
 pub(super) async fn run(args: &GetArgs, global: &Global, output: &Output) -> Result<(), CliError> {
@@ -31,10 +31,14 @@ pub(super) async fn run(args: &GetArgs, global: &Global, output: &Output) -> Res
         ("virtual size", size(image.virtual_size_bytes)),
         ("file size", size(image.size_bytes)),
         ("on disk", size(image.stored_bytes)),
-        ("sha256", text(&image.digests.sha256)),
-        ("sha512", text(&image.digests.sha512)),
-        ("readers", image.attachments.to_string()),
     ];
+    let found = image.digests.by_name().into_iter();
+    facts.extend(found.filter_map(|(kind, digest)| Some((kind, digest?.to_owned()))));
+    if image.digests == Digests::default() {
+        facts.push(("digests", "-".to_owned()));
+    }
+    facts.extend(image.checksum_url.clone().map(|url| ("checksum url", url)));
+    facts.push(("readers", image.attachments.to_string()));
     facts.extend(image.nbd.as_ref().map(|nbd| ("nbd", nbd.uri.clone())));
     for (key, value) in facts {
         output.line(&format!("{key:<13} {}", super::output::printable(&value)))?;
@@ -83,10 +87,8 @@ pub(super) fn summary(image: &Image) -> String {
     parts.extend(image.format.clone());
     parts.extend(image.virtual_size_bytes.map(|b| format!("{} virtual", human_bytes(b))));
     parts.extend(image.stored_bytes.map(|b| format!("{} on disk", human_bytes(b))));
-    parts.extend(image.digests.sha256.as_ref().map(|d| format!("sha256:{d}")));
-    if image.digests.sha256.is_none() {
-        parts.extend(image.digests.sha512.as_ref().map(|d| format!("sha512:{d}")));
-    }
+    let digest = image.digests.by_name().into_iter().find_map(|(kind, d)| Some((kind, d?)));
+    parts.extend(digest.map(|(kind, digest)| format!("{kind}:{digest}")));
     parts.push(state(image));
     parts.join("  ")
 }

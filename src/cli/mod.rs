@@ -10,6 +10,7 @@
 
 pub mod args;
 pub mod args_access;
+pub mod args_digest;
 pub mod args_steer;
 pub mod exit;
 

@@ -14,7 +14,9 @@ use super::output::Output;
 use super::progress::{Meter, Moment};
 use super::signals::Signals;
 use super::source;
-use crate::fetch::{self, Class, Engine, Expect, Phase, Policy, Progress, Snapshot, Source};
+use crate::fetch::{
+    Class, DigestKind, Engine, Phase, Policy, Progress, Snapshot, Source, SourceError,
+};
 use crate::import::{ImportError, PullRequest, Pulled, pull};
 use crate::ring;
 use crate::units::human_bytes;
@@ -27,18 +29,18 @@ const TICK: Duration = Duration::from_millis(200);
 pub(super) async fn run(args: &PullArgs, output: &Output) -> Result<(), CliError> {
     crate::daemon::logging::init(output.log_filter("error"));
     let url = source::parse(&args.source)?;
-    let usage = |e: fetch::ExpectError| CliError::new(Exit::Usage, e.to_string(), "");
-    let expect = Expect::parse(args.expected.sha256.as_deref(), args.expected.sha512.as_deref());
     let parent = args.output.parent().filter(|p| !p.as_os_str().is_empty());
     let dir = parent.unwrap_or(std::path::Path::new("."));
     let probe = ring::probe(dir, ring::Choice::Auto)
         .map_err(|reason| CliError::new(Exit::Refused, reason, ""))?;
     let engine = Engine::alone(probe, Policy::default(), BUFFERS);
-    let mut source = Source::new(url).expecting(expect.map_err(usage)?);
+    let mut source = Source::new(url)
+        .expecting(args.expected.digests()?.into())
+        .listed_in(args.expected.checksum_url()?);
     (source.digest, source.unpack) = (!args.no_digest, args.unpack);
     for text in &args.mirror {
         let mirror = super::source::url(text)?;
-        let usage = |e: fetch::SourceError| CliError::new(Exit::Usage, e.to_string(), "");
+        let usage = |e: SourceError| CliError::new(Exit::Usage, e.to_string(), "");
         source.url.check_mirror(&mirror).map_err(usage)?;
         source.mirrors.push(mirror);
     }
@@ -94,19 +96,20 @@ fn failure(error: &ImportError) -> CliError {
 fn show(args: &PullArgs, pulled: &Pulled, took: Duration, output: &Output) -> Result<(), CliError> {
     let bytes = pulled.sealed.len_bytes();
     if output.json {
-        return output.object(&json!({
+        let mut object = json!({
             "output": args.output.display().to_string(),
             "size_bytes": bytes,
             "received_bytes": pulled.received_bytes,
-            "sha256": pulled.digests.sha256,
-            "sha512": pulled.digests.sha512,
             "seconds": took.as_secs_f64(),
-        }));
+        });
+        for kind in DigestKind::ALL {
+            object[kind.key()] = pulled.digests.whole.get(kind).into();
+        }
+        return output.object(&object);
     }
     let mut parts = vec![args.output.display().to_string(), human_bytes(bytes)];
     parts.push(format!("{:.1} s", took.as_secs_f64()));
-    parts.extend(pulled.digests.sha256.as_ref().map(|d| format!("sha256:{d}")));
-    parts.extend(pulled.digests.sha512.as_ref().map(|d| format!("sha512:{d}")));
+    parts.extend(pulled.digests.whole.iter().map(|(kind, d)| format!("{}:{d}", kind.key())));
     output.line(&parts.join("  "))
 }
 

@@ -37,8 +37,8 @@ pub(super) async fn run(args: RunArgs, global: &Global, output: &Output) -> Resu
     let node = open_node(config.clone()).await?;
     let daemon = Daemon::start(&config, node).await?;
     let client = Client::new(daemon.control_socket());
-    let mut request =
-        create::request(&url, Some(name.to_string()), &args.expected, args.format, args.layout);
+    let (expected, format) = (&args.expected, args.format);
+    let mut request = create::request(&url, Some(name.to_string()), expected, format, args.layout)?;
     request.access = args.access.by_reference()?;
     let known: Result<Image, _> = client.post("/v1/images", &request).await;
     // An image that isn't ours (its name was taken) is left as it is.

@@ -17,6 +17,7 @@ use super::types::{
     FetchImage, Health, Image, Images, Settings, SteerImage,
 };
 use super::wire;
+use crate::fetch::{DigestKind, DigestMap};
 use crate::manager::{
     AttachmentId, AttachmentStatus, Expected, Format, ImageStatus, Layout, NewAttachment, NewImage,
     SourceUrl, SteeringChange, unix_now_s,
@@ -83,7 +84,7 @@ fn new_image(body: &CreateImage) -> Answer<NewImage> {
         mirrors: mirrors(&body.mirrors, &source)?,
         source,
         layout: layout.unwrap_or_default(),
-        expected: Expected::parse(body.sha256.as_deref(), body.sha512.as_deref())?,
+        expected: Box::new(expected(body)?),
         declared_format,
         disks: disks?,
         created_unix_s: unix_now_s(),
@@ -101,6 +102,21 @@ fn mirrors(texts: &[String], source: &SourceUrl) -> Answer<Vec<SourceUrl>> {
     };
     let parsed: Result<_, crate::fetch::SourceError> = texts.iter().map(parse).collect();
     parsed.map_err(|e| ApiError::bad_request(format!("mirrors: {e}")))
+}
+
+/// Checks what a request says of the digests.
+fn expected(body: &CreateImage) -> Answer<Expected> {
+    let given = [
+        (DigestKind::Sha256, body.sha256.as_deref()),
+        (DigestKind::Sha512, body.sha512.as_deref()),
+        (DigestKind::Sha1, body.sha1.as_deref()),
+        (DigestKind::Md5, body.md5.as_deref()),
+        (DigestKind::Blake3, body.blake3.as_deref()),
+    ];
+    let digests = DigestMap::parse(given).map_err(|e| ApiError::bad_request(e.to_string()))?;
+    let url = body.checksum_url.as_deref().map(SourceUrl::parse).transpose();
+    let checksum_url = url.map_err(|e| ApiError::bad_request(format!("checksum_url: {e}")))?;
+    Ok(Expected { digests, checksum_url })
 }
 
 pub(super) async fn get_image(

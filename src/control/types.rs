@@ -8,7 +8,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::fetch::Access;
+use crate::fetch::{Access, DigestKind, DigestMap};
 
 /// Digests of an image's file, lower-case hex.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -17,6 +17,39 @@ pub struct Digests {
     pub sha256: Option<String>,
     /// 128 hex digits.
     pub sha512: Option<String>,
+    /// 40 hex digits.
+    pub sha1: Option<String>,
+    /// 32 hex digits.
+    pub md5: Option<String>,
+    /// 64 hex digits.
+    pub blake3: Option<String>,
+}
+
+impl Digests {
+    /// The digests by their names.
+    #[must_use]
+    pub fn by_name(&self) -> [(&'static str, Option<&str>); 5] {
+        [
+            ("sha256", self.sha256.as_deref()),
+            ("sha512", self.sha512.as_deref()),
+            ("sha1", self.sha1.as_deref()),
+            ("md5", self.md5.as_deref()),
+            ("blake3", self.blake3.as_deref()),
+        ]
+    }
+}
+
+impl From<&DigestMap> for Digests {
+    fn from(map: &DigestMap) -> Self {
+        let of = |kind| map.get(kind).map(str::to_owned);
+        Self {
+            sha256: of(DigestKind::Sha256),
+            sha512: of(DigestKind::Sha512),
+            sha1: of(DigestKind::Sha1),
+            md5: of(DigestKind::Md5),
+            blake3: of(DigestKind::Blake3),
+        }
+    }
 }
 
 /// Where readers find an image.
@@ -94,6 +127,9 @@ pub struct Image {
     pub rate_limit_bytes_per_s: u64,
     /// Digests that the user expects.
     pub expected: Digests,
+    /// URL of the file of digests that has the image's, without userinfo and query values.
+    #[serde(default)]
+    pub checksum_url: Option<String>,
     /// `raw` or `qcow2`: found, or else declared.
     pub format: Option<String>,
     /// Size of the disk that a guest sees.
@@ -256,6 +292,18 @@ pub struct CreateImage {
     /// Digest that the file must have.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha512: Option<String>,
+    /// Digest that the file must have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha1: Option<String>,
+    /// Digest that the file must have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub md5: Option<String>,
+    /// Digest that the file must have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blake3: Option<String>,
+    /// URL of a file of digests that has the file's, as a vendor's SHA256SUMS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checksum_url: Option<String>,
     /// `raw` or `qcow2`; default: look.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<String>,

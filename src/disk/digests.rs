@@ -9,9 +9,12 @@
 
 use std::sync::LazyLock;
 
+use md5::Md5;
+use sha1::Sha1;
 use sha2::{Digest, Sha256, Sha512};
 use xxhash_rust::xxh3::Xxh3;
 
+use super::kinds::{DigestKind, DigestMap, DigestSet};
 use super::page::{CONTENT_BYTES, Page};
 use super::{Dir, DiskError};
 use crate::names::hex;
@@ -28,30 +31,60 @@ static ZERO_MIB: LazyLock<u64> = LazyLock::new(|| {
     hash.digest()
 });
 
-/// Which cryptographic digests to make.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct DigestSet {
-    /// SHA-256 (FIPS 180-4).
-    pub sha256: bool,
-    /// SHA-512 (FIPS 180-4), Longhorn's checksum.
-    pub sha512: bool,
-}
-
-/// The digests of a whole file.
+/// The digests of a file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Digests {
-    /// SHA-256 in lower-case hex, if it was made.
-    pub sha256: Option<String>,
-    /// SHA-512 in lower-case hex, if it was made.
-    pub sha512: Option<String>,
+    /// Those of the whole file that were made.
+    pub whole: DigestMap,
     /// xxh3-64 of each MiB; the last may be short.
     pub xxh3_per_mib: Vec<u64>,
 }
 
+/// One digest of the whole file that is being made.
+enum Making {
+    Sha256(Sha256),
+    Sha512(Sha512),
+    Sha1(Sha1),
+    Md5(Md5),
+    // Ten times the size of the others.
+    Blake3(Box<blake3::Hasher>),
+}
+
+impl Making {
+    fn new(kind: DigestKind) -> Self {
+        match kind {
+            DigestKind::Sha256 => Self::Sha256(Sha256::new()),
+            DigestKind::Sha512 => Self::Sha512(Sha512::new()),
+            DigestKind::Sha1 => Self::Sha1(Sha1::new()),
+            DigestKind::Md5 => Self::Md5(Md5::new()),
+            DigestKind::Blake3 => Self::Blake3(Box::default()),
+        }
+    }
+
+    fn update(&mut self, bytes: &[u8]) {
+        match self {
+            Self::Sha256(hash) => hash.update(bytes),
+            Self::Sha512(hash) => hash.update(bytes),
+            Self::Sha1(hash) => hash.update(bytes),
+            Self::Md5(hash) => hash.update(bytes),
+            Self::Blake3(hash) => drop(hash.update(bytes)),
+        }
+    }
+
+    fn finish(self) -> (DigestKind, String) {
+        match self {
+            Self::Sha256(hash) => (DigestKind::Sha256, hex(&hash.finalize())),
+            Self::Sha512(hash) => (DigestKind::Sha512, hex(&hash.finalize())),
+            Self::Sha1(hash) => (DigestKind::Sha1, hex(&hash.finalize())),
+            Self::Md5(hash) => (DigestKind::Md5, hex(&hash.finalize())),
+            Self::Blake3(hash) => (DigestKind::Blake3, hex(hash.finalize().as_bytes())),
+        }
+    }
+}
+
 /// Takes a file's bytes in order and makes its digests.
 pub struct Hasher {
-    sha256: Option<Sha256>,
-    sha512: Option<Sha512>,
+    whole: Vec<Making>,
     block: Xxh3,
     blocks: Vec<u64>,
     len_bytes: u64,
@@ -68,8 +101,7 @@ impl Hasher {
     #[must_use]
     pub fn new(set: DigestSet) -> Self {
         Self {
-            sha256: set.sha256.then(Sha256::new),
-            sha512: set.sha512.then(Sha512::new),
+            whole: set.kinds().map(Making::new).collect(),
             block: Xxh3::new(),
             blocks: Vec::new(),
             len_bytes: 0,
@@ -84,12 +116,7 @@ impl Hasher {
 
     /// Takes the next bytes.
     pub fn update(&mut self, bytes: &[u8]) {
-        if let Some(sha) = &mut self.sha256 {
-            sha.update(bytes);
-        }
-        if let Some(sha) = &mut self.sha512 {
-            sha.update(bytes);
-        }
+        self.whole.iter_mut().for_each(|digest| digest.update(bytes));
         let mut rest = bytes;
         while !rest.is_empty() {
             let room = MIB - self.len_bytes % MIB;
@@ -108,8 +135,7 @@ impl Hasher {
     pub fn update_zeroes(&mut self, len_bytes: u64) {
         let mut left = len_bytes;
         while left > 0 {
-            let nothing_else = self.sha256.is_none() && self.sha512.is_none();
-            if nothing_else && self.len_bytes.is_multiple_of(MIB) && left >= MIB {
+            if self.whole.is_empty() && self.len_bytes.is_multiple_of(MIB) && left >= MIB {
                 // A MiB of zeroes has always the same digest: a hole of terabytes costs no time.
                 self.blocks.push(*ZERO_MIB);
                 self.len_bytes += MIB;
@@ -128,19 +154,19 @@ impl Hasher {
         if !self.len_bytes.is_multiple_of(MIB) {
             self.blocks.push(self.block.digest());
         }
-        Digests {
-            sha256: self.sha256.map(|sha| hex(&sha.finalize())),
-            sha512: self.sha512.map(|sha| hex(&sha.finalize())),
-            xxh3_per_mib: self.blocks,
+        let mut whole = DigestMap::default();
+        for (kind, text) in self.whole.into_iter().map(Making::finish) {
+            whole.set(kind, text);
         }
+        Digests { whole, xxh3_per_mib: self.blocks }
     }
 }
 
 #[derive(serde::Serialize, serde::Deserialize)]
 struct Head {
     size_bytes: u64,
-    sha256: Option<String>,
-    sha512: Option<String>,
+    #[serde(flatten)]
+    whole: DigestMap,
     #[serde(default)]
     declared: Option<String>,
 }
@@ -167,8 +193,7 @@ impl DigestRecord {
     pub fn store(&self, dir: &Dir, name: &str) -> Result<(), DiskError> {
         let head = Head {
             size_bytes: self.size_bytes,
-            sha256: self.digests.sha256.clone(),
-            sha512: self.digests.sha512.clone(),
+            whole: self.digests.whole.clone(),
             declared: self.declared.clone(),
         };
         let json = serde_json::to_vec(&head).unwrap_or_default();
@@ -208,16 +233,8 @@ impl DigestRecord {
             words.extend((0..WORDS_PER_PAGE).map(|word| page.word(word * 8)));
         }
         words.truncate(blocks);
-        let digests = Digests { sha256: head.sha256, sha512: head.sha512, xxh3_per_mib: words };
+        let digests = Digests { whole: head.whole, xxh3_per_mib: words };
         Ok(Some(Self { size_bytes: head.size_bytes, declared: head.declared, digests }))
-    }
-}
-
-impl Digests {
-    /// Which cryptographic digests are known.
-    #[must_use]
-    pub fn known(&self) -> DigestSet {
-        DigestSet { sha256: self.sha256.is_some(), sha512: self.sha512.is_some() }
     }
 }
 
@@ -231,19 +248,31 @@ fn parse_head(page: &Page) -> Option<Head> {
 mod tests {
     use super::*;
 
-    const BOTH: DigestSet = DigestSet { sha256: true, sha512: true };
+    fn all() -> DigestSet {
+        DigestSet::of(&DigestKind::ALL)
+    }
+
+    /// Of "abc": FIPS 180-4's examples, RFC 1321 appendix A.5, and BLAKE3's `b3sum`.
+    const OF_ABC: [(DigestKind, &str); 5] = [
+        (DigestKind::Sha256, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"),
+        (
+            DigestKind::Sha512,
+            "ddaf35a193617abacc417349ae20413112e6fa4e89a97ea20a9eeee64b55d39a\
+             2192992a274fc1a836ba3c23a3feebbd454d4423643ce80e2a9ac94fa54ca49f",
+        ),
+        (DigestKind::Sha1, "a9993e364706816aba3e25717850c26c9cd0d89d"),
+        (DigestKind::Md5, "900150983cd24fb0d6963f7d28e17f72"),
+        (DigestKind::Blake3, "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"),
+    ];
 
     #[test]
     fn digests_are_those_of_the_standard() {
-        let mut hasher = Hasher::new(BOTH);
+        let mut hasher = Hasher::new(all());
         hasher.update(b"abc");
         let digests = hasher.finish();
-        // FIPS 180-4 example values.
-        assert_eq!(
-            digests.sha256.unwrap(),
-            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-        );
-        assert!(digests.sha512.unwrap().starts_with("ddaf35a193617abacc417349ae204131"));
+        for (kind, wanted) in OF_ABC {
+            assert_eq!(digests.whole.get(kind), Some(wanted), "{kind}");
+        }
         assert_eq!(digests.xxh3_per_mib, vec![xxhash_rust::xxh3::xxh3_64(b"abc")]);
     }
 
@@ -252,9 +281,9 @@ mod tests {
         let mut bytes = vec![0u8; 3 * 1024 * 1024 + 77];
         bytes[..1000].fill(3);
         bytes[2_500_000..].fill(9);
-        let mut whole = Hasher::new(BOTH);
+        let mut whole = Hasher::new(all());
         whole.update(&bytes);
-        let mut pieces = Hasher::new(BOTH);
+        let mut pieces = Hasher::new(all());
         pieces.update(&bytes[..1]);
         pieces.update(&bytes[1..1000]);
         pieces.update_zeroes(2_499_000);
@@ -284,8 +313,7 @@ mod tests {
             size_bytes: size,
             declared: Some("raw".into()),
             digests: Digests {
-                sha256: Some("ab".into()),
-                sha512: None,
+                whole: format!("md5:{}", "ab".repeat(16)).parse().unwrap(),
                 xxh3_per_mib: (0..1201).collect(),
             },
         };
@@ -295,5 +323,21 @@ mod tests {
         let file = dir.open_file("d", rustix::fs::OFlags::RDWR).unwrap();
         file.write_all_at(&[1], 5000).unwrap();
         assert_eq!(DigestRecord::load(&dir, "d").unwrap(), None);
+    }
+
+    #[test]
+    fn a_record_of_the_first_form_is_read() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = Dir::open(temp.path()).unwrap();
+        let json = br#"{"size_bytes":0,"sha256":"ab","sha512":null,"declared":"raw"}"#;
+        let mut page = Page::new();
+        page.content_mut()[..8].copy_from_slice(MAGIC);
+        page.set_word(8, json.len() as u64);
+        page.content_mut()[16..16 + json.len()].copy_from_slice(json);
+        page.seal();
+        dir.replace("d", page.bytes()).unwrap();
+        let record = DigestRecord::load(&dir, "d").unwrap().unwrap();
+        assert_eq!(record.digests.whole.to_string(), "sha256:ab");
+        assert_eq!(record.declared.as_deref(), Some("raw"));
     }
 }

@@ -19,6 +19,7 @@ use rustix::io::Errno;
 
 use super::cfg::{CopyCfg, go_time};
 use super::digests::{DigestRecord, Digests};
+use super::kinds::DigestKind;
 use super::presence::{MAX_FILE_BYTES, Presence, Version};
 use super::space::{Reservation, Space};
 use super::{Dir, DiskError, Sealed};
@@ -454,7 +455,12 @@ pub(super) fn copy_cfg(
         virtual_size: clamp_i64(record.virtual_size_bytes),
         real_size: clamp_i64(meta.blocks().saturating_mul(512)),
         expected_checksum: record.expected_sha512.clone().unwrap_or_default(),
-        current_checksum: record.digests.sha512.clone().unwrap_or_default(),
+        current_checksum: record
+            .digests
+            .whole
+            .get(DigestKind::Sha512)
+            .unwrap_or_default()
+            .to_owned(),
         modification_time: go_time(&meta),
     })
 }

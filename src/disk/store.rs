@@ -17,7 +17,7 @@ use super::digests::{DigestRecord, Digests};
 use super::filling::{FileNames, Filling, SealRecord, copy_cfg, store_cfg};
 use super::readback::hash_file;
 use super::space::Space;
-use super::{DigestSet, Dir, DiskError, Hasher, Sealed};
+use super::{DigestKind, DigestSet, Dir, DiskError, Hasher, Sealed};
 use crate::names::{DiskUuid, ImageName, ImageUuid};
 
 const DISK_CFG: &str = "longhorn-disk.cfg";
@@ -217,19 +217,17 @@ impl Disk {
         file.sync_all().map_err(|e| DiskError::io("sync", &path, e))?;
         let (size_bytes, time) = (stat()?.len(), go_time(&stat()?));
         let (old_cfg, old) = recorded(&dir, &layout)?;
-        let known = old.digests.known();
-        let mut hasher = Hasher::new(DigestSet {
-            sha256: known.sha256 || want.sha256,
-            sha512: known.sha512 || want.sha512,
-        });
+        let mut hasher = Hasher::new(old.digests.whole.kinds().and(want));
         hash_file(&file, &path, size_bytes, &mut hasher, progress)?;
         if (stat()?.len(), go_time(&stat()?)) != (size_bytes, time) {
             let changed = std::io::Error::from(std::io::ErrorKind::ResourceBusy);
             return Err(DiskError::io("check a file that is being written:", &path, changed));
         }
         let digests = hasher.finish();
-        compare(&path, "SHA-256", old.digests.sha256.as_ref(), digests.sha256.as_ref())?;
-        compare(&path, "SHA-512", old.digests.sha512.as_ref(), digests.sha512.as_ref())?;
+        if let Some((kind, expected, found)) = old.digests.whole.differs(&digests.whole) {
+            let (kind, expected, found) = (kind.name(), expected.to_owned(), found.to_owned());
+            return Err(DiskError::DigestMismatch { path, kind, expected, found });
+        }
         let expected = old_cfg.map(|cfg| cfg.expected_checksum).filter(|text| !text.is_empty());
         let record = SealRecord {
             uuid: id.uuid.to_string(),
@@ -265,21 +263,6 @@ impl Disk {
     }
 }
 
-fn compare(
-    path: &Path,
-    kind: &'static str,
-    expected: Option<&String>,
-    found: Option<&String>,
-) -> Result<(), DiskError> {
-    match (expected, found) {
-        (Some(expected), Some(found)) if expected != found => {
-            let (expected, found) = (expected.clone(), found.clone());
-            Err(DiskError::DigestMismatch { path: path.to_owned(), kind, expected, found })
-        }
-        (Some(_) | None, Some(_) | None) => Ok(()),
-    }
-}
-
 /// What `backing.cfg` and `backing.digests` say, whatever the file's state.
 fn recorded(dir: &Dir, layout: &FileNames) -> Result<(Option<CopyCfg>, DigestRecord), DiskError> {
     let cfg = read_cfg(dir, layout)?;
@@ -290,7 +273,7 @@ fn recorded(dir: &Dir, layout: &FileNames) -> Result<(Option<CopyCfg>, DigestRec
     if let Some(cfg) = &cfg {
         let sums = [&cfg.current_checksum, &cfg.expected_checksum];
         if let Some(text) = sums.into_iter().find(|text| !text.is_empty()) {
-            record.digests.sha512 = Some(text.to_ascii_lowercase());
+            record.digests.whole.set(DigestKind::Sha512, text.to_ascii_lowercase());
         }
     }
     Ok((cfg, record))

@@ -70,7 +70,7 @@ fn what_goes_in_comes_out_sparse_sealed_and_read_only() {
         send_range(&writer, &BufPool::new(3), &bytes, 0, total);
         writer.finish().unwrap();
         assert_eq!(filling.missing(), vec![]);
-        let mut hasher = Hasher::new(DigestSet { sha256: true, sha512: true });
+        let mut hasher = Hasher::new(DigestSet::of(&[DigestKind::Sha256, DigestKind::Sha512]));
         hash_file(filling.file(), &filling.path(), total, &mut hasher, &mut |_| true).unwrap();
         let record = SealRecord {
             uuid: "ab12".into(),
@@ -161,7 +161,7 @@ fn a_changed_file_is_hashed_before_it_is_believed() {
         uuid: ImageUuid::parse("1a2b").unwrap(),
     };
     assert_eq!(disk.scan().unwrap(), vec![(id.clone(), CopyState::Unchecked)]);
-    let want = DigestSet { sha256: true, sha512: true };
+    let want = DigestSet::of(&[DigestKind::Sha256, DigestKind::Sha512]);
     let record = disk.verify(&id, MIB, want, &mut |_| true).unwrap();
     assert_eq!(disk.scan().unwrap(), vec![(id.clone(), CopyState::Ready(record.clone()))]);
     // Touched, same bytes: unchecked, then ready again.

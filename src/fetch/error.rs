@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use super::address::AddressRefused;
 use super::secret::AccessError;
+use super::sums::SumsFault;
 use crate::disk::DiskError;
 
 /// What a caller does about an error.
@@ -86,6 +87,8 @@ pub enum FetchError {
         "{url}: {kind} is {found}, expected {expected}; the bytes were thrown away: check the digest and the URL"
     )]
     Digest { url: String, kind: &'static str, expected: String, found: String },
+    #[error("{url}: {source}")]
+    Sums { url: String, source: SumsFault },
     #[error("{}: cannot {op}", path.display())]
     Local {
         op: &'static str,
@@ -149,6 +152,7 @@ impl FetchError {
             | Self::Empty { .. }
             | Self::TooLarge { .. }
             | Self::Digest { .. }
+            | Self::Sums { .. }
             | Self::Local { .. }
             | Self::Disk(_)
             | Self::Client { .. } => Class::Refuse,

@@ -1,85 +1,58 @@
 //! The digests that a user gave.
 //!
 //! Why: a digest is the only proof that the bytes are the right ones.
-//! How: parsed from hex once, compared in lower case.
-//! Never: takes a digest of the wrong length.
+//! How: any number of kinds, parsed from hex once, compared in lower case.
+//! Never: takes a digest of the wrong length, or is content while one of them was not made.
 //! Start at [`Expect::parse`].
 
-use crate::disk::{DigestSet, Digests};
+use crate::disk::{BadDigest, DigestKind, DigestMap, DigestSet, Digests};
 
-/// Digests that the bytes must have.
+/// Digests that the bytes must have: all of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Expect {
-    sha256: Option<String>,
-    sha512: Option<String>,
-}
+pub struct Expect(DigestMap);
 
-/// Why a digest is refused.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{kind} {found:?} is not usable: it has {need} hex digits")]
-pub struct ExpectError {
-    /// "SHA-256" or "SHA-512".
-    pub kind: &'static str,
-    /// The text as given, cut to 140 characters.
-    pub found: String,
-    /// How many hex digits it should have.
-    pub need: usize,
-}
-
-fn parse_hex(
-    kind: &'static str,
-    text: Option<&str>,
-    need: usize,
-) -> Result<Option<String>, ExpectError> {
-    let Some(text) = text.map(str::trim) else { return Ok(None) };
-    if text.len() != need || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
-        return Err(ExpectError { kind, found: text.chars().take(140).collect(), need });
+impl From<DigestMap> for Expect {
+    fn from(digests: DigestMap) -> Self {
+        Self(digests)
     }
-    Ok(Some(text.to_ascii_lowercase()))
 }
 
 impl Expect {
-    /// Takes hex digests as a user types them.
+    /// Takes hex digests of the two usual kinds as a user types them.
     ///
     /// # Errors
-    /// [`ExpectError`]: not hex, or of the wrong length.
-    pub fn parse(sha256: Option<&str>, sha512: Option<&str>) -> Result<Self, ExpectError> {
-        Ok(Self {
-            sha256: parse_hex("SHA-256", sha256, 64)?,
-            sha512: parse_hex("SHA-512", sha512, 128)?,
-        })
+    /// [`BadDigest`]: not hex, or of the wrong length.
+    pub fn parse(sha256: Option<&str>, sha512: Option<&str>) -> Result<Self, BadDigest> {
+        let given = [(DigestKind::Sha256, sha256), (DigestKind::Sha512, sha512)];
+        DigestMap::parse(given).map(Self)
     }
 
     /// True if there is anything to hold the bytes against.
     #[must_use]
     pub fn is_some(&self) -> bool {
-        self.sha256.is_some() || self.sha512.is_some()
+        !self.0.is_empty()
     }
 
-    /// The SHA-512 in lower-case hex, if given: Longhorn's checksum.
+    /// The digests.
     #[must_use]
-    pub fn sha512(&self) -> Option<&str> {
-        self.sha512.as_deref()
+    pub fn digests(&self) -> &DigestMap {
+        &self.0
     }
 
-    /// Which digests have to be made: those given, or SHA-256, which costs least.
+    /// Which digests have to be made: those given, and SHA-256 if none of them is a proof.
     #[must_use]
     pub fn wanted(&self) -> DigestSet {
-        DigestSet {
-            sha256: self.sha256.is_some() || self.sha512.is_none(),
-            sha512: self.sha512.is_some(),
-        }
+        let given = self.0.kinds();
+        let proof = given.kinds().any(DigestKind::proves);
+        if proof { given } else { given.with(DigestKind::Sha256) }
     }
 
     /// The first digest that differs: its name, what was expected, what was found.
     #[must_use]
     pub fn mismatch(&self, found: &Digests) -> Option<(&'static str, String, String)> {
-        let pairs =
-            [("SHA-256", &self.sha256, &found.sha256), ("SHA-512", &self.sha512, &found.sha512)];
-        pairs.into_iter().find_map(|(kind, expected, found)| {
-            let expected = expected.as_ref()?;
-            let found = found.clone().unwrap_or_else(|| "not made".into());
-            (*expected != found).then(|| (kind, expected.clone(), found))
+        self.0.iter().find_map(|(kind, expected)| {
+            let found = found.whole.get(kind).unwrap_or("not made");
+            (expected != found).then(|| (kind.name(), expected.to_owned(), found.to_owned()))
         })
     }
 }
@@ -101,7 +74,37 @@ mod tests {
     fn a_missing_digest_is_no_match() {
         let expect = Expect::parse(Some(&"ab".repeat(32)), None).unwrap();
         assert!(expect.mismatch(&Digests::default()).is_some());
-        let found = Digests { sha256: Some("ab".repeat(32)), ..Digests::default() };
+        let found = Digests { whole: expect.digests().clone(), ..Digests::default() };
         assert_eq!(expect.mismatch(&found), None);
+    }
+
+    #[test]
+    fn a_mismatch_names_its_kind() {
+        let mut all = DigestMap::default();
+        for kind in DigestKind::ALL {
+            all.add(kind, &"a".repeat(kind.hex_digits())).unwrap();
+        }
+        for kind in DigestKind::ALL {
+            let mut found = Digests { whole: all.clone(), ..Digests::default() };
+            found.whole.set(kind, "b".repeat(kind.hex_digits()));
+            let mismatch = Expect::from(all.clone()).mismatch(&found).unwrap();
+            assert_eq!(mismatch.0, kind.name());
+        }
+    }
+
+    #[test]
+    fn sums_that_prove_nothing_get_company() {
+        let wanted = |kinds: &[DigestKind]| {
+            let hex = |kind: DigestKind| "0".repeat(kind.hex_digits());
+            let texts: Vec<_> = kinds.iter().map(|kind| (*kind, hex(*kind))).collect();
+            let given = texts.iter().map(|(kind, text)| (*kind, Some(text.as_str())));
+            Expect::from(DigestMap::parse(given).unwrap()).wanted()
+        };
+        use DigestKind::{Blake3, Md5, Sha1, Sha256, Sha512};
+        assert_eq!(wanted(&[]), DigestSet::of(&[Sha256]));
+        assert_eq!(wanted(&[Md5]), DigestSet::of(&[Sha256, Md5]));
+        assert_eq!(wanted(&[Sha1, Md5]), DigestSet::of(&[Sha256, Sha1, Md5]));
+        assert_eq!(wanted(&[Sha512]), DigestSet::of(&[Sha512]));
+        assert_eq!(wanted(&[Blake3, Sha1]), DigestSet::of(&[Sha1, Blake3]));
     }
 }

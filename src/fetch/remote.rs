@@ -282,7 +282,7 @@ async fn first_part(
 }
 
 /// Tries until it works, as often and with such pauses as the policy says.
-async fn retried<T, F>(
+pub(super) async fn retried<T, F>(
     engine: &Engine,
     progress: &Progress,
     attempt: impl Fn() -> F,

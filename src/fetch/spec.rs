@@ -18,6 +18,8 @@ pub struct Source {
     pub mirrors: Vec<SourceUrl>,
     /// Digests that they must have.
     pub expect: Expect,
+    /// Where a file of digests is that has the source's, as a vendor's SHA256SUMS.
+    pub checksum_url: Option<SourceUrl>,
     /// Whether a compressed source (gz, xz, zst, bz2) is decoded on the way. Digests that are
     /// expected are those of the source's own bytes.
     pub unpack: bool,
@@ -35,6 +37,7 @@ impl Source {
             url,
             mirrors: Vec::new(),
             expect: Expect::default(),
+            checksum_url: None,
             unpack: false,
             digest: true,
             access: Access::default(),
@@ -55,6 +58,13 @@ impl Source {
     #[must_use]
     pub fn expecting(mut self, expect: Expect) -> Self {
         self.expect = expect;
+        self
+    }
+
+    /// With a file of digests, which has to have the source's.
+    #[must_use]
+    pub fn listed_in(mut self, sums: Option<SourceUrl>) -> Self {
+        self.checksum_url = sums;
         self
     }
 

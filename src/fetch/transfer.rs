@@ -25,6 +25,7 @@ use super::policy::Policy;
 use super::progress::{Phase, Progress};
 use super::source::SourceUrl;
 use super::spec::Source;
+use super::sums::settle;
 use super::version::{Agreed, Remote, Resume};
 use super::ways::Ways;
 use crate::disk::{DigestSet, Digests, Filling, Version};
@@ -82,6 +83,8 @@ pub async fn transfer(
     filling: &mut Filling,
     progress: &Arc<Progress>,
 ) -> Result<Fetched, FetchError> {
+    let settled = settle(engine, source, progress).await?;
+    let source = settled.as_ref();
     let Source { url, expect, access, .. } = source;
     let mut restarts = 0;
     let (mut fresh, mut mirrors) = (false, true);

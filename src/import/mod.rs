@@ -31,7 +31,7 @@ pub use error::ImportError;
 pub use pull::{PullRequest, Pulled, pull};
 
 use crate::disk::{DigestSet, Filling};
-use crate::fetch::{Engine, Fetched, Progress, Source, transfer};
+use crate::fetch::{Engine, Fetched, Progress, Source, settle, transfer};
 
 /// What a copy's bytes are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,6 +93,7 @@ pub async fn import(
             // Those that are expected are the source's, and proved on the way. One of the raw disk
             // would cost as much as hashing all of its holes: many times the import itself.
             let digests = DigestSet::default();
+            let source = &*settle(engine, source, progress).await?;
             expand::expand(engine, source, digests, filling, progress).await
         }
     }

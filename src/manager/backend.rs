@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::records::{Expected, Facts, Steering};
-use crate::fetch::{Access, SourceUrl};
+use crate::fetch::{Access, DigestMap, SourceUrl};
 use crate::image::Format;
 use crate::image::View;
 use crate::import::Layout;
@@ -91,10 +91,8 @@ pub struct CopyInfo {
     pub size_bytes: u64,
     /// Bytes that the file occupies on the disk (holes are not stored).
     pub stored_bytes: u64,
-    /// 64 hex digits, if computed.
-    pub sha256: Option<String>,
-    /// 128 hex digits, if computed.
-    pub sha512: Option<String>,
+    /// Digests of the file that were computed.
+    pub digests: DigestMap,
     /// The source's validator, if it gave one.
     pub etag: Option<String>,
 }
@@ -107,8 +105,7 @@ impl CopyInfo {
             format: self.format,
             virtual_size_bytes: self.virtual_size_bytes,
             size_bytes: self.size_bytes,
-            sha256: self.sha256.clone(),
-            sha512: self.sha512.clone(),
+            digests: self.digests.clone(),
         }
     }
 }
@@ -131,7 +128,7 @@ pub struct CopyTask {
     /// How it is steered when it starts; see [`Backend::steer`].
     pub steering: Steering,
     /// Digests to hold the bytes against.
-    pub expected: Expected,
+    pub expected: Box<Expected>,
     /// Format that the user declared; `None` = look.
     pub declared_format: Option<Format>,
     /// What an earlier copy told: this one must agree.

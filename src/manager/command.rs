@@ -36,7 +36,7 @@ pub struct NewImage {
     /// What a copy's bytes are to be.
     pub layout: Layout,
     /// Digests that the bytes must have.
-    pub expected: Expected,
+    pub expected: Box<Expected>,
     /// Format, if the user says it.
     pub declared_format: Option<Format>,
     /// Disks on which to bring it in at once; usually none (rule 1).
@@ -170,7 +170,7 @@ impl World {
             self.images.insert(name.clone(), Image::new(record));
         } else {
             same_image(&self.usable(&name)?.record, &new)?;
-            self.expect_more(&name, new.expected, new.declared_format, touched);
+            self.expect_more(&name, *new.expected, new.declared_format, touched);
             self.renew_access(&name, new.access, touched);
         }
         for disk in &new.disks {
@@ -188,14 +188,18 @@ impl World {
         touched: &mut Touched,
     ) {
         let Some(image) = self.images.get_mut(name) else { return };
-        if !image.record.disks.is_empty() {
-            return;
-        }
+        let is_new = image.record.disks.is_empty();
         let record = &mut image.record;
         let before = record.clone();
-        record.expected.sha256 = record.expected.sha256.take().or(expected.sha256);
-        record.expected.sha512 = record.expected.sha512.take().or(expected.sha512);
-        record.declared_format = record.declared_format.or(declared);
+        // Of a place that is known only the credentials can be others.
+        if is_new || record.expected.checksum_url.is_some() {
+            let known = record.expected.checksum_url.take();
+            record.expected.checksum_url = expected.checksum_url.or(known);
+        }
+        if is_new {
+            record.expected.digests.fill_from(&expected.digests);
+            record.declared_format = record.declared_format.or(declared);
+        }
         if *record != before {
             touched.actions.push(Action::SaveImage(Box::new(record.clone())));
             touched.images.insert(name.clone());
@@ -333,17 +337,15 @@ fn same_image(record: &ImageRecord, new: &NewImage) -> Result<(), ManagerError> 
         return Err(ManagerError::OtherSource { name, source_text });
     }
     let facts = record.facts.as_ref();
-    let pairs = [
-        (
-            "sha256",
-            record.expected.sha256.clone().or_else(|| facts.and_then(|f| f.sha256.clone())),
-            new.expected.sha256.clone(),
-        ),
-        (
-            "sha512",
-            record.expected.sha512.clone().or_else(|| facts.and_then(|f| f.sha512.clone())),
-            new.expected.sha512.clone(),
-        ),
+    let known = |kind| {
+        let digest = record.expected.digests.get(kind).or_else(|| facts?.digests.get(kind));
+        digest.map(str::to_owned)
+    };
+    let digests = new.expected.digests.iter();
+    let digests = digests.map(|(kind, given)| (kind.key(), known(kind), Some(given.to_owned())));
+    let shown = |url: &Option<SourceUrl>| url.as_ref().map(ToString::to_string);
+    let others = [
+        ("checksum_url", shown(&record.expected.checksum_url), shown(&new.expected.checksum_url)),
         ("layout", Some(record.layout.to_string()), Some(new.layout.to_string())),
         (
             "format",
@@ -351,7 +353,7 @@ fn same_image(record: &ImageRecord, new: &NewImage) -> Result<(), ManagerError> 
             new.declared_format.map(|f| f.to_string()),
         ),
     ];
-    for (what, found, given) in pairs {
+    for (what, found, given) in digests.chain(others) {
         let Some(given) = given else { continue };
         let fetched_unchecked = found.is_none() && !record.disks.is_empty();
         let found = found.unwrap_or_else(|| "not known".to_owned());

@@ -166,8 +166,7 @@ pub(super) fn info_of(view: &View, record: &CopyRecord) -> CopyInfo {
         virtual_size_bytes: info.virtual_size_bytes,
         size_bytes: info.file_size_bytes,
         stored_bytes: stored,
-        sha256: record.digests.sha256.clone(),
-        sha512: record.digests.sha512.clone(),
+        digests: record.digests.whole.clone(),
         etag: None,
     }
 }

@@ -11,46 +11,21 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::fetch::Access;
 use crate::fetch::source::{self, SourceUrl};
+use crate::fetch::{Access, DigestMap};
 use crate::image::Format;
 use crate::import::Layout;
 use crate::names::{DiskUuid, ImageName, ImageUuid, NameError};
 
-/// The digests that a user expects of an image's file: lower-case hex, checked on arrival.
+/// What a user says of the digests of an image's file; checked on arrival.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Expected {
-    /// 64 hex digits.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub sha256: Option<String>,
-    /// 128 hex digits.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub sha512: Option<String>,
-}
-
-impl Expected {
-    /// Checks and lower-cases digests as a user gives them.
-    ///
-    /// # Errors
-    /// [`NameError`] names the digest with the wrong length or a character that isn't hex.
-    pub fn parse(sha256: Option<&str>, sha512: Option<&str>) -> Result<Self, NameError> {
-        Ok(Self {
-            sha256: sha256.map(|t| hex_digest("sha256", t, 64, "64 hex digits")).transpose()?,
-            sha512: sha512.map(|t| hex_digest("sha512", t, 128, "128 hex digits")).transpose()?,
-        })
-    }
-}
-
-fn hex_digest(
-    what: &'static str,
-    text: &str,
-    digits: usize,
-    rule: &'static str,
-) -> Result<String, NameError> {
-    if text.len() == digits && text.bytes().all(|b| b.is_ascii_hexdigit()) {
-        return Ok(text.to_ascii_lowercase());
-    }
-    Err(NameError { what, found: text.chars().take(80).collect(), rule })
+    /// The digests that it must have, a property each.
+    #[serde(flatten)]
+    pub digests: DigestMap,
+    /// Where a file of digests is that has the image's; whole, as [`ImageRecord::source`] is.
+    #[serde(default, with = "source::whole", skip_serializing_if = "Option::is_none")]
+    pub checksum_url: Option<SourceUrl>,
 }
 
 /// What the first good copy told about the image: write-once; a copy that differs is refused.
@@ -62,12 +37,9 @@ pub struct Facts {
     pub virtual_size_bytes: u64,
     /// Length of the file in bytes.
     pub size_bytes: u64,
-    /// Digest of the file, if one was computed: 64 hex digits.
-    #[serde(default)]
-    pub sha256: Option<String>,
-    /// Digest of the file, if one was computed: 128 hex digits.
-    #[serde(default)]
-    pub sha512: Option<String>,
+    /// Digests of the file that were computed, a property each.
+    #[serde(flatten)]
+    pub digests: DigestMap,
 }
 
 /// How a user steers the transfers of an image.
@@ -116,7 +88,7 @@ pub struct ImageRecord {
     pub steering: Steering,
     /// What the user says of its digests.
     #[serde(default)]
-    pub expected: Expected,
+    pub expected: Box<Expected>,
     /// What the user says of its format; `None` = look.
     #[serde(default)]
     pub declared_format: Option<Format>,
@@ -231,10 +203,28 @@ mod tests {
     }
 
     #[test]
-    fn a_digest_of_the_wrong_length_is_refused() {
-        assert!(Expected::parse(Some(&"a".repeat(63)), None).is_err());
-        assert!(Expected::parse(Some(&"g".repeat(64)), None).is_err());
-        let ok = Expected::parse(Some(&"A".repeat(64)), Some(&"0".repeat(128))).unwrap();
-        assert_eq!(ok.sha256, Some("a".repeat(64)));
+    fn a_record_with_a_field_for_each_digest_is_read() {
+        let json = format!(
+            r#"{{"name":"a","uuid":"0a1b","created_unix_s":7,"source":"https://h/a",
+                 "expected":{{"sha512":"{}"}},"facts":{{"format":"raw","virtual_size_bytes":1,
+                 "size_bytes":1,"sha256":"{}","sha512":null}}}}"#,
+            "a".repeat(128),
+            "b".repeat(64)
+        );
+        let record: ImageRecord = serde_json::from_str(&json).unwrap();
+        let (expected, facts) = (&record.expected, record.facts.as_ref().unwrap());
+        assert_eq!(expected.digests.to_string(), format!("sha512:{}", "a".repeat(128)));
+        assert_eq!(facts.digests.to_string(), format!("sha256:{}", "b".repeat(64)));
+        assert_eq!(expected.checksum_url, None);
+    }
+
+    #[test]
+    fn a_record_keeps_its_checksum_url_whole_and_does_not_print_it() {
+        let json = r#"{"name":"a","uuid":"0a1b","created_unix_s":7,"source":"https://h/a",
+                       "expected":{"checksum_url":"https://u:hunter2@h/SHA256SUMS"}}"#;
+        let record: ImageRecord = serde_json::from_str(json).unwrap();
+        let stored = serde_json::to_string(&record).unwrap();
+        assert_eq!(serde_json::from_str::<ImageRecord>(&stored).unwrap(), record);
+        assert!(stored.contains("hunter2") && !format!("{record:?}").contains("hunter2"));
     }
 }

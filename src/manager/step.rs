@@ -376,21 +376,13 @@ pub(super) fn differs(known: &Facts, new: &Facts) -> Option<String> {
     if known.format != new.format {
         return differ("format", &known.format, &new.format);
     }
-    let digests = [("sha256", &known.sha256, &new.sha256), ("sha512", &known.sha512, &new.sha512)];
-    for (what, a, b) in digests {
-        if let (Some(a), Some(b)) = (a, b)
-            && a != b
-        {
-            return differ(what, a, b);
-        }
-    }
-    None
+    let (kind, a, b) = known.digests.differs(&new.digests)?;
+    differ(kind.key(), &a, &b)
 }
 
 /// Known facts stand; a digest that was not known is added.
 fn merge(known: Option<Facts>, new: Facts) -> Facts {
     let Some(mut known) = known else { return new };
-    known.sha256 = known.sha256.or(new.sha256);
-    known.sha512 = known.sha512.or(new.sha512);
+    known.digests.fill_from(&new.digests);
     known
 }

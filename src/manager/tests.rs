@@ -37,8 +37,7 @@ fn info(size_bytes: u64) -> CopyInfo {
         virtual_size_bytes: size_bytes,
         size_bytes,
         stored_bytes: size_bytes,
-        sha256: Some("a".repeat(64)),
-        sha512: None,
+        digests: format!("sha256:{}", "a".repeat(64)).parse().unwrap(),
         etag: None,
     }
 }
@@ -55,7 +54,7 @@ fn create_from(image: &str, url: &str) -> Command {
         access: Box::default(),
         mirrors: Vec::new(),
         layout: Layout::AsIs,
-        expected: Expected::default(),
+        expected: Box::default(),
         declared_format: None,
         disks: Vec::new(),
         created_unix_s: 1,

@@ -16,10 +16,13 @@ use super::backend::{
 };
 use super::helm::{Held, Helms};
 use super::node::{OpenError, Slot, info_of, store_id, view_of};
+use super::records::Expected;
 use super::turns::{Turn, Turns};
-use crate::disk::{self, CopyState, DigestSet, DiskError, Filling, SealRecord};
+use crate::disk::{self, CopyState, DigestKind, DiskError, Filling, SealRecord};
 use crate::fetch::one_line;
-use crate::fetch::{self, Class, Engine, Expect, FetchError, Fetched, Policy, RateLimit};
+use crate::fetch::{
+    self, Class, Engine, Expect, FetchError, Fetched, Policy, RateLimit, SourceUrl,
+};
 use crate::image::{self, Format, ImageError};
 use crate::import::{ImportError, Layout, import};
 use crate::ring::BufPool;
@@ -177,7 +180,11 @@ impl Worker {
     async fn verify(&self) -> Result<CopyInfo, WorkError> {
         let (events, cancel, declared) =
             (self.events.clone(), self.cancel.clone(), self.declared());
-        let want = self.expect().wanted();
+        // What is expected is of the source's own bytes, and was proved when they came; the first
+        // copy has told what the copies are.
+        let is_source = self.task.layout == Layout::AsIs && self.task.facts.is_none();
+        let expect = if is_source { self.settled_expect().await? } else { Expect::default() };
+        let want = expect.wanted();
         let record = self
             .on_disk(move |slot, id| -> Result<_, WorkError> {
                 let sealed = slot.disk.sealed(&id)?;
@@ -192,47 +199,59 @@ impl Worker {
                     }));
                     !cancel.is_cancelled()
                 };
-                let want = DigestSet { sha256: true, ..want };
+                let want = want.with(DigestKind::Sha256);
                 Ok(slot.disk.verify(&id, info.virtual_size_bytes, want, report)?)
             })
             .await?;
-        self.judge_digests(&record.digests)?;
+        if let Some((field, expected, found)) = expect.mismatch(&record.digests) {
+            return Err(WorkError::OtherImage { field, expected, found });
+        }
+        self.judge_facts(&record.digests)?;
         self.adopt(record).await
     }
 
-    fn expect(&self) -> Expect {
-        let expected = &self.task.expected;
-        // The manager has checked them; a record that was damaged since expects nothing.
-        Expect::parse(expected.sha256.as_deref(), expected.sha512.as_deref()).unwrap_or_default()
+    /// What the bytes must be, by a file of digests too, which is fetched for that.
+    async fn settled_expect(&self) -> Result<Expect, WorkError> {
+        let Some(source) = &self.task.source else {
+            return Ok(self.task.expected.digests.clone().into());
+        };
+        let (from, engine, progress) = (self.from(source), self.engine(), Arc::default());
+        let settling = fetch::settle(&engine, &from, &progress);
+        let settled = self.watch(settling, &progress).await.map_err(ImportError::from)?;
+        Ok(settled.into_owned().expect)
     }
 
-    fn judge_digests(&self, digests: &disk::Digests) -> Result<(), WorkError> {
-        // Those that are expected are of the source's own bytes.
-        // and proved when it came; the first copy has told those of the copies.
-        let is_source = self.task.layout == Layout::AsIs && self.task.facts.is_none();
-        if let Some((field, expected, found)) =
-            self.expect().mismatch(digests).filter(|_| is_source)
-        {
-            return Err(WorkError::OtherImage { field, expected, found });
+    fn engine(&self) -> Engine {
+        Engine {
+            pool: self.shared.pool.clone(),
+            probe: self.slot.probe.clone(),
+            policy: self.shared.policy.clone(),
+            buffers: self.shared.buffers,
+            limit: Arc::clone(&self.shared.limit),
         }
-        self.judge_facts(digests)
+    }
+
+    /// The source with what is known of it.
+    fn from(&self, url: &SourceUrl) -> fetch::Source {
+        let Expected { digests, checksum_url } = *self.task.expected.clone();
+        let source = fetch::Source::new(url.clone()).expecting(digests.into());
+        let source = source.listed_in(checksum_url);
+        let mut source = source.reached_with((*self.task.access).clone());
+        source.unpack = true;
+        source.mirrors.clone_from(&self.task.mirrors);
+        source
     }
 
     /// Holds digests against those of an earlier copy; the import has held the others.
     fn judge_facts(&self, digests: &disk::Digests) -> Result<(), WorkError> {
         let Some(facts) = &self.task.facts else { return Ok(()) };
-        for (field, expected, found) in [
-            ("SHA-256", &facts.sha256, &digests.sha256),
-            ("SHA-512", &facts.sha512, &digests.sha512),
-        ] {
-            if let (Some(expected), Some(found)) = (expected, found)
-                && expected != found
-            {
-                let (expected, found) = (expected.clone(), found.clone());
-                return Err(WorkError::OtherImage { field, expected, found });
+        match facts.digests.differs(&digests.whole) {
+            None => Ok(()),
+            Some((kind, expected, found)) => {
+                let (expected, found) = (expected.to_owned(), found.to_owned());
+                Err(WorkError::OtherImage { field: kind.name(), expected, found })
             }
         }
-        Ok(())
     }
 
     async fn fetch(&self) -> Result<CopyInfo, WorkError> {
@@ -240,19 +259,9 @@ impl Worker {
         let helm = self.shared.helms.take(&self.task.id, self.task.steering);
         let _turn = self.turn(&helm).await.map_err(ImportError::from)?;
         let mut filling = self.on_disk(|slot, id| slot.disk.filling(&id)).await?;
-        let engine = Engine {
-            pool: self.shared.pool.clone(),
-            probe: self.slot.probe.clone(),
-            policy: self.shared.policy.clone(),
-            buffers: self.shared.buffers,
-            limit: Arc::clone(&self.shared.limit),
-        };
+        let engine = self.engine();
         let progress = Arc::clone(helm.progress());
-        let mut from = fetch::Source::new(source.clone())
-            .expecting(self.expect())
-            .reached_with((*self.task.access).clone());
-        from.unpack = true;
-        from.mirrors.clone_from(&self.task.mirrors);
+        let from = self.from(source);
         let importing = import(&engine, &from, self.task.layout, &mut filling, &progress);
         let fetched = self.watch(importing, &progress).await?;
         self.judge_facts(&fetched.digests)?;
@@ -323,8 +332,9 @@ impl Worker {
         }));
         let (uuid, declared) = (self.task.id.uuid.to_string(), self.declared());
         // Longhorn's record holds the file against it; one of another form of it would not match.
-        let own = fetched.digests.sha512.clone();
-        let expected_sha512 = self.task.expected.sha512.clone().filter(|e| own.as_ref() == Some(e));
+        let [own, given] = [&fetched.digests.whole, &self.task.expected.digests]
+            .map(|digests| digests.get(DigestKind::Sha512));
+        let expected_sha512 = given.filter(|_| own == given).map(str::to_owned);
         self.on_disk(move |slot, id| -> Result<CopyInfo, WorkError> {
             // The last block may be padded: the file must have its length to be judged by it.
             filling.trim()?;

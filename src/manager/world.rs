@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::backend::{
     CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy, FoundState, Progress,
 };
-use super::records::{AttachmentId, AttachmentRecord, Expected, ImageRecord, Steering, Want};
+use super::records::{AttachmentId, AttachmentRecord, ImageRecord, Steering, Want};
 use super::step::differs;
 use crate::import::Layout;
 use crate::names::{DiskUuid, ImageName};
@@ -326,7 +326,7 @@ impl World {
                 layout: Layout::default(),
                 steering: Steering::default(),
                 access: Box::default(),
-                expected: Expected::default(),
+                expected: Box::default(),
                 declared_format: None,
                 facts: None,
                 disks: BTreeMap::new(),

@@ -152,6 +152,37 @@ fn a_digest_of_the_source_is_proved_on_the_way() {
 }
 
 #[test]
+fn a_file_of_digests_speaks_of_the_source_and_not_of_the_disk_made_of_it() {
+    if !have_qemu() {
+        return;
+    }
+    let temp = tempfile::tempdir().unwrap();
+    let (image, raw) = qcow2(temp.path(), &disk(8 * MIB, 52), "cluster_size=64k", true, &[]);
+    let (of_image, of_raw) = (sha256(&image), sha256(&raw));
+    // Without a digest, versions of such a server cannot be told apart.
+    let server = FaultServer::start(move |request| match request.path.as_str() {
+        "/good" => Reply::whole(format!("SHA256 (s.qcow2) = {of_image}\n").as_bytes()),
+        "/bad" => Reply::whole(format!("{of_raw}  s.qcow2\n").as_bytes()),
+        _ => Reply::ranged(request, &image, "W/\"weak\""),
+    });
+    let engine = engine(temp.path(), Choice::Auto);
+    let pulled = |sums: &str| {
+        let url = |path: &str| SourceUrl::parse(&format!("{}/{path}", server.url)).unwrap();
+        let source = Source::new(url("s.qcow2")).listed_in(Some(url(sums)));
+        let output = temp.path().join("out.raw");
+        let request = PullRequest { source, layout: Layout::Raw, output };
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        runtime.block_on(pull(&engine, &request, &Arc::new(Progress::default())))
+    };
+    pulled("good").unwrap();
+    assert!(output(temp.path()) == raw);
+    std::fs::remove_file(temp.path().join("out.raw")).unwrap();
+    let error = pulled("bad").unwrap_err();
+    assert!(error.report().contains("SHA-256 is"), "{}", error.report());
+    assert!(output(temp.path()).is_empty());
+}
+
+#[test]
 fn what_is_not_in_use_is_not_fetched() {
     if !have_qemu() {
         return;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::fault_server::{Cut, FaultServer, Reply, Request};
 use crate::{content, engine, sha256};
 use bedplate::disk::{Dir, FileNames, Filling, Space, Version};
-use bedplate::fetch::{Class, Expect, Policy, Progress, Source, SourceUrl};
+use bedplate::fetch::{Class, DigestKind, Expect, Policy, Progress, Source, SourceUrl};
 use bedplate::import::{ImportError, Layout, PullRequest, Pulled, pull};
 use bedplate::ring::Choice;
 
@@ -73,7 +73,7 @@ fn a_good_server_is_asked_once() {
     let case = Case::new(FaultServer::start(move |r| Reply::ranged(r, &served, ETAG)));
     let pulled = case.pull("/x?token=secret", &expect(&bytes)).unwrap();
     assert!(std::fs::read(case.output()).unwrap() == bytes);
-    assert_eq!(pulled.digests.sha256.unwrap(), sha256(&bytes));
+    assert_eq!(pulled.digests.whole.get(DigestKind::Sha256).unwrap(), sha256(&bytes));
     assert_eq!(case.server.requests().len(), 1);
     assert_eq!(case.server.requests()[0].header("range").unwrap(), "bytes=0-");
     assert_eq!(names(case.temp.path()), ["out.img"]);
@@ -326,7 +326,7 @@ fn a_local_file_is_copied_as_sparse_as_it_is() {
     let pulled = runtime.block_on(pull(&engine, &request, &Arc::new(Progress::default()))).unwrap();
     let (a, b) = (std::fs::read(&source).unwrap(), std::fs::read(case.output()).unwrap());
     assert!(a == b);
-    assert_eq!(pulled.digests.sha256.unwrap(), sha256(&a));
+    assert_eq!(pulled.digests.whole.get(DigestKind::Sha256).unwrap(), sha256(&a));
     let stored = std::fs::metadata(case.output()).unwrap().blocks() * 512;
     assert!(stored <= LEN as u64 * 3 / 4 + 64 * 1024, "{stored} bytes stored");
 }

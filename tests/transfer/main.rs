@@ -6,6 +6,7 @@ mod bad_input;
 #[path = "../control_support/mod.rs"]
 mod control_support;
 mod daemon;
+mod digests;
 mod expand;
 mod fallback;
 mod fault_server;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::fault_server::{Cut, FaultServer, Reply, Request};
 use crate::{content, engine, sha256};
-use bedplate::fetch::{Expect, Policy, Progress, Source, SourceUrl};
+use bedplate::fetch::{DigestKind, Expect, Policy, Progress, Source, SourceUrl};
 use bedplate::import::{ImportError, Layout, PullRequest, Pulled, pull};
 use bedplate::ring::{Choice, probe};
 
@@ -68,7 +68,7 @@ fn a_server_that_limits_each_connection_is_asked_on_several() {
     let served = bytes.clone();
     let server = FaultServer::start(move |r| paced(r, &served, ETAG));
     let (pulled, got, connections) = bring_in(&server, &expect(&bytes));
-    assert_eq!(pulled.unwrap().digests.sha256.unwrap(), sha256(&bytes));
+    assert_eq!(pulled.unwrap().digests.whole.get(DigestKind::Sha256).unwrap(), sha256(&bytes));
     assert!(got == bytes);
     assert!(connections >= 4, "{connections} connections");
     assert_eq!(overlaps(&server.requests()), 0, "pieces do not overlap");

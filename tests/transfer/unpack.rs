@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::control_support::Daemon;
 use crate::fault_server::{Cut, FaultServer, Reply};
 use crate::{content, engine, sha256};
-use bedplate::fetch::{Class, Expect, Policy, Progress, Source, SourceUrl};
+use bedplate::fetch::{Class, DigestKind, Expect, Policy, Progress, Source, SourceUrl};
 use bedplate::import::{ImportError, Layout, PullRequest, Pulled, pull};
 use bedplate::ring::Choice;
 
@@ -71,7 +71,11 @@ fn each_kind_of_stream_becomes_a_sparse_disk_also_when_connections_break() {
         let pulled = pulled.unwrap_or_else(|error| panic!("{tool}: {}", error.report()));
         let output = temp.path().join("out.img");
         assert!(std::fs::read(&output).unwrap() == bytes, "{tool}");
-        assert_eq!(pulled.digests.sha256.unwrap(), sha256(&bytes), "{tool}: the disk's own digest");
+        assert_eq!(
+            pulled.digests.whole.get(DigestKind::Sha256).unwrap(),
+            sha256(&bytes),
+            "{tool}: the disk's own digest"
+        );
         assert_eq!(server.sent(), stream.len() as u64, "{tool}: no byte was sent twice");
         let stored = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(output).unwrap());
         assert!(stored * 512 < bytes.len() as u64 * 9 / 10, "{tool}: zeroes are holes");
