@@ -33,6 +33,7 @@ mod secret;
 pub mod source;
 mod spec;
 mod sums;
+pub(crate) mod threads;
 mod todo;
 mod transfer;
 mod unpack;

@@ -22,7 +22,8 @@ use super::progress::Progress;
 use super::remote::retried;
 use super::source::SourceUrl;
 use super::spec::Source;
-use super::transfer::{Engine, blocking};
+use super::threads::blocking;
+use super::transfer::Engine;
 use crate::disk::{DigestKind, DigestMap};
 
 /// Longest file of digests that is read.

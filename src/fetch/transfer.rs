@@ -26,6 +26,7 @@ use super::progress::{Phase, Progress};
 use super::source::SourceUrl;
 use super::spec::Source;
 use super::sums::settle;
+use super::threads::{blocking, in_place};
 use super::version::{Agreed, Remote, Resume};
 use super::ways::Ways;
 use crate::disk::{DigestSet, Digests, Filling, Version};
@@ -467,23 +468,5 @@ impl Run<'_> {
             }
         }
         Err(error)
-    }
-}
-
-pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(value) => value,
-        Err(error) => std::panic::resume_unwind(error.into_panic()),
-    }
-}
-
-/// Runs work that waits for the disk without holding up the other tasks of this thread.
-fn in_place<T>(work: impl FnOnce() -> T) -> T {
-    use tokio::runtime::{Handle, RuntimeFlavor};
-    if Handle::current().runtime_flavor() == RuntimeFlavor::MultiThread {
-        tokio::task::block_in_place(work)
-    } else {
-        // Such a runtime has no other thread to hand its tasks to.
-        work()
     }
 }

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::disk::{DigestSet, DiskError, Filling, Version};
+use crate::fetch::threads::{blocking, in_place};
 use crate::fetch::{
     Engine, FetchError, Fetched, MAX_PART_BYTES, Pipeline, Progress, Source, SourceFile, transfer,
 };
@@ -229,23 +230,5 @@ impl Work<'_> {
             return Err(FetchError::Digest { url, kind, expected, found }.into());
         }
         Ok(())
-    }
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(value) => value,
-        Err(error) => std::panic::resume_unwind(error.into_panic()),
-    }
-}
-
-/// Runs work that waits for the disk without holding up the other tasks of this thread.
-fn in_place<T>(work: impl FnOnce() -> T) -> T {
-    use tokio::runtime::{Handle, RuntimeFlavor};
-    if Handle::current().runtime_flavor() == RuntimeFlavor::MultiThread {
-        tokio::task::block_in_place(work)
-    } else {
-        // Such a runtime has no other thread to hand its tasks to.
-        work()
     }
 }
