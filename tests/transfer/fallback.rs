@@ -19,7 +19,7 @@ const LEN: usize = 3 * 1024 * 1024 + 777;
 const REFUSALS: [(i32, &str); 2] = [(libc::EPERM, "seccomp"), (libc::ENOSYS, "Linux 5.6")];
 
 /// io_uring_setup fails with `errno` in the child: classic BPF, as container runtimes do it.
-fn forbid_io_uring(command: &mut Command, errno: i32) {
+pub fn forbid_io_uring(command: &mut Command, errno: i32) {
     let op = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter {
         code: u16::try_from(code).unwrap(),
         jt,

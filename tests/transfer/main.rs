@@ -5,6 +5,7 @@
 mod bad_input;
 #[path = "../control_support/mod.rs"]
 mod control_support;
+mod crash;
 mod daemon;
 mod digests;
 mod expand;

@@ -87,6 +87,25 @@ def sparse(path, size, every=4):
     return digest.hexdigest(), data_bytes
 
 
+def holes(path, size, data_bytes):
+    """Random data in equal pieces of a MiB, as far apart as they can be; the rest are holes."""
+    source, count = random.Random(4), data_bytes // MIB
+    with open(path, "wb") as out:
+        out.truncate(size)
+        for index in range(count):
+            os.pwrite(out.fileno(), source.randbytes(MIB), size // count * index // MIB * MIB)
+        os.fdatasync(out.fileno())
+
+
+def random_bytes(path, size, seed):
+    """Bytes that no two seeds share."""
+    source = random.Random(seed)
+    with open(path, "wb") as out:
+        for _ in range(size // MIB):
+            out.write(source.randbytes(MIB))
+        os.fdatasync(out.fileno())
+
+
 def warm(path):
     """Brings a file into the page cache."""
     with open(path, "rb", buffering=0) as source:
