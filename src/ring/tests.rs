@@ -22,6 +22,11 @@ fn sinks() -> Vec<Box<dyn Sink>> {
         Ok(ring) => sinks.push(Box::new(ring)),
         Err(error) => println!("SKIPPED: io_uring sink: {error}"),
     }
+    #[cfg(feature = "tokio-uring")]
+    match TokioUringSink::new() {
+        Ok(ring) => sinks.push(Box::new(ring)),
+        Err(error) => println!("SKIPPED: tokio-uring sink: {error}"),
+    }
     sinks
 }
 
