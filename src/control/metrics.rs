@@ -128,7 +128,7 @@ fn add_disks(registry: &mut Registry, disks: &[DiskStatus]) {
     registry.register("disk_healthy", "1 if copies may be started on the disk", healthy);
     registry.register(
         "disk_sink",
-        "1 for the way in which bytes are written: uring, threads",
+        "1 for the way in which bytes are written: uring, threads, tokio-uring",
         sink,
     );
 }
