@@ -57,6 +57,9 @@ pub(super) async fn scrape(State(app): State<App>) -> Result<impl IntoResponse, 
     };
     gauge(&mut registry, "images", "Images known", count(images.len()));
     gauge(&mut registry, "attachments", "Attachments held", count(attachments.len()));
+    let help = "Kernel threads (iou-wrk) that now do this process's io_uring calls for it: more \
+                than a few during transfers means that direct writes are not asynchronous";
+    gauge(&mut registry, "uring_kernel_workers", help, count(kernel_workers()));
 
     add_images(&mut registry, &app, &images);
     add_disks(&mut registry, &disks);
@@ -68,6 +71,13 @@ pub(super) async fn scrape(State(app): State<App>) -> Result<impl IntoResponse, 
     })?;
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     Ok(([(header::CONTENT_TYPE, kind)], text))
+}
+
+/// Threads of this process that the kernel made for io_uring; 0 where /proc can't be read.
+fn kernel_workers() -> usize {
+    let Ok(tasks) = std::fs::read_dir("/proc/self/task") else { return 0 };
+    let names = tasks.flatten().filter_map(|task| std::fs::read(task.path().join("comm")).ok());
+    names.filter(|name| name.starts_with(b"iou-wrk")).count()
 }
 
 fn add_images(registry: &mut Registry, app: &App, images: &[ImageStatus]) {
@@ -123,7 +133,7 @@ fn add_disks(registry: &mut Registry, disks: &[DiskStatus]) {
     registry.register("disk_healthy", "1 if copies may be started on the disk", healthy);
     registry.register(
         "disk_sink",
-        "1 for the way in which bytes are written: uring, threads",
+        "1 for the way in which bytes are written: uring, threads, tokio-uring",
         sink,
     );
 }

@@ -64,7 +64,7 @@ fn disk_checks(disk: &Path) -> Vec<Check> {
     let mut all = vec![writable(disk, name("writable")), room(disk, name("room"))];
     all.push(direct(disk, name("O_DIRECT")));
     all.push(match ring::probe(disk, ring::Choice::Auto) {
-        Ok(ring::Probe { kind: ring::SinkKind::Uring, .. }) => {
+        Ok(ring::Probe { kind: ring::SinkKind::Uring | ring::SinkKind::TokioUring, .. }) => {
             check(name("io_uring"), Level::Ok, "works", "")
         }
         Ok(ring::Probe { kind: ring::SinkKind::Threads, reason }) => {

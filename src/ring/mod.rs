@@ -11,6 +11,8 @@
 mod buf;
 mod probe;
 mod thread;
+#[cfg(feature = "tokio-uring")]
+mod tokio_uring;
 mod uring;
 mod zero;
 
@@ -25,6 +27,8 @@ use std::sync::Arc;
 pub use buf::{BLOCK_BYTES, Buf, BufPermits, BufPool, BufShare, PAGE_BYTES};
 pub use probe::{Choice, Probe, SinkKind, probe};
 pub use thread::ThreadSink;
+#[cfg(feature = "tokio-uring")]
+pub use tokio_uring::TokioUringSink;
 pub use uring::UringSink;
 pub use zero::{DataRuns, data_runs, is_zero};
 

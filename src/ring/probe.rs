@@ -28,6 +28,8 @@ pub enum Choice {
     Uring,
     /// `pwrite` on threads.
     Threads,
+    /// The crate tokio-uring, or an error that says why not.
+    TokioUring,
 }
 
 impl std::str::FromStr for Choice {
@@ -37,6 +39,10 @@ impl std::str::FromStr for Choice {
             "auto" => Ok(Self::Auto),
             "uring" => Ok(Self::Uring),
             "threads" => Ok(Self::Threads),
+            "tokio-uring" if cfg!(feature = "tokio-uring") => Ok(Self::TokioUring),
+            "tokio-uring" => Err("sink \"tokio-uring\" is not in this program: build it with \
+                                  --features tokio-uring, or give auto, uring or threads"
+                .to_owned()),
             _ => Err(format!("sink {text:?} is not known; give auto, uring or threads")),
         }
     }
@@ -49,6 +55,8 @@ pub enum SinkKind {
     Uring,
     /// [`ThreadSink`], buffered.
     Threads,
+    /// The crate tokio-uring, O_DIRECT; only with the feature of that name.
+    TokioUring,
 }
 
 impl fmt::Display for SinkKind {
@@ -56,6 +64,7 @@ impl fmt::Display for SinkKind {
         f.write_str(match self {
             Self::Uring => "uring",
             Self::Threads => "threads",
+            Self::TokioUring => "tokio-uring",
         })
     }
 }
@@ -74,26 +83,37 @@ impl Probe {
     /// then it is threads.
     #[must_use]
     pub fn open(&self) -> Box<dyn Sink> {
-        if self.kind == SinkKind::Uring {
-            match UringSink::new() {
-                Ok(sink) => return Box::new(sink),
-                Err(error) => {
-                    tracing::warn!(%error, "no ring for this transfer: writing on threads")
-                }
-            }
-        }
-        Box::new(ThreadSink::new())
+        ring(self.kind).unwrap_or_else(|error| {
+            tracing::warn!(%error, "no ring for this transfer: writing on threads");
+            Box::new(ThreadSink::new())
+        })
+    }
+}
+
+/// A new sink of this kind.
+fn ring(kind: SinkKind) -> io::Result<Box<dyn Sink>> {
+    match kind {
+        SinkKind::Uring => Ok(Box::new(UringSink::new()?)),
+        SinkKind::Threads => Ok(Box::new(ThreadSink::new())),
+        #[cfg(feature = "tokio-uring")]
+        SinkKind::TokioUring => Ok(Box::new(super::TokioUringSink::new()?)),
+        #[cfg(not(feature = "tokio-uring"))]
+        SinkKind::TokioUring => Err(io::ErrorKind::Unsupported.into()),
     }
 }
 
 /// Chooses the sink for files in `dir`.
 ///
 /// # Errors
-/// Only for [`Choice::Uring`], when it does not work here; the message says what to change.
+/// Only for [`Choice::Uring`] and [`Choice::TokioUring`], when it does not work here; the message says what to change.
 pub fn probe(dir: &Path, choice: Choice) -> Result<Probe, String> {
     match choice {
         Choice::Threads => Ok(Probe { kind: SinkKind::Threads, reason: None }),
-        Choice::Auto | Choice::Uring => match smoke(dir) {
+        Choice::TokioUring => match smoke(dir, SinkKind::TokioUring) {
+            Ok(()) => Ok(Probe { kind: SinkKind::TokioUring, reason: None }),
+            Err(reason) => Err(format!("{}: tokio-uring does not work: {reason}", dir.display())),
+        },
+        Choice::Auto | Choice::Uring => match smoke(dir, SinkKind::Uring) {
             Ok(()) => Ok(Probe { kind: SinkKind::Uring, reason: None }),
             Err(reason) if choice == Choice::Uring => {
                 Err(format!("{}: io_uring does not work here: {reason}", dir.display()))
@@ -118,8 +138,8 @@ fn ring_refused(error: &io::Error) -> String {
 }
 
 /// Writes one page through a ring to an unnamed file in `dir`, reads it back.
-fn smoke(dir: &Path) -> Result<(), String> {
-    let mut sink = UringSink::new().map_err(|e| ring_refused(&e))?;
+fn smoke(dir: &Path, kind: SinkKind) -> Result<(), String> {
+    let mut sink = ring(kind).map_err(|e| ring_refused(&e))?;
     let open = |flags| rustix::fs::open(dir, flags | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR);
     let fd = open(OFlags::TMPFILE | OFlags::RDWR | OFlags::DIRECT)
         .map_err(|e| format!("the file system of {} refuses O_DIRECT ({e})", dir.display()))?;
@@ -127,7 +147,7 @@ fn smoke(dir: &Path) -> Result<(), String> {
     rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, PAGE_BYTES as u64)
         .map_err(|e| format!("the file system of {} refuses fallocate ({e})", dir.display()))?;
     let failed = |e: io::Error| format!("a test write with O_DIRECT failed ({e})");
-    write_page(&mut sink, &file).map_err(failed)?;
+    write_page(&mut *sink, &file).map_err(failed)?;
     // Read back without O_DIRECT: the buffer here is not aligned, and a cached read sees the write.
     rustix::fs::fcntl_setfl(file.as_fd(), OFlags::empty()).map_err(|e| failed(e.into()))?;
     let mut back = vec![0u8; PAGE_BYTES];
@@ -138,7 +158,7 @@ fn smoke(dir: &Path) -> Result<(), String> {
     Ok(())
 }
 
-fn write_page(sink: &mut UringSink, file: &File) -> io::Result<()> {
+fn write_page(sink: &mut dyn Sink, file: &File) -> io::Result<()> {
     let permit_free = BufPool::new(1);
     let mut buf = permit_free.try_take()?;
     buf.fill(&[0xB5; PAGE_BYTES], PAGE_BYTES);

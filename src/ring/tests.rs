@@ -22,6 +22,11 @@ fn sinks() -> Vec<Box<dyn Sink>> {
         Ok(ring) => sinks.push(Box::new(ring)),
         Err(error) => println!("SKIPPED: io_uring sink: {error}"),
     }
+    #[cfg(feature = "tokio-uring")]
+    match TokioUringSink::new() {
+        Ok(ring) => sinks.push(Box::new(ring)),
+        Err(error) => println!("SKIPPED: tokio-uring sink: {error}"),
+    }
     sinks
 }
 
@@ -141,6 +146,36 @@ fn the_probe_names_its_choice() {
     assert_eq!(probe(&dir, Choice::Threads).unwrap().kind, SinkKind::Threads);
     let auto = probe(&dir, Choice::Auto).unwrap();
     assert_eq!(auto.reason.is_none(), auto.kind == SinkKind::Uring);
+}
+
+#[cfg(feature = "tokio-uring")]
+#[test]
+fn tokio_uring_gives_every_buffer_back_and_refuses_what_is_too_much() {
+    let Ok(mut sink) = TokioUringSink::new() else {
+        println!("SKIPPED: io_uring is refused here");
+        return;
+    };
+    let (pool, file) = (BufPool::new(9), target(true));
+    for tag in 0..9 {
+        let buf = block(&pool, 7, BLOCK_BYTES);
+        let at = FileOffset(tag * BLOCK_BYTES as u64);
+        let op = WriteOp { file: Arc::clone(&file), buf, range: 0..BLOCK_BYTES, at, tag };
+        assert_eq!(sink.push(op).is_ok(), tag < 8);
+    }
+    drop(sink);
+    assert_eq!(pool.in_use(), 0);
+    assert_eq!(file.metadata().unwrap().len(), 8 * BLOCK_BYTES as u64);
+}
+
+#[test]
+fn tokio_uring_is_chosen_by_name_only_where_it_was_built() {
+    let choice = "tokio-uring".parse::<Choice>();
+    if cfg!(feature = "tokio-uring") {
+        let probed = probe(&std::env::temp_dir(), choice.unwrap());
+        assert!(probed.is_err() || probed.unwrap().kind == SinkKind::TokioUring);
+    } else {
+        assert!(choice.unwrap_err().contains("--features tokio-uring"));
+    }
 }
 
 proptest! {
