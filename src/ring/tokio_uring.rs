@@ -125,6 +125,10 @@ impl Sink for TokioUringSink {
     }
 
     fn reap(&mut self, min: usize, done: &mut Done<'_>) -> io::Result<()> {
+        // A caller whose push came back would otherwise push and reap for ever.
+        if self.count == 0 && self.thread.as_ref().is_none_or(JoinHandle::is_finished) {
+            return Err(io::Error::other("the thread of the ring has ended"));
+        }
         let target = min.min(self.count);
         let mut reaped = 0;
         loop {
