@@ -50,7 +50,8 @@ pub(super) fn request(
 ) -> CreateImage {
     CreateImage {
         name,
-        url: url.expose().to_string(),
+        url: Some(url.expose().to_string()),
+        upload_bytes: None,
         access: Access::default(),
         sha256: expected.sha256.clone(),
         sha512: expected.sha512.clone(),

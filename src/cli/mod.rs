@@ -11,6 +11,7 @@
 pub mod args;
 pub mod args_access;
 pub mod args_steer;
+pub mod args_upload;
 pub mod exit;
 
 mod attach;
@@ -37,6 +38,7 @@ mod sizes;
 mod source;
 mod steer;
 mod table;
+mod upload;
 mod watch;
 
 use std::process::ExitCode;
@@ -80,6 +82,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         | Command::Pull(_)
         | Command::Serve(_)
         | Command::Create(_)
+        | Command::Upload(_)
         | Command::List(_)
         | Command::Get(_)
         | Command::Delete(_)
@@ -103,6 +106,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
             Command::Pull(args) => pull::run(&args, output).await,
             Command::Serve(args) => serve::run(&args, &global, output).await,
             Command::Create(args) => create::run(&args, &global, output).await,
+            Command::Upload(args) => upload::run(&args, &global, output).await,
             Command::List(_) => list::run(&global, output).await,
             Command::Get(args) => get::run(&args, &global, output).await,
             Command::Delete(args) => delete::run(&args, &global, output).await,

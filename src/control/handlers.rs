@@ -17,6 +17,7 @@ use super::types::{
     FetchImage, Health, Image, Images, Settings, SteerImage,
 };
 use super::wire;
+use crate::fetch::Policy;
 use crate::manager::{
     AttachmentId, AttachmentStatus, Expected, Format, ImageStatus, Layout, NewAttachment, NewImage,
     SourceUrl, SteeringChange, unix_now_s,
@@ -26,7 +27,7 @@ use crate::names::{DiskUuid, ImageName, ImageUuid};
 /// Transfers at the same time that may be set.
 const MAX_TRANSFERS: std::ops::RangeInclusive<usize> = 1..=1000;
 
-type Answer<T> = Result<T, ApiError>;
+pub(super) type Answer<T> = Result<T, ApiError>;
 
 /// The OpenAPI document, as it is in the source tree.
 pub const OPENAPI: &str = include_str!("openapi.json");
@@ -39,7 +40,7 @@ fn show_attachment(app: &App, status: &AttachmentStatus) -> Json<Attachment> {
     Json(wire::attachment(status, &app.nbd_socket))
 }
 
-fn no_image(name: &ImageName) -> ApiError {
+pub(super) fn no_image(name: &ImageName) -> ApiError {
     crate::manager::ManagerError::NoSuchImage { name: name.clone() }.into()
 }
 
@@ -57,17 +58,41 @@ pub(super) async fn create_image(
     Ok((status, show(&app, &image)).into_response())
 }
 
+/// Where the bytes come from; `None` if they are to be uploaded.
+fn source_of(body: &CreateImage) -> Answer<Option<SourceUrl>> {
+    let most = Policy::default().max_bytes;
+    match (&body.url, body.upload_bytes) {
+        (Some(url), None) => SourceUrl::parse(url).map(Some).map_err(|e| {
+            let hint = "give the URL of an image file";
+            ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "refused-source", e.to_string(), hint)
+        }),
+        (None, Some(bytes)) if bytes == 0 || bytes > most => {
+            Err(ApiError::bad_request(format!("upload_bytes: give 1 to {most}")))
+        }
+        (None, Some(_)) if body.layout.as_deref() == Some("raw") => {
+            Err(ApiError::bad_request("layout: an upload is kept as-is; raw needs a url"))
+        }
+        (None, Some(_)) if !body.access.is_empty() => {
+            Err(ApiError::bad_request("access: an upload has none; it belongs to a url"))
+        }
+        (None, Some(_)) => Ok(None),
+        (Some(_), Some(_)) => {
+            Err(ApiError::bad_request("url, upload_bytes: give one of them, not both"))
+        }
+        (None, None) => Err(ApiError::bad_request("url, upload_bytes: give one of them")),
+    }
+}
+
 /// Checks a request to create an image. Of the URL only the scheme may be in an error.
 fn new_image(body: &CreateImage) -> Answer<NewImage> {
-    let source = SourceUrl::parse(&body.url).map_err(|e| {
-        let hint = "give the URL of an image file";
-        ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "refused-source", e.to_string(), hint)
-    })?;
+    let source = source_of(body)?;
     body.access.check().map_err(|e| ApiError::bad_request(e.to_string()))?;
     let name = match &body.name {
         Some(name) => ImageName::parse(name)?,
-        None => ImageName::suggest(source.expose().path())
-            .ok_or_else(|| ApiError::bad_request("the URL's last part gives no name; give one"))?,
+        None => source
+            .as_ref()
+            .and_then(|source| ImageName::suggest(source.expose().path()))
+            .ok_or_else(|| ApiError::bad_request("no URL's last part gives a name; give one"))?,
     };
     let format = body.format.as_deref().map(str::parse::<Format>).transpose();
     let declared_format = format.map_err(|e| ApiError::bad_request(format!("format: {e}")))?;
@@ -78,6 +103,7 @@ fn new_image(body: &CreateImage) -> Answer<NewImage> {
         name,
         uuid: ImageUuid::random()?,
         source,
+        upload_bytes: body.upload_bytes,
         access: Box::new(body.access.clone()),
         layout: layout.unwrap_or_default(),
         expected: Expected::parse(body.sha256.as_deref(), body.sha512.as_deref())?,

@@ -23,6 +23,7 @@ pub(crate) fn image(status: &ImageStatus, nbd_socket: &Path) -> Image {
         name: record.name.to_string(),
         uuid: record.uuid.to_string(),
         source: record.source.as_ref().map(ToString::to_string),
+        upload_bytes: record.upload_bytes,
         access: record.access.kinds().into_iter().map(str::to_owned).collect(),
         layout: record.layout.to_string(),
         paused: record.steering.paused,

@@ -31,6 +31,7 @@ pub mod source;
 mod spec;
 mod todo;
 mod transfer;
+mod upload;
 mod version;
 
 pub use access::{Access, Basic, S3Access};
@@ -47,3 +48,4 @@ pub use secret::{AccessError, Secret, Trust};
 pub use source::{SourceError, SourceUrl};
 pub use spec::Source;
 pub use transfer::{Engine, Fetched, transfer};
+pub use upload::{Upload, UploadError, UploadWriter, receive};

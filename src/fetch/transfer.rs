@@ -30,7 +30,7 @@ use crate::ring::{BufPool, BufShare, Probe};
 /// How often a source may turn out to be another version before that is the error.
 const MAX_RESTARTS: u32 = 3;
 /// Buffers of a transfer while one connection is enough: they stay in the processor's cache.
-const FEW_BUFFERS: usize = 12;
+pub(super) const FEW_BUFFERS: usize = 12;
 
 /// What transfers of a process share.
 #[derive(Clone, Debug)]
@@ -382,7 +382,7 @@ pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send 
 }
 
 /// Runs work that waits for the disk without holding up the other tasks of this thread.
-fn in_place<T>(work: impl FnOnce() -> T) -> T {
+pub(super) fn in_place<T>(work: impl FnOnce() -> T) -> T {
     use tokio::runtime::{Handle, RuntimeFlavor};
     if Handle::current().runtime_flavor() == RuntimeFlavor::MultiThread {
         tokio::task::block_in_place(work)

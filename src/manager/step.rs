@@ -262,6 +262,7 @@ fn start_step(
     let task = CopyTask {
         worker: copy.worker_name.clone(),
         source: record.source.clone(),
+        upload_bytes: record.upload_bytes,
         layout: record.layout,
         steering: record.steering,
         access: record.access.clone(),

@@ -51,7 +51,8 @@ fn create_from(image: &str, url: &str) -> Command {
     Command::Create(NewImage {
         name: name(image),
         uuid: ImageUuid::random().unwrap(),
-        source: SourceUrl::parse(url).unwrap(),
+        source: Some(SourceUrl::parse(url).unwrap()),
+        upload_bytes: None,
         access: Box::default(),
         layout: Layout::AsIs,
         expected: Expected::default(),

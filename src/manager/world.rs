@@ -322,6 +322,7 @@ impl World {
                 name: name.clone(),
                 uuid: uuid.clone(),
                 source: None,
+                upload_bytes: None,
                 layout: Layout::default(),
                 steering: Steering::default(),
                 access: Box::default(),
