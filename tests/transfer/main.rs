@@ -14,6 +14,7 @@ mod full_disk;
 mod kill;
 mod parallel;
 mod steer;
+mod upload;
 
 use std::path::Path;
 
