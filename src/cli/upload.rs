@@ -31,6 +31,8 @@ use crate::names::ImageName;
 
 /// Faults in a row, without a new byte, until it gives up: about two minutes.
 const MOST_FAULTS: u32 = 30;
+/// How often the daemon may go away once it has everything.
+const MOST_ENDS: u32 = 5;
 /// Longest rest after a fault.
 const MOST_REST: Duration = Duration::from_secs(5);
 /// Bytes that are read of the file at once.
@@ -73,9 +75,7 @@ pub(super) async fn run(
     let target = format!("/v1/images/{}/fetch", image.name);
     let _wanted: Image = client.post(&target, &FetchImage { disk: args.disk.clone() }).await?;
     let sending = Sending { client, image: image.name, disk, file, path: &args.file, len };
-    sending.send_all(output).await?;
-    let (client, name) = (&sending.client, sending.image.as_str());
-    let image = follow::until_ready(client, name, disk, OnFailure::Wait, output).await?;
+    let image = sending.until_ready(output).await?;
     if output.json {
         return output.object(&image);
     }
@@ -107,6 +107,18 @@ fn name_of(args: &UploadArgs) -> Result<ImageName, CliError> {
 }
 
 impl Sending<'_> {
+    /// Sends and waits. A daemon that restarts while it verifies may have forgotten the end.
+    async fn until_ready(&self, output: &Output) -> Result<Image, CliError> {
+        let (client, name, mut tries) = (&self.client, self.image.as_str(), 0);
+        loop {
+            self.send_all(output).await?;
+            match follow::until_ready(client, name, self.disk, OnFailure::Wait, output).await {
+                Err(error) if error.exit == Exit::Retry && tries < MOST_ENDS => tries += 1,
+                other => return other,
+            }
+        }
+    }
+
     /// Sends until the daemon has everything.
     async fn send_all(&self, output: &Output) -> Result<(), CliError> {
         let mut meter = Meter::new(output, &self.image);

@@ -51,7 +51,7 @@ pub(super) async fn read_batch(
 fn group_from(tables: &[L2Table], start: usize, first: usize, most_entries: usize) -> Range<usize> {
     let (mut end, mut bytes, mut entries) = (start, 0, 0);
     while let Some(table) = tables.get(end) {
-        let whole_units = (end - first) % 2 == 0;
+        let whole_units = (end - first).is_multiple_of(2);
         if end > start && whole_units && (bytes >= GROUP_BYTES || entries >= most_entries) {
             break;
         }

@@ -165,7 +165,7 @@ impl World {
                 deleting: false,
                 created_unix_s: new.created_unix_s,
             };
-            touched.actions.push(Action::SaveImage(record.clone()));
+            touched.actions.push(Action::SaveImage(Box::new(record.clone())));
             touched.actions.push(Action::Announce(Change::ImageCreated(name.clone())));
             self.images.insert(name.clone(), Image::new(record));
         } else {
@@ -197,7 +197,7 @@ impl World {
         record.expected.sha512 = record.expected.sha512.take().or(expected.sha512);
         record.declared_format = record.declared_format.or(declared);
         if *record != before {
-            touched.actions.push(Action::SaveImage(record.clone()));
+            touched.actions.push(Action::SaveImage(Box::new(record.clone())));
             touched.images.insert(name.clone());
         }
     }
@@ -210,7 +210,7 @@ impl World {
             return;
         }
         image.record.access = access;
-        touched.actions.push(Action::SaveImage(image.record.clone()));
+        touched.actions.push(Action::SaveImage(Box::new(image.record.clone())));
         touched.images.insert(name.clone());
     }
 
@@ -235,7 +235,7 @@ impl World {
         for copy in image.copies.values_mut() {
             copy.retry_at = None;
         }
-        touched.actions.push(Action::SaveImage(image.record.clone()));
+        touched.actions.push(Action::SaveImage(Box::new(image.record.clone())));
         touched.images.insert(name.clone());
         Ok(Outcome::Image(name, false))
     }
@@ -287,7 +287,7 @@ impl World {
         }
         image.record.disks.insert(disk.clone(), Want::default());
         if before != Some(Want::default()) {
-            touched.actions.push(Action::SaveImage(image.record.clone()));
+            touched.actions.push(Action::SaveImage(Box::new(image.record.clone())));
             touched.images.insert(name.clone());
         }
     }

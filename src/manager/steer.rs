@@ -53,7 +53,7 @@ impl World {
         if now == before {
             return Ok(Outcome::Image(name, false));
         }
-        touched.actions.push(Action::SaveImage(image.record.clone()));
+        touched.actions.push(Action::SaveImage(Box::new(image.record.clone())));
         touched.images.insert(name.clone());
         for (disk, copy) in &image.copies {
             if matches!(copy.worker, Worker::Running(_)) {
@@ -97,7 +97,7 @@ impl World {
                 (copy.cancelled, copy.retry_at) = (true, None);
             }
         }
-        touched.actions.push(Action::SaveImage(image.record.clone()));
+        touched.actions.push(Action::SaveImage(Box::new(image.record.clone())));
         touched.images.insert(name.clone());
         Ok(Outcome::Image(name, false))
     }

@@ -143,7 +143,7 @@ impl World {
         copy.info = Some(info);
         let merged = merge(image.record.facts.take(), facts);
         image.record.facts = Some(merged);
-        touched.actions.push(Action::SaveImage(image.record.clone()));
+        touched.actions.push(Action::SaveImage(Box::new(image.record.clone())));
     }
 
     /// Keeps a refusal in the record, so that a restart doesn't try again by itself.
@@ -153,7 +153,7 @@ impl World {
         let Some(want) = image.record.disks.get_mut(&id.disk) else { return };
         if copy.refused && !image.record.deleting {
             want.refused = Some(copy.message.clone());
-            touched.actions.push(Action::SaveImage(image.record.clone()));
+            touched.actions.push(Action::SaveImage(Box::new(image.record.clone())));
         }
     }
 

@@ -100,7 +100,7 @@ impl AttachmentState {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Store the record; everything after it in the list waits until it is durable.
-    SaveImage(ImageRecord),
+    SaveImage(Box<ImageRecord>),
     /// Remove the record.
     ForgetImage(ImageName),
     /// Store the record.
@@ -369,7 +369,8 @@ impl World {
             }
             FoundState::Ready(_) | FoundState::Filling { .. } | FoundState::NeedsCheck => {}
         }
-        (before.as_ref() != Some(&image.record)).then(|| Action::SaveImage(image.record.clone()))
+        (before.as_ref() != Some(&image.record))
+            .then(|| Action::SaveImage(Box::new(image.record.clone())))
     }
 
     /// When something is due that no event will bring; `None` if nothing is.
