@@ -6,13 +6,14 @@ use std::process::Command;
 
 use control_support::{bedplate, stderr, stdout};
 
-const COMMANDS: [&str; 22] = [
+const COMMANDS: [&str; 23] = [
     "run",
     "pull",
     "export",
     "cat",
     "serve",
     "create",
+    "upload",
     "list",
     "get",
     "delete",

@@ -14,6 +14,7 @@ use clap_complete::Shell;
 use super::args_access::AccessArgs;
 use super::args_digest::DigestArgs;
 use super::args_steer::{CancelArgs, PauseArgs, ResumeArgs, SetArgs, SettingsArgs, WatchArgs};
+use super::args_upload::UploadArgs;
 use super::exit::Exit;
 use super::sizes::parse_bytes;
 use crate::daemon;
@@ -102,6 +103,8 @@ pub enum Command {
     Serve(ServeArgs),
     /// Make an image known to the daemon
     Create(CreateArgs),
+    /// Bring a file of this host in, resumable
+    Upload(UploadArgs),
     /// List images
     List(ListArgs),
     /// Show one image

@@ -52,8 +52,9 @@ pub(super) fn request(
     let digests = Digests::from(&expected.digests()?);
     Ok(CreateImage {
         name,
-        url: url.expose().to_string(),
         mirrors: Vec::new(),
+        url: Some(url.expose().to_string()),
+        upload_bytes: None,
         access: Access::default(),
         sha256: digests.sha256,
         sha512: digests.sha512,

@@ -107,7 +107,7 @@ impl From<ClientError> for CliError {
                 "bad-request" => Exit::Usage,
                 "not-found" => Exit::NotFound,
                 "in-use" | "deleting" | "no-room" | "shutting-down" | "timeout" | "catalog"
-                | "internal" => Exit::Retry,
+                | "internal" | "busy" | "stopped" | "not-waiting" | "wrong-offset" => Exit::Retry,
                 _ => Exit::Refused,
             },
         };

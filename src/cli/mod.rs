@@ -12,6 +12,7 @@ pub mod args;
 pub mod args_access;
 pub mod args_digest;
 pub mod args_steer;
+pub mod args_upload;
 pub mod exit;
 
 mod attach;
@@ -38,6 +39,7 @@ mod sizes;
 mod source;
 mod steer;
 mod table;
+mod upload;
 mod watch;
 
 use std::process::ExitCode;
@@ -81,6 +83,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         | Command::Pull(_)
         | Command::Serve(_)
         | Command::Create(_)
+        | Command::Upload(_)
         | Command::List(_)
         | Command::Get(_)
         | Command::Delete(_)
@@ -104,6 +107,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
             Command::Pull(args) => pull::run(&args, output).await,
             Command::Serve(args) => serve::run(&args, &global, output).await,
             Command::Create(args) => create::run(&args, &global, output).await,
+            Command::Upload(args) => upload::run(&args, &global, output).await,
             Command::List(_) => list::run(&global, output).await,
             Command::Get(args) => get::run(&args, &global, output).await,
             Command::Delete(args) => delete::run(&args, &global, output).await,

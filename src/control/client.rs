@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use axum::body::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Incoming;
+use hyper::body::{Body, Incoming};
 use hyper::client::conn::http1;
 use hyper::{Method, Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
@@ -144,6 +144,13 @@ impl Client {
         body: Option<Vec<u8>>,
     ) -> Result<T, ClientError> {
         let response = self.send(method, target, body).await?;
+        self.read(response).await
+    }
+
+    pub(super) async fn read<T: DeserializeOwned>(
+        &self,
+        response: Response<Incoming>,
+    ) -> Result<T, ClientError> {
         let bytes = self.collect(response).await?;
         serde_json::from_slice(&bytes).map_err(|e| self.garbled(&e))
     }
@@ -155,11 +162,6 @@ impl Client {
         target: &str,
         body: Option<Vec<u8>>,
     ) -> Result<Response<Incoming>, ClientError> {
-        let stream = UnixStream::connect(&self.path).await.map_err(|e| self.no_connection(e))?;
-        let (mut sender, connection) =
-            http1::handshake(TokioIo::new(stream)).await.map_err(|e| self.broken(e))?;
-        // Drives the connection for as long as the answer's body is read.
-        tokio::spawn(connection);
         let request = Request::builder()
             .method(method)
             .uri(target)
@@ -167,7 +169,30 @@ impl Client {
             .header(header::CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::from(body.unwrap_or_default())))
             .map_err(|e| self.garbled(&e))?;
-        let response = sender.send_request(request).await.map_err(|e| self.broken(e))?;
+        self.accepted(self.exchange(request).await?).await
+    }
+
+    /// Sends one request over a connection of its own.
+    pub(super) async fn exchange<B>(
+        &self,
+        request: Request<B>,
+    ) -> Result<Response<Incoming>, ClientError>
+    where
+        B: Body<Data = Bytes, Error = std::convert::Infallible> + Send + 'static,
+    {
+        let stream = UnixStream::connect(&self.path).await.map_err(|e| self.no_connection(e))?;
+        let (mut sender, connection) =
+            http1::handshake(TokioIo::new(stream)).await.map_err(|e| self.broken(e))?;
+        // Drives the connection for as long as the answer's body is read.
+        tokio::spawn(connection);
+        sender.send_request(request).await.map_err(|e| self.broken(e))
+    }
+
+    /// The answer, unless its status is 400 or more.
+    pub(super) async fn accepted(
+        &self,
+        response: Response<Incoming>,
+    ) -> Result<Response<Incoming>, ClientError> {
         let status = response.status();
         if status.as_u16() < 400 {
             return Ok(response);
@@ -196,7 +221,7 @@ impl Client {
         ClientError::Broken { path: self.path.clone(), source: Box::new(source) }
     }
 
-    fn garbled(&self, reason: &dyn std::fmt::Display) -> ClientError {
+    pub(super) fn garbled(&self, reason: &dyn std::fmt::Display) -> ClientError {
         ClientError::Garbled { path: self.path.clone(), reason: reason.to_string() }
     }
 }

@@ -17,7 +17,7 @@ use super::types::{
     FetchImage, Health, Image, Images, Settings, SteerImage,
 };
 use super::wire;
-use crate::fetch::{DigestKind, DigestMap};
+use crate::fetch::{DigestKind, DigestMap, Policy};
 use crate::manager::{
     AttachmentId, AttachmentStatus, Expected, Format, ImageStatus, Layout, NewAttachment, NewImage,
     SourceUrl, SteeringChange, unix_now_s,
@@ -29,7 +29,7 @@ const MAX_MIRRORS: usize = 16;
 /// Transfers at the same time that may be set.
 const MAX_TRANSFERS: std::ops::RangeInclusive<usize> = 1..=1000;
 
-type Answer<T> = Result<T, ApiError>;
+pub(super) type Answer<T> = Result<T, ApiError>;
 
 /// The OpenAPI document, as it is in the source tree.
 pub const OPENAPI: &str = include_str!("openapi.json");
@@ -42,7 +42,7 @@ fn show_attachment(app: &App, status: &AttachmentStatus) -> Json<Attachment> {
     Json(wire::attachment(status, &app.nbd_socket))
 }
 
-fn no_image(name: &ImageName) -> ApiError {
+pub(super) fn no_image(name: &ImageName) -> ApiError {
     crate::manager::ManagerError::NoSuchImage { name: name.clone() }.into()
 }
 
@@ -60,17 +60,45 @@ pub(super) async fn create_image(
     Ok((status, show(&app, &image)).into_response())
 }
 
+/// Where the bytes come from; `None` if they are to be uploaded.
+fn source_of(body: &CreateImage) -> Answer<Option<SourceUrl>> {
+    let most = Policy::default().max_bytes;
+    match (&body.url, body.upload_bytes) {
+        (Some(url), None) => SourceUrl::parse(url).map(Some).map_err(|e| {
+            let hint = "give the URL of an image file";
+            ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "refused-source", e.to_string(), hint)
+        }),
+        (None, Some(bytes)) if bytes == 0 || bytes > most => {
+            Err(ApiError::bad_request(format!("upload_bytes: give 1 to {most}")))
+        }
+        (None, Some(_)) if body.layout.as_deref() == Some("raw") => {
+            Err(ApiError::bad_request("layout: an upload is kept as-is; raw needs a url"))
+        }
+        (None, Some(_)) if body.checksum_url.is_some() || !body.mirrors.is_empty() => {
+            let text = "checksum_url, mirrors: an upload has none; they belong to a url";
+            Err(ApiError::bad_request(text))
+        }
+        (None, Some(_)) if !body.access.is_empty() => {
+            Err(ApiError::bad_request("access: an upload has none; it belongs to a url"))
+        }
+        (None, Some(_)) => Ok(None),
+        (Some(_), Some(_)) => {
+            Err(ApiError::bad_request("url, upload_bytes: give one of them, not both"))
+        }
+        (None, None) => Err(ApiError::bad_request("url, upload_bytes: give one of them")),
+    }
+}
+
 /// Checks a request to create an image. Of the URL only the scheme may be in an error.
 fn new_image(body: &CreateImage) -> Answer<NewImage> {
-    let source = SourceUrl::parse(&body.url).map_err(|e| {
-        let hint = "give the URL of an image file";
-        ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "refused-source", e.to_string(), hint)
-    })?;
+    let source = source_of(body)?;
     body.access.check().map_err(|e| ApiError::bad_request(e.to_string()))?;
     let name = match &body.name {
         Some(name) => ImageName::parse(name)?,
-        None => ImageName::suggest(source.expose().path())
-            .ok_or_else(|| ApiError::bad_request("the URL's last part gives no name; give one"))?,
+        None => source
+            .as_ref()
+            .and_then(|source| ImageName::suggest(source.expose().path()))
+            .ok_or_else(|| ApiError::bad_request("no URL's last part gives a name; give one"))?,
     };
     let format = body.format.as_deref().map(str::parse::<Format>).transpose();
     let declared_format = format.map_err(|e| ApiError::bad_request(format!("format: {e}")))?;
@@ -80,8 +108,9 @@ fn new_image(body: &CreateImage) -> Answer<NewImage> {
     Ok(NewImage {
         name,
         uuid: ImageUuid::random()?,
+        upload_bytes: body.upload_bytes,
         access: Box::new(body.access.clone()),
-        mirrors: mirrors(&body.mirrors, &source)?,
+        mirrors: mirrors(&body.mirrors, source.as_ref())?,
         source,
         layout: layout.unwrap_or_default(),
         expected: Box::new(expected(body)?),
@@ -92,13 +121,13 @@ fn new_image(body: &CreateImage) -> Answer<NewImage> {
 }
 
 /// Checks the mirrors of a request. Of a URL nothing is in an error.
-fn mirrors(texts: &[String], source: &SourceUrl) -> Answer<Vec<SourceUrl>> {
+fn mirrors(texts: &[String], source: Option<&SourceUrl>) -> Answer<Vec<SourceUrl>> {
     if texts.len() > MAX_MIRRORS {
         return Err(ApiError::bad_request(format!("mirrors: give at most {MAX_MIRRORS}")));
     }
     let parse = |text: &String| {
         let mirror = SourceUrl::parse(text)?;
-        source.check_mirror(&mirror).map(|()| mirror)
+        source.map_or(Ok(()), |source| source.check_mirror(&mirror)).map(|()| mirror)
     };
     let parsed: Result<_, crate::fetch::SourceError> = texts.iter().map(parse).collect();
     parsed.map_err(|e| ApiError::bad_request(format!("mirrors: {e}")))

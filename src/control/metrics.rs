@@ -28,7 +28,8 @@ pub struct HttpCounters(Family<Labels, Counter>);
 
 impl HttpCounters {
     pub(super) fn count(&self, method: &Method, route: Option<&str>, status: StatusCode) {
-        let known = [Method::GET, Method::POST, Method::PATCH, Method::DELETE];
+        let known =
+            [Method::GET, Method::HEAD, Method::POST, Method::PUT, Method::PATCH, Method::DELETE];
         let method = if known.contains(method) { method.as_str() } else { "other" };
         let labels = vec![
             ("method", method.to_owned()),

@@ -17,6 +17,8 @@ pub mod peer;
 pub mod routes;
 pub mod server;
 pub mod types;
+mod upload;
+pub mod upload_client;
 mod wire;
 
 use std::sync::Arc;

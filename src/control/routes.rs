@@ -9,14 +9,14 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::http::StatusCode;
 use axum::middleware::Next;
 use axum::response::Response;
-use axum::routing::{MethodRouter, delete, get, patch, post};
+use axum::routing::{MethodRouter, delete, get, head, patch, post, put};
 
 use super::error::ApiError;
-use super::{App, events, handlers, metrics};
+use super::{App, events, handlers, metrics, upload};
 
 /// One method of one path.
 pub struct Route {
-    /// `GET`, `POST`, `PATCH` or `DELETE`.
+    /// `GET`, `HEAD`, `POST`, `PUT`, `PATCH` or `DELETE`.
     pub method: &'static str,
     /// With `{name}` for what varies.
     pub path: &'static str,
@@ -35,6 +35,8 @@ pub fn table() -> Vec<Route> {
         route("DELETE", "/v1/images/{name}", delete(handlers::delete_image)),
         route("POST", "/v1/images/{name}/fetch", post(handlers::fetch_image)),
         route("POST", "/v1/images/{name}/cancel", post(handlers::cancel_image)),
+        route("HEAD", "/v1/images/{name}/upload", head(upload::offset)),
+        route("PUT", "/v1/images/{name}/upload", put(upload::write)),
         route("GET", "/v1/settings", get(handlers::get_settings)),
         route("PATCH", "/v1/settings", patch(handlers::change_settings)),
         route("GET", "/v1/disks", get(handlers::list_disks)),

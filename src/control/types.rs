@@ -109,6 +109,9 @@ pub struct Image {
     /// Its mirrors, redacted as the source.
     #[serde(default)]
     pub mirrors: Vec<String>,
+    /// How many bytes are uploaded; `null` for an image that has a source or was found.
+    #[serde(default)]
+    pub upload_bytes: Option<u64>,
     /// What is set of its access: `basic`, `bearer`, `headers`, `ca`, `cert`, `proxy`, `no_proxy`,
     /// `direct`, `s3`. Never a value.
     #[serde(default)]
@@ -277,8 +280,12 @@ pub struct CreateImage {
     /// Its name; default: made of the URL's last part.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// http, https, s3 or file URL; may hold credentials.
-    pub url: String,
+    /// http, https, s3 or file URL; may hold credentials. Either this or `upload_bytes`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub url: Option<String>,
+    /// The file is uploaded, and has so many bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upload_bytes: Option<u64>,
     /// Where the same bytes are too; used if a digest is given, at the same time as the URL and in
     /// its place.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -319,6 +326,15 @@ impl std::fmt::Debug for CreateImage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("CreateImage").field("name", &self.name).finish_non_exhaustive()
     }
+}
+
+/// Answer of `PUT /v1/images/{name}/upload`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Uploaded {
+    /// Where the upload goes on.
+    pub offset: u64,
+    /// How many bytes it will have.
+    pub length: u64,
 }
 
 /// Body of `PATCH /v1/images/{name}`: what is absent stays as it is.

@@ -24,6 +24,7 @@ pub(crate) fn image(status: &ImageStatus, nbd_socket: &Path) -> Image {
         uuid: record.uuid.to_string(),
         source: record.source.as_ref().map(ToString::to_string),
         mirrors: record.mirrors.iter().map(ToString::to_string).collect(),
+        upload_bytes: record.upload_bytes,
         access: record.access.kinds().into_iter().map(str::to_owned).collect(),
         layout: record.layout.to_string(),
         paused: record.steering.paused,

@@ -37,6 +37,7 @@ pub(crate) mod threads;
 mod todo;
 mod transfer;
 mod unpack;
+mod upload;
 mod version;
 mod ways;
 
@@ -56,3 +57,4 @@ pub use source::{SourceError, SourceUrl};
 pub use spec::Source;
 pub use sums::{SumsFault, parse_sums, settle};
 pub use transfer::{Engine, Fetched, transfer};
+pub use upload::{Upload, UploadError, UploadWriter, receive};

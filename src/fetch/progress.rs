@@ -169,6 +169,11 @@ impl Progress {
         self.received.fetch_add(bytes, Ordering::Relaxed);
     }
 
+    /// What is worth knowing now.
+    pub(super) fn say(&self, message: &str) {
+        message.clone_into(&mut self.message.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
     pub(super) fn failed_once(&self, message: String) {
         self.retries.fetch_add(1, Ordering::Relaxed);
         *self.message.lock().unwrap_or_else(PoisonError::into_inner) = message;

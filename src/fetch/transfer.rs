@@ -35,7 +35,7 @@ use crate::ring::{BufPool, BufShare, Probe};
 /// How often a source may turn out to be another version before that is the error.
 const MAX_RESTARTS: u32 = 3;
 /// Buffers of a transfer while one connection is enough: they stay in the processor's cache.
-const FEW_BUFFERS: usize = 12;
+pub(super) const FEW_BUFFERS: usize = 12;
 
 /// What transfers of a process share.
 #[derive(Clone, Debug)]

@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::records::{Expected, Facts, Steering};
-use crate::fetch::{Access, DigestMap, SourceUrl};
+use crate::fetch::{Access, DigestMap, SourceUrl, Upload};
 use crate::image::Format;
 use crate::image::View;
 use crate::import::Layout;
@@ -119,6 +119,8 @@ pub struct CopyTask {
     pub worker: String,
     /// Where the bytes come from. `None` for an image found on a disk: check it, or fail.
     pub source: Option<SourceUrl>,
+    /// Somebody uploads so many bytes: no source then.
+    pub upload_bytes: Option<u64>,
     /// What it takes to reach it.
     pub access: Box<Access>,
     /// Where the same bytes are too.
@@ -360,6 +362,11 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Steers the worker of a copy, if it has one. Quick.
     fn steer(&self, copy: &CopyId, steering: Steering);
+
+    /// The upload that the worker of a copy waits for, if it does. Quick.
+    fn upload(&self, _copy: &CopyId) -> Option<Arc<Upload>> {
+        None
+    }
 
     /// What holds for all transfers of the node. Quick.
     fn settings(&self) -> NodeSettings;

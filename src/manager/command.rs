@@ -27,8 +27,10 @@ pub struct NewImage {
     pub name: ImageName,
     /// Used only if the image is new.
     pub uuid: ImageUuid,
-    /// Where the bytes come from.
-    pub source: SourceUrl,
+    /// Where the bytes come from; `None` if they are uploaded.
+    pub source: Option<SourceUrl>,
+    /// How many bytes are uploaded; `None` if there is a source.
+    pub upload_bytes: Option<u64>,
     /// What it takes to reach it.
     pub access: Box<Access>,
     /// Where the same bytes are too.
@@ -153,7 +155,8 @@ impl World {
             let record = ImageRecord {
                 name: new.name,
                 uuid: new.uuid,
-                source: Some(new.source),
+                source: new.source,
+                upload_bytes: new.upload_bytes,
                 access: new.access,
                 mirrors: new.mirrors,
                 layout: new.layout,
@@ -328,12 +331,13 @@ impl World {
 
 /// The existing image is the one that is asked for, as far as both say.
 fn same_image(record: &ImageRecord, new: &NewImage) -> Result<(), ManagerError> {
-    if record.source.as_ref() != Some(&new.source) {
+    if record.source != new.source || record.upload_bytes != new.upload_bytes {
         let name = record.name.clone();
-        let source_text = record
-            .source
-            .as_ref()
-            .map_or_else(|| "none (found on a disk)".to_owned(), ToString::to_string);
+        let source_text = match (&record.source, record.upload_bytes) {
+            (Some(source), _) => source.to_string(),
+            (None, Some(bytes)) => format!("an upload of {bytes} bytes"),
+            (None, None) => "none (found on a disk)".to_owned(),
+        };
         return Err(ManagerError::OtherSource { name, source_text });
     }
     let facts = record.facts.as_ref();

@@ -21,6 +21,7 @@ mod step;
 #[cfg(test)]
 mod tests;
 mod turns;
+mod uploads;
 mod worker;
 mod world;
 

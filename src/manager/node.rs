@@ -16,9 +16,10 @@ use super::backend::{
 use super::helm::Helms;
 use super::records::Steering;
 use super::turns::Turns;
+use super::uploads::Uploads;
 use super::worker;
 use crate::disk::{self, CopyRecord, Disk, DiskError};
-use crate::fetch::{Policy, RateLimit, one_line};
+use crate::fetch::{Policy, RateLimit, Upload, one_line};
 use crate::image::{Format, ImageError, View};
 use crate::names::DiskUuid;
 use crate::ring::{BufPool, Choice, Probe, probe};
@@ -94,6 +95,7 @@ pub struct Node {
     limit: Arc<RateLimit>,
     turns: Arc<Turns>,
     helms: Arc<Helms>,
+    uploads: Arc<Uploads>,
     /// Buffers that one transfer may hold: so many that none can starve the others.
     buffers_each: usize,
 }
@@ -126,6 +128,7 @@ impl Node {
             limit: Arc::new(RateLimit::new(options.rate_bytes_per_s)),
             turns: Arc::new(Turns::new(options.max_transfers)),
             helms: Arc::default(),
+            uploads: Arc::default(),
             buffers_each: (options.buffers / options.max_transfers.max(1)).max(2),
         })
     }
@@ -241,6 +244,7 @@ impl Backend for Node {
             limit: Arc::clone(&self.limit),
             turns: Arc::clone(&self.turns),
             helms: Arc::clone(&self.helms),
+            uploads: Arc::clone(&self.uploads),
         };
         WorkerHandle::spawn(move |cancel| async move {
             match slot {
@@ -257,6 +261,10 @@ impl Backend for Node {
     fn steer(&self, copy: &CopyId, steering: Steering) {
         self.helms.steer(copy, steering);
         self.turns.look_again();
+    }
+
+    fn upload(&self, copy: &CopyId) -> Option<Arc<Upload>> {
+        self.uploads.find(copy)
     }
 
     fn settings(&self) -> NodeSettings {

@@ -74,6 +74,9 @@ pub struct ImageRecord {
     /// Where the bytes come from. `None` for an image that was found on a disk.
     #[serde(default, with = "source::whole")]
     pub source: Option<SourceUrl>,
+    /// Its bytes are uploaded, so many; no source then.
+    #[serde(default)]
+    pub upload_bytes: Option<u64>,
     /// What it takes to reach the source; whole, as [`SourceUrl`] is.
     #[serde(default, skip_serializing_if = "Access::is_empty")]
     pub access: Box<Access>,

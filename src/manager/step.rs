@@ -263,6 +263,7 @@ fn start_step(
         worker: copy.worker_name.clone(),
         source: record.source.clone(),
         mirrors: record.mirrors.clone(),
+        upload_bytes: record.upload_bytes,
         layout: record.layout,
         steering: record.steering,
         access: record.access.clone(),

@@ -50,7 +50,8 @@ fn create_from(image: &str, url: &str) -> Command {
     Command::Create(NewImage {
         name: name(image),
         uuid: ImageUuid::random().unwrap(),
-        source: SourceUrl::parse(url).unwrap(),
+        source: Some(SourceUrl::parse(url).unwrap()),
+        upload_bytes: None,
         access: Box::default(),
         mirrors: Vec::new(),
         layout: Layout::AsIs,
@@ -59,6 +60,11 @@ fn create_from(image: &str, url: &str) -> Command {
         disks: Vec::new(),
         created_unix_s: 1,
     })
+}
+
+fn create_upload(image: &str, bytes: u64) -> Command {
+    let Command::Create(new) = create(image) else { panic!() };
+    Command::Create(NewImage { source: None, upload_bytes: Some(bytes), ..new })
 }
 
 fn attach(image: &str, on: Option<usize>, reader: &str) -> Command {
@@ -79,6 +85,8 @@ struct Node {
     images: BTreeMap<ImageName, ImageRecord>,
     attachments: BTreeMap<AttachmentId, AttachmentRecord>,
     running: BTreeMap<CopyId, u64>,
+    /// Everything that was started, in order.
+    tasks: Vec<CopyTask>,
     stopping: BTreeSet<CopyId>,
     files: BTreeMap<CopyId, Option<CopyInfo>>,
     removing: BTreeSet<CopyId>,
@@ -157,7 +165,8 @@ impl Node {
                     assert!(record.disks.contains_key(&task.id.disk), "recorded before it starts");
                     assert!(!record.deleting && !self.removing.contains(&task.id));
                     assert!(self.running.insert(task.id.clone(), number).is_none(), "one worker");
-                    self.files.entry(task.id).or_insert(None);
+                    self.files.entry(task.id.clone()).or_insert(None);
+                    self.tasks.push(*task);
                 }
                 Action::Cancel(id) => {
                     assert!(self.running.contains_key(&id) && self.stopping.insert(id));
@@ -529,6 +538,40 @@ fn a_cancelled_copy_goes_with_its_files_but_not_while_somebody_waits() {
     node.command(Command::Cancel(name("a"))).unwrap();
     node.settle();
     assert_eq!(node.state("a", 0), Some(CopyState::Ready));
+}
+
+#[test]
+fn an_upload_waits_again_after_a_restart_and_can_be_cancelled_and_deleted() {
+    let mut node = Node::new();
+    node.command(create_upload("a", 7)).unwrap();
+    assert!(node.running.is_empty(), "nobody wants it yet");
+    node.command(Command::Fetch(name("a"), Some(disk(0)))).unwrap();
+    assert_eq!(node.only_worker().image, name("a"));
+    node.restart();
+    assert_eq!(node.tasks.len(), 2, "its worker waits again");
+    assert!(node.tasks.iter().all(|t| t.source.is_none() && t.upload_bytes == Some(7)));
+    // The same again is the same; another length or a source is another image.
+    node.command(create_upload("a", 7)).unwrap();
+    for other in [create_upload("a", 8), create("a")] {
+        let refused = node.command(other);
+        assert!(matches!(refused, Err(ManagerError::OtherSource { ref source_text, .. })
+            if source_text == "an upload of 7 bytes"));
+    }
+    node.command(Command::Cancel(name("a"))).unwrap();
+    let id = node.stopping.iter().next().unwrap().clone();
+    node.end(&id);
+    node.removed(&id, true);
+    assert!(node.files.is_empty() && node.running.is_empty());
+    node.command(Command::Fetch(name("a"), Some(disk(0)))).unwrap();
+    node.report(&id, failed(FailureClass::Refuse));
+    node.restart();
+    assert!(node.running.is_empty(), "a refused upload is not waited for");
+    node.command(Command::Fetch(name("a"), Some(disk(0)))).unwrap();
+    node.settle();
+    assert_eq!(node.state("a", 0), Some(CopyState::Ready));
+    node.command(Command::Delete { name: name("a"), sessions: 0 }).unwrap();
+    node.settle();
+    assert!(node.images.is_empty() && node.files.is_empty());
 }
 
 #[test]

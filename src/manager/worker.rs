@@ -18,6 +18,7 @@ use super::helm::{Held, Helms};
 use super::node::{OpenError, Slot, info_of, store_id, view_of};
 use super::records::Expected;
 use super::turns::{Turn, Turns};
+use super::uploads::Uploads;
 use crate::disk::{self, CopyState, DigestKind, DiskError, Filling, SealRecord};
 use crate::fetch::one_line;
 use crate::fetch::{
@@ -40,6 +41,7 @@ pub(super) struct Shared {
     pub(super) limit: Arc<RateLimit>,
     pub(super) turns: Arc<Turns>,
     pub(super) helms: Arc<Helms>,
+    pub(super) uploads: Arc<Uploads>,
 }
 
 /// Why a worker gave up.
@@ -157,9 +159,9 @@ impl Worker {
             Some(CopyState::Ready(record)) => self.adopt(record).await,
             Some(CopyState::Unchecked) => match self.verify().await {
                 Err(WorkError::Disk(DiskError::DigestMismatch { .. }))
-                    if self.task.source.is_some() =>
+                    if self.task.source.is_some() || self.task.upload_bytes.is_some() =>
                 {
-                    tracing::warn!(worker = %self.task.worker, "stored bytes are damaged: fetching again");
+                    tracing::warn!(worker = %self.task.worker, "stored bytes are damaged: starting over");
                     self.on_disk(|slot, id| slot.disk.remove(&id)).await?;
                     self.fetch().await
                 }
@@ -255,6 +257,9 @@ impl Worker {
     }
 
     async fn fetch(&self) -> Result<CopyInfo, WorkError> {
+        if let Some(total) = self.task.upload_bytes {
+            return self.receive(total).await;
+        }
         let source = self.task.source.as_ref().ok_or(WorkError::NoSource)?;
         let helm = self.shared.helms.take(&self.task.id, self.task.steering);
         let _turn = self.turn(&helm).await.map_err(ImportError::from)?;
@@ -268,6 +273,21 @@ impl Worker {
         // A refused copy is removed at once: its errors name what a person can look at.
         let name = source.file_path().unwrap_or_else(|| source.to_string().into());
         self.seal(filling, fetched, name).await
+    }
+
+    /// Waits for an upload. It takes no turn: one that idles must not hold up a transfer.
+    async fn receive(&self, total: u64) -> Result<CopyInfo, WorkError> {
+        let helm = self.shared.helms.take(&self.task.id, self.task.steering);
+        let mut filling = self.on_disk(|slot, id| slot.disk.filling(&id)).await?;
+        let engine = self.engine();
+        let expect = self.task.expected.digests.clone().into();
+        let progress = Arc::clone(helm.progress());
+        let place = self.shared.uploads.place(&self.task.id);
+        let register = |upload: &Arc<fetch::Upload>| place.register(upload);
+        let receiving = fetch::receive(&engine, total, &expect, &mut filling, &progress, register);
+        let fetched = self.watch(receiving, &progress).await.map_err(ImportError::from)?;
+        self.judge_facts(&fetched.digests)?;
+        self.seal(filling, fetched, format!("upload of {}", self.task.id.image).into()).await
     }
 
     /// Waits until it is this transfer's turn.

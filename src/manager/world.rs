@@ -323,6 +323,7 @@ impl World {
                 uuid: uuid.clone(),
                 source: None,
                 mirrors: Vec::new(),
+                upload_bytes: None,
                 layout: Layout::default(),
                 steering: Steering::default(),
                 access: Box::default(),

@@ -17,6 +17,7 @@ mod kill;
 mod parallel;
 mod steer;
 mod unpack;
+mod upload;
 
 use std::path::Path;
 

@@ -1,0 +1,39 @@
+//! Arguments of `upload`.
+//!
+//! Why: `args` is long enough.
+//! Never: acts; see [`super::args`].
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::args::FormatArg;
+use super::args_digest::DigestArgs;
+use crate::names::ImageName;
+
+/// Arguments of `upload`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A broken connection or a daemon that restarts costs only what was not durable yet. The same command
+again goes on where the last one ended; the file must still be the same, so give its digest.
+
+Examples:
+  bedplate upload ./golden.qcow2
+  bedplate upload ./golden.qcow2 --name golden --sha256 \"$(sha256sum < golden.qcow2 | cut -c -64)\"
+  bedplate upload ./golden.qcow2 --json | jq -r .nbd.uri")]
+pub struct UploadArgs {
+    /// The file
+    pub file: PathBuf,
+    /// Name of the image [default: made of the file's name]
+    #[arg(long)]
+    pub name: Option<ImageName>,
+    /// Format of the file [default: look]
+    #[arg(long)]
+    pub format: Option<FormatArg>,
+    /// Disk to bring it in on [default: one with room]
+    #[arg(long, value_name = "UUID")]
+    pub disk: Option<String>,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type")]
+    pub expected: DigestArgs,
+}
