@@ -135,6 +135,12 @@ fn real_answers_are_as_documented() {
     for path in ["/v1/images/a/fetch", "/v1/images/b/fetch"] {
         ask("POST", "/v1/images/{name}/fetch", path, None);
     }
+    for body in [r#"{"name":"u","upload_bytes":7}"#, r#"{"name":"u","upload_bytes":8}"#, "{}"] {
+        ask("POST", "/v1/images", "/v1/images", Some(body));
+    }
+    for path in ["/v1/images/a/upload", "/v1/images/u/upload", "/v1/images/b/upload"] {
+        ask("PUT", "/v1/images/{name}/upload", path, Some("x"));
+    }
     for body in
         [r#"{"image":"a","reader":"r"}"#, r#"{"image":"a","reader":"r"}"#, r#"{"image":"b"}"#]
     {

@@ -28,6 +28,7 @@ use crate::control::types::{Copy, CreateImage, Digests, FetchImage, Image, Uploa
 use crate::fetch::{Access, one_line};
 use crate::image::Format;
 use crate::names::ImageName;
+use crate::units::human_bytes;
 
 /// Faults in a row, without a new byte, until it gives up: about two minutes.
 const MOST_FAULTS: u32 = 30;
@@ -50,6 +51,8 @@ struct Sending<'a> {
     file: File,
     path: &'a Path,
     len: u64,
+    /// A digest was given.
+    is_proved: bool,
 }
 
 pub(super) async fn run(
@@ -80,7 +83,9 @@ pub(super) async fn run(
     let disk = args.disk.as_deref();
     let target = format!("/v1/images/{}/fetch", image.name);
     let _wanted: Image = client.post(&target, &FetchImage { disk: args.disk.clone() }).await?;
-    let sending = Sending { client, image: image.name, disk, file, path: &args.file, len };
+    let is_proved = args.expected.sha256.is_some() || args.expected.sha512.is_some();
+    let path = args.file.as_path();
+    let sending = Sending { client, image: image.name, disk, file, path, len, is_proved };
     let image = sending.until_ready(output).await?;
     if output.json {
         return output.object(&image);
@@ -133,6 +138,10 @@ impl Sending<'_> {
             let fault = match self.client.upload_offset(&self.image, self.disk).await {
                 Ok(now) if now.offset >= now.length => return Ok(()),
                 Ok(now) => {
+                    if best.is_none() && now.offset > 0 && !self.is_proved {
+                        let at = human_bytes(now.offset);
+                        output.note(&format!("going on after {at}; a digest would prove that the file is still the same"));
+                    }
                     if best.is_none_or(|best| now.offset > best) {
                         (best, faults) = (Some(now.offset), 0);
                     }

@@ -242,6 +242,15 @@ impl Cutter {
         if buf.is_empty() { Ok(()) } else { self.feed.send(start, buf) }
     }
 
+    /// Hands the whole units of the open buffer over, so that an idle stream holds none. What is
+    /// left of it, less than a unit, comes back: it is to be pushed again.
+    pub(super) fn park(&mut self) -> Result<Vec<u8>, Stopped> {
+        let unit = usize::try_from(UNIT_BYTES).unwrap_or(usize::MAX);
+        let open = self.buf.as_ref().map_or(&[][..], |buf| buf.bytes());
+        let tail = open[open.len() / unit * unit..].to_vec();
+        self.flush(false).map(|()| tail)
+    }
+
     /// The open buffer and what is left of the permits, for whoever goes on here.
     pub(super) fn take_apart(mut self) -> (Option<BufPermits>, Option<Buf>) {
         (self.permits.take(), self.buf.take())

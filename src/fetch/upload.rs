@@ -4,7 +4,8 @@
 //! How: [`receive`] opens the stages and waits; whoever has bytes takes the one place of a writer
 //! ([`Upload::writer`]) at the offset where the last one ended. A writer that breaks off leaves
 //! what it brought; what outlives the process is the durable prefix.
-//! Never: two writers at once, a gap, or a byte more than was announced.
+//! Never: two writers at once, a gap, a byte more than was announced, or a buffer that an idle
+//! upload holds.
 //! Start at [`receive`], then [`UploadWriter::write`].
 
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 use super::error::FetchError;
 use super::expect::Expect;
 use super::limit::RateLimit;
-use super::pipeline::{Cutter, Pipeline};
+use super::pipeline::{Cutter, Pipeline, Stopped};
 use super::progress::{Phase, Progress};
 use super::threads::{blocking, in_place};
 use super::transfer::{Engine, FEW_BUFFERS, Fetched};
@@ -65,13 +66,39 @@ pub enum UploadError {
     Fetch(#[from] FetchError),
 }
 
+/// Where the bytes go in.
+#[derive(Debug)]
+struct Inlet {
+    cutter: Cutter,
+    /// The last bytes, less than a unit, that wait for more while nobody writes.
+    tail: Vec<u8>,
+}
+
+impl Inlet {
+    fn at(&self) -> u64 {
+        self.cutter.at() + self.tail.len() as u64
+    }
+
+    async fn push(&mut self, bytes: &[u8]) -> Result<Result<(), Stopped>, FetchError> {
+        if !self.tail.is_empty() {
+            // It fits into one buffer: it is pushed as a whole, or not at all.
+            let pushed = self.cutter.push(&self.tail).await?;
+            self.tail.clear();
+            if pushed.is_err() {
+                return Ok(pushed);
+            }
+        }
+        self.cutter.push(bytes).await
+    }
+}
+
 /// An upload that waits for bytes.
 #[derive(Debug)]
 pub struct Upload {
     total: u64,
     offset: AtomicU64,
     state: watch::Sender<State>,
-    cutter: Arc<Mutex<Option<Cutter>>>,
+    inlet: Arc<Mutex<Option<Inlet>>>,
     progress: Arc<Progress>,
     limit: Arc<RateLimit>,
 }
@@ -94,9 +121,9 @@ impl Upload {
     /// # Errors
     /// [`UploadError`].
     pub fn writer(self: &Arc<Self>, at: u64) -> Result<UploadWriter, UploadError> {
-        let held = Arc::clone(&self.cutter).try_lock_owned().map_err(|_| UploadError::Busy)?;
-        let Some(cutter) = held.as_ref() else { return Err(UploadError::Stopped) };
-        let offset = cutter.at();
+        let held = Arc::clone(&self.inlet).try_lock_owned().map_err(|_| UploadError::Busy)?;
+        let Some(inlet) = held.as_ref() else { return Err(UploadError::Stopped) };
+        let offset = inlet.at();
         if at != offset {
             return Err(UploadError::WrongOffset { offset, given: at });
         }
@@ -125,7 +152,7 @@ impl Upload {
 #[derive(Debug)]
 pub struct UploadWriter {
     upload: Arc<Upload>,
-    held: OwnedMutexGuard<Option<Cutter>>,
+    held: OwnedMutexGuard<Option<Inlet>>,
 }
 
 impl UploadWriter {
@@ -136,17 +163,17 @@ impl UploadWriter {
     /// [`UploadError::TooMuch`] (nothing of `bytes` is taken), [`UploadError::Stopped`].
     pub async fn write(&mut self, bytes: &[u8]) -> Result<(), UploadError> {
         let Self { upload, held } = self;
-        let Some(cutter) = held.as_mut() else { return Err(UploadError::Stopped) };
-        if bytes.len() as u64 > upload.total - cutter.at() {
+        let Some(inlet) = held.as_mut() else { return Err(UploadError::Stopped) };
+        if bytes.len() as u64 > upload.total - inlet.at() {
             return Err(UploadError::TooMuch { total: upload.total });
         }
-        let before = cutter.at();
+        let before = inlet.at();
         let pushed = tokio::select! {
-            pushed = cutter.push(bytes) => pushed?,
+            pushed = inlet.push(bytes) => pushed?,
             () = upload.over() => return Err(UploadError::Stopped),
         };
-        upload.progress.add_received(cutter.at() - before);
-        upload.offset.store(cutter.at(), Ordering::SeqCst);
+        upload.progress.add_received(inlet.at() - before);
+        upload.offset.store(inlet.at(), Ordering::SeqCst);
         if pushed.is_err() {
             upload.end(State::Ended);
             return Err(UploadError::Stopped);
@@ -163,16 +190,23 @@ impl UploadWriter {
 
 impl Drop for UploadWriter {
     fn drop(&mut self) {
-        let Some(cutter) = self.held.as_mut() else { return };
-        // A write that was dropped half-way has taken what the cutter says.
-        self.upload.offset.store(cutter.at(), Ordering::SeqCst);
-        if cutter.at() < self.upload.total {
-            return self.upload.progress.say(WAITING);
+        let Some(inlet) = self.held.as_mut() else { return };
+        // A write that was dropped half-way has taken what the inlet says.
+        self.upload.offset.store(inlet.at(), Ordering::SeqCst);
+        if inlet.at() == self.upload.total {
+            let flushed = inlet.cutter.flush(true);
+            // The stages end when nobody can feed them any more.
+            *self.held = None;
+            let state = if flushed.is_ok() { State::Arrived } else { State::Ended };
+            return self.upload.end(state);
         }
-        let flushed = cutter.flush(true);
-        // The stages end when nobody can feed them any more.
-        *self.held = None;
-        self.upload.end(if flushed.is_ok() { State::Arrived } else { State::Ended });
+        self.upload.progress.say(WAITING);
+        if inlet.tail.is_empty() {
+            match inlet.cutter.park() {
+                Ok(tail) => inlet.tail = tail,
+                Err(Stopped) => self.upload.end(State::Ended),
+            }
+        }
     }
 }
 
@@ -197,13 +231,16 @@ pub async fn receive(
     progress.begin_at(from);
     progress.set_phase(Phase::Fetching);
     let share = engine.pool.share(FEW_BUFFERS, engine.buffers);
-    let cutter = (from < total).then(|| Cutter::resume(pipeline.feed(), share, from, None, None));
-    let state = if cutter.is_some() { State::Open } else { State::Arrived };
+    let inlet = (from < total).then(|| {
+        let cutter = Cutter::resume(pipeline.feed(), share, from, None, None);
+        Inlet { cutter, tail: Vec::new() }
+    });
+    let state = if inlet.is_some() { State::Open } else { State::Arrived };
     let upload = Arc::new(Upload {
         total,
         offset: AtomicU64::new(from),
         state: watch::Sender::new(state),
-        cutter: Arc::new(Mutex::new(cutter)),
+        inlet: Arc::new(Mutex::new(inlet)),
         progress: Arc::clone(progress),
         limit: Arc::clone(&engine.limit),
     });
@@ -214,7 +251,7 @@ pub async fn receive(
         () = progress.stopped() => upload.end(State::Ended),
     }
     // A writer lets go when it hears of it; then whole units of an open buffer are handed over.
-    drop(upload.cutter.lock().await.take());
+    drop(upload.inlet.lock().await.take());
     progress.say("");
     if *upload.state.borrow() != State::Arrived {
         return match blocking(move || pipeline.abandon()).await {

@@ -244,6 +244,41 @@ fn a_wrong_digest_is_refused_and_nothing_is_kept() {
 }
 
 #[test]
+fn an_upload_that_idles_holds_up_no_transfer() {
+    let bytes = content(2 * MIB, 80);
+    let daemon = Daemon::start_in(tempfile::tempdir().unwrap(), "max_transfers = 1\n");
+    create(&daemon, LEN, "");
+    assert_eq!(put(&daemon, &bytes[..MIB + 9], "Upload-Offset: 0").offset(), (MIB + 9) as u64);
+    let path = file(&daemon, "b.img", &bytes);
+    let url = format!("file://{}", path.display());
+    let output = daemon.cli(&["create", &url, "--name", "b", "--wait"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(head(&daemon).offset(), (MIB + 9) as u64);
+}
+
+#[test]
+fn an_upload_that_is_cancelled_or_deleted_leaves_nothing() {
+    let bytes = content(2 * MIB, 81);
+    for command in ["cancel", "delete"] {
+        let daemon = Daemon::start();
+        create(&daemon, LEN, "");
+        let stream = begin(&daemon, 0, LEN, &bytes);
+        until_offset(&daemon, bytes.len());
+        let output = daemon.cli(&[command, "a"]);
+        assert!(output.status.success(), "{command}: {}", stderr(&output));
+        // The writer is told, although it sends nothing.
+        let mut text = String::new();
+        (&stream).read_to_string(&mut text).unwrap();
+        assert_eq!(parse(&text).code(), "stopped", "{command}: {text}");
+        let images = daemon.dir.path().join("disk/backing-images");
+        while images.read_dir().unwrap().count() > 0 {
+            std::thread::yield_now();
+        }
+        assert_ne!(head(&daemon).status, 200, "{command}");
+    }
+}
+
+#[test]
 fn what_is_no_upload_or_is_wanted_nowhere_says_so() {
     let daemon = Daemon::start();
     assert_eq!(head(&daemon).status, 404);
