@@ -185,7 +185,7 @@ pub struct DigestRecord {
 impl DigestRecord {
     /// Writes the record as `name` in `dir`; durable when this returns.
     ///
-    /// FileNames: a header page (magic, length of the JSON, JSON), then pages of 511 little-endian
+    /// Layout: a header page (magic, length of the JSON, JSON), then pages of 511 little-endian
     /// xxh3 words, each page with its CRC-32.
     ///
     /// # Errors
