@@ -15,7 +15,8 @@ use crate::names::ImageName;
 #[derive(Debug, Args)]
 #[command(after_help = "\
 A broken connection or a daemon that restarts costs only what was not durable yet. The same command
-again goes on where the last one ended; the file must still be the same, so give its digest.
+again goes on where the last one ended. Without a digest the file is read for one first: another
+file of the same length is then refused.
 
 Examples:
   bedplate upload ./golden.qcow2
@@ -30,6 +31,9 @@ pub struct UploadArgs {
     /// Format of the file [default: look]
     #[arg(long)]
     pub format: Option<FormatArg>,
+    /// Do not read the file for a digest first: whoever goes on with an upload vouches for its file
+    #[arg(long, conflicts_with_all = ["sha256", "sha512", "checksum"])]
+    pub no_digest: bool,
     /// Disk to bring it in on [default: one with room]
     #[arg(long, value_name = "UUID")]
     pub disk: Option<String>,

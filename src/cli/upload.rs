@@ -25,7 +25,8 @@ use super::output::Output;
 use super::progress::{Meter, Moment};
 use crate::control::client::{Client, ClientError};
 use crate::control::types::{Copy, CreateImage, Digests, FetchImage, Image, Uploaded};
-use crate::fetch::{Access, one_line};
+use crate::disk::{DigestSet, Hasher, hash_file};
+use crate::fetch::{Access, DigestKind, DigestMap, one_line};
 use crate::image::Format;
 use crate::names::ImageName;
 use crate::units::human_bytes;
@@ -62,7 +63,12 @@ pub(super) async fn run(
 ) -> Result<(), CliError> {
     let client = Client::new(&global.socket());
     let (file, len) = open(&args.file)?;
-    let digests = Digests::from(&args.expected.digests()?);
+    let mut digests = args.expected.digests()?;
+    if digests.is_empty() && !args.no_digest {
+        output.note("reading the file for its digest, which proves an upload that goes on later");
+        digests = sha256_of(&file, &args.file, len).await?;
+    }
+    let digests = Digests::from(&digests);
     let request = CreateImage {
         name: Some(name_of(args)?.to_string()),
         url: None,
@@ -83,7 +89,8 @@ pub(super) async fn run(
     let disk = args.disk.as_deref();
     let target = format!("/v1/images/{}/fetch", image.name);
     let _wanted: Image = client.post(&target, &FetchImage { disk: args.disk.clone() }).await?;
-    let is_proved = args.expected.sha256.is_some() || args.expected.sha512.is_some();
+    let is_proved =
+        request.sha256.is_some() || request.sha512.is_some() || request.blake3.is_some();
     let path = args.file.as_path();
     let sending = Sending { client, image: image.name, disk, file, path, len, is_proved };
     let image = sending.until_ready(output).await?;
@@ -107,6 +114,18 @@ fn open(path: &Path) -> Result<(File, u64), CliError> {
         return Err(CliError::new(Exit::Usage, text, "give an image file"));
     }
     Ok((file, meta.len()))
+}
+
+/// The file's SHA-256: another file of the same length must not end an upload that this one began.
+async fn sha256_of(file: &File, path: &Path, len: u64) -> Result<DigestMap, CliError> {
+    let file = file.try_clone().map_err(|e| failed(path, "read", &e))?;
+    let path = path.to_owned();
+    let hashing = tokio::task::spawn_blocking(move || {
+        let mut hasher = Hasher::new(DigestSet::of(&[DigestKind::Sha256]));
+        hash_file(&file, &path, len, &mut hasher, &mut |_| true).map(|()| hasher.finish().whole)
+    });
+    let hashed = hashing.await.map_err(|e| CliError::refused(&e))?;
+    hashed.map_err(|e| CliError::refused(&e))
 }
 
 fn name_of(args: &UploadArgs) -> Result<ImageName, CliError> {
@@ -140,7 +159,9 @@ impl Sending<'_> {
                 Ok(now) => {
                     if best.is_none() && now.offset > 0 && !self.is_proved {
                         let at = human_bytes(now.offset);
-                        output.note(&format!("going on after {at}; a digest would prove that the file is still the same"));
+                        output.note(&format!(
+                            "going on after {at}; nothing proves that the file is still the same"
+                        ));
                     }
                     if best.is_none_or(|best| now.offset > best) {
                         (best, faults) = (Some(now.offset), 0);

@@ -322,7 +322,7 @@ fn a_killed_daemon_goes_on_with_what_is_durable_and_the_program_sends_only_the_r
     let mut other = bytes.clone();
     other[..4 * MIB].fill(7);
     let path = file(&daemon, "a.img", &other);
-    let output = upload(&daemon, &path, &[]);
+    let output = upload(&daemon, &path, &["--no-digest"]);
     assert!(output.status.success(), "{}\n{}", stderr(&output), daemon.log());
     assert!(data_file(&daemon) == bytes);
 }
@@ -336,7 +336,7 @@ fn the_program_survives_a_daemon_that_restarts_under_it() {
     assert!(daemon.cli(&["set", "a", "--rate", "2M"]).status.success());
     let mut command = Command::new(BEDPLATE);
     clean(&mut command).arg("--socket").arg(&daemon.socket);
-    command.args(["upload", path.to_str().unwrap(), "--name", "a"]);
+    command.args(["upload", path.to_str().unwrap(), "--name", "a", "--no-digest"]);
     let child = command.stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     until_offset(&daemon, MIB);
     let (_, dir) = daemon.end("KILL");
@@ -379,4 +379,18 @@ fn a_qcow2_is_uploaded_judged_and_read() {
     let mut read = Vec::new();
     std::fs::File::open(back).unwrap().read_to_end(&mut read).unwrap();
     assert!(read == bytes);
+}
+
+#[test]
+fn another_file_of_the_same_length_does_not_end_what_one_began() {
+    let daemon = Daemon::start();
+    let temp = tempfile::tempdir().unwrap();
+    let (first, second) = (temp.path().join("a.img"), temp.path().join("b.img"));
+    std::fs::write(&first, content(3 << 20, 97)).unwrap();
+    std::fs::write(&second, content(3 << 20, 98)).unwrap();
+    let begun = upload(&daemon, &first, &[]);
+    assert!(begun.status.success(), "{}", stderr(&begun));
+    let other = upload(&daemon, &second, &[]);
+    assert!(!other.status.success());
+    assert!(stderr(&other).contains("sha256"), "{}", stderr(&other));
 }
