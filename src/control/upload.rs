@@ -4,7 +4,7 @@
 //! How: the body goes to the upload piece by piece, so its back-pressure is the connection's; what
 //! has arrived counts even if the request breaks.
 //! Never: holds a body, or waits for a silent client for good.
-//! Start at [`write`].
+//! Start at [`write()`].
 
 use std::sync::Arc;
 use std::time::Duration;
