@@ -1,4 +1,4 @@
-"""Resident set while a large image is brought in: it must not grow with the image."""
+"""Resident set while ever larger images are brought in: it must not grow with the image."""
 
 import hashlib
 import json
@@ -11,40 +11,36 @@ from lib.nginx import Nginx
 
 NAME = "memory"
 _BOUND_BYTES = 200 * MIB
+_GROWTH = 1.25
+_SIZES = ((1, 4), (8, 8), (64, 32))
+"""(GiB, one MiB of data in how many): the largest has only 2 GiB of data."""
+_QUICK_SIZES = _SIZES[:2]
+_PULL = "bedplate pull --sha256"
+_RUN = "bedplate run --sha256, to ready"
 
 
 def run(bench):
-    size_bytes = GIB if bench.quick else 8 * GIB
     root = bench.scratch.dir("www")
-    source = root / "large.img"
-    sha256, data_bytes = corpus.sparse(source, size_bytes)
     nginx = Nginx(bench.scratch, root)
-    url = f"{nginx.url}/{source.name}"
-    rounds.say(f"\n{NAME}: URL to durable file, {rounds.size(size_bytes)} of which "
-               f"{rounds.size(data_bytes)} are data; bound {rounds.size(_BOUND_BYTES)}")
+    rounds.say(f"\n{NAME}: URL to durable file; bound {rounds.size(_BOUND_BYTES)}")
     rounds.say("  max RSS is the process's VmHWM: pages of mapped files count, other page cache "
                "does not")
-    out = bench.scratch.path / "fetched"
-    commands = {
-        "bedplate pull --sha256": [bench.program, "pull", url, "-o", out, "--sha256", sha256],
-        "curl": ["curl", "-sSf", "-o", out, url],
-    }
-    for name, argv in commands.items():
-        if shutil.which(str(argv[0])) is None:
-            rounds.say(f"  {name:<32}  not installed")
-            continue
-        usage = procs.measure(argv)
-        ours = name.startswith("bedplate")
-        if ours and not corpus.equal(source, out):
-            bench.fail(f"{name}: differs from {source.name}")
-        out.unlink()
-        _report(bench, name, usage.rss_bytes, usage.anon_bytes, usage.wall_s, ours)
-    _run(bench, "bedplate run --sha256, to ready", url, sha256)
-    qcow2 = root / "large.qcow2"
-    procs.run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", source, qcow2)
-    with open(qcow2, "rb") as image:
-        qcow2_sha256 = hashlib.file_digest(image, "sha256").hexdigest()
-    _run(bench, "the same image as qcow2", f"{nginx.url}/{qcow2.name}", qcow2_sha256)
+    sizes = _QUICK_SIZES if bench.quick else _SIZES
+    seen = {_PULL: [], _RUN: []}
+    for gib, every in sizes:
+        source = root / f"sparse-{gib}.img"
+        sha256, data_bytes = corpus.sparse(source, gib * GIB, every)
+        rounds.say(f"  {gib} GiB, of which {rounds.size(data_bytes)} are data:")
+        # Others write the holes too: of the largest they would fill the disk.
+        seen[_PULL].append(_pull(bench, nginx, source, sha256, with_curl=gib <= 8))
+        seen[_RUN].append(_run(bench, _RUN, f"{nginx.url}/{source.name}", sha256))
+        if gib == 8:
+            _qcow2(bench, nginx, root, source)
+        source.unlink()
+    for name, (first, *later) in seen.items():
+        growth = rounds.spread(rss_bytes / first for rss_bytes in later)
+        bench.bound(NAME, f"max RSS of {name} from {sizes[1][0]} GiB on, of that with 1 GiB",
+                    growth and (growth[2], growth[1], growth[2]), most=_GROWTH)
     bench.scratch.retire(nginx.server)
     shutil.rmtree(root)
     _growth(bench)
@@ -111,6 +107,30 @@ def _many(bench, count=32):
     shutil.rmtree(disk)
 
 
+def _pull(bench, nginx, source, sha256, with_curl):
+    """`bedplate pull`, and curl beside it; returns the first one's high-water mark."""
+    url, out = f"{nginx.url}/{source.name}", bench.scratch.path / "fetched"
+    usage = procs.measure([bench.program, "-q", "pull", url, "-o", out, "--sha256", sha256])
+    if not corpus.equal(source, out):
+        bench.fail(f"{_PULL}: differs from {source.name}")
+    out.unlink()
+    _report(bench, _PULL, usage.rss_bytes, usage.anon_bytes, usage.wall_s, ours=True)
+    if with_curl:
+        peer = procs.measure(["curl", "-sSf", "-o", out, url])
+        out.unlink()
+        _report(bench, "curl", peer.rss_bytes, peer.anon_bytes, peer.wall_s, ours=False)
+    return usage.rss_bytes
+
+
+def _qcow2(bench, nginx, root, source):
+    image = root / "large.qcow2"
+    procs.run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", source, image)
+    with open(image, "rb") as opened:
+        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+    _run(bench, "the same image as qcow2", f"{nginx.url}/{image.name}", sha256)
+    image.unlink()
+
+
 def _run(bench, name, url, sha256):
     """`bedplate run`: the kernel's high-water mark, read when the export answers."""
     data, socket_path = bench.scratch.dir("data"), bench.scratch.path / "memory.sock"
@@ -120,13 +140,14 @@ def _run(bench, name, url, sha256):
     bench.scratch.retire(server)
     shutil.rmtree(data)
     _report(bench, name, rss_bytes, anon_bytes, wall_s, ours=True)
+    return rss_bytes
 
 
 def _report(bench, name, rss_bytes, anon_bytes, wall_s, ours):
     verdict = ""
     if ours:
         verdict = "within the bound" if rss_bytes <= _BOUND_BYTES else "OVER THE BOUND"
-    rounds.say(f"  {name:<32}  max RSS {rss_bytes / MIB:7.1f} MiB  anonymous "
+    rounds.say(f"    {name:<32}  max RSS {rss_bytes / MIB:7.1f} MiB  anonymous "
                f"{anon_bytes / MIB:7.1f} MiB  {wall_s:7.2f} s  {verdict}")
     bench.notes.append({"group": NAME, "name": name, "max_rss_bytes": rss_bytes,
                         "anon_bytes": anon_bytes, "wall_s": wall_s,
