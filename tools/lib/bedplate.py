@@ -38,7 +38,7 @@ def binary():
 
 @functools.cache
 def offers(program, command, option):
-    """Whether `bedplate COMMAND --help` tells of an option: a comparison may be ahead of a build."""
+    """Whether `bedplate COMMAND --help` has an option: a comparison may be ahead of a build."""
     shown = subprocess.run([program, command, "--help"], capture_output=True, text=True,
                            check=False).stdout
     return re.search(rf"{re.escape(option)}(?![\w-])", shown) is not None

@@ -42,7 +42,7 @@ class Usage:
     anon_bytes: int
     """Largest anonymous part of it (RssAnon): without mapped pages of files."""
     written_bytes: int | None
-    """Bytes sent to disks, rewritten ones again (write_bytes of /proc/PID/io); `None` if unknown."""
+    """Bytes sent to disks, rewritten ones again (write_bytes of /proc/PID/io), if it is known."""
     output: str
 
 
