@@ -8,7 +8,6 @@ half time says little then.) No number is promised; the peer's stand beside ours
 import contextlib
 import http.client
 import json
-import os
 import resource
 import shlex
 import shutil
@@ -75,7 +74,7 @@ class _Many:
             _Asked(control, "POST", "/v1/images", {
                 "name": name, "url": f"{self._nginx.url}/{name}", "sha256": sha256}).answer()
         server_s, cpu_s = self._nginx.cpu_s(), server.cpu_s()
-        with _not_starved(self._bench.prefix):
+        with procs.not_starved(self._bench.prefix):
             watch = _Watch()
             # All are asked before one answers, so that they start together.
             asked = [_Asked(control, "POST", f"/v1/images/{name}/fetch") for name in self._digests]
@@ -101,7 +100,7 @@ class _Many:
         scratch = self._bench.scratch
         out = scratch.dir("many")
         before, server_s = resource.getrusage(resource.RUSAGE_CHILDREN), self._nginx.cpu_s()
-        with _not_starved(self._bench.prefix):
+        with procs.not_starved(self._bench.prefix):
             watch, running = _Watch(), {}
             for name in self._digests:
                 target = shlex.quote(str(out / name))
@@ -202,19 +201,6 @@ class _Watch:
         _, half = min(self._seen, key=lambda seen: abs(seen[0] - self.wall_s / 2))
         return (self.wall_s / min(self._done.values()),
                 min(half) / max(half) if max(half) > 0 else None)
-
-
-@contextlib.contextmanager
-def _not_starved(prefix):
-    """Lets this process see what happens while real-time children keep every core busy."""
-    if "chrt" not in prefix:
-        yield
-        return
-    os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(2))
-    try:
-        yield
-    finally:
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 class _Control(http.client.HTTPConnection):

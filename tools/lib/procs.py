@@ -4,6 +4,7 @@ Every child is in a session of its own and is ended by `Scratch`, on success, on
 signal; if this process is killed outright, the kernel ends the child.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import os
@@ -53,8 +54,8 @@ class _RssWatch:
     small child of a Python parent looks as large as Python.
     """
 
-    def __init__(self, pid):
-        self._pid = pid
+    def __init__(self, pid, prefix=()):
+        self._pid, self._prefix = pid, prefix
         self._stop = threading.Event()
         self.rss_bytes = 0
         self.anon_bytes = 0
@@ -62,6 +63,10 @@ class _RssWatch:
         self._thread.start()
 
     def _follow(self):
+        with not_starved(self._prefix):
+            self._sample()
+
+    def _sample(self):
         parent = Path("/proc/self/cmdline").read_bytes()
         while not self._stop.wait(_SAMPLE_EVERY_S):
             for pid in [self._pid, *descendants(self._pid)]:
@@ -78,6 +83,22 @@ class _RssWatch:
     def stop(self):
         self._stop.set()
         self._thread.join()
+
+
+@contextlib.contextmanager
+def not_starved(prefix):
+    """Lets this thread see what happens while real-time children keep every core busy.
+
+    Without it, what is sampled of them is what they were before they got to work.
+    """
+    if "chrt" not in prefix:
+        yield
+        return
+    os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(2))
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def descendants(pid):
@@ -248,7 +269,7 @@ def measure(argv, prefix=(), cwd=None):
         process = subprocess.Popen(
             [*prefix, *argv], stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=cwd,
             start_new_session=True, preexec_fn=_die_with_parent)
-        watch = _RssWatch(process.pid)
+        watch = _RssWatch(process.pid, prefix)
         try:
             # Ended but not reaped: what it wrote can still be read.
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
