@@ -1,9 +1,7 @@
 """Resident set while ever larger images are brought in: it must not grow with the image."""
 
 import hashlib
-import json
 import shutil
-import time
 
 from lib import bedplate, corpus, procs, rounds
 from lib.corpus import GIB, MIB
@@ -43,68 +41,6 @@ def run(bench):
                     growth and (growth[2], growth[1], growth[2]), most=_GROWTH)
     bench.scratch.retire(nginx.server)
     shutil.rmtree(root)
-    _growth(bench)
-    _many(bench)
-
-
-def _growth(bench):
-    """The same transfer of ever larger, ever sparser images."""
-    sizes = (GIB // 4, GIB) if bench.quick else (GIB, 8 * GIB, 64 * GIB)
-    rounds.say(f"\n{NAME}: larger images, 256 MiB of data in each, no digest")
-    root = bench.scratch.dir("growth")
-    nginx, out = Nginx(bench.scratch, root), bench.scratch.path / "grown"
-    for size_bytes in sizes:
-        source = root / f"{size_bytes // MIB}.img"
-        corpus.holes(source, size_bytes, 256 * MIB)
-        argv = [bench.program, "-q", "pull", f"{nginx.url}/{source.name}", "-o", out, "--no-digest"]
-        usage = procs.measure(argv)
-        if not corpus.equal(source, out):
-            bench.fail(f"{source.name}: differs")
-        stored = corpus.allocated(out)
-        _report(bench, f"pull of {rounds.size(size_bytes)}, {rounds.size(stored)} stored",
-                usage.rss_bytes, usage.anon_bytes, usage.wall_s, ours=True)
-        out.unlink()
-        source.unlink()
-    bench.scratch.retire(nginx.server)
-    shutil.rmtree(root)
-
-
-def _many(bench, count=32):
-    """Transfers that share one daemon: none may starve."""
-    size_bytes = (16 if bench.quick else 128) * MIB
-    root, disk = bench.scratch.dir("many"), bench.scratch.dir("disk")
-    sources = [root / f"image-{index}.img" for index in range(count)]
-    for index, source in enumerate(sources):
-        corpus.random_bytes(source, size_bytes, index)
-    nginx, socket = Nginx(bench.scratch, root), bench.scratch.path / "many.sock"
-    config = bench.scratch.path / "many.toml"
-    config.write_text(f'disks = ["{disk}"]\nallow_loopback = true\nmax_transfers = {count}\n'
-                      f'control_socket = "{socket}"\n')
-    server = bench.scratch.serve("serve", [bench.program, "serve", "--config", config])
-    server.wait_for(socket.exists, "its control socket")
-    client = [bench.program, "-q", "--socket", socket]
-    began = time.monotonic()
-    for source in sources:
-        procs.run(*client, "create", f"{nginx.url}/{source.name}", "--name", source.stem, "--fetch")
-    ended = {}
-    while len(ended) < count:
-        for line in procs.run(*client, "--json", "list").splitlines():
-            image = json.loads(line)
-            states = [copy["state"] for copy in image["copies"]]
-            if "ready" in states:
-                ended.setdefault(image["name"], time.monotonic() - began)
-        time.sleep(0.05)
-    rss_bytes, anon_bytes = procs.resident(server.pid)
-    first, last = min(ended.values()), max(ended.values())
-    rounds.say(f"\n{NAME}: {count} transfers of {rounds.size(size_bytes)} in one daemon: "
-               f"{count * size_bytes / last / GIB:.2f} GiB/s together, the first ready after "
-               f"{first:.1f} s, the last after {last:.1f} s ({first / last:.2f} of it)")
-    _report(bench, f"daemon with {count} transfers", rss_bytes, anon_bytes, last, ours=False)
-    bench.notes.append({"group": NAME, "name": "fairness", "first_s": first, "last_s": last})
-    bench.scratch.retire(server)
-    bench.scratch.retire(nginx.server)
-    shutil.rmtree(root)
-    shutil.rmtree(disk)
 
 
 def _pull(bench, nginx, source, sha256, with_curl):
