@@ -1,7 +1,9 @@
 """The program under test: building it, and `bedplate run` as the tools use it."""
 
+import functools
 import json
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -32,6 +34,14 @@ def binary():
         raise procs.Failure(f"`{' '.join(failed.cmd)}` ended with status {failed.returncode}; its "
                             "output is above") from None
     return Path(json.loads(described.stdout)["target_directory"]) / "release" / "bedplate"
+
+
+@functools.cache
+def offers(program, command, option):
+    """Whether `bedplate COMMAND --help` has an option: a comparison may be ahead of a build."""
+    shown = subprocess.run([program, command, "--help"], capture_output=True, text=True,
+                           check=False).stdout
+    return re.search(rf"{re.escape(option)}(?![\w-])", shown) is not None
 
 
 def run_argv(program, url, name, data, socket_path, sha256):

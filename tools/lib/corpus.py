@@ -1,5 +1,6 @@
 """Content for comparisons: the same bytes on every run and every machine."""
 
+import errno
 import hashlib
 import os
 import random
@@ -87,30 +88,28 @@ def sparse(path, size, every=4):
     return digest.hexdigest(), data_bytes
 
 
-def holes(path, size, data_bytes):
-    """Random data in equal pieces of a MiB, as far apart as they can be; the rest are holes."""
-    source, count = random.Random(4), data_bytes // MIB
-    with open(path, "wb") as out:
-        out.truncate(size)
-        for index in range(count):
-            os.pwrite(out.fileno(), source.randbytes(MIB), size // count * index // MIB * MIB)
-        os.fdatasync(out.fileno())
-
-
-def random_bytes(path, size, seed):
-    """Bytes that no two seeds share."""
-    source = random.Random(seed)
+def noise(path, size, seed):
+    """Random data, other for each seed. Returns what `mixed` does."""
+    source, digest = random.Random(seed), hashlib.sha256()
     with open(path, "wb") as out:
         for _ in range(size // MIB):
-            out.write(source.randbytes(MIB))
+            block = source.randbytes(MIB)
+            digest.update(block)
+            out.write(block)
+        out.flush()
         os.fdatasync(out.fileno())
+    return digest.hexdigest(), size
 
 
 def warm(path):
-    """Brings a file into the page cache."""
+    """Brings a file's data into the page cache; its holes would only push other things out."""
     with open(path, "rb", buffering=0) as source:
-        while source.read(4 * MIB):
-            pass
+        for start, end in _data(source):
+            source.seek(start)
+            left = end - start
+            while left > 0:
+                got = len(source.read(min(4 * MIB, left)))
+                left -= got or left
 
 
 def allocated(path):
@@ -119,13 +118,33 @@ def allocated(path):
 
 
 def equal(left, right):
-    """Whether two files have the same bytes."""
+    """Whether two files have the same bytes; what is a hole in both is not read."""
     if os.path.getsize(left) != os.path.getsize(right):
         return False
     with open(left, "rb", buffering=0) as first, open(right, "rb", buffering=0) as second:
-        while True:
-            ours, theirs = first.read(4 * MIB), second.read(4 * MIB)
-            if ours != theirs:
-                return False
-            if not ours:
-                return True
+        for start, end in sorted([*_data(first), *_data(second)]):
+            first.seek(start)
+            second.seek(start)
+            while start < end:
+                count = min(4 * MIB, end - start)
+                ours, theirs = first.read(count), second.read(count)
+                if ours != theirs or not ours:
+                    return False
+                start += len(ours)
+    return True
+
+
+def _data(source):
+    """(start, end) of each stretch of an open file that is no hole."""
+    size, found, end = os.fstat(source.fileno()).st_size, [], 0
+    while end < size:
+        try:
+            start = os.lseek(source.fileno(), end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            break
+        end = os.lseek(source.fileno(), start, os.SEEK_HOLE)
+        found.append((start, end))
+    source.seek(0)
+    return found

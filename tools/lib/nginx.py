@@ -1,8 +1,11 @@
 """A web server of our own: nginx on a free loopback port, without privileges."""
 
+import shutil
 import socket
 import urllib.error
 import urllib.request
+
+from lib import procs
 
 _CONF = """
 # One process: its CPU time is one number, and it keeps the user who started it.
@@ -72,3 +75,19 @@ class Nginx:
             if uri == path:
                 requests, total = requests + 1, total + int(length)
         return requests, total
+
+
+def certificate(directory):
+    """(certificate, key, authority) for 127.0.0.1; `None` without openssl."""
+    if shutil.which("openssl") is None:
+        return None
+    names = ("ca.pem", "ca.key", "cert.pem", "key.pem", "cert.csr", "cert.ext")
+    authority, authority_key, cert, key, request, extensions = (directory / name for name in names)
+    new = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    procs.run("openssl", "req", "-x509", *new, "-days", "2", "-subj", "/CN=test authority",
+              "-keyout", authority_key, "-out", authority)
+    procs.run("openssl", "req", *new, "-subj", "/CN=127.0.0.1", "-keyout", key, "-out", request)
+    extensions.write_text("subjectAltName=IP:127.0.0.1\n")
+    procs.run("openssl", "x509", "-req", "-in", request, "-CA", authority, "-CAkey", authority_key,
+              "-CAcreateserial", "-days", "2", "-extfile", extensions, "-out", cert)
+    return cert, key, authority

@@ -4,6 +4,7 @@ Every child is in a session of its own and is ended by `Scratch`, on success, on
 signal; if this process is killed outright, the kernel ends the child.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import os
@@ -41,6 +42,8 @@ class Usage:
     """Largest resident set (VmHWM) of any process of the command, sampled every 10 ms."""
     anon_bytes: int
     """Largest anonymous part of it (RssAnon): without mapped pages of files."""
+    written_bytes: int | None
+    """Bytes sent to disks, rewritten ones again (write_bytes of /proc/PID/io), if it is known."""
     output: str
 
 
@@ -51,8 +54,8 @@ class _RssWatch:
     small child of a Python parent looks as large as Python.
     """
 
-    def __init__(self, pid):
-        self._pid = pid
+    def __init__(self, pid, prefix=()):
+        self._pid, self._prefix = pid, prefix
         self._stop = threading.Event()
         self.rss_bytes = 0
         self.anon_bytes = 0
@@ -60,12 +63,16 @@ class _RssWatch:
         self._thread.start()
 
     def _follow(self):
-        parent = f"/proc/{os.getpid()}/exe"
+        with not_starved(self._prefix):
+            self._sample()
+
+    def _sample(self):
+        parent = Path("/proc/self/cmdline").read_bytes()
         while not self._stop.wait(_SAMPLE_EVERY_S):
             for pid in [self._pid, *descendants(self._pid)]:
                 try:
                     # Between fork and exec a child still is this Python.
-                    if os.path.samefile(f"/proc/{pid}/exe", parent):
+                    if Path(f"/proc/{pid}/cmdline").read_bytes() == parent:
                         continue
                     rss, anon = resident(pid)
                 except OSError:
@@ -76,6 +83,22 @@ class _RssWatch:
     def stop(self):
         self._stop.set()
         self._thread.join()
+
+
+@contextlib.contextmanager
+def not_starved(prefix):
+    """Lets this thread see what happens while real-time children keep every core busy.
+
+    Without it, what is sampled of them is what they were before they got to work.
+    """
+    if "chrt" not in prefix:
+        yield
+        return
+    os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(2))
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def descendants(pid):
@@ -103,6 +126,15 @@ def resident(pid):
             name, _, value = line.partition(":")
             fields[name] = value.split()
     return tuple(int(fields.get(name, ["0"])[0]) * 1024 for name in ("VmHWM", "RssAnon"))
+
+
+def written(pid):
+    """Bytes that a process and its ended children sent to disks; `None` if the kernel hides it."""
+    try:
+        text = Path(f"/proc/{pid}/io").read_text()
+    except OSError:
+        return None
+    return int(dict(line.split(": ") for line in text.splitlines())["write_bytes"])
 
 
 def cpu_seconds(pid):
@@ -237,8 +269,12 @@ def measure(argv, prefix=(), cwd=None):
         process = subprocess.Popen(
             [*prefix, *argv], stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=cwd,
             start_new_session=True, preexec_fn=_die_with_parent)
-        watch = _RssWatch(process.pid)
+        watch = _RssWatch(process.pid, prefix)
         try:
+            # Ended but not reaped: what it wrote can still be read.
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            wall_s = time.monotonic() - start
+            written_bytes = written(process.pid)
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
@@ -246,14 +282,14 @@ def measure(argv, prefix=(), cwd=None):
             raise
         finally:
             watch.stop()
-        wall_s = time.monotonic() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         output = out.read().decode(errors="replace")
     if process.returncode != 0:
         raise Failure(f"`{' '.join(argv)}` ended with status {process.returncode}; its output:\n"
                       f"{output[-2000:]}")
-    return Usage(wall_s, usage.ru_utime + usage.ru_stime, watch.rss_bytes, watch.anon_bytes, output)
+    return Usage(wall_s, usage.ru_utime + usage.ru_stime, watch.rss_bytes, watch.anon_bytes,
+                 written_bytes, output)
 
 
 def run(*argv, cwd=None):

@@ -31,6 +31,7 @@ class Sample:
     p99_us: float | None = None
     rss_bytes: int | None = None
     allocated_bytes: int | None = None
+    written_bytes: int | None = None
 
     @property
     def cpu_per_work(self):
@@ -82,7 +83,7 @@ class Bench:
     """Put before every client and server: `chrt -r 1`, `nice -n -20` or nothing."""
     cases: list[Case] = dataclasses.field(default_factory=list)
     notes: list[dict] = dataclasses.field(default_factory=list)
-    """Results that are no comparison, for `--json`."""
+    """Results that are no comparison, and bounds, for `--json`."""
     failures: list[str] = dataclasses.field(default_factory=list)
 
     def fail(self, message):
@@ -90,10 +91,28 @@ class Bench:
         self.failures.append(message)
         say(f"  FAILED: {message}")
 
-    def compare(self, cases):
+    def bound(self, where, what, ratio, most=None, least=None):
+        """Prints a bound that the project has set itself, met or missed; a miss is no failure.
+
+        `where` is the title of what was measured, for `--json`; `ratio` is (median, least,
+        greatest), `None` if there was nothing to measure.
+        """
+        limit = f"at most {most:g}" if least is None else f"at least {least:g}"
+        if ratio is None:
+            verdict = "not measured"
+        elif ratio[0] <= most if least is None else ratio[0] >= least:
+            verdict = "met"
+        else:
+            verdict = "MISSED"
+        say(f"  bound: {what}: {limit}: {ratio_text(ratio)}  {verdict}")
+        self.notes.append({"case": where, "bound": what, "most": most, "least": least,
+                           "measured": ratio, "verdict": verdict})
+
+    def compare(self, cases, most_rounds=None):
         """Runs every contender of every case once per round, then prints a table per case."""
-        for index in range(self.rounds):
-            say(f"  round {index + 1} of {self.rounds}", transient=True)
+        count = min(self.rounds, most_rounds or self.rounds)
+        for index in range(count):
+            say(f"  round {index + 1} of {count}", transient=True)
             for case in cases:
                 count = len(case.contenders)
                 for turn in range(count):
@@ -134,8 +153,22 @@ def speed(sample):
     return sample.value
 
 
+def wall(sample):
+    return sample.wall_s
+
+
 def cpu(sample):
     return sample.cpu_per_work
+
+
+def client_cpu(sample):
+    return sample.client_cpu_s
+
+
+def spread(values):
+    """(median, least, greatest) of some numbers; `None` of none."""
+    values = [value for value in values if value is not None]
+    return (statistics.median(values), min(values), max(values)) if values else None
 
 
 def named(case, name):
@@ -172,8 +205,8 @@ def comparisons(case):
 
 # ---- printing ----
 
-_COLUMNS = ("rate", "p99", "client CPU", "server CPU", "max RSS", "allocated", "/ reference",
-            "CPU / ref", "bedplate / this", "")
+_COLUMNS = ("rate", "p99", "client CPU", "server CPU", "max RSS", "allocated", "written",
+            "/ reference", "CPU / ref", "bedplate / this", "")
 
 
 def print_table(case):
@@ -212,6 +245,7 @@ def _cells(case, contender):
         middle(lambda sample: sample.server_cpu_s / sample.work, per_work),
         middle(lambda sample: sample.rss_bytes, size),
         middle(lambda sample: sample.allocated_bytes, size),
+        middle(lambda sample: sample.written_bytes, size),
         ratio_text(ratios(contender, reference, speed)),
         f"{spent[0]:.2f}" if spent else "-",
         ratio_text(against),
