@@ -21,8 +21,10 @@ const GAIN: f64 = 1.15;
 /// Share of their time that connections wait for the network if it is the network that limits.
 const STARVED: f64 = 0.6;
 /// How long a step is not tried again after it brought too little; doubles each time.
-const HOLD: Duration = Duration::from_secs(10);
+const HOLD: Duration = Duration::from_secs(2);
 const HOLD_MOST: Duration = Duration::from_secs(160);
+/// How long a connection that was refused or broke is not replaced.
+const HOLD_LOST: Duration = Duration::from_secs(10);
 
 /// What is known at one moment. All but `latency` only grow.
 #[derive(Clone, Copy, Debug, Default)]
@@ -97,7 +99,7 @@ impl Scale {
     pub(super) fn lost(&mut self, now: Duration, left: usize) {
         self.target = left.clamp(1, self.most);
         self.before = None;
-        self.wait(now);
+        self.hold_until = now + HOLD_LOST;
     }
 
     fn wait(&mut self, now: Duration) {

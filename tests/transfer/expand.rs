@@ -321,6 +321,10 @@ fn a_daemon_that_dies_goes_on_expanding_and_serves_the_raw_disk() {
     });
     let url = format!("{}/s.qcow2", server.url);
     let daemon = Daemon::start();
+    // Slowly, so that some of it is durable when the daemon dies.
+    let args = ["create", &url, "--name", "a", "--layout", "raw"];
+    assert!(daemon.cli(&args).status.success());
+    assert!(daemon.cli(&["set", "a", "--rate", "6M"]).status.success());
     let args = ["create", &url, "--name", "a", "--layout", "raw", "--fetch"];
     assert!(daemon.cli(&args).status.success());
     let (_, dir) = {

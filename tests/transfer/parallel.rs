@@ -178,12 +178,13 @@ fn a_run_that_ends_in_the_middle_goes_on_without_asking_for_what_is_durable() {
     };
     assert!(run().unwrap_err().report().contains("404"));
     broken.store(false, Ordering::SeqCst);
-    let asked_before = server.requests().len();
+    let sent_before = server.sent();
     let received = run().unwrap();
     assert!(std::fs::read(&output).unwrap() == bytes);
     assert!(received < bytes.len() as u64, "a part was here");
-    let again: u64 = overlaps(&server.requests()[asked_before..]);
-    assert_eq!(again, 0);
+    // A lone connection's body may be dropped when others join: that costs what is in flight.
+    let sent = server.sent() - sent_before;
+    assert!(sent <= received + (8 << 20), "{sent} bytes were sent, {received} taken");
 }
 
 /// Pulls from the first server with the others as its mirrors.

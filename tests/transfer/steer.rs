@@ -39,6 +39,18 @@ fn done_of(event: &Value) -> u64 {
     event["object"]["copies"][0]["bytes_done"].as_u64().unwrap_or(0)
 }
 
+/// Knows `a` with a rate at which it lasts for seconds, so that there is time to steer it.
+fn create_slowly(daemon: &Daemon, server: &FaultServer) {
+    run(daemon, &["create", &format!("{}/a.img", server.url), "--name", "a"]);
+    run(daemon, &["set", "a", "--rate", "3M"]);
+}
+
+/// Brings `a` in, slowly.
+fn fetch_slowly(daemon: &Daemon, server: &FaultServer) {
+    create_slowly(daemon, server);
+    run(daemon, &["create", &format!("{}/a.img", server.url), "--name", "a", "--fetch"]);
+}
+
 /// Waits until some of the image has arrived.
 fn some_of(daemon: &Daemon, image: &str) {
     daemon.events_until(&format!("?image={image}"), |event| done_of(event) >= 2 << 20);
@@ -55,7 +67,7 @@ fn a_paused_transfer_stops_and_goes_on_with_what_is_missing() {
     let bytes = content(LEN, 61);
     let server = server(&bytes, &slow());
     let daemon = Daemon::start();
-    run(&daemon, &["create", &format!("{}/a.img", server.url), "--name", "a", "--fetch"]);
+    fetch_slowly(&daemon, &server);
     some_of(&daemon, "a");
     assert!(run(&daemon, &["pause", "a"]).contains("paused"));
     daemon.wait_for("a", "pending");
@@ -107,7 +119,7 @@ fn a_cancelled_transfer_leaves_nothing_but_is_refused_while_somebody_waits() {
     let bytes = content(LEN, 63);
     let server = server(&bytes, &slow());
     let daemon = Daemon::start();
-    run(&daemon, &["create", &format!("{}/a.img", server.url), "--name", "a"]);
+    create_slowly(&daemon, &server);
     let id = run(&daemon, &["attach", "a", "--no-wait"]);
     some_of(&daemon, "a");
     let refused = daemon.cli(&["cancel", "a"]);
@@ -129,16 +141,16 @@ fn the_most_urgent_waits_least() {
     let (first, second, third) = (content(LEN, 64), content(1 << 20, 65), content(1 << 20, 66));
     let [a, b, c] = [&first, &second, &third].map(|bytes| server(bytes, &slow()));
     let daemon = Daemon::start_in(tempfile::tempdir().unwrap(), "max_transfers = 1\n");
-    for (name, server) in [("a", &a), ("b", &b), ("c", &c)] {
+    fetch_slowly(&daemon, &a);
+    some_of(&daemon, "a");
+    for (name, server) in [("b", &b), ("c", &c)] {
         run(&daemon, &["create", &format!("{}/x", server.url), "--name", name, "--fetch"]);
-        if name == "a" {
-            some_of(&daemon, "a");
-        }
     }
     daemon.events_until("?image=c", |event| {
         event["object"]["copies"][0]["message"].as_str().unwrap_or("").contains("its turn")
     });
     run(&daemon, &["set", "c", "--priority", "7"]);
+    run(&daemon, &["set", "a", "--rate", "0"]);
     // b waits behind c, so c has all its bytes before b is asked for.
     daemon.wait_for("b", "ready");
     assert_eq!(daemon.get("/v1/images/c")["copies"][0]["state"], "ready");
@@ -154,7 +166,7 @@ fn a_watcher_off_a_terminal_sees_lines_and_the_end() {
     let bytes = content(LEN, 67);
     let server = server(&bytes, &slow());
     let daemon = Daemon::start();
-    run(&daemon, &["create", &format!("{}/a.img", server.url), "--name", "a", "--fetch"]);
+    fetch_slowly(&daemon, &server);
     let watched = daemon.cli(&["watch"]);
     assert!(watched.status.success());
     let text = stderr(&watched);
