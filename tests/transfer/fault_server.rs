@@ -55,13 +55,22 @@ pub struct Reply {
     pub cut: Cut,
     /// Pause after each 64 KiB of the body.
     pub pace: std::time::Duration,
+    /// Pause after each byte of the head.
+    pub head_pace: std::time::Duration,
+    /// Whether the body goes in chunks; the headers should have no length then.
+    pub chunked: bool,
 }
 
 impl Reply {
     /// A reply of a status alone.
     pub fn status(status: &'static str) -> Self {
         let headers = vec!["Content-Length: 0".into()];
-        Self { status, headers, body: Vec::new(), cut: Cut::None, pace: NO_PAUSE }
+        Self::new(status, headers, Vec::new())
+    }
+
+    fn new(status: &'static str, headers: Vec<String>, body: Vec<u8>) -> Self {
+        let (pace, head_pace) = (NO_PAUSE, NO_PAUSE);
+        Self { status, headers, body, cut: Cut::None, pace, head_pace, chunked: false }
     }
 
     /// As a good server with ranges and an ETag answers.
@@ -81,8 +90,7 @@ impl Reply {
                     format!("Content-Range: bytes {}-{}/{total}", range.start, end - 1),
                     format!("Content-Length: {}", slice.len()),
                 ];
-                let (status, body) = ("206 Partial Content", slice.to_vec());
-                Self { status, headers, body, cut: Cut::None, pace: NO_PAUSE }
+                Self::new("206 Partial Content", headers, slice.to_vec())
             }
         };
         reply.headers.push(format!("ETag: {etag}"));
@@ -92,7 +100,15 @@ impl Reply {
     /// As a server without ranges answers.
     pub fn whole(bytes: &[u8]) -> Self {
         let headers = vec![format!("Content-Length: {}", bytes.len())];
-        Self { status: "200 OK", headers, body: bytes.to_vec(), cut: Cut::None, pace: NO_PAUSE }
+        Self::new("200 OK", headers, bytes.to_vec())
+    }
+
+    /// With the body in chunks instead of a length.
+    pub fn in_chunks(mut self) -> Self {
+        self.headers.retain(|line| !line.starts_with("Content-Length:"));
+        self.headers.push("Transfer-Encoding: chunked".into());
+        self.chunked = true;
+        self
     }
 
     /// With the body cut.
@@ -183,19 +199,33 @@ fn read_head(stream: &mut TcpStream) -> Option<String> {
 /// Sends the reply; `None` if the connection is over.
 fn answer(stream: &mut TcpStream, reply: &Reply, sent: &Mutex<u64>) -> Option<()> {
     let head = format!("HTTP/1.1 {}\r\n{}\r\n\r\n", reply.status, reply.headers.join("\r\n"));
-    stream.write_all(head.as_bytes()).ok()?;
+    if reply.head_pace.is_zero() {
+        stream.write_all(head.as_bytes()).ok()?;
+    } else {
+        for byte in head.as_bytes() {
+            stream.write_all(&[*byte]).ok()?;
+            std::thread::sleep(reply.head_pace);
+        }
+    }
     let count = match reply.cut {
         Cut::None => reply.body.len(),
         Cut::Close(n) | Cut::Reset(n) | Cut::Stall(n) => n.min(reply.body.len()),
     };
     for piece in reply.body[..count].chunks(64 * 1024) {
+        if reply.chunked {
+            stream.write_all(format!("{:x}\r\n", piece.len()).as_bytes()).ok()?;
+        }
         stream.write_all(piece).ok()?;
+        if reply.chunked {
+            stream.write_all(b"\r\n").ok()?;
+        }
         *sent.lock().expect("no panic") += piece.len() as u64;
         if !reply.pace.is_zero() {
             std::thread::sleep(reply.pace);
         }
     }
     match reply.cut {
+        Cut::None if reply.chunked => stream.write_all(b"0\r\n\r\n").ok(),
         Cut::None => Some(()),
         Cut::Close(_) => None,
         Cut::Reset(_) => {

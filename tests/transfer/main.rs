@@ -14,6 +14,7 @@ mod fault_server;
 mod faults;
 mod full_disk;
 mod kill;
+mod matrix;
 mod parallel;
 mod steer;
 mod unpack;
