@@ -67,7 +67,7 @@ fn disk_checks(disk: &Path) -> Vec<Check> {
         Ok(ring::Probe { kind: ring::SinkKind::Uring | ring::SinkKind::TokioUring, .. }) => {
             check(name("io_uring"), Level::Ok, "works", "")
         }
-        Ok(ring::Probe { kind: ring::SinkKind::Threads, reason }) => {
+        Ok(ring::Probe { reason, .. }) => {
             let reason = reason.unwrap_or_else(|| "threads were asked for".to_owned());
             let hint = "nothing is wrong: files are written on threads, nearly as fast; \
                         to allow io_uring see kernel.io_uring_disabled and the seccomp profile";

@@ -102,6 +102,12 @@ impl DigestSet {
         kinds.iter().fold(Self::default(), |set, kind| set.with(*kind))
     }
 
+    /// True if none is to be made.
+    #[must_use]
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
     /// With `kind` too.
     #[must_use]
     pub fn with(self, kind: DigestKind) -> Self {

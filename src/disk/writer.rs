@@ -1,8 +1,8 @@
 //! Sparse writes: blocks in, a file with holes and durable presence bits out.
 //!
 //! Why: the network must not wait for the disk's syncs, nor the disk for the network.
-//! How: one thread owns the sink. It drops zero pages, allocates each run of data just before it
-//! is written (writes into bare holes fall to kernel workers), and hands what has completed, in
+//! How: one thread owns the sink. It drops zero pages, allocates runs of data just before they are
+//! written directly (such writes into bare holes fall to kernel workers), and hands what has completed, in
 //! batches, to a second thread that syncs the file first and then sets the bits.
 //! Never: sets a bit for bytes that a finished `fdatasync` does not cover, or tries a failed sync
 //! again: after one, what the page cache holds means nothing.
@@ -27,6 +27,8 @@ use crate::units::{FileOffset, MIB};
 
 /// Bytes written after which they are made durable.
 const COMMIT_BYTES: u64 = 64 * MIB;
+/// Blocks that get their space and are written together, if so many wait.
+const BATCH: usize = 4;
 /// Time after which written bytes are made durable, however few: what a crash costs at most.
 const COMMIT_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -186,6 +188,8 @@ impl Work {
             (Some(_) | None, _) => Arc::clone(&side.plain),
         };
         let committer = Committer::start(&side, Arc::clone(&stats))?;
+        // A buffered write reserves its space itself, and the kernel allocates better later.
+        let may_allocate = sink.direct();
         Ok(Self {
             side,
             sink,
@@ -197,7 +201,7 @@ impl Work {
             done_bytes: 0,
             last_commit: Instant::now(),
             committer,
-            may_allocate: true,
+            may_allocate,
             failed: None,
         })
     }
@@ -228,7 +232,9 @@ impl Work {
             };
             match next {
                 Some(block) => {
-                    self.place(&block)?;
+                    let more = queue.try_iter().take(BATCH - 1);
+                    let batch: Vec<Block> = std::iter::once(block).chain(more).collect();
+                    self.place(&batch)?;
                     self.reap(0)?;
                 }
                 None => self.reap(1)?,
@@ -237,8 +243,28 @@ impl Work {
         }
     }
 
+    /// Starts the writes of some blocks.
+    fn place(&mut self, batch: &[Block]) -> Result<(), DiskError> {
+        // All runs get their space before the first is written: an allocation waits for every
+        // direct write of the file that is in flight.
+        let mut allocated = Ok(());
+        let mut runs_of = Vec::with_capacity(batch.len());
+        for block in batch {
+            let runs = self.runs(block);
+            allocated = runs.iter().try_for_each(|run| self.allocate(block, run));
+            if allocated.is_err() {
+                break;
+            }
+            runs_of.push(runs);
+        }
+        for (block, runs) in batch.iter().zip(runs_of) {
+            self.place_block(block, runs)?;
+        }
+        allocated
+    }
+
     /// Starts the writes of one block, or none if it is all zero.
-    fn place(&mut self, block: &Block) -> Result<(), DiskError> {
+    fn place_block(&mut self, block: &Block, runs: Vec<Range<usize>>) -> Result<(), DiskError> {
         let tag = self.next_tag;
         self.next_tag += 1;
         let range = block.range();
@@ -248,12 +274,19 @@ impl Work {
         // One more than there are writes, so that the block is not over while it is being placed.
         self.pending.insert(tag, Pending { range, writes_left: 1 });
         if let Block::Data { at, buf } = block {
-            for run in data_runs(buf.bytes()) {
+            for run in runs {
                 self.write_run(*at, buf, run, tag)?;
             }
         }
         self.write_ended(tag);
         Ok(())
+    }
+
+    /// The data of a block, in ranges that the sink takes.
+    fn runs(&self, block: &Block) -> Vec<Range<usize>> {
+        let Block::Data { buf, .. } = block else { return Vec::new() };
+        let page = if self.sink.direct() { PAGE_BYTES } else { 1 };
+        data_runs(buf.bytes()).map(|run| run.start..run.end.next_multiple_of(page)).collect()
     }
 
     fn write_run(
@@ -264,13 +297,9 @@ impl Work {
         tag: u64,
     ) -> Result<(), DiskError> {
         let at = at.advance(run.start as u64);
-        let direct = self.sink.direct();
-        let end = if direct { run.end.next_multiple_of(PAGE_BYTES) } else { run.end };
-        let range = run.start..end;
-        self.allocate(at, range.len() as u64)?;
-        self.stats.written_bytes.fetch_add(range.len() as u64, Ordering::Relaxed);
+        self.stats.written_bytes.fetch_add(run.len() as u64, Ordering::Relaxed);
         let file = Arc::clone(&self.target);
-        let mut op = WriteOp { file, buf: Arc::clone(buf), range, at, tag };
+        let mut op = WriteOp { file, buf: Arc::clone(buf), range: run, at, tag };
         if let Some(pending) = self.pending.get_mut(&tag) {
             pending.writes_left += 1;
         }
@@ -281,19 +310,20 @@ impl Work {
         Ok(())
     }
 
-    /// Allocates blocks for a run, so that the write need not (and finds a full disk early).
-    fn allocate(&mut self, at: FileOffset, len_bytes: u64) -> Result<(), DiskError> {
+    /// Allocates space for a run, so that the write need not (and finds a full disk early).
+    fn allocate(&mut self, block: &Block, run: &Range<usize>) -> Result<(), DiskError> {
         if !self.may_allocate {
             return Ok(());
         }
+        let (start, len_bytes) = (block.range().start + run.start as u64, run.len() as u64);
         let flags = FallocateFlags::empty();
-        match rustix::fs::fallocate(&*self.side.plain, flags, at.0, len_bytes) {
+        match rustix::fs::fallocate(&*self.side.plain, flags, start, len_bytes) {
             Ok(()) => Ok(()),
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
                 self.may_allocate = false;
                 Ok(())
             }
-            Err(e) => Err(DiskError::write(&self.side.path, at.0, e.into())),
+            Err(e) => Err(DiskError::write(&self.side.path, start, e.into())),
         }
     }
 

@@ -242,15 +242,23 @@ impl std::fmt::Display for AddressRefused {
 #[derive(Clone, Debug)]
 pub(super) struct Guarded(pub(super) Arc<AddressPolicy>);
 
+impl Guarded {
+    /// The addresses of `host` that are allowed, with port 0: the client puts the URL's there.
+    pub(super) async fn lookup(
+        &self,
+        host: &str,
+    ) -> Result<Vec<SocketAddr>, Box<dyn std::error::Error + Send + Sync>> {
+        self.0.judge_name(host)?;
+        let found = tokio::net::lookup_host((host, 0)).await?;
+        Ok(filter(&self.0, host, found.collect())?)
+    }
+}
+
 impl Resolve for Guarded {
     fn resolve(&self, name: Name) -> Resolving {
-        let policy = Arc::clone(&self.0);
+        let guarded = self.clone();
         Box::pin(async move {
-            let host = name.as_str().to_owned();
-            policy.judge_name(&host)?;
-            // Port 0: the client puts the URL's there.
-            let found = tokio::net::lookup_host((host.as_str(), 0)).await?;
-            let passed = filter(&policy, &host, found.collect())?;
+            let passed = guarded.lookup(name.as_str()).await?;
             Ok(Box::new(passed.into_iter()) as Addrs)
         })
     }

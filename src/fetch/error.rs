@@ -19,6 +19,9 @@ pub enum Class {
     Cancelled,
 }
 
+/// An error of HTTP, without a URL in it.
+pub type HttpError = Box<dyn std::error::Error + Send + Sync>;
+
 /// Why a transfer failed. URLs are redacted; the message prints every field.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "each field is named in the message above it")]
@@ -27,7 +30,7 @@ pub enum FetchError {
     Connect {
         url: String,
         #[source]
-        source: reqwest::Error,
+        source: HttpError,
     },
     #[error("{url}: {source}")]
     Address { url: String, source: AddressRefused },
@@ -48,7 +51,7 @@ pub enum FetchError {
         url: String,
         at: u64,
         #[source]
-        source: reqwest::Error,
+        source: HttpError,
     },
     #[error("{url}: the server ended the body at byte {at:#x} of {total:#x}")]
     Short { url: String, at: u64, total: u64 },
@@ -180,7 +183,7 @@ pub fn one_line(error: &(dyn std::error::Error + 'static)) -> String {
     let mut cause = error.source();
     let mut in_library = false;
     while let Some(error) = cause {
-        in_library |= error.is::<reqwest::Error>();
+        in_library |= error.is::<reqwest::Error>() || error.is::<hyper::Error>();
         let words = error.to_string();
         cause = error.source();
         if (!in_library || cause.is_none()) && !text.contains(&words) {

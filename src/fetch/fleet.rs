@@ -252,67 +252,45 @@ impl Fleet {
         cutter: &mut Cutter,
         held: &mut Held<'_>,
     ) -> Result<(), Broken> {
+        // For what a body that is over may not have.
+        let mut beyond = [0];
         loop {
             let at = cutter.at();
+            // A body without a length of its own may go on: that is a lie to be found.
+            if at == end && answer.has_length() {
+                return Ok(());
+            }
             if at >= held.claim().range.end && at < end && !held.extend(at) {
                 // Somebody else has what follows: this body is of no more use.
                 return Ok(());
             }
+            let portion = self.limit.portion().min(self.progress.limit().portion());
+            let most = portion.min(held.claim().range.end.min(end) - at);
+            let room = if at < end { cutter.room(most).await? } else { &mut beyond[..] };
             let begin = Instant::now();
-            let chunk = answer.chunk(at, &way.client, self.policy.stall_timeout).await;
+            let filled = answer.fill(at, room, &way.client, self.policy.stall_timeout).await;
             self.state.starved.fetch_add(nanos(begin.elapsed()), Ordering::Relaxed);
-            match chunk {
-                Ok(Some(bytes)) if bytes.len() as u64 > end - at => {
+            match filled {
+                Ok(0) if at == end || self.total.is_none() => return Ok(()),
+                Ok(0) => {
+                    let url = way.client.shown();
+                    return Err(FetchError::Short { url, at, total: end }.into());
+                }
+                Ok(_) if at == end => {
                     let url = way.client.shown();
                     return Err(FetchError::TooMuch { url, total: end }.into());
                 }
-                Ok(Some(bytes)) => {
-                    self.progress.add_received(bytes.len() as u64);
-                    self.limit.spend(bytes.len()).await;
-                    self.progress.limit().spend(bytes.len()).await;
-                    if !self.take(&bytes, end, cutter, held).await? {
-                        return Ok(());
-                    }
-                    // A body without a length of its own may go on: that is a lie to be found.
-                    if cutter.at() == end && answer.has_length() {
-                        return Ok(());
-                    }
-                }
-                Ok(None) if at == end || self.total.is_none() => return Ok(()),
-                Ok(None) => {
-                    let url = way.client.shown();
-                    return Err(FetchError::Short { url, at, total: end }.into());
+                Ok(count) => {
+                    self.progress.add_received(count as u64);
+                    cutter.filled(count).map_err(|Stopped| Broken::Stopped)?;
+                    self.limit.spend(count).await;
+                    self.progress.limit().spend(count).await;
                 }
                 // All is here; how the connection ends makes no difference.
                 Err(_) if at == end => return Ok(()),
                 Err(error) => return Err(error.into()),
             }
         }
-    }
-
-    /// Cuts a chunk; false if a part of it belongs to somebody else.
-    async fn take(
-        &self,
-        mut bytes: &[u8],
-        end: u64,
-        cutter: &mut Cutter,
-        held: &mut Held<'_>,
-    ) -> Result<bool, Broken> {
-        while !bytes.is_empty() {
-            let at = cutter.at();
-            let room = held.claim().range.end.saturating_sub(at);
-            if room == 0 {
-                if at < end && held.extend(at) {
-                    continue;
-                }
-                return Ok(false);
-            }
-            let count = bytes.len().min(usize::try_from(room).unwrap_or(usize::MAX));
-            let pushed = cutter.push(&bytes[..count]).await?;
-            pushed.map_err(|Stopped| Broken::Stopped)?;
-            bytes = &bytes[count..];
-        }
-        Ok(true)
     }
 }
 

@@ -9,15 +9,16 @@
 use std::ops::Range;
 use std::time::Duration;
 
+use reqwest::StatusCode;
 use reqwest::header::{
     CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderName, HeaderValue,
     IF_MATCH, LAST_MODIFIED, RANGE, RETRY_AFTER,
 };
-use reqwest::{Response, StatusCode};
 
 use super::access::Access;
-use super::error::{FetchError, status_hint};
+use super::error::{FetchError, HttpError, status_hint};
 use super::policy::Policy;
+use super::reply::Reply;
 use super::route::Route;
 use super::source::SourceUrl;
 use super::version::Remote;
@@ -40,9 +41,7 @@ pub(super) struct Answer {
     pub(super) total: Option<u64>,
     /// True if the server served the range that was asked for.
     pub(super) ranged: bool,
-    body: Response,
-    /// Bytes of the body that were looked at before their turn.
-    ahead: Option<bytes::Bytes>,
+    body: Reply,
 }
 
 impl Client {
@@ -91,8 +90,8 @@ impl Client {
         self.judge(body, range.start)
     }
 
-    fn judge(&self, body: Response, asked: u64) -> Result<Answer, FetchError> {
-        let headers = body.headers();
+    fn judge(&self, body: Reply, asked: u64) -> Result<Answer, FetchError> {
+        let headers = &body.headers;
         let text = |name: HeaderName| header_text(headers, &name);
         let remote = Remote::new(text(ETAG), text(LAST_MODIFIED));
         let encoding = text(CONTENT_ENCODING).filter(|e| !e.eq_ignore_ascii_case("identity"));
@@ -100,7 +99,7 @@ impl Client {
             return Err(self.bad_header("Content-Encoding", found, "none: bytes as they are"));
         }
         let length = text(CONTENT_LENGTH).and_then(|text| text.parse::<u64>().ok());
-        match body.status() {
+        match body.status {
             StatusCode::PARTIAL_CONTENT => {
                 let found = text(CONTENT_RANGE).unwrap_or_default();
                 // A total of `*` says nothing about where the object ends: a slice of it would
@@ -120,11 +119,9 @@ impl Client {
                         &need,
                     ));
                 }
-                Ok(Answer { remote, start, total, ranged: true, body, ahead: None })
+                Ok(Answer { remote, start, total, ranged: true, body })
             }
-            StatusCode::OK => {
-                Ok(Answer { remote, start: 0, total: length, ranged: false, body, ahead: None })
-            }
+            StatusCode::OK => Ok(Answer { remote, start: 0, total: length, ranged: false, body }),
             StatusCode::PRECONDITION_FAILED => {
                 let what = "the server no longer has the version with the ETag asked for".into();
                 Err(FetchError::Changed { url: self.shown(), what })
@@ -160,7 +157,7 @@ impl Client {
 impl Answer {
     /// True if the body's length is fixed by HTTP itself (Content-Length), so that no more can come.
     pub(super) fn has_length(&self) -> bool {
-        self.body.content_length().is_some()
+        self.body.has_length()
     }
 
     /// The whole body of an answer to a bounded `range`.
@@ -205,8 +202,21 @@ impl Answer {
             }
         }
         let seen = seen.freeze();
-        self.ahead = (!seen.is_empty()).then(|| seen.clone());
+        self.body.put_back(seen.clone());
         Ok(seen)
+    }
+
+    /// Puts the next bytes of the body into `room`, which is not empty; 0 at its end. `at` is their
+    /// place in the file.
+    pub(super) async fn fill(
+        &mut self,
+        at: u64,
+        room: &mut [u8],
+        client: &Client,
+        stall: Duration,
+    ) -> Result<usize, FetchError> {
+        let filled = tokio::time::timeout(stall, self.body.fill(room)).await;
+        told(filled, at, client, stall)
     }
 
     /// The next bytes of the body, `None` at its end. `at` is their place in the file.
@@ -216,17 +226,23 @@ impl Answer {
         client: &Client,
         stall: Duration,
     ) -> Result<Option<bytes::Bytes>, FetchError> {
-        if let Some(seen) = self.ahead.take() {
-            return Ok(Some(seen));
-        }
-        match tokio::time::timeout(stall, self.body.chunk()).await {
-            Ok(Ok(chunk)) => Ok(chunk),
-            Ok(Err(error)) => {
-                Err(FetchError::Broken { url: client.shown(), at, source: error.without_url() })
-            }
-            Err(_elapsed) => {
-                Err(FetchError::Stalled { url: client.shown(), at, seconds: stall.as_secs() })
-            }
+        let chunk = tokio::time::timeout(stall, self.body.chunk()).await;
+        told(chunk, at, client, stall)
+    }
+}
+
+/// What a body has given, or why it has ended at `at`.
+fn told<T>(
+    given: Result<Result<T, HttpError>, tokio::time::error::Elapsed>,
+    at: u64,
+    client: &Client,
+    stall: Duration,
+) -> Result<T, FetchError> {
+    match given {
+        Ok(Ok(given)) => Ok(given),
+        Ok(Err(source)) => Err(FetchError::Broken { url: client.shown(), at, source }),
+        Err(_elapsed) => {
+            Err(FetchError::Stalled { url: client.shown(), at, seconds: stall.as_secs() })
         }
     }
 }

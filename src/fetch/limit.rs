@@ -14,6 +14,9 @@ use tokio::sync::Notify;
 /// How far a user may be ahead of the limit.
 const BURST: Duration = Duration::from_millis(50);
 
+/// Bytes below which a read costs more than it brings.
+const MIN_PORTION_BYTES: u64 = 4096;
+
 #[derive(Debug)]
 struct Account {
     bytes_per_s: Option<u64>,
@@ -56,6 +59,14 @@ impl RateLimit {
     #[must_use]
     pub fn get(&self) -> Option<u64> {
         self.account.lock().unwrap_or_else(PoisonError::into_inner).bytes_per_s
+    }
+
+    /// Bytes to take at once: what may be ahead of the limit, but enough to be worth a read.
+    #[must_use]
+    pub fn portion(&self) -> u64 {
+        let ahead = |rate: u64| u128::from(rate) * BURST.as_nanos() / 1_000_000_000;
+        let portion = self.get().map(|rate| u64::try_from(ahead(rate)).unwrap_or(u64::MAX));
+        portion.map_or(u64::MAX, |bytes| bytes.max(MIN_PORTION_BYTES))
     }
 
     /// Pays for `bytes` that have arrived: waits as long as the limit asks for.

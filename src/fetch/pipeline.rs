@@ -73,7 +73,7 @@ impl Pipeline {
         let stored = Stored { file: Arc::clone(filling.file()), path: filling.path() };
         let watched = Arc::clone(progress);
         let digest = DigestThread::start(stored, missing, most_held, digests, watched)?;
-        let writer = Writer::start(filling, probe)?;
+        let writer = Writer::start(filling, &probe.when(!digests.is_empty()))?;
         let to = Destination::File { writer: writer.sender(), digest: digest.feed() };
         let feed = Feed { to, progress: Arc::clone(progress) };
         Ok(Self { writer, digest, feed })
@@ -204,25 +204,46 @@ impl Cutter {
         taken.map_err(|source| FetchError::Memory { source })
     }
 
+    /// Room for the next bytes of the stream, not empty and at most `most` bytes (more than 0); see
+    /// [`Cutter::filled`].
+    pub(super) async fn room(&mut self, most: u64) -> Result<&mut [u8], FetchError> {
+        let buf = match self.buf.take() {
+            Some(buf) => buf,
+            None => self.next_buf().await?,
+        };
+        let buf = self.buf.insert(buf);
+        // A buffer begins where the last ended; it ends at a MiB boundary of the file.
+        let limit = BLOCK_BYTES - in_block(self.at - buf.len() as u64);
+        let room = buf.spare(limit);
+        let most = room.len().min(usize::try_from(most).unwrap_or(usize::MAX));
+        Ok(&mut room[..most])
+    }
+
+    /// Takes the first `count` bytes of the room that was given.
+    pub(super) fn filled(&mut self, count: usize) -> Result<(), Stopped> {
+        let Some(mut buf) = self.buf.take() else { return Ok(()) };
+        let start = self.at - buf.len() as u64;
+        let limit = BLOCK_BYTES - in_block(start);
+        buf.set_len(buf.len() + count);
+        self.at += count as u64;
+        if buf.is_full(limit) {
+            return self.feed.send(start, buf);
+        }
+        self.buf = Some(buf);
+        Ok(())
+    }
+
     /// Takes the next bytes of the stream.
     pub(super) async fn push(
         &mut self,
         mut bytes: &[u8],
     ) -> Result<Result<(), Stopped>, FetchError> {
         while !bytes.is_empty() {
-            let mut buf = match self.buf.take() {
-                Some(buf) => buf,
-                None => self.next_buf().await?,
-            };
-            // A buffer begins where the last ended; it ends at a MiB boundary of the file.
-            let start = self.at - buf.len() as u64;
-            let limit = BLOCK_BYTES - in_block(start);
-            let taken = buf.fill(bytes, limit);
-            self.at += taken as u64;
-            bytes = &bytes[taken..];
-            if !buf.is_full(limit) {
-                self.buf = Some(buf);
-            } else if self.feed.send(start, buf).is_err() {
+            let room = self.room(bytes.len() as u64).await?;
+            let count = room.len();
+            room.copy_from_slice(&bytes[..count]);
+            bytes = &bytes[count..];
+            if self.filled(count).is_err() {
                 return Ok(Err(Stopped));
             }
         }

@@ -14,21 +14,27 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use hyper::Uri;
+use hyper::http::uri::InvalidUri;
 use hyper_util::client::proxy::matcher::{Intercept, Matcher};
-use reqwest::header::{HeaderMap, LOCATION};
-use reqwest::{Certificate, Identity, Proxy, Response, StatusCode, redirect};
+use reqwest::header::{ACCEPT, HeaderMap, HeaderValue, LOCATION, USER_AGENT};
+use reqwest::{Certificate, Identity, Proxy, StatusCode, redirect};
 use url::Url;
 
 use super::access::{Access, Authorization, proxy_url, unusable};
 use super::address::{AddressPolicy, AddressRefused, Guarded};
-use super::error::FetchError;
+use super::error::{FetchError, HttpError};
+use super::plain::Plain;
 use super::policy::Policy;
+use super::reply::Reply;
 use super::s3::Object;
 use super::secret::{AccessError, Trust};
 use super::source::SourceUrl;
 
 /// Every name and every address, as exceptions from a proxy.
 const ALL_HOSTS: &str = "*,0.0.0.0/0,::/0";
+
+/// What this program calls itself.
+const AGENT: &str = concat!("bedplate/", env!("CARGO_PKG_VERSION"));
 
 /// Where a walk begins.
 enum Start {
@@ -58,6 +64,7 @@ pub(super) struct Route {
     connect_timeout: Duration,
     max_redirects: usize,
     clients: Mutex<HashMap<Via, reqwest::Client>>,
+    plain: Plain,
     landed: Mutex<Option<Hop>>,
 }
 
@@ -119,16 +126,17 @@ impl Route {
             connect_timeout: policy.connect_timeout,
             max_redirects: policy.max_redirects,
             clients: Mutex::default(),
+            plain: Plain::new(Guarded(Arc::new(policy.addresses.clone())), policy.connect_timeout),
             landed: Mutex::default(),
         })
     }
 
     /// Sends a GET with these headers and gives the first answer that is no redirect.
-    pub(super) async fn send(&self, headers: &HeaderMap) -> Result<Response, FetchError> {
+    pub(super) async fn send(&self, headers: &HeaderMap) -> Result<Reply, FetchError> {
         if let Some(hop) = self.landed() {
             match self.walk(hop, headers).await {
-                Ok((response, _)) if !is_stale(response.status()) => {
-                    if response.status().is_server_error() {
+                Ok((response, _)) if !is_stale(response.status) => {
+                    if response.status.is_server_error() {
                         self.forget();
                     }
                     return Ok(response);
@@ -144,7 +152,7 @@ impl Route {
             Start::Object(object) => object.signed(),
         };
         let (response, end) = self.walk(Hop { url, own: true }, headers).await?;
-        if response.status().is_success() {
+        if response.status.is_success() {
             self.land(end);
         }
         Ok(response)
@@ -168,13 +176,13 @@ impl Route {
         &self,
         mut hop: Hop,
         headers: &HeaderMap,
-    ) -> Result<(Response, Option<Hop>), FetchError> {
+    ) -> Result<(Reply, Option<Hop>), FetchError> {
         for followed in 0..=self.max_redirects {
             let response = self.ask(&hop, headers).await?;
-            if !is_redirect(response.status()) {
+            if !is_redirect(response.status) {
                 return Ok((response, (followed > 0).then_some(hop)));
             }
-            let location = response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
+            let location = response.headers.get(LOCATION).and_then(|value| value.to_str().ok());
             hop = hop.next(location).map_err(|reason| self.bad_redirect(reason))?;
         }
         Err(self.bad_redirect(format!("more than {} redirects", self.max_redirects)))
@@ -184,8 +192,8 @@ impl Route {
         FetchError::Redirect { url: self.shown.clone(), reason }
     }
 
-    async fn ask(&self, hop: &Hop, headers: &HeaderMap) -> Result<Response, FetchError> {
-        let client = self.client(hop)?;
+    async fn ask(&self, hop: &Hop, headers: &HeaderMap) -> Result<Reply, FetchError> {
+        let (client, plain) = self.client(hop)?;
         let mut request = client.get(hop.url.clone());
         if hop.own {
             request = request.headers(self.headers.clone());
@@ -197,24 +205,38 @@ impl Route {
                 None => request,
             };
         }
-        request.headers(headers.clone()).send().await.map_err(|error| self.failed(error))
+        let request = request.headers(headers.clone()).build().map_err(unusable_client)?;
+        if !plain {
+            let answer = client.execute(request).await;
+            // The error's own text would show the whole URL.
+            return answer
+                .map(Reply::from)
+                .map_err(|error| self.failed(error.without_url().into()));
+        }
+        let mut headers = request.headers().clone();
+        headers.entry(USER_AGENT).or_insert(HeaderValue::from_static(AGENT));
+        headers.entry(ACCEPT).or_insert(HeaderValue::from_static("*/*"));
+        let uri =
+            hop.url.as_str().parse().map_err(|error: InvalidUri| self.failed(error.into()))?;
+        let answer = self.plain.get(&uri, headers).await;
+        answer.map(Reply::from).map_err(|error| self.failed(error))
     }
 
-    fn failed(&self, error: reqwest::Error) -> FetchError {
+    fn failed(&self, source: HttpError) -> FetchError {
         let url = self.shown.clone();
-        let mut cause = std::error::Error::source(&error);
+        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&*source);
         while let Some(inner) = cause {
             if let Some(refused) = inner.downcast_ref::<AddressRefused>() {
                 return FetchError::Address { url, source: refused.clone() };
             }
             cause = inner.source();
         }
-        // The error's own text would show the whole URL.
-        FetchError::Connect { url, source: error.without_url() }
+        FetchError::Connect { url, source }
     }
 
     /// The client for a hop: one for each proxy, and one more without the client's certificate.
-    fn client(&self, hop: &Hop) -> Result<reqwest::Client, FetchError> {
+    /// True if the hop is for plain http's own client.
+    fn client(&self, hop: &Hop) -> Result<(reqwest::Client, bool), FetchError> {
         let refused = |source| FetchError::Address { url: self.shown.clone(), source };
         self.addresses.judge_url(&hop.url).map_err(refused)?;
         let proxy = self.proxies.of(&hop.url);
@@ -223,16 +245,15 @@ impl Route {
         {
             self.proxies.addresses.judge_url(&url).map_err(refused)?;
         }
+        let plain = proxy.is_none() && hop.url.scheme() == "http";
         let via = (proxy.as_ref().map(|proxy| proxy.uri().clone()), hop.own);
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(client) = clients.get(&via) {
-            return Ok(client.clone());
+            return Ok((client.clone(), plain));
         }
-        let client = self
-            .build(proxy.as_ref(), hop.own)
-            .map_err(|source| FetchError::Client { source: source.without_url() })?;
+        let client = self.build(proxy.as_ref(), hop.own).map_err(unusable_client)?;
         clients.insert(via, client.clone());
-        Ok(client)
+        Ok((client, plain))
     }
 
     fn build(
@@ -248,7 +269,7 @@ impl Route {
             .redirect(redirect::Policy::none())
             .referer(false)
             .dns_resolver(Arc::new(Guarded(Arc::clone(addresses))))
-            .user_agent(concat!("bedplate/", env!("CARGO_PKG_VERSION")));
+            .user_agent(AGENT);
         if let Some(proxy) = proxy {
             let mut through = Proxy::all(proxy.uri().to_string())?;
             if let Some(credentials) = proxy.basic_auth() {
@@ -343,6 +364,10 @@ fn without_userinfo(mut url: Url) -> Url {
     let _ = url.set_password(None);
     url.set_fragment(None);
     url
+}
+
+fn unusable_client(error: reqwest::Error) -> FetchError {
+    FetchError::Client { source: error.without_url() }
 }
 
 fn is_redirect(status: StatusCode) -> bool {

@@ -72,7 +72,8 @@ pub type Done<'a> = dyn FnMut(WriteOp, io::Result<()>) + 'a;
 /// A write is accepted by [`Sink::push`] and reported exactly once by [`Sink::reap`]; short writes
 /// are continued inside. Nothing is durable before a `fdatasync` of the file.
 pub trait Sink: Send {
-    /// Takes `op`, or hands it back when as many are in flight as the sink carries.
+    /// Takes `op`, or hands it back when as many are in flight as the sink carries. It may begin
+    /// only with the next [`Sink::reap`], together with others.
     ///
     /// # Errors
     /// The write itself, when the sink is full: call [`Sink::reap`] and push it again.

@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use rustix::fs::{Mode, OFlags};
 
+use super::thread::try_uncached;
 use super::{BufPool, PAGE_BYTES, Sink, ThreadSink, UringSink, WriteOp};
 use crate::units::FileOffset;
 
@@ -28,6 +29,8 @@ pub enum Choice {
     Uring,
     /// `pwrite` on threads.
     Threads,
+    /// Writes on threads that leave nothing in the page cache, or an error that says why not.
+    Uncached,
     /// The crate tokio-uring, or an error that says why not.
     TokioUring,
 }
@@ -39,11 +42,12 @@ impl std::str::FromStr for Choice {
             "auto" => Ok(Self::Auto),
             "uring" => Ok(Self::Uring),
             "threads" => Ok(Self::Threads),
+            "uncached" => Ok(Self::Uncached),
             "tokio-uring" if cfg!(feature = "tokio-uring") => Ok(Self::TokioUring),
             "tokio-uring" => Err("sink \"tokio-uring\" is not in this program: build it with \
-                                  --features tokio-uring, or give auto, uring or threads"
+                                  --features tokio-uring, or give auto, uring, threads or uncached"
                 .to_owned()),
-            _ => Err(format!("sink {text:?} is not known; give auto, uring or threads")),
+            _ => Err(format!("sink {text:?} is not known; give auto, uring, threads or uncached")),
         }
     }
 }
@@ -55,6 +59,8 @@ pub enum SinkKind {
     Uring,
     /// [`ThreadSink`], buffered.
     Threads,
+    /// [`ThreadSink::uncached`].
+    Uncached,
     /// The crate tokio-uring, O_DIRECT; only with the feature of that name.
     TokioUring,
 }
@@ -64,21 +70,35 @@ impl fmt::Display for SinkKind {
         f.write_str(match self {
             Self::Uring => "uring",
             Self::Threads => "threads",
+            Self::Uncached => "uncached",
             Self::TokioUring => "tokio-uring",
         })
     }
 }
 
-/// The sink chosen for a directory, and why not the faster one.
+/// The sinks chosen for a directory, and why not the better one.
 #[derive(Clone, Debug)]
 pub struct Probe {
     /// What to use.
     pub kind: SinkKind,
-    /// Why io_uring is not used; `None` when it is, or when threads were asked for.
+    /// What to use for bytes of which no digest is made: then the processor has time for the
+    /// faster writes.
+    pub unhashed: SinkKind,
+    /// Why io_uring is not used; `None` when it is, or when another was asked for.
     pub reason: Option<String>,
 }
 
 impl Probe {
+    fn only(kind: SinkKind, reason: Option<String>) -> Self {
+        Self { kind, unhashed: kind, reason }
+    }
+
+    /// The same for bytes of which a digest is made (`hashed`), or none.
+    #[must_use]
+    pub fn when(&self, hashed: bool) -> Self {
+        Self { kind: if hashed { self.kind } else { self.unhashed }, ..self.clone() }
+    }
+
     /// A new sink of the chosen kind. One that worked at the probe may be refused later (memlock);
     /// then it is threads.
     #[must_use]
@@ -95,6 +115,7 @@ fn ring(kind: SinkKind) -> io::Result<Box<dyn Sink>> {
     match kind {
         SinkKind::Uring => Ok(Box::new(UringSink::new()?)),
         SinkKind::Threads => Ok(Box::new(ThreadSink::new())),
+        SinkKind::Uncached => Ok(Box::new(ThreadSink::uncached())),
         #[cfg(feature = "tokio-uring")]
         SinkKind::TokioUring => Ok(Box::new(super::TokioUringSink::new()?)),
         #[cfg(not(feature = "tokio-uring"))]
@@ -105,22 +126,40 @@ fn ring(kind: SinkKind) -> io::Result<Box<dyn Sink>> {
 /// Chooses the sink for files in `dir`.
 ///
 /// # Errors
-/// Only for [`Choice::Uring`] and [`Choice::TokioUring`], when it does not work here; the message says what to change.
+/// What was named does not work here; the message says what to change.
 pub fn probe(dir: &Path, choice: Choice) -> Result<Probe, String> {
+    let refused = |what: &str, reason| format!("{}: {what}: {reason}", dir.display());
     match choice {
-        Choice::Threads => Ok(Probe { kind: SinkKind::Threads, reason: None }),
-        Choice::TokioUring => match smoke(dir, SinkKind::TokioUring) {
-            Ok(()) => Ok(Probe { kind: SinkKind::TokioUring, reason: None }),
-            Err(reason) => Err(format!("{}: tokio-uring does not work: {reason}", dir.display())),
-        },
-        Choice::Auto | Choice::Uring => match smoke(dir, SinkKind::Uring) {
-            Ok(()) => Ok(Probe { kind: SinkKind::Uring, reason: None }),
-            Err(reason) if choice == Choice::Uring => {
-                Err(format!("{}: io_uring does not work here: {reason}", dir.display()))
-            }
-            Err(reason) => Ok(Probe { kind: SinkKind::Threads, reason: Some(reason) }),
-        },
+        Choice::Threads => Ok(Probe::only(SinkKind::Threads, None)),
+        Choice::Uncached => uncached(dir)
+            .map(|()| Probe::only(SinkKind::Uncached, None))
+            .map_err(|reason| refused("uncached writes do not work here", reason)),
+        Choice::TokioUring => smoke(dir, SinkKind::TokioUring)
+            .map(|()| Probe::only(SinkKind::TokioUring, None))
+            .map_err(|reason| refused("tokio-uring does not work", reason)),
+        Choice::Uring => smoke(dir, SinkKind::Uring)
+            .map(|()| Probe::only(SinkKind::Uring, None))
+            .map_err(|reason| refused("io_uring does not work here", reason)),
+        Choice::Auto => {
+            let found = match smoke(dir, SinkKind::Uring) {
+                Ok(()) => Probe::only(SinkKind::Uring, None),
+                Err(reason) => Probe::only(SinkKind::Threads, Some(reason)),
+            };
+            let unhashed = uncached(dir).map_or(found.unhashed, |()| SinkKind::Uncached);
+            Ok(Probe { unhashed, ..found })
+        }
     }
+}
+
+/// Tries an uncached write to an unnamed file in `dir`.
+fn uncached(dir: &Path) -> Result<(), String> {
+    let fd = unnamed(dir, OFlags::empty()).map_err(|e| e.to_string())?;
+    try_uncached(&File::from(fd)).map_err(|e| format!("Linux 6.14 or later has them ({e})"))
+}
+
+fn unnamed(dir: &Path, extra: OFlags) -> rustix::io::Result<std::os::fd::OwnedFd> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC | extra;
+    rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR)
 }
 
 /// Turns the errno of a refused ring into its usual cause and what to do.
@@ -140,8 +179,7 @@ fn ring_refused(error: &io::Error) -> String {
 /// Writes one page through a ring to an unnamed file in `dir`, reads it back.
 fn smoke(dir: &Path, kind: SinkKind) -> Result<(), String> {
     let mut sink = ring(kind).map_err(|e| ring_refused(&e))?;
-    let open = |flags| rustix::fs::open(dir, flags | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR);
-    let fd = open(OFlags::TMPFILE | OFlags::RDWR | OFlags::DIRECT)
+    let fd = unnamed(dir, OFlags::DIRECT)
         .map_err(|e| format!("the file system of {} refuses O_DIRECT ({e})", dir.display()))?;
     let mut file = File::from(fd);
     rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, PAGE_BYTES as u64)
