@@ -11,7 +11,8 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
+use base64::prelude::{BASE64_STANDARD, Engine as _};
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue};
 use serde::{Deserialize, Serialize};
 use url::Url;
 
@@ -143,6 +144,22 @@ pub(super) enum Authorization {
     Bearer(String),
 }
 
+impl Authorization {
+    /// The header of a request. `None` for a token that is none, which was checked when it was read.
+    pub(super) fn header(&self) -> Option<(HeaderName, HeaderValue)> {
+        let text = match self {
+            Self::Basic(user, password) => {
+                let plain = format!("{user}:{password}");
+                format!("Basic {}", BASE64_STANDARD.encode(plain))
+            }
+            Self::Bearer(token) => format!("Bearer {token}"),
+        };
+        let mut value = HeaderValue::from_str(&text).ok()?;
+        value.set_sensitive(true);
+        Some((AUTHORIZATION, value))
+    }
+}
+
 impl Access {
     /// True if the source needs nothing.
     #[must_use]
@@ -196,9 +213,7 @@ impl Access {
         }
         for (name, value) in &self.headers {
             let name = header_name(name)?;
-            if name == reqwest::header::AUTHORIZATION
-                && (self.basic.is_some() || self.bearer.is_some())
-            {
+            if name == AUTHORIZATION && (self.basic.is_some() || self.bearer.is_some()) {
                 return unusable("headers", "Authorization is set by basic or bearer already");
             }
             value.literal().map(header_value).transpose()?;

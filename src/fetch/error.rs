@@ -32,6 +32,14 @@ pub enum FetchError {
         #[source]
         source: HttpError,
     },
+    #[error(
+        "{url}: its certificate is refused; name its authority (--cacert), or give the host by the name in the certificate"
+    )]
+    Certificate {
+        url: String,
+        #[source]
+        source: HttpError,
+    },
     #[error("{url}: {source}")]
     Address { url: String, source: AddressRefused },
     #[error("{url}: access")]
@@ -109,7 +117,7 @@ pub enum FetchError {
     #[error("cannot set up an HTTP client")]
     Client {
         #[source]
-        source: reqwest::Error,
+        source: HttpError,
     },
     #[error("no memory for a buffer")]
     Memory {
@@ -147,6 +155,7 @@ impl FetchError {
             Self::Disk(error) if error.may_retry() => Class::Retry,
             Self::Redirect { .. }
             | Self::Address { .. }
+            | Self::Certificate { .. }
             | Self::Access { .. }
             | Self::TooMuch { .. }
             | Self::NoParts { .. }

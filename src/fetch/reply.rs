@@ -1,4 +1,4 @@
-//! An answer of either HTTP client: reqwest's, or plain http's.
+//! An answer of either HTTP client: reqwest's, or the direct one's.
 //!
 //! Why: whoever judges an answer and reads its body need not know which client brought it.
 //! How: the head is the same; a body is read in chunks, or into room that the caller brings.
@@ -9,8 +9,8 @@ use bytes::{Buf, Bytes};
 use reqwest::StatusCode;
 use reqwest::header::HeaderMap;
 
+use super::direct::DirectBody;
 use super::error::HttpError;
-use super::plain::PlainBody;
 
 /// The head of an answer, and its body, not yet read.
 #[derive(Debug)]
@@ -25,7 +25,7 @@ pub(super) struct Reply {
 #[derive(Debug)]
 enum Body {
     Library(reqwest::Response),
-    Plain(Box<PlainBody>),
+    Direct(Box<DirectBody>),
 }
 
 impl From<reqwest::Response> for Reply {
@@ -35,10 +35,10 @@ impl From<reqwest::Response> for Reply {
     }
 }
 
-impl From<hyper::Response<PlainBody>> for Reply {
-    fn from(answer: hyper::Response<PlainBody>) -> Self {
+impl From<hyper::Response<DirectBody>> for Reply {
+    fn from(answer: hyper::Response<DirectBody>) -> Self {
         let (head, body) = answer.into_parts();
-        let (status, headers, body) = (head.status, head.headers, Body::Plain(Box::new(body)));
+        let (status, headers, body) = (head.status, head.headers, Body::Direct(Box::new(body)));
         Self { status, headers, body, ahead: Bytes::new() }
     }
 }
@@ -48,7 +48,7 @@ impl Reply {
     pub(super) fn has_length(&self) -> bool {
         match &self.body {
             Body::Library(answer) => answer.content_length().is_some(),
-            Body::Plain(body) => body.has_length(),
+            Body::Direct(body) => body.has_length(),
         }
     }
 
@@ -64,14 +64,14 @@ impl Reply {
         }
         match &mut self.body {
             Body::Library(answer) => answer.chunk().await.map_err(|e| e.without_url().into()),
-            Body::Plain(body) => body.chunk().await,
+            Body::Direct(body) => body.chunk().await,
         }
     }
 
     /// Puts the next bytes into `room`, which is not empty; 0 at the end of the body.
     pub(super) async fn fill(&mut self, room: &mut [u8]) -> Result<usize, HttpError> {
         if self.ahead.is_empty() {
-            if let Body::Plain(body) = &mut self.body
+            if let Body::Direct(body) = &mut self.body
                 && let Some(fixed) = body.fixed()
             {
                 return Ok(fixed.fill(room).await?);

@@ -17,18 +17,20 @@ use hyper::Uri;
 use hyper::http::uri::InvalidUri;
 use hyper_util::client::proxy::matcher::{Intercept, Matcher};
 use reqwest::header::{ACCEPT, HeaderMap, HeaderValue, LOCATION, USER_AGENT};
-use reqwest::{Certificate, Identity, Proxy, StatusCode, redirect};
+use reqwest::{Proxy, StatusCode, redirect};
+use rustls::ClientConfig;
 use url::Url;
 
-use super::access::{Access, Authorization, proxy_url, unusable};
+use super::access::{Access, Authorization, proxy_url};
 use super::address::{AddressPolicy, AddressRefused, Guarded};
+use super::direct::Direct;
 use super::error::{FetchError, HttpError};
-use super::plain::Plain;
 use super::policy::Policy;
 use super::reply::Reply;
 use super::s3::Object;
-use super::secret::{AccessError, Trust};
+use super::secret::AccessError;
 use super::source::SourceUrl;
+use super::tls::Tls;
 
 /// Every name and every address, as exceptions from a proxy.
 const ALL_HOSTS: &str = "*,0.0.0.0/0,::/0";
@@ -64,17 +66,14 @@ pub(super) struct Route {
     connect_timeout: Duration,
     max_redirects: usize,
     clients: Mutex<HashMap<Via, reqwest::Client>>,
-    plain: Plain,
+    direct: Direct,
+    /// For direct connections: without and with the client's certificate.
+    configs: Mutex<[Option<Arc<ClientConfig>>; 2]>,
     landed: Mutex<Option<Hop>>,
 }
 
 /// What a client is made for: its proxy, and whether it may show the client's certificate.
-type Via = (Option<Uri>, bool);
-
-struct Tls {
-    authorities: Vec<Certificate>,
-    identity: Option<Identity>,
-}
+type Via = (Uri, bool);
 
 struct Proxies {
     matcher: Matcher,
@@ -126,7 +125,11 @@ impl Route {
             connect_timeout: policy.connect_timeout,
             max_redirects: policy.max_redirects,
             clients: Mutex::default(),
-            plain: Plain::new(Guarded(Arc::new(policy.addresses.clone())), policy.connect_timeout),
+            configs: Mutex::default(),
+            direct: Direct::new(
+                Guarded(Arc::new(policy.addresses.clone())),
+                policy.connect_timeout,
+            ),
             landed: Mutex::default(),
         })
     }
@@ -193,33 +196,45 @@ impl Route {
     }
 
     async fn ask(&self, hop: &Hop, headers: &HeaderMap) -> Result<Reply, FetchError> {
-        let (client, plain) = self.client(hop)?;
-        let mut request = client.get(hop.url.clone());
+        let refused = |source| FetchError::Address { url: self.shown.clone(), source };
+        self.addresses.judge_url(&hop.url).map_err(refused)?;
+        let mut all = HeaderMap::new();
         if hop.own {
-            request = request.headers(self.headers.clone());
-            request = match &self.authorization {
-                Some(Authorization::Basic(user, password)) => {
-                    request.basic_auth(user, Some(password))
-                }
-                Some(Authorization::Bearer(token)) => request.bearer_auth(token),
-                None => request,
-            };
+            all.extend(self.headers.clone());
+            all.extend(self.authorization.iter().flat_map(Authorization::header));
         }
-        let request = request.headers(headers.clone()).build().map_err(unusable_client)?;
-        if !plain {
-            let answer = client.execute(request).await;
-            // The error's own text would show the whole URL.
-            return answer
-                .map(Reply::from)
-                .map_err(|error| self.failed(error.without_url().into()));
+        all.extend(headers.clone());
+        for (name, value) in [(USER_AGENT, AGENT), (ACCEPT, "*/*")] {
+            all.entry(name).or_insert(HeaderValue::from_static(value));
         }
-        let mut headers = request.headers().clone();
-        headers.entry(USER_AGENT).or_insert(HeaderValue::from_static(AGENT));
-        headers.entry(ACCEPT).or_insert(HeaderValue::from_static("*/*"));
-        let uri =
-            hop.url.as_str().parse().map_err(|error: InvalidUri| self.failed(error.into()))?;
-        let answer = self.plain.get(&uri, headers).await;
-        answer.map(Reply::from).map_err(|error| self.failed(error))
+        let Some(proxy) = self.proxies.of(&hop.url) else {
+            let uri = hop.url.as_str().parse();
+            let uri = uri.map_err(|error: InvalidUri| self.failed(error.into()))?;
+            let tls = self.config(hop)?;
+            let answer = self.direct.get(&uri, all, tls, hop.own).await;
+            return answer.map(Reply::from).map_err(|error| self.failed(error));
+        };
+        if let Ok(url) = Url::parse(&proxy.uri().to_string()) {
+            self.proxies.addresses.judge_url(&url).map_err(refused)?;
+        }
+        let request = self.client(&proxy, hop.own)?.get(hop.url.clone()).headers(all);
+        // The error's own text would show the whole URL.
+        let answer = request.send().await;
+        answer.map(Reply::from).map_err(|error| self.failed(error.without_url().into()))
+    }
+
+    /// TLS for a hop that is asked directly; `None` for http.
+    fn config(&self, hop: &Hop) -> Result<Option<Arc<ClientConfig>>, FetchError> {
+        if hop.url.scheme() != "https" {
+            return Ok(None);
+        }
+        let mut configs = self.configs.lock().unwrap_or_else(PoisonError::into_inner);
+        let config = &mut configs[usize::from(hop.own)];
+        if config.is_none() {
+            let made = self.tls.config(hop.own);
+            *config = Some(Arc::new(made.map_err(|error| unusable_client(error.into()))?));
+        }
+        Ok(config.clone())
     }
 
     fn failed(&self, source: HttpError) -> FetchError {
@@ -229,61 +244,45 @@ impl Route {
             if let Some(refused) = inner.downcast_ref::<AddressRefused>() {
                 return FetchError::Address { url, source: refused.clone() };
             }
+            // An error of the system may hold another one, which is not its source.
+            let held = inner.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+            let held = held.and_then(|held| held.downcast_ref::<rustls::Error>());
+            if let Some(rustls::Error::InvalidCertificate(_)) = held.or(inner.downcast_ref()) {
+                return FetchError::Certificate { url, source };
+            }
             cause = inner.source();
         }
         FetchError::Connect { url, source }
     }
 
-    /// The client for a hop: one for each proxy, and one more without the client's certificate.
-    /// True if the hop is for plain http's own client.
-    fn client(&self, hop: &Hop) -> Result<(reqwest::Client, bool), FetchError> {
-        let refused = |source| FetchError::Address { url: self.shown.clone(), source };
-        self.addresses.judge_url(&hop.url).map_err(refused)?;
-        let proxy = self.proxies.of(&hop.url);
-        if let Some(proxy) = &proxy
-            && let Ok(url) = Url::parse(&proxy.uri().to_string())
-        {
-            self.proxies.addresses.judge_url(&url).map_err(refused)?;
-        }
-        let plain = proxy.is_none() && hop.url.scheme() == "http";
-        let via = (proxy.as_ref().map(|proxy| proxy.uri().clone()), hop.own);
+    /// The client for a proxy: with the client's certificate (`own`), and without.
+    fn client(&self, proxy: &Intercept, own: bool) -> Result<reqwest::Client, FetchError> {
+        let via = (proxy.uri().clone(), own);
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(client) = clients.get(&via) {
-            return Ok((client.clone(), plain));
+            return Ok(client.clone());
         }
-        let client = self.build(proxy.as_ref(), hop.own).map_err(unusable_client)?;
+        let client = self.build(proxy, own).map_err(unusable_client)?;
         clients.insert(via, client.clone());
-        Ok((client, plain))
+        Ok(client)
     }
 
-    fn build(
-        &self,
-        proxy: Option<&Intercept>,
-        own: bool,
-    ) -> Result<reqwest::Client, reqwest::Error> {
-        let addresses = if proxy.is_some() { &self.proxies.addresses } else { &self.addresses };
-        let mut builder = reqwest::Client::builder()
+    fn build(&self, proxy: &Intercept, own: bool) -> Result<reqwest::Client, HttpError> {
+        let mut through =
+            Proxy::all(proxy.uri().to_string()).map_err(reqwest::Error::without_url)?;
+        if let Some(credentials) = proxy.basic_auth() {
+            through = through.custom_http_auth(credentials.clone());
+        }
+        let builder = reqwest::Client::builder()
             .http1_only()
             .no_proxy()
             .connect_timeout(self.connect_timeout)
             .redirect(redirect::Policy::none())
             .referer(false)
-            .dns_resolver(Arc::new(Guarded(Arc::clone(addresses))))
-            .user_agent(AGENT);
-        if let Some(proxy) = proxy {
-            let mut through = Proxy::all(proxy.uri().to_string())?;
-            if let Some(credentials) = proxy.basic_auth() {
-                through = through.custom_http_auth(credentials.clone());
-            }
-            builder = builder.proxy(through);
-        }
-        if !self.tls.authorities.is_empty() {
-            builder = builder.tls_certs_merge(self.tls.authorities.clone());
-        }
-        if let Some(identity) = self.tls.identity.clone().filter(|_| own) {
-            builder = builder.identity(identity);
-        }
-        builder.build()
+            .dns_resolver(Arc::new(Guarded(Arc::clone(&self.proxies.addresses))))
+            .proxy(through)
+            .tls_backend_preconfigured(self.tls.config(own)?);
+        Ok(builder.build().map_err(reqwest::Error::without_url)?)
     }
 }
 
@@ -299,30 +298,6 @@ impl Hop {
         }
         let own = self.own && url.origin() == self.url.origin();
         Ok(Self { url: without_userinfo(url), own })
-    }
-}
-
-impl Tls {
-    fn new(access: &Access, trust: &Trust) -> Result<Self, AccessError> {
-        let mut authorities = Vec::new();
-        if let Some(ca) = &access.ca {
-            let pem = trust.read("CA bundle", ca)?;
-            authorities = Certificate::from_pem_bundle(pem.as_bytes())
-                .ok()
-                .filter(|found| !found.is_empty())
-                .ok_or_else(|| unusable("CA bundle", "it holds no PEM certificate"))?;
-        }
-        let identity = match (&access.cert, &access.key) {
-            (Some(cert), Some(key)) => {
-                let cert = trust.read("client certificate", cert)?;
-                let pem = format!("{cert}\n{}\n", trust.read("client key", key)?);
-                let identity = Identity::from_pem(pem.as_bytes())
-                    .map_err(|_| unusable("client certificate", "no PEM certificate and key"))?;
-                Some(identity)
-            }
-            _ => None,
-        };
-        Ok(Self { authorities, identity })
     }
 }
 
@@ -366,8 +341,8 @@ fn without_userinfo(mut url: Url) -> Url {
     url
 }
 
-fn unusable_client(error: reqwest::Error) -> FetchError {
-    FetchError::Client { source: error.without_url() }
+fn unusable_client(source: HttpError) -> FetchError {
+    FetchError::Client { source }
 }
 
 fn is_redirect(status: StatusCode) -> bool {

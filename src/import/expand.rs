@@ -146,10 +146,10 @@ impl Work<'_> {
     async fn run(&self, filling: &mut Filling) -> Result<Fetched, ImportError> {
         let missing = whole_clusters(self.image.header(), filling.missing());
         self.progress.begin_at(filling.present_bytes());
-        let (digests, probe) = (self.digests, &self.engine.probe);
+        let (digests, probe) = (self.digests, self.engine.probe.when(true));
         // Clusters come nearly in order; a few that are early wait, the rest is read back.
         let held = self.made.most() / 2;
-        let pipeline = Pipeline::start(filling, &missing, held, probe, digests, self.progress)?;
+        let pipeline = Pipeline::start(filling, &missing, held, &probe, digests, self.progress)?;
         let result = self.batches(filling, &missing, &pipeline).await;
         let total = filling.total_bytes().unwrap_or(0);
         match result {

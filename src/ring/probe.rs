@@ -81,22 +81,22 @@ impl fmt::Display for SinkKind {
 pub struct Probe {
     /// What to use.
     pub kind: SinkKind,
-    /// What to use for bytes of which no digest is made: then the processor has time for the
-    /// faster writes.
-    pub unhashed: SinkKind,
+    /// What to use where no digest is made and nothing decoded: then the processor has time for
+    /// the faster writes.
+    pub idle: SinkKind,
     /// Why io_uring is not used; `None` when it is, or when another was asked for.
     pub reason: Option<String>,
 }
 
 impl Probe {
     fn only(kind: SinkKind, reason: Option<String>) -> Self {
-        Self { kind, unhashed: kind, reason }
+        Self { kind, idle: kind, reason }
     }
 
-    /// The same for bytes of which a digest is made (`hashed`), or none.
+    /// The same for a transfer that has digests to make or streams to decode (`busy`), or has not.
     #[must_use]
-    pub fn when(&self, hashed: bool) -> Self {
-        Self { kind: if hashed { self.kind } else { self.unhashed }, ..self.clone() }
+    pub fn when(&self, busy: bool) -> Self {
+        Self::only(if busy { self.kind } else { self.idle }, self.reason.clone())
     }
 
     /// A new sink of the chosen kind. One that worked at the probe may be refused later (memlock);
@@ -145,8 +145,8 @@ pub fn probe(dir: &Path, choice: Choice) -> Result<Probe, String> {
                 Ok(()) => Probe::only(SinkKind::Uring, None),
                 Err(reason) => Probe::only(SinkKind::Threads, Some(reason)),
             };
-            let unhashed = uncached(dir).map_or(found.unhashed, |()| SinkKind::Uncached);
-            Ok(Probe { unhashed, ..found })
+            let idle = uncached(dir).map_or(found.idle, |()| SinkKind::Uncached);
+            Ok(Probe { idle, ..found })
         }
     }
 }

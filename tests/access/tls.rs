@@ -95,6 +95,7 @@ fn a_private_authority_and_a_client_s_certificate_open_the_way() {
     let nginx = Nginx::start(dir);
     let path = |name: &str| dir.join(name).display().to_string();
     let (ca, cert, key) = (path("ca.pem"), path("client.pem"), path("client.key"));
+    let ca_key = path("ca.key");
     let open = format!("https://localhost:{}/a.img", nginx.open);
     let strict = format!("https://localhost:{}/a.img", nginx.strict);
 
@@ -108,7 +109,9 @@ fn a_private_authority_and_a_client_s_certificate_open_the_way() {
     place.refused(&[&strict, "--cacert", &ca], &[], &["400"]);
     place.refused(&[&open, "--cacert", &key], &[], &["CA bundle", "no PEM certificate"]);
     let swapped = [&[open.as_str(), "--cert", &ca, "--key", &ca], &trust[..]].concat();
-    place.refused(&swapped, &[], &["client certificate"]);
+    place.refused(&swapped, &[], &["client key", "no PEM private key"]);
+    let foreign = [&[open.as_str(), "--cert", &cert, "--key", &ca_key], &trust[..]].concat();
+    place.refused(&foreign, &[], &["client certificate", "do not belong together"]);
 
     // Another origin does not get to see the client's certificate.
     let target = strict.clone();
@@ -129,6 +132,11 @@ fn a_private_authority_and_a_client_s_certificate_open_the_way() {
     assert!(proxy.take()[0].to_ascii_lowercase().contains("proxy-authorization: basic "));
     place.pulled(&[&open, "--cacert", &ca], &[("HTTPS_PROXY", &proxy.url())], &bytes);
     assert_eq!(proxy.take().len(), 1);
+    // Trying again would not help: it is told at once.
     let unknown = place.pull(&[&open], &[]);
+    let text = String::from_utf8_lossy(&unknown.stderr);
     assert!(!unknown.status.success() && !place.output().exists());
+    assert!(text.contains("--cacert") && !text.contains("gave up"), "{text}");
+    let number = open.replace("localhost", "127.0.0.1");
+    place.refused(&[&number, "--cacert", &ca], &[], &["certificate", "127.0.0.1"]);
 }

@@ -1,12 +1,13 @@
-//! Plain http, whose bodies go from the socket straight into the buffers of the pool.
+//! Servers that are asked directly, not through a proxy: bodies go from the socket straight into the
+//! buffers of the pool.
 //!
 //! Why: an HTTP library reads a body into memory of its own, from where it is copied again. On a
 //! fast way that copy is the largest part of a transfer's work.
 //! How: hyper sends the request and reads the head. If it says that the body's length is fixed, the
-//! socket is taken back from it, and what it had read ahead of the body comes first. Any other body
-//! is read through hyper. A connection whose body was read to its end is used again.
+//! connection is taken back from it, and what it had read ahead of the body comes first. Any other
+//! body is read through hyper. A connection whose body was read to its end is used again.
 //! Never: reads framing by itself, or resolves a name without the policy.
-//! Start at [`Plain::get`].
+//! Start at [`Direct::get`].
 
 use std::future::poll_fn;
 use std::io;
@@ -24,8 +25,12 @@ use hyper::{Request, Response, StatusCode, Uri, Version};
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::client::legacy::connect::dns::Name;
 use hyper_util::rt::TokioIo;
-use tokio::io::AsyncReadExt;
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, BufReader, ReadBuf};
 use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use tower_service::Service;
 
 use super::address::Guarded;
@@ -38,14 +43,27 @@ const MAX_IDLE: usize = 16;
 /// Bytes of a chunk, for who does not bring a buffer.
 const CHUNK_BYTES: usize = 128 * 1024;
 
-/// Connections that are not in use, and whose they are.
-type Idle = Arc<Mutex<Vec<(String, TcpStream)>>>;
-type Wire = Connection<TokioIo<TcpStream>, Empty<Bytes>>;
+/// Bytes that are read at once below TLS: its own reads are of a quarter of a record.
+const TLS_READ_BYTES: usize = 128 * 1024;
 
-/// Makes requests to servers that are reached by plain http without a proxy.
+/// Whose a connection is: scheme and authority, and whether our certificate was shown.
+type Peer = (String, bool);
+/// Connections that are not in use.
+type Idle = Arc<Mutex<Vec<(Peer, Stream)>>>;
+type Wire = Connection<TokioIo<Stream>, Empty<Bytes>>;
+
+/// A connection to a server.
+#[derive(Debug)]
+pub(super) enum Stream {
+    Tcp(TcpStream),
+    Tls(Box<TlsStream<BufReader<TcpStream>>>),
+}
+
+/// Makes requests to servers that are reached without a proxy.
 #[derive(Clone, Debug)]
-pub(super) struct Plain {
+pub(super) struct Direct {
     connector: HttpConnector<Guarded>,
+    timeout: Duration,
     idle: Idle,
 }
 
@@ -64,48 +82,69 @@ impl Service<Name> for Guarded {
     }
 }
 
-impl Plain {
+impl Direct {
     /// Connects only to what `guarded` lets through, within `timeout`.
     pub(super) fn new(guarded: Guarded, timeout: Duration) -> Self {
         let mut connector = HttpConnector::new_with_resolver(guarded);
         connector.set_connect_timeout(Some(timeout));
         connector.set_nodelay(true);
-        Self { connector, idle: Arc::default() }
+        connector.enforce_http(false);
+        Self { connector, timeout, idle: Arc::default() }
     }
 
-    /// Sends a GET and reads the head of its answer.
+    /// Sends a GET and reads the head of its answer. `tls` is for https; `own`: it shows our
+    /// certificate.
     pub(super) async fn get(
         &self,
         uri: &Uri,
         mut headers: HeaderMap,
-    ) -> Result<Response<PlainBody>, HttpError> {
+        tls: Option<Arc<ClientConfig>>,
+        own: bool,
+    ) -> Result<Response<DirectBody>, HttpError> {
         let host = uri.authority().ok_or("a URL without a host")?.as_str().to_owned();
         headers.insert(hyper::header::HOST, HeaderValue::from_str(&host)?);
         let path = uri.path_and_query().map_or("/", |path| path.as_str());
         let mut request = Request::get(path).body(Empty::new())?;
         *request.headers_mut() = headers;
-        while let Some(stream) = self.idle_to(&host) {
+        let peer = (format!("{}//{host}", uri.scheme_str().unwrap_or("http")), own);
+        while let Some(stream) = self.idle_to(&peer) {
             // The server may have closed it meanwhile: then the request is sent again.
-            if let Ok(answer) = self.exchange(stream, request.clone(), &host).await {
+            if let Ok(answer) = self.exchange(stream, request.clone(), &peer).await {
                 return Ok(answer);
             }
         }
-        let stream = self.connector.clone().call(uri.clone()).await?.into_inner();
-        self.exchange(stream, request, &host).await
+        let stream = self.connect(uri, tls).await?;
+        self.exchange(stream, request, &peer).await
     }
 
-    fn idle_to(&self, host: &str) -> Option<TcpStream> {
+    async fn connect(
+        &self,
+        uri: &Uri,
+        tls: Option<Arc<ClientConfig>>,
+    ) -> Result<Stream, HttpError> {
+        let stream = self.connector.clone().call(uri.clone()).await?.into_inner();
+        let Some(tls) = tls else { return Ok(Stream::Tcp(stream)) };
+        let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
+        let name = ServerName::try_from(host)?;
+        let stream = BufReader::with_capacity(TLS_READ_BYTES, stream);
+        let shaken = TlsConnector::from(tls).connect(name, stream);
+        let shaken = tokio::time::timeout(self.timeout, shaken).await;
+        let shaken = shaken.map_err(|_elapsed| io::Error::from(io::ErrorKind::TimedOut))?;
+        Ok(Stream::Tls(Box::new(shaken?)))
+    }
+
+    fn idle_to(&self, peer: &Peer) -> Option<Stream> {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        let index = idle.iter().rposition(|(other, _)| other == host)?;
+        let index = idle.iter().rposition(|(other, _)| other == peer)?;
         Some(idle.swap_remove(index).1)
     }
 
     async fn exchange(
         &self,
-        stream: TcpStream,
+        stream: Stream,
         request: Request<Empty<Bytes>>,
-        host: &str,
-    ) -> Result<Response<PlainBody>, HttpError> {
+        peer: &Peer,
+    ) -> Result<Response<DirectBody>, HttpError> {
         let mut builder = http1::Builder::new();
         builder.max_buf_size(MAX_HEAD_BYTES);
         let (mut sender, mut wire) = builder.handshake(TokioIo::new(stream)).await?;
@@ -131,14 +170,60 @@ impl Plain {
         let body = match fixed.filter(|_| has_body(head.status)) {
             Some(len_bytes) => {
                 let lasts = head.version == Version::HTTP_11 && !says_close(&head.headers);
-                let home = lasts.then(|| (Arc::clone(&self.idle), host.to_owned()));
-                PlainBody::Fixed(Fixed::take_over(wire, body, len_bytes, home).await)
+                let home = lasts.then(|| (Arc::clone(&self.idle), peer.clone()));
+                DirectBody::Fixed(Fixed::take_over(wire, body, len_bytes, home).await)
             }
-            None => {
-                PlainBody::Framed { wire: Box::new((!over).then_some(wire)), _sender: sender, body }
-            }
+            None => DirectBody::Framed {
+                wire: Box::new((!over).then_some(wire)),
+                _sender: sender,
+                body,
+            },
         };
         Ok(Response::from_parts(head, body))
+    }
+}
+
+impl Stream {
+    fn as_read(&mut self) -> Pin<&mut (dyn AsyncRead + Send + Unpin)> {
+        match self {
+            Self::Tcp(stream) => Pin::new(stream),
+            Self::Tls(stream) => Pin::new(&mut **stream),
+        }
+    }
+
+    fn as_write(&mut self) -> Pin<&mut (dyn AsyncWrite + Send + Unpin)> {
+        match self {
+            Self::Tcp(stream) => Pin::new(stream),
+            Self::Tls(stream) => Pin::new(&mut **stream),
+        }
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        room: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.as_read().poll_read(cx, room)
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.as_write().poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.as_write().poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.as_write().poll_shutdown(cx)
     }
 }
 
@@ -153,7 +238,7 @@ fn says_close(headers: &HeaderMap) -> bool {
 
 /// The body of an answer.
 #[derive(Debug)]
-pub(super) enum PlainBody {
+pub(super) enum DirectBody {
     /// Its length is fixed: it comes from the socket.
     Fixed(Fixed),
     /// It comes through hyper.
@@ -171,10 +256,10 @@ pub(super) enum PlainBody {
 pub(super) struct Fixed {
     /// What hyper had read of it.
     ahead: Bytes,
-    stream: Option<TcpStream>,
+    stream: Option<Stream>,
     left: u64,
     /// Where the connection goes at the end, and whose it is.
-    home: Option<(Idle, String)>,
+    home: Option<(Idle, Peer)>,
 }
 
 impl Fixed {
@@ -182,7 +267,7 @@ impl Fixed {
         wire: Wire,
         mut body: Incoming,
         len_bytes: u64,
-        mut home: Option<(Idle, String)>,
+        mut home: Option<(Idle, Peer)>,
     ) -> Self {
         let parts = wire.into_parts();
         let mut ahead = BytesMut::new();
@@ -234,17 +319,17 @@ impl Fixed {
 
     /// The body is read: the connection may serve the next request.
     fn go_home(&mut self) {
-        let (Some(stream), Some((idle, host))) = (self.stream.take(), self.home.take()) else {
+        let (Some(stream), Some((idle, peer))) = (self.stream.take(), self.home.take()) else {
             return;
         };
         let mut idle = idle.lock().unwrap_or_else(PoisonError::into_inner);
         if idle.len() < MAX_IDLE {
-            idle.push((host, stream));
+            idle.push((peer, stream));
         }
     }
 }
 
-impl PlainBody {
+impl DirectBody {
     /// True if HTTP itself fixes the length.
     pub(super) fn has_length(&self) -> bool {
         match self {
@@ -335,12 +420,12 @@ mod tests {
         (url, std::thread::spawn(serve))
     }
 
-    fn plain(policy: AddressPolicy) -> Plain {
-        Plain::new(Guarded(Arc::new(policy)), Duration::from_secs(5))
+    fn direct(policy: AddressPolicy) -> Direct {
+        Direct::new(Guarded(Arc::new(policy)), Duration::from_secs(5))
     }
 
-    async fn read(client: &Plain, url: &str) -> Result<(Vec<u8>, bool), HttpError> {
-        let answer = client.get(&url.parse().unwrap(), HeaderMap::new()).await?;
+    async fn read(client: &Direct, url: &str) -> Result<(Vec<u8>, bool), HttpError> {
+        let answer = client.get(&url.parse().unwrap(), HeaderMap::new(), None, true).await?;
         let mut body = crate::fetch::reply::Reply::from(answer);
         let (mut bytes, mut room) = (Vec::new(), [0; 3]);
         loop {
@@ -356,7 +441,7 @@ mod tests {
         let answer = "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n0123456789";
         // The first connection is closed by the server after two answers that promised more.
         let (url, server) = server(vec![vec![answer; 2], vec![answer]]);
-        let client = plain(AddressPolicy::person());
+        let client = direct(AddressPolicy::person());
         for _ in 0..3 {
             assert_eq!(read(&client, &url).await.unwrap(), (b"0123456789".to_vec(), true));
         }
@@ -379,7 +464,7 @@ mod tests {
             ],
             vec!["HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello and more"],
         ]);
-        let client = plain(AddressPolicy::person());
+        let client = direct(AddressPolicy::person());
         for fixed in [true, false, false, false, true] {
             assert_eq!(read(&client, &url).await.unwrap(), (b"hello".to_vec(), fixed));
         }
@@ -395,7 +480,7 @@ mod tests {
             vec!["hello\r\n\r\n"],
             vec![""],
         ]);
-        let client = plain(AddressPolicy::person());
+        let client = direct(AddressPolicy::person());
         let missing = read(&client, &url).await.unwrap_err().to_string();
         assert!(missing.contains("4 bytes of the body are missing"), "{missing}");
         for _ in 0..4 {
@@ -406,7 +491,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_name_is_resolved_under_the_policy() {
-        let error = read(&plain(AddressPolicy::daemon()), "http://localhost:1/").await.unwrap_err();
+        let error =
+            read(&direct(AddressPolicy::daemon()), "http://localhost:1/").await.unwrap_err();
         let text = crate::fetch::one_line(&*error);
         assert!(text.contains("loopback"), "{text}");
     }
