@@ -5,8 +5,10 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Output};
+use std::sync::Arc;
 
-use bedplate::ring::{Choice, SinkKind, probe};
+use bedplate::ring::{BLOCK_BYTES, BufPool, Choice, Sink, SinkKind, UringSink, WriteOp, probe};
+use bedplate::units::FileOffset;
 
 use crate::control_support::{BEDPLATE, clean, stderr, stdout};
 use crate::daemon::Daemon;
@@ -107,6 +109,54 @@ fn the_filter_is_what_makes_the_difference() {
     let daemon = Daemon::start(temp.path(), |_| {});
     assert_eq!(daemon.json(&["disks"])["sink"], "uring");
     assert!(io_uring_lines(&daemon.ask(&["doctor"])).contains("works"));
+}
+
+/// Kernel threads of this process that do its io_uring calls for it.
+fn kernel_workers() -> usize {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+    let names = tasks.filter_map(|task| std::fs::read(task.path().join("comm")).ok());
+    names.filter(|name| name.starts_with(b"iou-wrk")).count()
+}
+
+/// Writes into a file that is one hole, as a careless writer would.
+fn write_into_a_hole(dir: &Path) {
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut options = std::fs::File::options();
+    options.write(true).create(true).custom_flags(libc::O_DIRECT);
+    let file = Arc::new(options.open(dir.join("hole")).unwrap());
+    file.set_len(8 * BLOCK_BYTES as u64).unwrap();
+    let (mut sink, pool) = (UringSink::new().unwrap(), BufPool::new(8));
+    for tag in 0..8 {
+        let mut buf = pool.try_take().unwrap();
+        buf.fill(&[7; BLOCK_BYTES], BLOCK_BYTES);
+        let (range, at) = (0..BLOCK_BYTES, FileOffset(tag * BLOCK_BYTES as u64));
+        let op = WriteOp { file: Arc::clone(&file), buf: Arc::new(buf), range, at, tag };
+        sink.push(op).unwrap();
+    }
+    sink.reap(8, &mut |_, written| written.unwrap()).unwrap();
+}
+
+#[test]
+fn direct_writes_are_not_handed_to_kernel_workers() {
+    let temp = tempfile::tempdir().unwrap();
+    if probe(temp.path(), Choice::Auto).unwrap().kind != SinkKind::Uring {
+        println!("SKIPPED: io_uring does not work here");
+        return;
+    }
+    // Idle workers stay for seconds, so that they can be counted afterwards.
+    write_into_a_hole(temp.path());
+    if kernel_workers() == 0 {
+        println!("the file system of {} hands nothing over even so", temp.path().display());
+    }
+    let bytes = content(64 << 20, 44);
+    let server = serve(&bytes);
+    let daemon = Daemon::start(temp.path(), |_| {});
+    let url = format!("{}/disk.img", server.url);
+    daemon.ask(&["create", &url, "--sha256", &sha256(&bytes), "--wait"]);
+    let (status, metrics) = daemon.curl("GET", "/metrics", None);
+    assert_eq!(status, 200, "{metrics}");
+    let workers = metrics.lines().find(|line| line.starts_with("bedplate_uring_kernel_workers "));
+    assert!(workers.is_some_and(|line| line.ends_with(" 0")), "{workers:?}");
 }
 
 #[test]

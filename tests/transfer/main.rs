@@ -17,6 +17,7 @@ mod kill;
 mod matrix;
 mod parallel;
 mod steer;
+mod store_faults;
 mod unpack;
 mod upload;
 
