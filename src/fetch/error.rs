@@ -3,8 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
-use super::address::AddressRefused;
-use super::secret::AccessError;
+use super::http::AccessError;
+use super::http::AddressRefused;
 use super::sums::SumsFault;
 use crate::disk::DiskError;
 

@@ -9,13 +9,10 @@
 //! Never: knows image formats, or believes a server: what it says is checked or bounded.
 //! Start at [`transfer()`].
 
-mod access;
-mod address;
 mod book;
 mod crew;
 pub mod decode;
 mod digest;
-mod direct;
 mod error;
 mod expect;
 mod fleet;
@@ -27,16 +24,11 @@ mod pipeline;
 mod policy;
 mod progress;
 mod remote;
-mod reply;
-mod route;
-mod s3;
 mod scale;
-mod secret;
 pub mod source;
 mod spec;
 mod sums;
 pub(crate) mod threads;
-mod tls;
 mod todo;
 mod transfer;
 mod unpack;
@@ -45,17 +37,17 @@ mod version;
 mod ways;
 
 pub use crate::disk::{BadDigest, DigestKind, DigestMap};
-pub use access::{Access, Basic, S3Access};
-pub use address::{AddressClass, AddressPolicy, AddressRefused, judge as judge_address};
 pub use error::{Class, FetchError, HttpError, one_line};
 pub use expect::Expect;
-pub use http::parse_content_range;
+pub use http::{
+    Access, AccessError, AddressClass, AddressPolicy, AddressRefused, Basic, S3Access, Secret,
+    Trust, judge_address, parse_content_range,
+};
 pub use limit::RateLimit;
 pub use pipeline::{Feed, Pipeline, Stopped, Taker};
 pub use policy::Policy;
 pub use progress::{Phase, Progress, Snapshot};
 pub use remote::{MAX_PART_BYTES, SourceFile};
-pub use secret::{AccessError, Secret, Trust};
 pub use source::{SourceError, SourceUrl};
 pub use spec::Source;
 pub use sums::{SumsFault, parse_sums, settle};

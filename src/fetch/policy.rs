@@ -5,8 +5,8 @@
 
 use std::time::Duration;
 
-use super::address::AddressPolicy;
-use super::secret::Trust;
+use super::http::AddressPolicy;
+use super::http::Trust;
 use crate::disk::MAX_FILE_BYTES;
 
 /// Bounds on what a transfer accepts and how long it insists.

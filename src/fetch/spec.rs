@@ -4,8 +4,8 @@
 //! say the same things.
 //! Never: holds anything of one run; the same source may be tried again.
 
-use super::access::Access;
 use super::expect::Expect;
+use super::http::Access;
 use super::source::SourceUrl;
 use crate::disk::DigestSet;
 

@@ -10,13 +10,13 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-use super::access::Access;
 use super::book::Book;
 use super::crew;
 use super::decode::Codec;
 use super::error::{Class, FetchError};
 use super::expect::Expect;
 use super::fleet::{self, First, Fleet, Outcome};
+use super::http::Access;
 use super::http::{Answer, Client};
 use super::limit::RateLimit;
 use super::local::LocalFile;

@@ -24,13 +24,13 @@ use url::Url;
 use super::access::{Access, Authorization, proxy_url};
 use super::address::{AddressPolicy, AddressRefused, Guarded};
 use super::direct::Direct;
-use super::error::{FetchError, HttpError};
-use super::policy::Policy;
 use super::reply::Reply;
 use super::s3::Object;
 use super::secret::AccessError;
-use super::source::SourceUrl;
 use super::tls::Tls;
+use crate::fetch::error::{FetchError, HttpError};
+use crate::fetch::policy::Policy;
+use crate::fetch::source::SourceUrl;
 
 /// Every name and every address, as exceptions from a proxy.
 const ALL_HOSTS: &str = "*,0.0.0.0/0,::/0";

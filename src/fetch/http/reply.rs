@@ -10,7 +10,7 @@ use reqwest::StatusCode;
 use reqwest::header::HeaderMap;
 
 use super::direct::DirectBody;
-use super::error::HttpError;
+use crate::fetch::error::HttpError;
 
 /// The head of an answer, and its body, not yet read.
 #[derive(Debug)]

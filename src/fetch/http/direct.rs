@@ -34,7 +34,7 @@ use tokio_rustls::client::TlsStream;
 use tower_service::Service;
 
 use super::address::Guarded;
-use super::error::HttpError;
+use crate::fetch::error::HttpError;
 
 /// Longest head of an answer in bytes.
 const MAX_HEAD_BYTES: usize = 256 * 1024;
@@ -426,7 +426,7 @@ mod tests {
 
     async fn read(client: &Direct, url: &str) -> Result<(Vec<u8>, bool), HttpError> {
         let answer = client.get(&url.parse().unwrap(), HeaderMap::new(), None, true).await?;
-        let mut body = crate::fetch::reply::Reply::from(answer);
+        let mut body = super::super::reply::Reply::from(answer);
         let (mut bytes, mut room) = (Vec::new(), [0; 3]);
         loop {
             match body.fill(&mut room).await? {

@@ -16,36 +16,36 @@ use reqwest::header::{
 };
 
 use super::access::Access;
-use super::error::{FetchError, HttpError, status_hint};
-use super::policy::Policy;
 use super::reply::Reply;
 use super::route::Route;
-use super::source::SourceUrl;
-use super::version::Remote;
+use crate::fetch::error::{FetchError, HttpError, status_hint};
+use crate::fetch::policy::Policy;
+use crate::fetch::source::SourceUrl;
+use crate::fetch::version::Remote;
 
 /// Makes requests for one source.
 #[derive(Debug)]
-pub(super) struct Client {
+pub(in crate::fetch) struct Client {
     route: Route,
     url: SourceUrl,
 }
 
 /// A judged answer, its body not yet read.
 #[derive(Debug)]
-pub(super) struct Answer {
+pub(in crate::fetch) struct Answer {
     /// The version that the server speaks of.
-    pub(super) remote: Remote,
+    pub(in crate::fetch) remote: Remote,
     /// The bytes of the object that the body holds; `None` where the end is not known.
-    pub(super) start: u64,
+    pub(in crate::fetch) start: u64,
     /// Length of the whole object, if told.
-    pub(super) total: Option<u64>,
+    pub(in crate::fetch) total: Option<u64>,
     /// True if the server served the range that was asked for.
-    pub(super) ranged: bool,
+    pub(in crate::fetch) ranged: bool,
     body: Reply,
 }
 
 impl Client {
-    pub(super) fn new(
+    pub(in crate::fetch) fn new(
         url: &SourceUrl,
         access: &Access,
         policy: &Policy,
@@ -54,12 +54,12 @@ impl Client {
     }
 
     /// The URL for messages.
-    pub(super) fn shown(&self) -> String {
+    pub(in crate::fetch) fn shown(&self) -> String {
         self.url.to_string()
     }
 
     /// Asks for `range` (to the end if its end is `u64::MAX`) of the version `same`, if given.
-    pub(super) async fn get(
+    pub(in crate::fetch) async fn get(
         &self,
         range: Range<u64>,
         same: Option<&Remote>,
@@ -156,12 +156,12 @@ impl Client {
 
 impl Answer {
     /// True if the body's length is fixed by HTTP itself (Content-Length), so that no more can come.
-    pub(super) fn has_length(&self) -> bool {
+    pub(in crate::fetch) fn has_length(&self) -> bool {
         self.body.has_length()
     }
 
     /// The whole body of an answer to a bounded `range`.
-    pub(super) async fn read_all(
+    pub(in crate::fetch) async fn read_all(
         &mut self,
         range: Range<u64>,
         client: &Client,
@@ -188,7 +188,7 @@ impl Answer {
     }
 
     /// The first `len` bytes of the body, or all of a shorter one; they stay to be read.
-    pub(super) async fn peek(
+    pub(in crate::fetch) async fn peek(
         &mut self,
         len: usize,
         client: &Client,
@@ -208,7 +208,7 @@ impl Answer {
 
     /// Puts the next bytes of the body into `room`, which is not empty; 0 at its end. `at` is their
     /// place in the file.
-    pub(super) async fn fill(
+    pub(in crate::fetch) async fn fill(
         &mut self,
         at: u64,
         room: &mut [u8],
@@ -220,7 +220,7 @@ impl Answer {
     }
 
     /// The next bytes of the body, `None` at its end. `at` is their place in the file.
-    pub(super) async fn chunk(
+    pub(in crate::fetch) async fn chunk(
         &mut self,
         at: u64,
         client: &Client,
