@@ -288,7 +288,7 @@ A configuration file has these keys; only disks is needed:
   nbd_socket = \"/run/bedplate/nbd.sock\"
   control_uids = [1000]               # besides root and the daemon's own user
   control_gids = [64055]
-  sink = \"auto\"                       # auto, uring or threads
+  sink = \"auto\"                       # auto, uring, threads or uncached
   max_transfers = 8
   rate_limit = 100000000              # bytes per second, all transfers together
   default_export = \"debian-12\"        # what NBD clients get who name none

@@ -32,7 +32,8 @@ pub struct Config {
     /// Groups whose members may use it. The socket belongs to the first. Default: none.
     #[serde(default)]
     pub control_gids: Vec<u32>,
-    /// How files are written: `auto`, `uring` or `threads`. Default: `auto`, io_uring where it works.
+    /// How files are written: `auto`, `uring`, `threads` or `uncached`. Default: `auto`, io_uring where
+    /// it works, and uncached writes for a transfer that has nothing to hash or decode.
     pub sink: Option<String>,
     /// Transfers at the same time; further ones wait. Default: 8.
     pub max_transfers: Option<usize>,
