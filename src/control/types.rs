@@ -82,7 +82,7 @@ pub struct Copy {
     pub bytes_total: Option<u64>,
     /// Bytes per second, over the last seconds.
     pub rate_bytes_per_s: u64,
-    /// Time left at that rate.
+    /// Time left until the file is whole.
     pub eta_s: Option<u64>,
     /// Bytes that the file occupies on its disk.
     pub stored_bytes: Option<u64>,

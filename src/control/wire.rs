@@ -48,8 +48,6 @@ pub(crate) fn image(status: &ImageStatus, nbd_socket: &Path) -> Image {
 fn copy(status: &CopyStatus) -> Copy {
     let progress = &status.progress;
     let busy = matches!(status.state, CopyState::Starting | CopyState::InProgress);
-    let left = progress.bytes_total.map(|total| total.saturating_sub(progress.bytes_done));
-    let eta = left.and_then(|left| left.checked_div(progress.rate_bytes_per_s));
     Copy {
         disk: status.disk.to_string(),
         worker: status.worker.clone(),
@@ -58,7 +56,7 @@ fn copy(status: &CopyStatus) -> Copy {
         bytes_done: progress.bytes_done,
         bytes_total: progress.bytes_total,
         rate_bytes_per_s: progress.rate_bytes_per_s,
-        eta_s: eta.filter(|_| busy),
+        eta_s: progress.left_s.filter(|_| busy),
         stored_bytes: status.info.as_ref().map(|i| i.stored_bytes),
         connections: progress.connections,
         retries: progress.retries,

@@ -33,7 +33,7 @@ pub struct Config {
     #[serde(default)]
     pub control_gids: Vec<u32>,
     /// How files are written: `auto`, `uring`, `threads` or `uncached`. Default: `auto`, io_uring where
-    /// it works, and uncached writes for a transfer that has nothing to hash or decode.
+    /// it works, and uncached writes for a transfer that has nothing to hash.
     pub sink: Option<String>,
     /// Transfers at the same time; further ones wait. Default: 8.
     pub max_transfers: Option<usize>,

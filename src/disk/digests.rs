@@ -82,6 +82,18 @@ impl Making {
     }
 }
 
+/// The digest of one block of [`Digests::xxh3_per_mib`].
+#[must_use]
+pub fn xxh3_of(block: &[u8]) -> u64 {
+    xxhash_rust::xxh3::xxh3_64(block)
+}
+
+/// The digest of a MiB of zeroes.
+#[must_use]
+pub fn xxh3_of_zero_mib() -> u64 {
+    *ZERO_MIB
+}
+
 /// Takes a file's bytes in order and makes its digests.
 pub struct Hasher {
     whole: Vec<Making>,

@@ -25,7 +25,7 @@ mod writer;
 mod tests;
 
 pub use cfg::{CopyCfg, go_time};
-pub use digests::{DigestRecord, Digests, Hasher};
+pub use digests::{DigestRecord, Digests, Hasher, xxh3_of, xxh3_of_zero_mib};
 pub use dir::Dir;
 pub use error::DiskError;
 pub use filling::{FileNames, Filling, SealError, SealRecord};

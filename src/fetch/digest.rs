@@ -5,7 +5,7 @@
 //! early waits here, in memory that its connection had reserved. Bytes that were here before this
 //! run are read back from the file when the order reaches them; what arrives meanwhile is let go
 //! once it is written, and read back in its turn, so that a long file that is resumed does not hold
-//! up the network.
+//! up the network. Where no digest of the whole is made, there is no order to keep: see [`Loose`].
 //! Never: takes bytes out of order, or reads back what the writer has not written.
 //! Start at [`DigestThread::start`].
 
@@ -18,6 +18,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
+use super::loose::Loose;
 use super::progress::Progress;
 use crate::disk::{Block, DigestSet, Digests, DiskError, Hasher, hash_range};
 use crate::ring::Buf;
@@ -66,11 +67,14 @@ impl DigestThread {
         let path = stored.path.clone();
         let quit = Arc::new(AtomicBool::new(false));
         let watched = Arc::clone(&quit);
-        let missing = missing.iter().cloned().collect();
+        let missing: VecDeque<_> = missing.iter().cloned().collect();
         let thread = std::thread::Builder::new()
             .name("digest".into())
             .spawn(move || {
                 let go_on = || !watched.load(Ordering::Relaxed) && !progress.is_stopped();
+                if set.is_empty() {
+                    return Loose::new(stored, missing).run(&queue, &end_queue, &go_on);
+                }
                 let mut work = Work {
                     hasher: Hasher::new(set),
                     stored,

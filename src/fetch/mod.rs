@@ -19,6 +19,7 @@ mod fleet;
 mod http;
 mod limit;
 mod local;
+mod loose;
 mod packed;
 mod pipeline;
 mod policy;

@@ -146,7 +146,8 @@ impl Work<'_> {
     async fn run(&self, filling: &mut Filling) -> Result<Fetched, ImportError> {
         let missing = whole_clusters(self.image.header(), filling.missing());
         self.progress.begin_at(filling.present_bytes());
-        let (digests, probe) = (self.digests, self.engine.probe.when(true));
+        // Clusters come in an order of their own: direct writes would be many small allocations.
+        let (digests, probe) = (self.digests, self.engine.probe.when(false));
         // Clusters come nearly in order; a few that are early wait, the rest is read back.
         let held = self.made.most() / 2;
         let pipeline = Pipeline::start(filling, &missing, held, &probe, digests, self.progress)?;

@@ -177,6 +177,8 @@ pub struct Progress {
     pub bytes_total: Option<u64>,
     /// Bytes per second, over the last seconds.
     pub rate_bytes_per_s: u64,
+    /// Seconds until the file is whole, once it can be said.
+    pub left_s: Option<u64>,
     /// Connections to the source.
     pub connections: u32,
     /// What it is busy with.

@@ -306,25 +306,27 @@ impl Worker {
 
     /// Drives the transfer, reporting its numbers, and stops it if the worker is cancelled.
     async fn watch<T>(&self, transfer: impl Future<Output = T>, progress: &fetch::Progress) -> T {
-        let mut rate = Rate::default();
+        let mut rates = Rates::default();
         let mut cancel = self.cancel.clone();
         let mut tick = tokio::time::interval(TICK);
         tokio::pin!(transfer);
         loop {
             tokio::select! {
                 result = &mut transfer => return result,
-                _ = tick.tick() => self.report(progress, &mut rate),
+                _ = tick.tick() => self.report(progress, &mut rates),
                 () = cancel.cancelled(), if !progress.is_stopped() => progress.stop(),
             }
         }
     }
 
-    fn report(&self, progress: &fetch::Progress, rate: &mut Rate) {
+    fn report(&self, progress: &fetch::Progress, rates: &mut Rates) {
         let now = progress.snapshot();
+        let left_s = rates.left_s(&now);
         self.events.send(WorkerEvent::Progress(Progress {
             bytes_done: now.bytes_done,
             bytes_total: now.bytes_total,
-            rate_bytes_per_s: rate.add(now.bytes_received),
+            rate_bytes_per_s: rates.received.add(now.bytes_received),
+            left_s,
             connections: now.connections,
             phase: match now.phase {
                 fetch::Phase::Connecting => Phase::Connecting,
@@ -399,6 +401,27 @@ impl Worker {
             tracing::warn!(worker = %self.task.worker, error = %one_line(&error), "cannot clean up");
             false
         })
+    }
+}
+
+/// What comes from the source, and what the file grows by: of an expanded or decoded image, holes
+/// included, that is more.
+#[derive(Debug, Default)]
+struct Rates {
+    received: Rate,
+    done: Rate,
+}
+
+impl Rates {
+    /// Seconds until the file is whole, at its own rate.
+    fn left_s(&mut self, now: &fetch::Snapshot) -> Option<u64> {
+        if now.phase != fetch::Phase::Fetching {
+            // What is here from an earlier run has not come just now.
+            self.done = Rate::default();
+            return None;
+        }
+        let rate = self.done.add(now.bytes_done);
+        now.bytes_total?.saturating_sub(now.bytes_done).checked_div(rate)
     }
 }
 

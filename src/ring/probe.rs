@@ -81,7 +81,7 @@ impl fmt::Display for SinkKind {
 pub struct Probe {
     /// What to use.
     pub kind: SinkKind,
-    /// What to use where no digest is made and nothing decoded: then the processor has time for
+    /// What to use where no digest is made: then the processor has time for
     /// the faster writes.
     pub idle: SinkKind,
     /// Why io_uring is not used; `None` when it is, or when another was asked for.
@@ -93,7 +93,7 @@ impl Probe {
         Self { kind, idle: kind, reason }
     }
 
-    /// The same for a transfer that has digests to make or streams to decode (`busy`), or has not.
+    /// The same for a transfer that has digests to make (`busy`), or has not.
     #[must_use]
     pub fn when(&self, busy: bool) -> Self {
         Self::only(if busy { self.kind } else { self.idle }, self.reason.clone())

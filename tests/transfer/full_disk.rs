@@ -4,10 +4,10 @@
 //! A small ext4 on a loop device; needs root to mount it.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::{Arc, Mutex};
 
 use crate::fault_server::{Cut, FaultServer, Reply};
+use crate::loop_disk::LoopDisk;
 use crate::{content, engine, sha256};
 use bedplate::fetch::{Class, Expect, Progress, Source, SourceUrl};
 use bedplate::import::{ImportError, Layout, PullRequest, Pulled, pull};
@@ -15,33 +15,12 @@ use bedplate::ring::{Choice, probe};
 
 const LEN: usize = 24 << 20;
 
-/// A mounted file system of 64 MiB, unmounted on drop.
-struct SmallDisk {
-    _temp: tempfile::TempDir,
-    mount: PathBuf,
-}
+/// An ext4 of 64 MiB.
+struct SmallDisk(LoopDisk);
 
 impl SmallDisk {
     fn new() -> Option<Self> {
-        let temp = tempfile::tempdir().unwrap();
-        let (image, mount) = (temp.path().join("fs.img"), temp.path().join("mnt"));
-        std::fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
-        std::fs::create_dir(&mount).unwrap();
-        let run = |program: &str, args: &[&Path]| {
-            let status = Command::new(program).args(args).output();
-            status.is_ok_and(|output| output.status.success())
-        };
-        let made = run("mkfs.ext4", &[Path::new("-q"), &image]);
-        if !made || !run("mount", &[Path::new("-o"), Path::new("loop"), &image, &mount]) {
-            let root = rustix::process::geteuid().is_root();
-            assert!(
-                !root || std::env::var_os("REQUIRE_TOOLS").is_none(),
-                "mkfs.ext4 and loop mounts must work for root"
-            );
-            println!("SKIPPED: no loop mount here (root and loop devices are needed)");
-            return None;
-        }
-        Some(Self { _temp: temp, mount })
+        LoopDisk::new(&["mkfs.ext4", "-q"], 64 << 20).map(Self)
     }
 
     fn pull(
@@ -54,17 +33,11 @@ impl SmallDisk {
             source: Source::new(SourceUrl::parse(&format!("{}/x", server.url)).unwrap())
                 .expecting(Expect::parse(Some(&sha256(bytes)), None).unwrap()),
             layout: Layout::AsIs,
-            output: self.mount.join("out.img"),
+            output: self.0.mount.join("out.img"),
         };
-        let engine = engine(&self.mount, sink);
+        let engine = engine(&self.0.mount, sink);
         let runtime = tokio::runtime::Runtime::new().unwrap();
         runtime.block_on(pull(&engine, &request, &Arc::new(Progress::default())))
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.mount).status();
     }
 }
 
@@ -96,12 +69,12 @@ fn fill_up(mount: &Path) {
 fn a_disk_that_fills_up_keeps_what_is_durable_and_resumes() {
     for sink in [Choice::Auto, Choice::Threads, Choice::Uncached] {
         let Some(disk) = SmallDisk::new() else { return };
-        if let Err(reason) = probe(&disk.mount, sink) {
+        if let Err(reason) = probe(&disk.0.mount, sink) {
             println!("SKIPPED: {reason}");
             continue;
         }
         let bytes = content(LEN, 20);
-        let (served, mount) = (bytes.clone(), disk.mount.clone());
+        let (served, mount) = (bytes.clone(), disk.0.mount.clone());
         let filled = Mutex::new(false);
         let server = FaultServer::start(move |request| {
             let reply = Reply::ranged(request, &served, "\"a\"");
@@ -122,11 +95,11 @@ fn a_disk_that_fills_up_keeps_what_is_durable_and_resumes() {
         let error = disk.pull(&server, sink, &bytes).unwrap_err();
         assert_eq!(error.class(), Class::Retry, "{}", error.report());
         assert!(error.report().contains("disk full at byte 0x"), "{}", error.report());
-        assert!(!disk.mount.join("out.img").exists());
-        std::fs::remove_file(disk.mount.join("filler")).unwrap();
+        assert!(!disk.0.mount.join("out.img").exists());
+        std::fs::remove_file(disk.0.mount.join("filler")).unwrap();
         let asked = server.requests().len();
         disk.pull(&server, sink, &bytes).unwrap();
-        assert!(std::fs::read(disk.mount.join("out.img")).unwrap() == bytes);
+        assert!(std::fs::read(disk.0.mount.join("out.img")).unwrap() == bytes);
         let resumed = server.requests()[asked].range.clone().unwrap();
         assert!(resumed.start >= 7 << 20, "went on at byte {}", resumed.start);
     }
@@ -142,6 +115,6 @@ fn an_image_that_cannot_fit_is_refused_before_its_first_byte() {
     });
     let error = disk.pull(&server, Choice::Auto, b"").unwrap_err();
     assert!(error.report().contains("100.0 MiB needed"), "{}", error.report());
-    let names: Vec<_> = disk.mount.read_dir().unwrap().map(|e| e.unwrap().file_name()).collect();
+    let names: Vec<_> = disk.0.mount.read_dir().unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(names, ["lost+found"], "no litter");
 }
