@@ -57,7 +57,7 @@ def _mixed(bench, root, workload, tls):
     case = rounds.Case(NAME, workload, job.size_bytes, "", "B/s", "GiB", CURL_CHECKED, [
         job.checked(), job.bare(), *([] if tls else [job.serving()]), job.curl_checked(),
         job.curl_openssl(), job.curl(), job.aria2c(8), job.wget(), job.nbdkit(), job.requests(),
-        job.crt(), job.crt("--direct")])
+        job.crt(), job.crt("--direct"), job.nowhere()])
     bench.compare([case])
     _wall(bench, case, CHECKED, CURL_CHECKED, 0.45)
     _wall(bench, case, CHECKED, CURL, 0.6)

@@ -47,6 +47,8 @@ class Contender:
     ours: bool = False
     absent: str = ""
     """Why there is nothing to run: `not installed`, or what went wrong."""
+    floor: bool = False
+    """No peer: it leaves work out, and shows what nobody can be faster than."""
     samples: list[Sample] = dataclasses.field(default_factory=list)
 
 
@@ -180,7 +182,7 @@ def losses(case):
     ours = first_ours(case)
     found = []
     for peer in case.contenders:
-        ratio = None if peer.ours else ratios(ours, peer, speed)
+        ratio = None if peer.ours or peer.floor else ratios(ours, peer, speed)
         if ratio is not None and ratio[0] < 1.0:
             found.append((peer, ratio))
     return found
@@ -200,7 +202,8 @@ def mark(ratio):
 
 def comparisons(case):
     """How many peers our first contender met in this case."""
-    return sum(1 for peer in case.contenders if not peer.ours and peer.samples)
+    return sum(1 for peer in case.contenders
+               if not (peer.ours or peer.floor) and peer.samples)
 
 
 # ---- printing ----
@@ -237,7 +240,7 @@ def _cells(case, contender):
         return cpu_text(case.work_unit, seconds)
 
     spent = ratios(contender, reference, cpu)
-    against = None if contender.ours else ratios(first_ours(case), contender, speed)
+    against = None if contender.ours or contender.floor else ratios(first_ours(case), contender, speed)
     return (
         middle(speed, lambda value: rate(case.unit, value)),
         middle(lambda sample: sample.p99_us, micros),

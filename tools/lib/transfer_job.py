@@ -70,6 +70,12 @@ class Job:
     def curl(self):
         return self.shell(CURL, "curl", self._curl())
 
+    def nowhere(self):
+        """No peer: what the server and the loopback take by themselves, with nothing kept."""
+        name = "curl, nothing kept"
+        return rounds.Contender(name, lambda: self._once(name, [
+            "sh", "-c", f"curl -sSf {self._trust('--cacert ')}-o /dev/null {self.url}"], False), floor=True)
+
     def aria2c(self, connections):
         return self.shell(f"aria2c -x{connections} --checksum, sync", "aria2c", self._synced(
             f"aria2c -q -x{connections} -s{connections} -k1M --file-allocation=none "
@@ -124,14 +130,17 @@ class Job:
     def command(self, name, argv, ours=False):
         return rounds.Contender(name, lambda: self._once(name, argv), ours)
 
-    def _once(self, name, argv):
+    def _once(self, name, argv, leaves_a_file=True):
         self._prepare()
         server_s = self._server.cpu_s()
         usage = procs.measure(argv, self._bench.prefix)
         sample = rounds.Sample(
             self.size_bytes / usage.wall_s, usage.wall_s, self.size_bytes, usage.cpu_s,
             self._server.cpu_s() - server_s, rss_bytes=usage.rss_bytes,
-            allocated_bytes=corpus.allocated(self.out), written_bytes=usage.written_bytes)
+            allocated_bytes=corpus.allocated(self.out) if leaves_a_file else 0,
+            written_bytes=usage.written_bytes)
+        if not leaves_a_file:
+            return sample
         self._verify(name)
         self.out.unlink()
         return sample
