@@ -2,8 +2,8 @@
 //!
 //! Why: the network must not wait for the disk's syncs, nor the disk for the network.
 //! How: one thread owns the sink. It drops zero pages, allocates runs of data just before they are
-//! written directly (such writes into bare holes fall to kernel workers), and hands what has completed, in
-//! batches, to a second thread that syncs the file first and then sets the bits.
+//! written directly (such writes into bare holes fall to kernel workers), and hands what has
+//! completed, in batches, to a second thread that syncs the file first and then sets the bits.
 //! Never: sets a bit for bytes that a finished `fdatasync` does not cover, or tries a failed sync
 //! again: after one, what the page cache holds means nothing.
 //! Start at [`Writer::start`].

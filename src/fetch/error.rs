@@ -3,8 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use super::http::AccessError;
-use super::http::AddressRefused;
+use super::http::{AccessError, AddressRefused};
 use super::sums::SumsFault;
 use crate::disk::DiskError;
 
@@ -33,7 +32,7 @@ pub enum FetchError {
         source: HttpError,
     },
     #[error(
-        "{url}: its certificate is refused; name its authority (--cacert), or give the host by the name in the certificate"
+        "{url}: its certificate is refused; name its authority (--cacert, access.ca), or give the host by the name in the certificate"
     )]
     Certificate {
         url: String,

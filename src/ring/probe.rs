@@ -81,8 +81,7 @@ impl fmt::Display for SinkKind {
 pub struct Probe {
     /// What to use.
     pub kind: SinkKind,
-    /// What to use where no digest is made: then the processor has time for
-    /// the faster writes.
+    /// What to use where no digest is made: then the processor has time for the faster writes.
     pub idle: SinkKind,
     /// Why io_uring is not used; `None` when it is, or when another was asked for.
     pub reason: Option<String>,

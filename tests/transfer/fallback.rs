@@ -54,6 +54,15 @@ pub fn forbid_io_uring(command: &mut Command, errno: i32) {
     unsafe { command.pre_exec(install) };
 }
 
+/// True if io_uring works here with nothing in its way. Without it a test says that it is skipped.
+fn has_ring(dir: &Path) -> bool {
+    let works = probe(dir, Choice::Auto).unwrap().kind == SinkKind::Uring;
+    if !works {
+        println!("SKIPPED: io_uring does not work here without a filter either");
+    }
+    works
+}
+
 /// The program without io_uring.
 fn without(errno: i32, args: &[&str]) -> Output {
     let mut command = Command::new(BEDPLATE);
@@ -102,8 +111,7 @@ fn doctor_and_disks_say_that_threads_write_and_why() {
 #[test]
 fn the_filter_is_what_makes_the_difference() {
     let temp = tempfile::tempdir().unwrap();
-    if probe(temp.path(), Choice::Auto).unwrap().kind != SinkKind::Uring {
-        println!("SKIPPED: io_uring does not work here without a filter either");
+    if !has_ring(temp.path()) {
         return;
     }
     let daemon = Daemon::start(temp.path(), |_| {});
@@ -139,8 +147,7 @@ fn write_into_a_hole(dir: &Path) {
 #[test]
 fn direct_writes_are_not_handed_to_kernel_workers() {
     let temp = tempfile::tempdir().unwrap();
-    if probe(temp.path(), Choice::Auto).unwrap().kind != SinkKind::Uring {
-        println!("SKIPPED: io_uring does not work here");
+    if !has_ring(temp.path()) {
         return;
     }
     // Idle workers stay for seconds, so that they can be counted afterwards.
