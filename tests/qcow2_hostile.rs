@@ -118,12 +118,16 @@ fn header_fields_out_of_range_are_refused_by_name() {
         ("refcount_table_offset", 48, 7),
         ("snapshots_offset", 64, 7),
         ("incompatible_features", 72, 1 << 2),
-        ("incompatible_features", 72, 1 << 4),
         ("incompatible_features", 72, 1 << 63),
         ("autoclear_features", 88, 1 << 1),
     ] {
         refused(&with(|image| image.put64(at, value)), field, at);
     }
+}
+
+#[test]
+fn subclusters_need_clusters_of_16_kib() {
+    refused(&with(|image| image.put64(72, 1 << 4)), "cluster_bits", 20);
 }
 
 #[test]

@@ -93,6 +93,28 @@ fn written_zeroed_and_discarded_clusters_of_every_size_and_version() {
 }
 
 #[test]
+fn subclusters_of_every_size_written_zeroed_and_discarded() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let mut random = Random(8);
+    for cluster in [16_384, 32_768, 65_536, 131_072, 1 << 20, 2 << 20] {
+        for more in ["", ",compression_type=zstd", ",preallocation=metadata", ",lazy_refcounts=on"] {
+            let size = (cluster * 37 + 512 * random.below(64)).min(40 << 20);
+            let options = format!("cluster_size={cluster},extended_l2=on{more}");
+            let image = create(dir.path(), &options, size);
+            // Lengths that are some subclusters and a part of one.
+            let fine = [512, cluster / 32, cluster][random.index(3)];
+            let packed = !more.contains("preallocation");
+            qemu_io(&image, &commands(&mut random, size, cluster, packed));
+            qemu_io(&image, &commands(&mut random, size, fine, false));
+            compare(&image, &format!("{options} size {size}"));
+        }
+    }
+}
+
+#[test]
 fn every_preallocation_with_writes_on_top() {
     if !have_qemu() {
         return;
@@ -145,7 +167,16 @@ fn compressed_images_of_every_cluster_size_and_odd_disk_sizes() {
     let dir = TempDir::new().unwrap();
     let mut random = Random(3);
     for cluster in CLUSTER_SIZES {
-        for kind in ["compat=0.10", "compat=1.1", "compat=1.1,compression_type=zstd"] {
+        for kind in [
+            "compat=0.10",
+            "compat=1.1",
+            "compat=1.1,compression_type=zstd",
+            "extended_l2=on",
+            "extended_l2=on,compression_type=zstd",
+        ] {
+            if kind.starts_with("extended") && cluster < 16_384 {
+                continue;
+            }
             let size = (cluster * 50).clamp(100_000, 6 << 20) + 512 * random.below(9) + 512;
             let raw = raw_disk(dir.path(), size, &mut random);
             let want = padded(&raw);

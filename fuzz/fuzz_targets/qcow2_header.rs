@@ -12,7 +12,7 @@ fuzz_target!(|data: &[u8]| {
         assert!(header.l1.start >= header.cluster_bits.size_bytes());
         assert!(header.size_bytes >= 512 && header.size_bytes % 512 == 0);
         let mapped =
-            header.l1_entries << (header.cluster_bits.l2_bits() + header.cluster_bits.get());
+            header.l1_entries << (header.l2_bits() + header.cluster_bits.get());
         assert!(mapped >= header.size_bytes);
     }
 });

@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use super::error::ImportError;
-use super::plan::{Entry, Plan};
+use super::plan::{Entry, Plan, units_of};
 use crate::disk::{DiskError, Filling, UNIT_BYTES};
 use crate::fetch::{Feed, FetchError, Stopped, Taker};
 use crate::image::ReadError;
@@ -204,16 +204,16 @@ impl Decoder<'_> {
     }
 
     fn fault(&self, entry: &Entry, what: &'static str) -> ImportError {
-        let at = GuestOffset(self.shared.plan.guest(entry.cluster).start);
+        let at = GuestOffset(entry.guest_at);
         let (path, stored_at) = (self.shared.name.clone(), FileOffset(entry.at));
         ReadError::Decode { path, what, at, stored_at }.into()
     }
 
     /// Hands on one cluster, of which `stored` is in the source.
     fn cluster(&mut self, entry: &Entry, stored: &[u8]) -> Result<(), ImportError> {
-        let guest = self.shared.plan.guest(entry.cluster);
+        let guest = self.shared.plan.guest(entry);
         let size = usize::try_from(self.shared.plan.bits.size_bytes()).unwrap_or(usize::MAX);
-        if self.shared.plan.bits.size_bytes() < UNIT_BYTES {
+        if self.shared.plan.is_fine() {
             return self.small_cluster(entry, stored, guest, size);
         }
         if !entry.packed {
@@ -292,7 +292,7 @@ impl Decoder<'_> {
         self.open.take().map_or(Ok(()), |(start, buf)| self.hand_on(start, buf))
     }
 
-    /// A cluster of less than a unit is written at once; its unit counts when all are.
+    /// What may be less than a unit is written at once; a unit counts when all of it is there.
     fn small_cluster(
         &mut self,
         entry: &Entry,
@@ -315,17 +315,26 @@ impl Decoder<'_> {
             wrote.map_err(|e| DiskError::write(&self.shared.path, at, e))?;
         }
         self.scratch = scratch;
-        let unit = guest.start / UNIT_BYTES;
+        for unit in units_of(&guest) {
+            if self.is_last_of(unit) {
+                let end = self.shared.plan.virtual_bytes.min((unit + 1) * UNIT_BYTES);
+                let (at, len) = (unit * UNIT_BYTES, end - unit * UNIT_BYTES);
+                let sent = self.shared.feed.send_written(at, len);
+                sent.map_err(|Stopped| ImportError::Stopped)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts an entry of `unit` as written; true if it was the last one.
+    fn is_last_of(&self, unit: u64) -> bool {
         let mut units = lock(&self.shared.units);
         let left = units.get_mut(&unit).expect("each unit with an entry is counted");
         *left -= 1;
-        if *left > 0 {
-            return Ok(());
+        let is_last = *left == 0;
+        if is_last {
+            units.remove(&unit);
         }
-        units.remove(&unit);
-        drop(units);
-        let end = self.shared.plan.virtual_bytes.min((unit + 1) * UNIT_BYTES);
-        let (at, len) = (unit * UNIT_BYTES, end - unit * UNIT_BYTES);
-        self.shared.feed.send_written(at, len).map_err(|Stopped| ImportError::Stopped)
+        is_last
     }
 }

@@ -15,17 +15,17 @@ use crate::image::qcow2::{Cluster, ClusterBits, Compression, Image};
 /// A gap between two ranges of the source that is rather read than asked around.
 const BRIDGE_BYTES: u64 = 256 * 1024;
 
-/// One stored cluster.
+/// One stored cluster, or a run of its subclusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Entry {
     /// Where its bytes begin in the source.
     pub(super) at: u64,
     /// How many of them there are, at most twice a cluster.
     pub(super) len: u32,
-    /// True if they are compressed.
+    /// True if they are compressed: a whole cluster then.
     pub(super) packed: bool,
-    /// Which guest cluster it is.
-    pub(super) cluster: u64,
+    /// Where in the guest they belong; at a unit of the tables.
+    pub(super) guest_at: u64,
 }
 
 impl Entry {
@@ -39,11 +39,13 @@ impl Entry {
 #[derive(Debug)]
 pub(super) struct Plan {
     pub(super) bits: ClusterBits,
+    /// log2 of the least bytes of an entry: a cluster, or a subcluster.
+    unit_bits: u32,
     pub(super) compression: Compression,
     pub(super) virtual_bytes: u64,
     /// By place in the source, once closed.
     pub(super) entries: Vec<Entry>,
-    /// Units of more than one cluster: how many of their clusters are still to come.
+    /// Units that are made of more than one entry: how many of theirs are still to come.
     pub(super) units: HashMap<u64, u32>,
     /// Longest entry, for finding those that reach into a range.
     pub(super) longest: u64,
@@ -58,6 +60,7 @@ impl Plan {
         let start = first_cluster << header.cluster_bits.get();
         Self {
             bits: header.cluster_bits,
+            unit_bits: header.unit_bits(),
             compression: header.compression,
             virtual_bytes: header.size_bytes,
             entries: Vec::new(),
@@ -68,15 +71,24 @@ impl Plan {
         }
     }
 
-    /// The guest's bytes in a cluster; fewer than a cluster at the disk's end.
-    pub(super) fn guest(&self, cluster: u64) -> Range<u64> {
-        let start = cluster << self.bits.get();
-        start..self.virtual_bytes.min(start + self.bits.size_bytes())
+    /// The guest's bytes of an entry; fewer than a cluster at the disk's end.
+    pub(super) fn guest(&self, entry: &Entry) -> Range<u64> {
+        let len = if entry.packed { self.bits.size_bytes() } else { entry.len.into() };
+        entry.guest_at..self.virtual_bytes.min(entry.guest_at + len)
     }
 
-    /// The next cluster of the guest.
-    pub(super) fn add(&mut self, cluster: u64, meaning: Cluster) {
-        let guest = self.guest(cluster);
+    /// True if an entry may be less than a unit of the disk, so that units are counted.
+    pub(super) fn is_fine(&self) -> bool {
+        1 << self.unit_bits < UNIT_BYTES
+    }
+
+    /// The next run of units of the guest, which are those of the tables.
+    pub(super) fn add(&mut self, units: Range<u64>, meaning: Cluster) {
+        let in_guest = |unit: u64| self.virtual_bytes.min(unit << self.unit_bits);
+        let guest = in_guest(units.start)..in_guest(units.end);
+        if guest.is_empty() {
+            return;
+        }
         self.span.end = guest.end;
         let (at, len, packed) = match meaning {
             Cluster::Zero | Cluster::Unallocated => return,
@@ -88,12 +100,12 @@ impl Plan {
         }
         let len = u32::try_from(len).expect("an entry has at most 4 MiB");
         self.longest = self.longest.max(len.into());
-        self.entries.push(Entry { at, len, packed, cluster });
+        self.entries.push(Entry { at, len, packed, guest_at: guest.start });
     }
 
     /// The next `count` clusters, none of which is stored.
     pub(super) fn add_zeroes(&mut self, first_cluster: u64, count: u64) {
-        self.span.end = self.guest(first_cluster + count - 1).end;
+        self.span.end = self.virtual_bytes.min((first_cluster + count) << self.bits.get());
     }
 
     /// True if a unit that `guest` touches is missing.
@@ -105,10 +117,11 @@ impl Plan {
 
     /// Everything was added.
     pub(super) fn close(&mut self) {
-        if self.bits.size_bytes() < UNIT_BYTES {
-            for entry in &self.entries {
-                let unit = (entry.cluster << self.bits.get()) / UNIT_BYTES;
-                *self.units.entry(unit).or_default() += 1;
+        if self.is_fine() {
+            for index in 0..self.entries.len() {
+                for unit in units_of(&self.guest(&self.entries[index])) {
+                    *self.units.entry(unit).or_default() += 1;
+                }
             }
         }
         self.entries.sort_unstable_by_key(|entry| entry.at);
@@ -117,7 +130,7 @@ impl Plan {
     /// Bytes of the guest's units that will be written.
     pub(super) fn data_bytes(&self) -> u64 {
         match self.units.len() as u64 {
-            0 => self.entries.len() as u64 * self.bits.size_bytes(),
+            0 => self.entries.iter().map(|entry| self.guest(entry)).map(|g| g.end - g.start).sum(),
             units => units * UNIT_BYTES,
         }
     }
@@ -126,7 +139,7 @@ impl Plan {
     pub(super) fn zeroes(&self) -> Vec<Range<u64>> {
         let unit_end = |at: u64| at.next_multiple_of(UNIT_BYTES);
         let mut stored: Vec<Range<u64>> = match self.units.is_empty() {
-            true => self.entries.iter().map(|entry| self.guest(entry.cluster)).collect(),
+            true => self.entries.iter().map(|entry| self.guest(entry)).collect(),
             false => self.units.keys().map(|u| u * UNIT_BYTES..(u + 1) * UNIT_BYTES).collect(),
         };
         stored.sort_unstable_by_key(|range| range.start);
@@ -169,4 +182,9 @@ impl Plan {
         let start = range.start;
         (first..end).filter(move |&index| self.entries[index].stored().end > start)
     }
+}
+
+/// The units of the disk that a range of the guest touches.
+pub(super) fn units_of(guest: &Range<u64>) -> Range<u64> {
+    guest.start / UNIT_BYTES..guest.end.div_ceil(UNIT_BYTES)
 }

@@ -36,7 +36,8 @@ pub(super) async fn read_batch(
 ) -> Result<usize, ImportError> {
     let mut next = first;
     while next < tables.len() && plan.entries.len() < most_entries {
-        let group = group_from(tables, next, first, most_entries - plan.entries.len());
+        let most = most_entries - plan.entries.len();
+        let group = group_from(tables, next, first, most, image.header().units_in_cluster_bits());
         let parts = read_group(file, &tables[group.clone()]).await?;
         for table in &tables[group.clone()] {
             add(image, table, &parts, plan, name)?;
@@ -48,7 +49,15 @@ pub(super) async fn read_batch(
 
 /// Tables of about [`GROUP_BYTES`], whose number since `first` is even unless they are the last: a
 /// table of the smallest clusters maps half a unit of the disk.
-fn group_from(tables: &[L2Table], start: usize, first: usize, most_entries: usize) -> Range<usize> {
+fn group_from(
+    tables: &[L2Table],
+    start: usize,
+    first: usize,
+    most_entries: usize,
+    units_in_cluster_bits: u32,
+) -> Range<usize> {
+    // Every other subcluster may be stored.
+    let most_in_cluster = 1 << units_in_cluster_bits.saturating_sub(1);
     let (mut end, mut bytes, mut entries) = (start, 0, 0);
     while let Some(table) = tables.get(end) {
         let whole_units = (end - first).is_multiple_of(2);
@@ -57,7 +66,8 @@ fn group_from(tables: &[L2Table], start: usize, first: usize, most_entries: usiz
         }
         let len = table.stored.as_ref().map_or(0, |stored| stored.end - stored.start);
         bytes += len;
-        entries += usize::try_from(len / 8).unwrap_or(usize::MAX);
+        let clusters = table.stored.as_ref().map_or(0, |_| table.clusters);
+        entries += usize::try_from(clusters).unwrap_or(usize::MAX) * most_in_cluster;
         end += 1;
     }
     start..end
@@ -108,9 +118,7 @@ fn add(
         stored.start,
         bytes,
         name,
-        &mut |cluster, meaning| {
-            plan.add(cluster, meaning);
-        },
+        &mut |units, meaning| plan.add(units, meaning),
     )?;
     Ok(())
 }

@@ -67,11 +67,12 @@ proptest! {
         let missing = super::expand::whole_clusters(image.header(), missing);
         let mut plan = Plan::new(&image, &missing, 0);
         for (index, kind) in kinds.iter().enumerate() {
-            plan.add(index as u64, meaning(*kind, bits, index as u64));
+            let index = index as u64;
+            plan.add(index..index + 1, meaning(*kind, bits, index));
         }
         plan.close();
         let (zeroes, ranges) = (plan.zeroes(), plan.ranges());
-        let planned: Vec<_> = plan.entries.iter().map(|e| plan.guest(e.cluster)).collect();
+        let planned: Vec<_> = plan.entries.iter().map(|entry| plan.guest(entry)).collect();
         for at in (0..total).step_by(usize::try_from(UNIT_BYTES.min(1 << bits)).unwrap()) {
             let unit = at / UNIT_BYTES * UNIT_BYTES..(at / UNIT_BYTES + 1) * UNIT_BYTES;
             let stored_in_unit = planned.iter().any(|g| g.start < unit.end && unit.start < g.end);
@@ -98,7 +99,7 @@ fn entries_that_reach_into_a_range_are_found() {
     let image = image(16, 32, 0);
     let mut plan = Plan::new(&image, std::slice::from_ref(&(0..32 << 16)), 0);
     for index in 0..32 {
-        plan.add(index, meaning(2 + u8::try_from(index % 2).unwrap(), 16, index));
+        plan.add(index..index + 1, meaning(2 + u8::try_from(index % 2).unwrap(), 16, index));
     }
     plan.close();
     let found: Vec<_> = plan.reaching(&((9 << 16) + 100..(11 << 16) + 1)).collect();

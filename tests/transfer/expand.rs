@@ -108,6 +108,10 @@ fn every_kind_of_image_becomes_the_disk_that_qemu_reads() {
         ("cluster_size=512", true),
         ("cluster_size=512", false),
         ("cluster_size=128k,compat=0.10", true),
+        ("cluster_size=16k,extended_l2=on", true),
+        ("cluster_size=64k,extended_l2=on", false),
+        ("cluster_size=128k,extended_l2=on", true),
+        ("cluster_size=2M,extended_l2=on", false),
     ]
     .into_iter()
     .enumerate()

@@ -10,9 +10,10 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::entry::{Cluster, decode_l2, reserved_l2_bits};
+use super::entry::Cluster;
 use super::header::Header;
 use super::open::Image;
+use super::table;
 use crate::image::{ClusterCounts, ImageError, Info};
 use crate::units::FileOffset;
 
@@ -27,33 +28,65 @@ pub struct L2Table {
     pub stored: Option<Range<u64>>,
 }
 
+/// Counts clusters by what is stored of them.
+struct Counter {
+    in_cluster_bits: u32,
+    data: u64,
+    compressed: u64,
+    /// The last cluster that counts as data.
+    last: Option<u64>,
+}
+
+impl Counter {
+    fn new(in_cluster_bits: u32) -> Self {
+        Self { in_cluster_bits, data: 0, compressed: 0, last: None }
+    }
+
+    /// A run of units of one cluster: it counts as data if any of its subclusters is.
+    fn add(&mut self, units: &Range<u64>, meaning: Cluster) {
+        let cluster = units.start >> self.in_cluster_bits;
+        match meaning {
+            Cluster::Data(_) if self.last == Some(cluster) => {}
+            Cluster::Data(_) => {
+                self.data += 1;
+                self.last = Some(cluster);
+            }
+            Cluster::Compressed(_) => self.compressed += 1,
+            Cluster::Zero | Cluster::Unallocated => {}
+        }
+    }
+}
+
 impl Image {
     /// Judges every L2 entry that the disk needs; counts clusters into `info`.
     ///
     /// # Errors
     /// [`ImageError`] with the first entry at fault, or the read that failed.
     pub fn check(&self, file: &File, path: &Path, info: &mut Info) -> Result<(), ImageError> {
-        let bits = self.header.cluster_bits;
-        let (total, per_table) = (self.header.clusters(), 1_u64 << bits.l2_bits());
+        let cluster_bytes = self.header.cluster_bits.size_bytes();
         let mut counts = ClusterCounts::default();
         let mut odd_entries = 0_u64;
-        let mut buffer = vec![0; usize::try_from(bits.size_bytes()).expect("at most 2 MiB")];
-        for (first, &table) in (0..).step_by(1 << bits.l2_bits()).zip(&self.l1) {
-            let entries = per_table.min(total - first);
-            if table == 0 {
-                counts.zero += entries;
+        let mut buffer = vec![0; usize::try_from(cluster_bytes).expect("at most 2 MiB")];
+        for table in self.tables() {
+            let Some(stored) = &table.stored else {
+                counts.zero += table.clusters;
                 continue;
-            }
-            let len = usize::try_from(entries * 8).expect("at most 2 MiB");
+            };
+            let len = usize::try_from(stored.end - stored.start).expect("at most 2 MiB");
             let bytes = buffer.get_mut(..len).expect("a table is at most a cluster");
-            file.read_exact_at(bytes, table)
-                .map_err(|source| ImageError::read(path, table, len, source))?;
-            odd_entries +=
-                self.decode_table(first, table, bytes, path, &mut |_, cluster| match cluster {
-                    Cluster::Data(_) => counts.data += 1,
-                    Cluster::Zero | Cluster::Unallocated => counts.zero += 1,
-                    Cluster::Compressed(_) => counts.compressed += 1,
-                })?;
+            file.read_exact_at(bytes, stored.start)
+                .map_err(|source| ImageError::read(path, stored.start, len, source))?;
+            let mut counter = Counter::new(self.header.units_in_cluster_bits());
+            odd_entries += self.decode_table(
+                table.first_cluster,
+                stored.start,
+                bytes,
+                path,
+                &mut |units, cluster| counter.add(&units, cluster),
+            )?;
+            counts.data += counter.data;
+            counts.compressed += counter.compressed;
+            counts.zero += table.clusters - counter.data - counter.compressed;
         }
         if odd_entries > 0 {
             info.notes.push(format!("{odd_entries} L2 entries have reserved bits set; ignored"));
@@ -64,18 +97,20 @@ impl Image {
 
     /// The L2 tables that the disk needs, in the order of the guest.
     pub fn tables(&self) -> impl Iterator<Item = L2Table> {
-        let bits = self.header.cluster_bits;
-        let (total, per_table) = (self.header.clusters(), 1_u64 << bits.l2_bits());
-        (0..).step_by(1 << bits.l2_bits()).zip(&self.l1).map(move |(first_cluster, &at)| {
+        let (l2_bits, entry_bytes) = (self.header.l2_bits(), self.header.l2_entry_bytes());
+        let (total, per_table) = (self.header.clusters(), 1_u64 << l2_bits);
+        (0..).step_by(1 << l2_bits).zip(&self.l1).map(move |(first_cluster, &at)| {
             let clusters = per_table.min(total - first_cluster);
-            let stored = (at != 0).then(|| at..at + 8 * clusters);
+            let stored = (at != 0).then(|| at..at + entry_bytes * clusters);
             L2Table { first_cluster, clusters, stored }
         })
     }
 
-    /// Judges the entries of one L2 table and gives each cluster's meaning to `each`. `bytes` are
-    /// those of [`L2Table::stored`], which begins at `table_at`; `path` is for messages. Pure.
-    /// Returns how many entries have reserved bits set, which changes nothing.
+    /// Judges the entries of one L2 table and gives the meaning of each run of guest units (see
+    /// [`Header::unit_bits`]) to `each`, in order and cluster by cluster; the last run may reach
+    /// past the disk's end. `bytes` are those of [`L2Table::stored`], which begins at `table_at`;
+    /// `path` is for messages. Pure. Returns how many entries have reserved bits set, which changes
+    /// nothing.
     ///
     /// # Errors
     /// [`ImageError`] with the first entry at fault.
@@ -85,17 +120,19 @@ impl Image {
         table_at: u64,
         bytes: &[u8],
         path: &Path,
-        each: &mut dyn FnMut(u64, Cluster),
+        each: &mut dyn FnMut(Range<u64>, Cluster),
     ) -> Result<u64, ImageError> {
         let (limits, mut odd_entries) = (self.limits(), 0);
-        for (index, &entry) in bytes.as_chunks().0.iter().enumerate() {
-            let (raw, cluster) = (u64::from_be_bytes(entry), first_cluster + index as u64);
-            let decoded = decode_l2(raw, self.visible_bytes(cluster), &limits);
-            let decoded = decoded.map_err(|fault| {
-                ImageError::fault(path, fault.at(FileOffset(table_at + 8 * index as u64)))
+        let (in_cluster, entry_bytes) =
+            (self.header.units_in_cluster_bits(), self.header.l2_entry_bytes());
+        for (index, entry) in (0_u64..).zip(table::entries(&self.header, bytes)) {
+            let cluster = first_cluster + index;
+            let judged = entry.judge(self.visible_bytes(cluster), &limits).map_err(|fault| {
+                ImageError::fault(path, fault.at(FileOffset(table_at + entry_bytes * index)))
             })?;
-            odd_entries += u64::from(reserved_l2_bits(raw) != 0);
-            each(cluster, decoded);
+            odd_entries += u64::from(entry.is_odd());
+            let first = cluster << in_cluster;
+            judged.each(|units, meaning| each(first + units.start..first + units.end, meaning));
         }
         Ok(odd_entries)
     }

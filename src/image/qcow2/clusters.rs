@@ -2,13 +2,14 @@
 //!
 //! Why: a lookup is on the way of every read, from many threads and (through the memfd) from
 //! other processes; foreign entries must have been judged by then.
-//! How: words as in `word`; the first touch of a span reads its L2 table with pread and fills in
-//! its words, and the span word is set last (release). Two threads that fill one span write the
+//! How: words as in `word`, one for each unit (a cluster, or a subcluster where an image has them);
+//! the first touch of a span reads its L2 table with pread and fills in its words, and the span word is set last (release). Two threads that fill one span write the
 //! same words, so nobody waits. Memory is at most the size of the L2 tables in the file.
 //! Never: takes a lock to look up, or reads compressed bytes from the map.
 //! Start at [`ClusterMap::run_at`].
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,9 +18,10 @@ use std::sync::{LazyLock, Mutex};
 use bytes::Bytes;
 
 use super::codec::Codec;
-use super::entry::{Packed, decode_l2};
+use super::entry::{Limits, Packed};
 use super::fault::EntryFault;
 use super::open::Image;
+use super::table::{self, Entry};
 use super::word::{self, Meaning, Span};
 use crate::image::{ImageError, ReadError, Run, RunKind};
 use crate::map::SharedTable;
@@ -43,14 +45,14 @@ static IDLE_DECODERS: Mutex<Vec<Decoder>> = Mutex::new(Vec::new());
 pub struct ClusterMap {
     image: Image,
     table: SharedTable,
-    /// Span words, which come before the cluster words.
+    /// Number of span words, which come before those of the units.
     spans: usize,
     path: PathBuf,
 }
 
-/// The known words from some cluster to the end of its span.
+/// The known words from some unit to the end of its span.
 enum Known<'a> {
-    /// All zero, up to this cluster.
+    /// All zero, up to this unit.
     ZeroUpTo(u64),
     Words(&'a [AtomicU64]),
     /// The L2 table was not read yet.
@@ -65,7 +67,7 @@ impl ClusterMap {
     pub fn new(mut image: Image, path: &Path) -> Result<Self, ImageError> {
         // Taken apart here: the place of an L2 table is in its span word from now on.
         let l1 = std::mem::take(&mut image.l1);
-        let words = l1.len() as u64 + image.header.clusters();
+        let words = l1.len() as u64 + image.header.units();
         let table = SharedTable::new("bedplate-clusters", words).map_err(|source| {
             let (path, len_bytes) = (path.to_owned(), words * 8);
             ImageError::Map { path, what: "the cluster map", len_bytes, source }
@@ -98,56 +100,61 @@ impl ClusterMap {
     /// # Errors
     /// The entry of `at` is damaged, or its L2 table could not be read.
     pub fn run_at(&self, file: &File, at: GuestOffset, end: u64) -> Result<Run, ReadError> {
-        let bits = self.image.header.cluster_bits;
-        let (cluster, start) = self.cluster_of(at);
-        let mut next = cluster + 1;
-        let kind = match self.meaning(file, cluster)? {
-            Meaning::Encoded(_) => RunKind::Encoded,
+        let bits = self.image.header.unit_bits();
+        let unit = at.0 >> bits;
+        let mut next = unit + 1;
+        let kind = match self.meaning(file, unit)? {
+            Meaning::Encoded(_) => {
+                let cluster_bits = self.image.header.cluster_bits.get();
+                next = ((at.0 >> cluster_bits) + 1) << (cluster_bits - bits);
+                RunKind::Encoded
+            }
             Meaning::Data(stored_at) => {
-                let expected = word::data(stored_at) + bits.size_bytes();
-                next = self.extend(next, end, |n| expected + (n << bits.get()));
-                RunKind::Data(stored_at.advance(at.0 - start.0))
+                let expected = word::data(stored_at) + (1 << bits);
+                next = self.extend(next, end, |n| expected + (n << bits));
+                RunKind::Data(stored_at.advance(at.0 - (unit << bits)))
             }
             Meaning::Zero => {
                 next = self.extend(next, end, |_| word::ZERO);
                 RunKind::Zero
             }
-            Meaning::Damaged => return Err(self.damage(file, cluster)),
+            Meaning::Damaged => return Err(self.damage(file, unit)),
         };
-        let end = end.min(next << bits.get());
+        let end = end.min(next << bits);
         Ok(Run { kind, len_bytes: end - at.0 })
     }
 
-    /// The first cluster from `next` on whose word is not as `expected`, which is given the
-    /// distance from `next`. Does not look further than guest byte `end`.
+    /// The first unit from `next` on whose word is not as `expected`, which is given the distance
+    /// from `next`. Does not look further than guest byte `end`.
     fn extend(&self, next: u64, end: u64, expected: impl Fn(u64) -> u64) -> u64 {
-        let last = end.div_ceil(self.image.header.cluster_bits.size_bytes());
-        let mut cluster = next;
-        while cluster < last {
-            match self.known(cluster) {
+        let last = end.div_ceil(1 << self.image.header.unit_bits());
+        let mut unit = next;
+        while unit < last {
+            match self.known(unit) {
                 Known::Unread => break,
-                Known::ZeroUpTo(end) if expected(cluster - next) == word::ZERO => cluster = end,
+                Known::ZeroUpTo(end) if expected(unit - next) == word::ZERO => unit = end,
                 Known::ZeroUpTo(_) => break,
                 Known::Words(words) => {
-                    let limit = usize::try_from(last - cluster).unwrap_or(usize::MAX);
+                    let limit = usize::try_from(last - unit).unwrap_or(usize::MAX);
                     for word in words.iter().take(limit) {
-                        if word.load(Ordering::Relaxed) != expected(cluster - next) {
-                            return cluster;
+                        if word.load(Ordering::Relaxed) != expected(unit - next) {
+                            return unit;
                         }
-                        cluster += 1;
+                        unit += 1;
                     }
                 }
             }
         }
-        cluster
+        unit
     }
 
-    /// The span of `cluster`: its number, and its clusters.
-    fn span_of(&self, cluster: u64) -> (usize, std::ops::Range<u64>) {
-        let l2_bits = self.image.header.cluster_bits.l2_bits();
-        let span = cluster >> l2_bits;
-        let end = ((span + 1) << l2_bits).min(self.image.header.clusters());
-        (usize::try_from(span).unwrap_or(usize::MAX), span << l2_bits..end)
+    /// The span of `unit`: its number, and its units.
+    fn span_of(&self, unit: u64) -> (usize, Range<u64>) {
+        let header = &self.image.header;
+        let span_bits = header.l2_bits() + header.units_in_cluster_bits();
+        let span = unit >> span_bits;
+        let end = ((span + 1) << span_bits).min(header.units());
+        (usize::try_from(span).unwrap_or(usize::MAX), span << span_bits..end)
     }
 
     fn span(&self, index: usize) -> Span {
@@ -156,35 +163,35 @@ impl ClusterMap {
 
     fn span_word(&self, index: usize) -> &AtomicU64 {
         let spans = self.table.words().get(..self.spans);
-        spans.and_then(|spans| spans.get(index)).expect("every guest cluster has a span")
+        spans.and_then(|spans| spans.get(index)).expect("every unit has a span")
     }
 
-    /// The cluster words of `clusters`.
-    fn words(&self, clusters: std::ops::Range<u64>) -> &[AtomicU64] {
-        let index = |cluster| usize::try_from(cluster).unwrap_or(usize::MAX);
+    /// The words of `units`.
+    fn words(&self, units: Range<u64>) -> &[AtomicU64] {
+        let index = |unit| usize::try_from(unit).unwrap_or(usize::MAX);
         let words = self.table.words().get(self.spans..);
         words
-            .and_then(|words| words.get(index(clusters.start)..index(clusters.end)))
-            .expect("every guest cluster has a word")
+            .and_then(|words| words.get(index(units.start)..index(units.end)))
+            .expect("every unit has a word")
     }
 
-    fn known(&self, cluster: u64) -> Known<'_> {
-        let (index, clusters) = self.span_of(cluster);
+    fn known(&self, unit: u64) -> Known<'_> {
+        let (index, units) = self.span_of(unit);
         match self.span(index) {
-            Span::Zero => Known::ZeroUpTo(clusters.end),
+            Span::Zero => Known::ZeroUpTo(units.end),
             Span::Unread(_) => Known::Unread,
-            Span::Filled(_) => Known::Words(self.words(cluster..clusters.end)),
+            Span::Filled(_) => Known::Words(self.words(unit..units.end)),
         }
     }
 
-    fn meaning(&self, file: &File, cluster: u64) -> Result<Meaning, ReadError> {
-        let (index, clusters) = self.span_of(cluster);
+    fn meaning(&self, file: &File, unit: u64) -> Result<Meaning, ReadError> {
+        let (index, units) = self.span_of(unit);
         match self.span(index) {
             Span::Zero => return Ok(Meaning::Zero),
-            Span::Unread(table) => self.fill(file, table, index, clusters)?,
+            Span::Unread(table) => self.fill(file, table, index, units)?,
             Span::Filled(_) => {}
         }
-        let word = self.words(cluster..cluster + 1).first().map(|w| w.load(Ordering::Relaxed));
+        let word = self.words(unit..unit + 1).first().map(|w| w.load(Ordering::Relaxed));
         Ok(word::meaning(word.unwrap_or_default(), self.image.header.cluster_bits))
     }
 
@@ -195,24 +202,22 @@ impl ClusterMap {
         file: &File,
         table: FileOffset,
         index: usize,
-        clusters: std::ops::Range<u64>,
+        units: Range<u64>,
     ) -> Result<(), ReadError> {
-        let limits = self.image.limits();
-        let words = self.words(clusters.clone());
-        let mut buffer = vec![0; L2_READ_BYTES.min(words.len() * 8)];
-        let (mut at, mut cluster) = (table.0, clusters.start);
-        for words in words.chunks(L2_READ_BYTES / 8) {
-            let len = words.len() * 8;
+        let (limits, header) = (self.image.limits(), &self.image.header);
+        let words = self.words(units.clone());
+        let in_cluster = 1 << header.units_in_cluster_bits();
+        let entry_bytes = usize::try_from(header.l2_entry_bytes()).unwrap_or(usize::MAX);
+        let total = words.len().div_ceil(in_cluster) * entry_bytes;
+        let mut buffer = vec![0; L2_READ_BYTES.min(total)];
+        let (mut at, mut cluster) = (table.0, units.start >> header.units_in_cluster_bits());
+        for words in words.chunks(L2_READ_BYTES / entry_bytes * in_cluster) {
+            let len = words.len().div_ceil(in_cluster) * entry_bytes;
             let bytes = buffer.get_mut(..len).expect("a part is at most the buffer");
             file.read_exact_at(bytes, at)
                 .map_err(|source| ReadError::io(&self.path, at, len, source))?;
-            for (word, &entry) in words.iter().zip(bytes.as_chunks().0) {
-                let raw = u64::from_be_bytes(entry);
-                let value = match decode_l2(raw, self.image.visible_bytes(cluster), &limits) {
-                    Ok(decoded) => word::of_cluster(decoded, raw),
-                    Err(_reason_is_found_again_when_it_is_read) => word::DAMAGED,
-                };
-                word.store(value, Ordering::Relaxed);
+            for (words, entry) in words.chunks(in_cluster).zip(table::entries(header, bytes)) {
+                self.fill_cluster(words, entry, self.image.visible_bytes(cluster), &limits);
                 cluster += 1;
             }
             at += len as u64;
@@ -221,22 +226,49 @@ impl ClusterMap {
         Ok(())
     }
 
-    /// Why the entry of `cluster` is damaged: reads and judges it once more.
+    /// Sets the words of one cluster; the disk's last one may have fewer than its units.
+    fn fill_cluster(
+        &self,
+        words: &[AtomicU64],
+        entry: Entry,
+        visible_bytes: u64,
+        limits: &Limits<'_>,
+    ) {
+        let unit_bits = self.image.header.unit_bits();
+        let Ok(runs) = entry.judge(visible_bytes, limits) else {
+            // The reason is found again when the cluster is read.
+            words.iter().for_each(|word| word.store(word::DAMAGED, Ordering::Relaxed));
+            return;
+        };
+        let mut words = words.iter();
+        runs.each(|units, meaning| {
+            let (first, step) = word::of_run(meaning, entry.raw, unit_bits);
+            for (n, word) in (0..units.end - units.start).zip(&mut words) {
+                word.store(first + n * step, Ordering::Relaxed);
+            }
+        });
+    }
+
+    /// Why the entry of `unit` is damaged: reads and judges it once more.
     #[cold]
-    fn damage(&self, file: &File, cluster: u64) -> ReadError {
-        let (index, clusters) = self.span_of(cluster);
+    fn damage(&self, file: &File, unit: u64) -> ReadError {
+        let header = &self.image.header;
+        let (index, units) = self.span_of(unit);
         let (Span::Filled(table) | Span::Unread(table)) = self.span(index) else {
             return self.changed(FileOffset(0), 0);
         };
-        let at = FileOffset(table.0 + (cluster - clusters.start) * 8);
-        let mut entry = [0; 8];
-        if let Err(source) = file.read_exact_at(&mut entry, at.0) {
-            return ReadError::io(&self.path, at.0, entry.len(), source);
+        let in_span = (unit - units.start) >> header.units_in_cluster_bits();
+        let at = FileOffset(table.0 + in_span * header.l2_entry_bytes());
+        let mut bytes = [0; 16];
+        let (bytes, _) = bytes.split_at_mut(if header.extended_l2 { 16 } else { 8 });
+        if let Err(source) = file.read_exact_at(bytes, at.0) {
+            return ReadError::io(&self.path, at.0, bytes.len(), source);
         }
-        let raw = u64::from_be_bytes(entry);
-        match decode_l2(raw, self.image.visible_bytes(cluster), &self.image.limits()) {
+        let Some(entry) = table::entries(header, bytes).next() else { return self.changed(at, 0) };
+        let visible = self.image.visible_bytes(unit >> header.units_in_cluster_bits());
+        match entry.judge(visible, &self.image.limits()) {
             Err(fault) => ReadError::fault(&self.path, fault.at(at)),
-            Ok(_) => self.changed(at, raw),
+            Ok(_) => self.changed(at, entry.raw),
         }
     }
 
@@ -253,9 +285,10 @@ impl ClusterMap {
     /// [`ReadError::NotEncoded`], [`ReadError::Decode`], or those of [`run_at`](Self::run_at).
     pub fn decode(&self, file: &File, at: GuestOffset) -> Result<Bytes, ReadError> {
         let (cluster, start) = self.cluster_of(at);
-        let packed = match self.meaning(file, cluster)? {
+        let unit = at.0 >> self.image.header.unit_bits();
+        let packed = match self.meaning(file, unit)? {
             Meaning::Encoded(packed) => packed.clamp(self.image.file_len_bytes),
-            Meaning::Damaged => return Err(self.damage(file, cluster)),
+            Meaning::Damaged => return Err(self.damage(file, unit)),
             Meaning::Data(_) | Meaning::Zero => return Err(ReadError::NotEncoded { at }),
         };
         let mut decoder = take_decoder();

@@ -3,12 +3,13 @@
 //! Why: every guest byte goes through one; a bad one must not become wrong bytes.
 //! How: total functions from 64 bits to a meaning, judged against the file's [`Limits`].
 //! Never: reads a file, or gives a range that is not inside the file and behind the metadata.
-//! Start at [`decode_l2`]. Format: qemu `docs/interop/qcow2.rst`, "Cluster mapping".
+//! Start at [`decode_l2`]; entries with subclusters: [`decode_extended_l2`]. Format: qemu
+//! `docs/interop/qcow2.rst`, "Cluster mapping" and "Extended L2 Entries".
 
 use std::ops::Range;
 
 use super::fault::EntryFault;
-use super::header::ClusterBits;
+use super::header::{ClusterBits, SUBCLUSTER_COUNT_BITS};
 use crate::units::FileOffset;
 
 const COPIED: u64 = 1 << 63;
@@ -17,6 +18,8 @@ const READS_AS_ZERO: u64 = 1 << 0;
 /// Bits 9 to 55: the offset in L1 entries and in entries of standard clusters.
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 const SECTOR_BYTES: u64 = 512;
+/// Subclusters of a cluster.
+const SUBCLUSTERS: u32 = 1 << SUBCLUSTER_COUNT_BITS;
 
 /// What the entries of one image are judged against.
 #[derive(Clone, Copy, Debug)]
@@ -33,14 +36,14 @@ pub struct Limits<'a> {
     pub l2_tables: &'a [u64],
 }
 
-/// What a guest reads from one cluster, without a backing file.
+/// What a guest reads from one cluster, or from a run of its subclusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cluster {
-    /// Stored as is, at a cluster-aligned position.
+    /// Stored as is, from this position on.
     Data(FileOffset),
     /// Zeroes, whatever is stored.
     Zero,
-    /// Nothing is stored: zeroes too, as there is no backing file.
+    /// Nothing is stored: what a backing file has there, zeroes if there is none.
     Unallocated,
     /// A deflate or zstd stream.
     Compressed(Packed),
@@ -115,11 +118,110 @@ pub fn decode_l2(raw: u64, visible_bytes: u64, limits: &Limits<'_>) -> Result<Cl
     if offset == 0 {
         return Ok(Cluster::Unallocated);
     }
-    check_cluster("data cluster offset", offset, visible_bytes, limits)?;
-    if limits.l2_tables.binary_search(&offset).is_ok() {
-        return Err(EntryFault::new("data cluster offset", offset, "not an L2 table"));
-    }
+    check_data("data cluster offset", offset, visible_bytes, limits)?;
     Ok(Cluster::Data(FileOffset(offset)))
+}
+
+/// A cluster of data, which is no L2 table either.
+fn check_data(
+    field: &'static str,
+    offset: u64,
+    len_bytes: u64,
+    limits: &Limits<'_>,
+) -> Result<(), EntryFault> {
+    check_cluster(field, offset, len_bytes, limits)?;
+    if limits.l2_tables.binary_search(&offset).is_ok() {
+        return Err(EntryFault::new(field, offset, "not an L2 table"));
+    }
+    Ok(())
+}
+
+/// What an extended L2 entry says of its cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extended {
+    /// All of the cluster is one stream.
+    Compressed(Packed),
+    /// Each of the 32 subclusters has its own state.
+    Split(Subclusters),
+}
+
+/// The states of 32 subclusters: stored, zero, or neither.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Subclusters {
+    /// Where the first subcluster is, if any is stored; the others follow, stored or not.
+    at: FileOffset,
+    /// Bit `n`: subcluster `n` is stored.
+    stored: u32,
+    /// Bit `n`: subcluster `n` is zero. Never together with `stored`.
+    zero: u32,
+    unit_bits: u32,
+}
+
+impl Subclusters {
+    /// The runs of subclusters of one kind, in order: together 0 to 32.
+    pub fn runs(self) -> impl Iterator<Item = (Range<u32>, Cluster)> {
+        let mut next = 0;
+        std::iter::from_fn(move || {
+            (next < SUBCLUSTERS).then(|| {
+                let start = next;
+                let mask = self.mask_of(start);
+                // A set bit of `mask` is a subcluster of the same kind; the run is at least 1 long.
+                next += (mask >> start).trailing_ones().max(1);
+                let at = FileOffset(self.at.0 + (u64::from(start) << self.unit_bits));
+                let kind = match (self.stored >> start & 1, self.zero >> start & 1) {
+                    (1, _) => Cluster::Data(at),
+                    (_, 1) => Cluster::Zero,
+                    _neither => Cluster::Unallocated,
+                };
+                (start..next, kind)
+            })
+        })
+    }
+
+    fn mask_of(self, index: u32) -> u32 {
+        match (self.stored >> index & 1, self.zero >> index & 1) {
+            (1, _) => self.stored,
+            (_, 1) => self.zero,
+            _neither => !(self.stored | self.zero),
+        }
+    }
+}
+
+/// Decodes an extended L2 entry: `raw` as without subclusters, and the bitmap of the subclusters.
+///
+/// Both are in host byte order; the bitmap's low half says what is stored, its high half what is
+/// zero. Pure and total. A compressed entry has no subclusters: its bitmap is ignored, as by qemu.
+///
+/// # Errors
+/// The rule that is broken, by any subcluster.
+pub fn decode_extended_l2(
+    raw: u64,
+    bitmap: u64,
+    visible_bytes: u64,
+    limits: &Limits<'_>,
+) -> Result<Extended, EntryFault> {
+    if raw & COMPRESSED != 0 {
+        return decode_packed(raw, limits).map(Extended::Compressed);
+    }
+    let half = |bits: u64| u32::try_from(bits & u64::from(u32::MAX)).unwrap_or(u32::MAX);
+    let (stored, zero) = (half(bitmap), half(bitmap >> SUBCLUSTERS));
+    let offset = raw & OFFSET;
+    let unit_bits = limits.bits.get().saturating_sub(SUBCLUSTER_COUNT_BITS);
+    if offset == 0 && stored != 0 {
+        let need = "no subcluster stored where no cluster is";
+        return Err(EntryFault::new("subcluster bitmap", bitmap, need));
+    }
+    if stored & zero != 0 {
+        let need = "no subcluster both stored and zero";
+        return Err(EntryFault::new("subcluster bitmap", bitmap, need));
+    }
+    if stored == 0 {
+        check_aligned("preallocated cluster offset", offset, limits.bits)?;
+    } else {
+        let end = u64::from(SUBCLUSTERS - stored.leading_zeros()) << unit_bits;
+        check_data("data cluster offset", offset, end.min(visible_bytes), limits)?;
+    }
+    Ok(Extended::Split(Subclusters { at: FileOffset(offset), stored, zero, unit_bits }))
 }
 
 fn decode_packed(raw: u64, limits: &Limits<'_>) -> Result<Packed, EntryFault> {
@@ -172,6 +274,16 @@ fn check_cluster(
 #[must_use]
 pub(super) fn reserved_l1_bits(raw: u64) -> u64 {
     raw & !(OFFSET | COPIED)
+}
+
+/// Bits of an extended L2 entry that must be 0 and change nothing: the zero flag is one of them,
+/// and so is all of a compressed entry's bitmap.
+#[must_use]
+pub(super) fn reserved_extended_bits(raw: u64, bitmap: u64) -> u64 {
+    match raw & COMPRESSED {
+        0 => raw & !(OFFSET | COPIED),
+        _compressed => raw & COPIED | bitmap,
+    }
 }
 
 /// Bits of an L2 entry that must be 0 and change nothing.

@@ -156,3 +156,102 @@ proptest! {
         }
     }
 }
+
+/// As `decode_in`, with subclusters of 2 KiB.
+fn decode_extended(raw: u64, bitmap: u64) -> Result<Vec<(Range<u32>, Cluster)>, EntryFault> {
+    let bits = ClusterBits::new(16).unwrap();
+    let limits = Limits {
+        version: 3,
+        bits,
+        file_len_bytes: FILE_LEN,
+        l1: &(0x30000..0x30010),
+        l2_tables: &[0x40000, 0x60000],
+    };
+    Ok(match decode_extended_l2(raw, bitmap, CLUSTER, &limits)? {
+        Extended::Split(parts) => parts.runs().collect(),
+        Extended::Compressed(packed) => vec![(0..32, Cluster::Compressed(packed))],
+    })
+}
+
+#[test]
+fn subclusters_are_stored_zero_or_neither() {
+    let at = |offset| Cluster::Data(FileOffset(offset));
+    assert_eq!(decode_extended(0x50000, 0xffff_ffff), Ok(vec![(0..32, at(0x50000))]));
+    assert_eq!(decode_extended(0, 0xffff_ffff_0000_0000), Ok(vec![(0..32, Cluster::Zero)]));
+    assert_eq!(decode_extended(COPIED, 0), Ok(vec![(0..32, Cluster::Unallocated)]));
+    let mixed = decode_extended(0x50000, 0x8000_000c_4000_0003).unwrap();
+    let want = vec![
+        (0..2, at(0x50000)),
+        (2..4, Cluster::Zero),
+        (4..30, Cluster::Unallocated),
+        (30..31, at(0x50000 + 30 * 2048)),
+        (31..32, Cluster::Zero),
+    ];
+    assert_eq!(mixed, want);
+}
+
+#[test]
+fn a_subcluster_has_one_state_and_a_place() {
+    for (raw, bitmap) in [(0x50000, 0x1_0000_0001), (0, 1), (COPIED | 1, 0x8000_0000)] {
+        assert_eq!(decode_extended(raw, bitmap).unwrap_err().field, "subcluster bitmap");
+    }
+    for raw in [0x50200, 0x100_0000, 0x30000, 0x40000, 0xfffff] {
+        assert!(decode_extended(raw, 1).is_err(), "{raw:#x}");
+    }
+    // With nothing stored only the alignment counts, as with a zero cluster.
+    assert!(decode_extended(0x50200, 1 << 32).is_err());
+    assert!(decode_extended(0x100_0000, 1 << 32).is_ok());
+    // The zero flag of the descriptor means nothing here.
+    assert_eq!(decode_extended(0x50001, 1).unwrap()[0], (0..1, Cluster::Data(FileOffset(0x50000))));
+}
+
+#[test]
+fn the_last_stored_subcluster_ends_inside_the_file() {
+    let raw = FILE_LEN - 0x10000;
+    assert!(decode_extended(raw, 1 << 31).is_ok());
+    let limits_end = |len: u64, bitmap| {
+        let limits = Limits {
+            version: 3,
+            bits: ClusterBits::new(16).unwrap(),
+            file_len_bytes: len,
+            l1: &(0x30000..0x30010),
+            l2_tables: &[],
+        };
+        decode_extended_l2(raw, bitmap, CLUSTER, &limits)
+    };
+    assert!(limits_end(FILE_LEN - 0x8000, 0xffff).is_ok());
+    assert!(limits_end(FILE_LEN - 0x8000, 0x1_ffff).is_err());
+}
+
+#[test]
+fn a_compressed_entry_has_no_subclusters() {
+    let raw = COMPRESSED | 0x50123;
+    let Ok(runs) = decode_extended(raw, u64::MAX) else { panic!() };
+    assert!(matches!(runs[..], [(Range { start: 0, end: 32 }, Cluster::Compressed(_))]));
+    assert_eq!(reserved_extended_bits(raw, 5), 5);
+    assert_eq!(reserved_extended_bits(0x50001, 5), 1);
+}
+
+proptest! {
+    /// Each subcluster is in one run, with the state that its bits say.
+    #[test]
+    fn runs_of_subclusters_say_what_the_bits_say(stored in any::<u32>(), noise in any::<u32>()) {
+        let zero = noise & !stored;
+        let runs = decode_extended(0x50000, u64::from(zero) << 32 | u64::from(stored)).unwrap();
+        let mut next = 0;
+        for (range, meaning) in runs {
+            prop_assert_eq!(range.start, next);
+            prop_assert!(range.end > next && range.end <= 32);
+            for n in range.clone() {
+                let want = match (stored >> n & 1, zero >> n & 1) {
+                    (1, _) => Cluster::Data(FileOffset(0x50000 + 2048 * u64::from(range.start))),
+                    (_, 1) => Cluster::Zero,
+                    _neither => Cluster::Unallocated,
+                };
+                prop_assert_eq!(meaning, want);
+            }
+            next = range.end;
+        }
+        prop_assert_eq!(next, 32);
+    }
+}

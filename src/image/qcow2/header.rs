@@ -20,7 +20,7 @@ const CORRUPT: u64 = 1 << 1;
 const EXTERNAL_DATA: u64 = 1 << 2;
 const COMPRESSION_TYPE: u64 = 1 << 3;
 const EXTENDED_L2: u64 = 1 << 4;
-const KNOWN_INCOMPATIBLE: u64 = DIRTY | CORRUPT | COMPRESSION_TYPE;
+const KNOWN_INCOMPATIBLE: u64 = DIRTY | CORRUPT | COMPRESSION_TYPE | EXTENDED_L2;
 const AUTOCLEAR_RAW_EXTERNAL: u64 = 1 << 1;
 
 /// Largest virtual size: what one L1 table of 32 MiB can map with 64 KiB clusters is far more.
@@ -71,16 +71,15 @@ impl ClusterBits {
         self.size_bytes() - 1
     }
 
-    /// log2 of the number of entries in an L2 table, which fills one cluster.
-    #[must_use]
-    pub fn l2_bits(self) -> u32 {
-        self.0 - 3
-    }
-
     fn is_aligned(self, offset: u64) -> bool {
         offset & self.offset_mask() == 0
     }
 }
+
+/// log2 of the number of subclusters in a cluster, where an image has them.
+pub(super) const SUBCLUSTER_COUNT_BITS: u32 = 5;
+/// Subclusters are at least a sector.
+const MIN_EXTENDED_CLUSTER_BITS: u32 = 14;
 
 /// A header whose every number was checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,6 +96,8 @@ pub struct Header {
     pub l1_entries: u64,
     /// How compressed clusters are compressed.
     pub compression: Compression,
+    /// True if L2 entries are of 16 bytes, and each cluster has 32 subclusters.
+    pub extended_l2: bool,
     /// Number of internal snapshots, which are ignored.
     pub snapshots: u32,
     /// Harmless oddities, in words.
@@ -129,12 +130,14 @@ impl Header {
         let raw = RawHeader::read(first_cluster);
         let bits = check_identity(&raw, first_cluster.len())?;
         let features = Features::read(&raw, first_cluster, bits)?;
-        let compression = features.check()?;
+        let compression = features.check(bits)?;
+        let extended_l2 = features.incompatible & EXTENDED_L2 != 0;
         check_other_files(&raw)?;
         let size_bytes = check_size(&raw)?;
         check_refcount_table(&raw, bits)?;
         check_snapshots(&raw, bits)?;
-        let (l1, l1_entries) = check_l1(&raw, bits, size_bytes, file_len_bytes)?;
+        let l2_bits = l2_bits(bits, extended_l2);
+        let (l1, l1_entries) = check_l1(&raw, bits, l2_bits, size_bytes, file_len_bytes)?;
         let within = |n: u64| usize::try_from(n).unwrap_or(usize::MAX).min(first_cluster.len());
         let area = first_cluster.get(within(features.header_len)..within(bits.size_bytes()));
         extension::check(area.unwrap_or_default(), features.header_len)?;
@@ -149,6 +152,7 @@ impl Header {
             l1,
             l1_entries,
             compression,
+            extended_l2,
             snapshots: raw.nb_snapshots.get(),
             notes,
         })
@@ -172,6 +176,42 @@ impl Header {
     pub fn clusters(&self) -> u64 {
         self.size_bytes.div_ceil(self.cluster_bits.size_bytes())
     }
+
+    /// log2 of the number of entries in an L2 table, which fills one cluster.
+    #[must_use]
+    pub fn l2_bits(&self) -> u32 {
+        l2_bits(self.cluster_bits, self.extended_l2)
+    }
+
+    /// Bytes of an L2 entry: 8, or 16 with subclusters.
+    #[must_use]
+    pub fn l2_entry_bytes(&self) -> u64 {
+        if self.extended_l2 { 16 } else { 8 }
+    }
+
+    /// log2 of the number of units in a cluster: 0, or 5 with subclusters.
+    #[must_use]
+    pub fn units_in_cluster_bits(&self) -> u32 {
+        if self.extended_l2 { SUBCLUSTER_COUNT_BITS } else { 0 }
+    }
+
+    /// log2 of the bytes of a unit, the least that the tables tell apart: a cluster, or a
+    /// subcluster where there are any. At least 9.
+    #[must_use]
+    pub fn unit_bits(&self) -> u32 {
+        self.cluster_bits.get() - self.units_in_cluster_bits()
+    }
+
+    /// Number of guest units; the last one may reach past the disk's end.
+    #[must_use]
+    pub fn units(&self) -> u64 {
+        self.size_bytes.div_ceil(1 << self.unit_bits())
+    }
+}
+
+/// A table fills one cluster, with entries of 8 or 16 bytes.
+fn l2_bits(bits: ClusterBits, extended: bool) -> u32 {
+    bits.get() - 3 - u32::from(extended)
 }
 
 fn check_identity(raw: &RawHeader, len: usize) -> Result<ClusterBits, Fault> {
@@ -220,7 +260,7 @@ impl Features {
         })
     }
 
-    fn check(&self) -> Result<Compression, Fault> {
+    fn check(&self, bits: ClusterBits) -> Result<Compression, Fault> {
         let refuse_bit = |bit: u64, need| {
             let found = self.incompatible & bit;
             Err(Fault::unsupported("incompatible_features", 72, found, need))
@@ -228,11 +268,12 @@ impl Features {
         if self.incompatible & EXTERNAL_DATA != 0 {
             return refuse_bit(EXTERNAL_DATA, "bit 2 clear (no external data file)");
         }
-        if self.incompatible & EXTENDED_L2 != 0 {
-            return refuse_bit(EXTENDED_L2, "bit 4 clear (no extended L2 entries)");
-        }
         if self.incompatible & !KNOWN_INCOMPATIBLE != 0 {
-            return refuse_bit(!KNOWN_INCOMPATIBLE, "only bits 0, 1 and 3");
+            return refuse_bit(!KNOWN_INCOMPATIBLE, "only bits 0, 1, 3 and 4");
+        }
+        if self.incompatible & EXTENDED_L2 != 0 && bits.get() < MIN_EXTENDED_CLUSTER_BITS {
+            let need = "at least 14 with extended L2 entries";
+            return Err(Fault::malformed("cluster_bits", 20, bits.get().into(), need));
         }
         if self.autoclear & AUTOCLEAR_RAW_EXTERNAL != 0 {
             let need = "bit 1 clear (no raw external data file)";
@@ -330,6 +371,7 @@ fn check_snapshots(raw: &RawHeader, bits: ClusterBits) -> Result<(), Fault> {
 fn check_l1(
     raw: &RawHeader,
     bits: ClusterBits,
+    l2_bits: u32,
     size_bytes: u64,
     file_len_bytes: u64,
 ) -> Result<(Range<u64>, u64), Fault> {
@@ -338,7 +380,7 @@ fn check_l1(
     if len_bytes > MAX_L1_BYTES {
         return Err(Fault::malformed("l1_size", 36, entries, "a table of at most 32 MiB"));
     }
-    let needed = size_bytes.div_ceil(bits.size_bytes() << bits.l2_bits());
+    let needed = size_bytes.div_ceil(bits.size_bytes() << l2_bits);
     if entries < needed {
         return Err(Fault::malformed("l1_size", 36, entries, "enough entries for the disk's size"));
     }

@@ -23,12 +23,15 @@ mod fault;
 mod header;
 mod open;
 mod raw;
+mod table;
 mod word;
 
 pub use check::L2Table;
 pub use clusters::ClusterMap;
 pub use codec::{Codec, CodecFault};
-pub use entry::{Cluster, Limits, Packed, decode_l1, decode_l2};
+pub use entry::{
+    Cluster, Extended, Limits, Packed, Subclusters, decode_extended_l2, decode_l1, decode_l2,
+};
 pub use fault::{EntryFault, Fault, FaultKind};
 pub use header::{ClusterBits, Compression, Header};
 pub use open::Image;

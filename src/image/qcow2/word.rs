@@ -2,7 +2,8 @@
 //!
 //! Why: a reader in another process gets entries that were judged already, in host byte order.
 //! How: the map begins with a span word for each L2 table that the disk needs, then has a cluster
-//! word for each guest cluster. Zero words are what a new map is made of.
+//! word for each guest cluster, or for each subcluster where an image has them (the words of a
+//! compressed cluster's are all the same). Zero words are what a new map is made of.
 //! Never: holds a number that was not judged.
 //! Start at [`Span`] and [`Meaning`].
 //!
@@ -77,12 +78,13 @@ pub(super) enum Meaning {
     Damaged,
 }
 
-/// The word of a judged L2 entry; `raw` is the entry itself.
-pub(super) fn of_cluster(cluster: Cluster, raw: u64) -> u64 {
-    match cluster {
-        Cluster::Data(at) => data(at),
-        Cluster::Zero | Cluster::Unallocated => ZERO,
-        Cluster::Compressed(_) => ENCODED | raw & DESCRIPTOR,
+/// The word of the first unit of a judged run, and what is added for each that follows; `raw` is
+/// the entry itself.
+pub(super) fn of_run(meaning: Cluster, raw: u64, unit_bits: u32) -> (u64, u64) {
+    match meaning {
+        Cluster::Data(at) => (data(at), 1 << unit_bits),
+        Cluster::Zero | Cluster::Unallocated => (ZERO, 0),
+        Cluster::Compressed(_) => (ENCODED | raw & DESCRIPTOR, 0),
     }
 }
 
@@ -111,15 +113,15 @@ mod tests {
     fn words_say_what_was_put_in() {
         let bits = ClusterBits::new(16).unwrap();
         let at = FileOffset(0x00ff_ffff_ffff_0000);
-        assert_eq!(meaning(of_cluster(Cluster::Data(at), at.0), bits), Meaning::Data(at));
-        assert_eq!(meaning(of_cluster(Cluster::Zero, 1), bits), Meaning::Zero);
-        assert_eq!(meaning(of_cluster(Cluster::Unallocated, 0), bits), Meaning::Zero);
+        assert_eq!(meaning(of_run(Cluster::Data(at), at.0, 16).0, bits), Meaning::Data(at));
+        assert_eq!(meaning(of_run(Cluster::Zero, 1, 16).0, bits), Meaning::Zero);
+        assert_eq!(meaning(of_run(Cluster::Unallocated, 0, 16).0, bits), Meaning::Zero);
         assert_eq!(meaning(0, bits), Meaning::Damaged);
         assert_eq!(meaning(DAMAGED, bits), Meaning::Damaged);
         let raw = 0xffff_ffff_0123_4567;
         let packed = Packed::of_entry(raw, bits);
         assert_eq!(
-            meaning(of_cluster(Cluster::Compressed(packed), raw), bits),
+            meaning(of_run(Cluster::Compressed(packed), raw, 16).0, bits),
             Meaning::Encoded(packed)
         );
     }
