@@ -59,6 +59,7 @@ fn entries(c: &mut Criterion) {
         file_len_bytes: 1 << 40,
         l1: &(0x30000..0x30280),
         l2_tables: &tables,
+        data_len_bytes: None,
     };
     let mut group = c.benchmark_group("decode_l2");
     group.throughput(Throughput::Elements(8192));

@@ -7,7 +7,8 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use bedplate::image::{RunKind, inspect};
+use bedplate::disk::Sealed;
+use bedplate::image::{MAX_LAYERS, Opening, RunKind, View, inspect};
 use bedplate::units::GuestOffset;
 use qcow2_common::{Random, all_bytes, assert_same, have_qemu, open, qemu_bytes, run};
 use tempfile::TempDir;
@@ -100,7 +101,8 @@ fn subclusters_of_every_size_written_zeroed_and_discarded() {
     let dir = TempDir::new().unwrap();
     let mut random = Random(8);
     for cluster in [16_384, 32_768, 65_536, 131_072, 1 << 20, 2 << 20] {
-        for more in ["", ",compression_type=zstd", ",preallocation=metadata", ",lazy_refcounts=on"] {
+        for more in ["", ",compression_type=zstd", ",preallocation=metadata", ",lazy_refcounts=on"]
+        {
             let size = (cluster * 37 + 512 * random.below(64)).min(40 << 20);
             let options = format!("cluster_size={cluster},extended_l2=on{more}");
             let image = create(dir.path(), &options, size);
@@ -225,21 +227,164 @@ fn a_raw_disk_of_any_length_survives_conversion() {
 }
 
 #[test]
-fn internal_snapshots_are_ignored() {
+fn internal_snapshots_do_not_touch_the_disk_and_each_can_be_the_view() {
     if !have_qemu() {
         return;
     }
     let dir = TempDir::new().unwrap();
     let mut random = Random(5);
-    for compat in ["0.10", "1.1"] {
-        let image = create(dir.path(), &format!("compat={compat}"), 5 << 20);
-        for name in ["one", "two", "three"] {
+    for options in ["compat=0.10", "compat=1.1", "extended_l2=on", "cluster_size=4096"] {
+        let image = create(dir.path(), options, 5 << 20);
+        let path = image.to_str().unwrap();
+        let mut states = Vec::new();
+        for (id, name) in [("1", "one"), ("2", "two"), ("3", "three")] {
             qemu_io(&image, &commands(&mut random, 5 << 20, 65_536, name == "one"));
-            run("qemu-img", &["snapshot", "-c", name, image.to_str().unwrap()]);
+            run("qemu-img", &["snapshot", "-c", name, path]);
+            states.push((id, name, qemu_bytes(&image).unwrap()));
+            if name == "two" && options != "compat=0.10" {
+                run("qemu-img", &["resize", "-q", path, "9M"]);
+            }
         }
         qemu_io(&image, &commands(&mut random, 5 << 20, 65_536, false));
-        compare(&image, compat);
+        compare(&image, options);
         assert_eq!(open(&image).info().snapshots, Some(3));
+        for (id, name, want) in states {
+            for wanted in [id, name] {
+                let opening = Opening { snapshot: Some(wanted), ..Opening::default() };
+                let view = View::open_as(Sealed::open_path(&image).unwrap(), opening).unwrap();
+                assert_same(&view, &want, &format!("{options} snapshot {wanted}"));
+            }
+        }
+        let opening = Opening { snapshot: Some("four"), ..Opening::default() };
+        let error = View::open_as(Sealed::open_path(&image).unwrap(), opening).unwrap_err();
+        assert!(error.to_string().contains("no snapshot has the ID or name \"four\""), "{error}");
+    }
+}
+
+/// An overlay over `base` by its name, as qemu makes it.
+fn overlay(dir: &Path, name: &str, base: &Path, format: &str, options: &str, size: u64) -> PathBuf {
+    let image = dir.join(name);
+    let (path, size) = (image.to_str().unwrap(), size.to_string());
+    let base = base.to_str().unwrap();
+    let mut args = vec!["create", "-q", "-f", "qcow2", "-b", base, "-F", format];
+    if !options.is_empty() {
+        args.extend(["-o", options]);
+    }
+    args.extend([path, &size]);
+    run("qemu-img", &args);
+    image
+}
+
+fn open_over(image: &Path, base: &View) -> View {
+    let opening = Opening { base: Some(base), ..Opening::default() };
+    View::open_as(Sealed::open_path(image).unwrap(), opening).unwrap()
+}
+
+#[test]
+fn chains_of_images_of_any_length_and_kind_read_as_with_qemu() {
+    if !have_qemu() {
+        return;
+    }
+    let mut random = Random(9);
+    let kinds = [
+        "",
+        "compat=0.10",
+        "extended_l2=on",
+        "cluster_size=4096",
+        "cluster_size=2M,extended_l2=on",
+        "compression_type=zstd",
+    ];
+    for round in 0..24 {
+        let dir = TempDir::new().unwrap();
+        let size = (2 << 20) + 512 * random.below(4000);
+        let (bottom, format) = if round % 2 == 0 {
+            let raw = raw_disk(dir.path(), size - random.below(512), &mut random);
+            (raw, "raw")
+        } else {
+            let image = create(dir.path(), kinds[round % kinds.len()], size);
+            qemu_io(&image, &commands(&mut random, size, 65_536, false));
+            (image, "qcow2")
+        };
+        let (mut base, mut view, mut format) = (bottom.clone(), open(&bottom), format);
+        for depth in 0..=random.index(4) {
+            // Shorter than what is beneath, as long, or longer.
+            let size = (size / 512 * (2 + random.below(3)) / 3) * 512;
+            let options = kinds[random.index(kinds.len())];
+            let image =
+                overlay(dir.path(), &format!("{depth}.qcow2"), &base, format, options, size);
+            let packed = !options.contains("cluster_size");
+            qemu_io(&image, &commands(&mut random, size, 65_536, packed));
+            qemu_io(&image, &commands(&mut random, size, 2048, false));
+            view = open_over(&image, &view);
+            let name = format!("round {round} depth {depth} {options:?} size {size}");
+            assert_same(&view, &qemu_bytes(&image).unwrap(), &name);
+            (base, format) = (image, "qcow2");
+        }
+    }
+}
+
+#[test]
+fn a_base_is_given_and_never_found() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let raw = raw_disk(dir.path(), 1 << 20, &mut Random(10));
+    let other = create(dir.path(), "compat=1.1", 1 << 20);
+    let image = overlay(dir.path(), "over.qcow2", &raw, "raw", "", 1 << 20);
+    let sealed = |path: &Path| Sealed::open_path(path).unwrap();
+    let alone = View::open(sealed(&image), None).unwrap_err().to_string();
+    assert!(alone.contains("backing_file_offset at byte 0x8"), "{alone}");
+    let of_another_kind = open(&other);
+    let opening = Opening { base: Some(&of_another_kind), ..Opening::default() };
+    let error = View::open_as(sealed(&image), opening).unwrap_err().to_string();
+    assert!(error.contains("made for a backing file of format Raw"), "{error}");
+    let base = open(&raw);
+    let opening = Opening { base: Some(&base), ..Opening::default() };
+    let error = View::open_as(sealed(&other), opening).unwrap_err().to_string();
+    assert!(error.contains("a base was given, and the image has none"), "{error}");
+    let mut view = open_over(&image, &base);
+    let up = overlay(dir.path(), "up.qcow2", &image, "qcow2", "", 1 << 20);
+    for _ in 2..MAX_LAYERS {
+        view = open_over(&up, &view);
+    }
+    let opening = Opening { base: Some(&view), ..Opening::default() };
+    let error = View::open_as(sealed(&up), opening).unwrap_err().to_string();
+    assert!(error.contains("more than 16 images stand on each other"), "{error}");
+}
+
+#[test]
+fn an_external_data_file_is_read_where_it_is_given() {
+    if !have_qemu() {
+        return;
+    }
+    let mut random = Random(11);
+    for more in ["", ",data_file_raw=on", ",extended_l2=on", ",cluster_size=4096"] {
+        let dir = TempDir::new().unwrap();
+        let data = dir.path().join("data.raw");
+        let size = (3 << 20) + 512 * random.below(64);
+        let options = format!("data_file={}{more}", data.to_str().unwrap());
+        let image = create(dir.path(), &options, size);
+        qemu_io(&image, &commands(&mut random, size, 65_536, false));
+        let sealed = || Sealed::open_path(&image).unwrap();
+        let alone = View::open(sealed(), None).unwrap_err().to_string();
+        assert!(alone.contains("incompatible_features at byte 0x48"), "{alone}");
+        let opening =
+            Opening { data: Some(Sealed::open_path(&data).unwrap()), ..Opening::default() };
+        let view = View::open_as(sealed(), opening).unwrap();
+        assert_same(&view, &qemu_bytes(&image).unwrap(), &options);
+        // A data file that is too short is an error where it is missing, and never zeroes.
+        let want = qemu_bytes(&image).unwrap();
+        File::options().write(true).open(&data).unwrap().set_len(size / 2).unwrap();
+        let opening =
+            Opening { data: Some(Sealed::open_path(&data).unwrap()), ..Opening::default() };
+        let view = View::open_as(sealed(), opening).unwrap();
+        for (at, want) in (0..).step_by(512).zip(want.chunks(512)) {
+            let mut got = vec![0; want.len()];
+            if view.read_at(&mut got, GuestOffset(at)).is_ok() {
+                assert!(got == want, "{options}: byte {at}");
+            }
+        }
     }
 }
 

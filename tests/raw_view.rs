@@ -6,9 +6,13 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 
 use bedplate::disk::Sealed;
-use bedplate::image::{Format, ImageError, ReadError, Run, RunKind, View, inspect};
+use bedplate::image::{Format, ImageError, ReadError, Run, RunKind, Stored, View, inspect};
 use bedplate::units::{FileOffset, GuestOffset, KIB, MIB};
 use tempfile::TempDir;
+
+fn stored(at: u64) -> Stored {
+    Stored { layer: 0, at: FileOffset(at) }
+}
 
 struct Fixture {
     _dir: TempDir,
@@ -56,12 +60,12 @@ fn holes_are_zero_runs_and_data_is_where_the_file_has_it() {
     let view = fixture.view();
     let run = |at, limit| view.run_at(GuestOffset(at), limit).unwrap();
     assert_eq!(run(0, u64::MAX), Run { kind: RunKind::Zero, len_bytes: 4 * MIB });
-    let data = Run { kind: RunKind::Data(FileOffset(4 * MIB + 5)), len_bytes: 128 * KIB - 5 };
+    let data = Run { kind: RunKind::Data(stored(4 * MIB + 5)), len_bytes: 128 * KIB - 5 };
     assert_eq!(run(4 * MIB + 5, u64::MAX), data);
     assert_eq!(run(4 * MIB, 7).len_bytes, 7);
     assert_eq!(run(5 * MIB, u64::MAX), Run { kind: RunKind::Zero, len_bytes: 5 * MIB });
-    assert_eq!(view.mapped(FileOffset(4 * MIB), 4096).unwrap().len(), 4096);
-    assert!(view.mapped(FileOffset(10 * MIB), 1).is_none());
+    assert_eq!(view.mapped(stored(4 * MIB), 4096).unwrap().len(), 4096);
+    assert!(view.mapped(stored(10 * MIB), 1).is_none());
 }
 
 #[test]

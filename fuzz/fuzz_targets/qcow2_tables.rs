@@ -26,7 +26,7 @@ fn decode_entries(data: &[u8]) {
             let l1 = 3 * size..3 * size + 64;
             let tables = [5 * size];
             let limits =
-                Limits { version: 3, bits, file_len_bytes: len, l1: &l1, l2_tables: &tables };
+                Limits { version: 3, bits, file_len_bytes: len, l1: &l1, l2_tables: &tables, data_len_bytes: None };
             match decode_l2(raw, size, &limits) {
                 Ok(Cluster::Data(at)) => assert!(at.0 >= size && at.0 + size <= len),
                 Ok(Cluster::Compressed(packed)) => {
@@ -48,8 +48,8 @@ fn read(view: &View, from: u64, to: u64) -> bool {
         sound &= view.read_at(&mut buf[..len], GuestOffset(at)).is_ok();
         if let Ok(run) = view.run_at(GuestOffset(at), u64::MAX) {
             assert!(run.len_bytes > 0 && run.len_bytes <= view.size_bytes() - at);
-            if let RunKind::Data(stored_at) = run.kind {
-                assert!(view.mapped(stored_at, usize::try_from(run.len_bytes).unwrap()).is_some());
+            if let RunKind::Data(stored) = run.kind {
+                assert!(view.mapped(stored, usize::try_from(run.len_bytes).unwrap()).is_some());
             }
         }
         at += len as u64;

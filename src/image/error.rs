@@ -9,7 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::Format;
-use super::qcow2::{Fault, FaultKind};
+use super::qcow2::{BackingFormat, Fault, FaultKind};
 use crate::units::{FileOffset, GuestOffset};
 
 /// What a caller can do about an error.
@@ -49,6 +49,29 @@ pub enum ImageError {
     /// The declared format and the content differ.
     #[error("{}: declared {declared}, but the content is {found}; declare {found}", path.display())]
     FormatMismatch { path: PathBuf, declared: Format, found: Format },
+    /// A snapshot was asked for that the image does not have.
+    #[error(
+        "{}: no snapshot has the ID or name {wanted:?}; the image has {count}, see \
+         `bedplate inspect`",
+        path.display()
+    )]
+    NoSnapshot { path: PathBuf, wanted: String, count: u32 },
+    /// Something was given that the image has no use for.
+    #[error("{}: {what} was given, and the image has none; leave it out", path.display())]
+    NotNeeded { path: PathBuf, what: &'static str },
+    /// The image says that its backing file is of another format.
+    #[error(
+        "{}: made for a backing file of format {said:?}, and the base that was given is {base}; \
+         give the right base, or rewrite the name of the format with `qemu-img rebase -u -F`",
+        path.display()
+    )]
+    BaseFormat { path: PathBuf, said: BackingFormat, base: Format },
+    /// The chain of backing files is too long.
+    #[error(
+        "{}: more than {most} images stand on each other; merge some with `qemu-img convert`",
+        path.display()
+    )]
+    TooManyLayers { path: PathBuf, most: usize },
     /// A file of no bytes is no disk.
     #[error("{}: the file is empty; give an image of at least 1 byte", path.display())]
     Empty { path: PathBuf },
@@ -80,6 +103,10 @@ impl ImageError {
             Self::Malformed { .. }
             | Self::Unsupported { .. }
             | Self::FormatMismatch { .. }
+            | Self::NoSnapshot { .. }
+            | Self::NotNeeded { .. }
+            | Self::BaseFormat { .. }
+            | Self::TooManyLayers { .. }
             | Self::Empty { .. } => Class::Refuse,
             Self::Read { .. } | Self::Map { .. } => Class::Retry,
         }
@@ -93,6 +120,10 @@ impl ImageError {
             Self::Malformed { path, .. }
             | Self::Unsupported { path, .. }
             | Self::FormatMismatch { path, .. }
+            | Self::NoSnapshot { path, .. }
+            | Self::NotNeeded { path, .. }
+            | Self::BaseFormat { path, .. }
+            | Self::TooManyLayers { path, .. }
             | Self::Empty { path } => name.clone_into(path),
             Self::Read { .. } | Self::Map { .. } => {}
         }

@@ -37,7 +37,10 @@ pub struct Info {
     /// QCOW2 only: how compressed clusters, if there are any, are compressed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compression: Option<Compression>,
-    /// QCOW2 only: internal snapshots, which are ignored.
+    /// QCOW2 only: true if clusters have subclusters (extended L2 entries).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub extended_l2: Option<bool>,
+    /// QCOW2 only: number of internal snapshots.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snapshots: Option<u32>,
     /// QCOW2 only, and only from [`inspect`]: guest clusters by kind.
@@ -66,9 +69,10 @@ pub struct ClusterCounts {
 /// # Errors
 /// [`ImageError`] that names the first field at fault, or the read that failed.
 pub fn inspect(file: &File, path: &Path, declared: Option<Format>) -> Result<Info, ImageError> {
+    let terms = qcow2::Terms::default();
     let mut info = identify(file, path, declared)?;
     if info.format == Format::Qcow2 {
-        let image = qcow2::Image::open(file, path, info.file_size_bytes)?;
+        let image = qcow2::Image::open(file, path, info.file_size_bytes, &terms)?;
         image.describe(&mut info);
         image.check(file, path, &mut info)?;
     }
@@ -103,6 +107,7 @@ pub(super) fn identify(
         cluster_size_bytes: None,
         qcow2_version: None,
         compression: None,
+        extended_l2: None,
         snapshots: None,
         clusters: None,
         notes,

@@ -3,8 +3,8 @@
 //! Why: a reader wants "the disk from byte 0 on", whatever format the file has, and the bytes of
 //! the file come from strangers.
 //! How: [`detect`] looks at content, [`inspect`] checks every table before a copy is sealed, and a
-//! [`View`] resolves guest ranges to runs (data in the file, zeroes, a compressed cluster) without
-//! locks. Foreign numbers are judged once, where they are decoded, and nowhere after.
+//! [`View`] resolves guest ranges to runs (data in a file, zeroes, a compressed cluster) without
+//! locks, through an image and the backing files that it was given. Foreign numbers are judged once, where they are decoded, and nowhere after.
 //! Never: opens a path that it found inside an image, writes, uses the network, or trusts a length.
 //! Start at [`View::open`] and [`inspect`]; the QCOW2 format is in [`qcow2`].
 
@@ -12,6 +12,7 @@ mod decoded;
 mod error;
 mod format;
 mod info;
+mod layer;
 pub mod qcow2;
 mod raw;
 mod view;
@@ -20,4 +21,4 @@ pub use decoded::{Decoded, DecodedCache};
 pub use error::{Class, ImageError, ReadError};
 pub use format::{Format, UnknownFormat, detect};
 pub use info::{ClusterCounts, Info, inspect};
-pub use view::{Run, RunKind, View};
+pub use view::{MAX_LAYERS, Opening, Run, RunKind, Stored, View};

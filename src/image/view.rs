@@ -1,8 +1,10 @@
 //! An image as a guest sees it: a flat range of read-only bytes.
 //!
 //! Why: servers answer requests for guest ranges and must not care about formats.
-//! How: [`View::run_at`] resolves a position into a run; the server sends it from the map, as
-//! zeroes, or from a decoded cluster. [`View::read_at`] does all of it into a buffer.
+//! How: a view is a stack of layers, an image on top of its backing files. [`View::run_at`]
+//! resolves a position into a run; the server sends it from a map, as zeroes, or from a decoded
+//! cluster. [`View::read_at`] does all of it into a buffer. Layers are shared by the views that
+//! stand on them, with their maps and decoded clusters.
 //! Never: changes a byte, takes a lock to resolve, or touches a mapped page in user space.
 //! Start at [`View::open`].
 
@@ -11,18 +13,38 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::decoded::Key;
-use super::raw::HoleMap;
+use super::layer::{Layer, LayerKind};
+use super::qcow2::BackingFormat;
 use super::{Decoded, DecodedCache, Format, ImageError, Info, ReadError, info, qcow2};
 use crate::disk::Sealed;
 use crate::map::{FileMap, KernelSlice};
 use crate::units::{FileOffset, GuestOffset};
 
+/// Files that a view may be made of: an image and its backing files.
+pub const MAX_LAYERS: usize = 16;
+
+/// A place in one of the files of a view.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// Which layer's data file: 0 is the image itself, 1 its backing file, and so on.
+    pub layer: u8,
+    /// Position in that file.
+    pub at: FileOffset,
+}
+
+impl Stored {
+    /// The place `count` bytes further.
+    #[must_use]
+    pub fn advance(self, count: u64) -> Self {
+        Self { at: self.at.advance(count), ..self }
+    }
+}
+
 /// How the bytes of a run are had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RunKind {
-    /// In the file from this position on, contiguous: see [`View::mapped`].
-    Data(FileOffset),
+    /// In a file from this place on, contiguous: see [`View::mapped`].
+    Data(Stored),
     /// Zeroes; reading the file for them would be waste.
     Zero,
     /// In one compressed cluster: see [`View::decoded`].
@@ -38,21 +60,26 @@ pub struct Run {
     pub len_bytes: u64,
 }
 
-#[derive(Debug)]
-enum Layout {
-    Raw(HoleMap),
-    Qcow2(qcow2::ClusterMap),
+/// How a sealed file is opened, and what it is given beside itself.
+#[derive(Debug, Default)]
+pub struct Opening<'a> {
+    /// What its owner says it is; `None` takes the content's word.
+    pub declared: Option<Format>,
+    /// The disk as it was at this internal snapshot, by ID or name; `None`: as it is now.
+    pub snapshot: Option<&'a str>,
+    /// The view of its backing file. The name that the image has for it is never looked at.
+    pub base: Option<&'a View>,
+    /// The external data file.
+    pub data: Option<Sealed>,
+    /// Where decoded clusters are kept; `None`: in the cache that the process shares.
+    pub cache: Option<Arc<DecodedCache>>,
 }
 
 /// A flat range of read-only bytes, for any number of threads.
 #[derive(Debug)]
 pub struct View {
-    sealed: Sealed,
-    map: FileMap,
-    info: Info,
-    layout: Layout,
-    cache: Arc<DecodedCache>,
-    id: u64,
+    /// The image, its backing file, that one's backing file; at least one.
+    layers: Vec<Arc<Layer>>,
 }
 
 impl View {
@@ -63,7 +90,7 @@ impl View {
     /// # Errors
     /// [`ImageError`]: not an image that can be served, or the host failed to read or map it.
     pub fn open(sealed: Sealed, declared: Option<Format>) -> Result<Self, ImageError> {
-        Self::open_with_cache(sealed, declared, DecodedCache::process_wide())
+        Self::open_as(sealed, Opening { declared, ..Opening::default() })
     }
 
     /// As [`open`](Self::open), with a cache of the caller's choice.
@@ -75,78 +102,98 @@ impl View {
         declared: Option<Format>,
         cache: Arc<DecodedCache>,
     ) -> Result<Self, ImageError> {
-        let (file, path) = (sealed.file(), sealed.path());
-        let mut info = info::identify(file, path, declared)?;
-        // The length at which the file was sealed counts, should it differ by now.
-        let len_bytes = sealed.len_bytes().min(info.file_size_bytes);
-        let layout = match info.format {
-            Format::Raw => Layout::Raw(HoleMap::of_file(file, len_bytes)),
-            Format::Qcow2 => {
-                let image = qcow2::Image::open(file, path, len_bytes)?;
-                image.describe(&mut info);
-                Layout::Qcow2(qcow2::ClusterMap::new(image, path)?)
-            }
+        Self::open_as(sealed, Opening { declared, cache: Some(cache), ..Opening::default() })
+    }
+
+    /// As [`open`](Self::open), in any way.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open); also if what was given is not what the image needs:
+    /// [`ImageError::NoSnapshot`], [`ImageError::NotNeeded`], [`ImageError::BaseFormat`],
+    /// [`ImageError::TooManyLayers`].
+    pub fn open_as(sealed: Sealed, opening: Opening<'_>) -> Result<Self, ImageError> {
+        let Opening { declared, snapshot, base, data, cache } = opening;
+        let path = sealed.path().to_owned();
+        let info = info::identify(sealed.file(), &path, declared)?;
+        let terms = qcow2::Terms {
+            snapshot,
+            backing: base.is_some(),
+            data_len_bytes: data.as_ref().map(Sealed::len_bytes),
         };
-        let map = FileMap::new(file, len_bytes).map_err(|source| ImageError::Map {
-            path: path.to_owned(),
-            what: "the file",
-            len_bytes,
-            source,
-        })?;
-        let id = cache.register_view();
-        Ok(Self { sealed, map, info, layout, cache, id })
+        let gave_data = data.is_some();
+        let cache = cache.unwrap_or_else(DecodedCache::process_wide);
+        let layer = Layer::open(sealed, info, data, &terms, cache)?;
+        check_given(&layer, &path, &terms, gave_data, base)?;
+        let mut layers = vec![Arc::new(layer)];
+        layers.extend(base.iter().flat_map(|base| base.layers.iter().cloned()));
+        if layers.len() > MAX_LAYERS {
+            return Err(ImageError::TooManyLayers { path, most: MAX_LAYERS });
+        }
+        Ok(Self { layers })
+    }
+
+    fn top(&self) -> &Layer {
+        self.layers.first().expect("a view has at least one layer")
     }
 
     /// Length of the disk in bytes.
     #[must_use]
     pub fn size_bytes(&self) -> u64 {
-        self.info.virtual_size_bytes
+        self.top().size_bytes()
     }
 
     /// The format of the stored file.
     #[must_use]
     pub fn format(&self) -> Format {
-        self.info.format
+        self.info().format
     }
 
     /// What the header says; see [`super::inspect`] for a full check.
     #[must_use]
     pub fn info(&self) -> &Info {
-        &self.info
+        self.top().info()
     }
 
     /// Where the file was opened, for messages.
     #[must_use]
     pub fn path(&self) -> &Path {
-        self.sealed.path()
+        self.top().sealed().path()
     }
 
-    /// The stored file, read-only.
+    /// The stored file, read-only: the image's own, not one that it stands on.
     #[must_use]
     pub fn file(&self) -> &File {
-        self.sealed.file()
+        self.top().sealed().file()
     }
 
-    /// The whole stored file, mapped.
+    /// The data files of all layers, whole and mapped, from the image itself down.
+    pub fn maps(&self) -> impl ExactSizeIterator<Item = &FileMap> {
+        self.layers.iter().map(|layer| layer.map())
+    }
+
+    /// The data file of a layer, mapped.
     #[must_use]
-    pub fn map(&self) -> &FileMap {
-        &self.map
+    pub fn map(&self, layer: u8) -> Option<&FileMap> {
+        self.layers.get(usize::from(layer)).map(|layer| layer.map())
+    }
+
+    /// The data file of a layer.
+    #[must_use]
+    pub fn data_file(&self, layer: u8) -> Option<&File> {
+        self.layers.get(usize::from(layer)).map(|layer| layer.data_file())
     }
 
     /// QCOW2 only: what every guest cluster is, in shared memory that a reader may map.
     #[must_use]
     pub fn cluster_map(&self) -> Option<&qcow2::ClusterMap> {
-        match &self.layout {
-            Layout::Raw(_) => None,
-            Layout::Qcow2(clusters) => Some(clusters),
-        }
+        self.top().cluster_map()
     }
 
-    /// The bytes `[at, at + len)` of the stored file as an address for the kernel; `None` if they
-    /// are not all in the file.
+    /// `len` bytes of a stored file as an address for the kernel; `None` if they are not all in
+    /// the file.
     #[must_use]
-    pub fn mapped(&self, at: FileOffset, len: usize) -> Option<KernelSlice<'_>> {
-        self.map.slice(at, len)
+    pub fn mapped(&self, stored: Stored, len: usize) -> Option<KernelSlice<'_>> {
+        self.map(stored.layer)?.slice(stored.at, len)
     }
 
     /// The run of one kind that begins at `at`, at most `limit_bytes` long. Neighbouring clusters
@@ -159,19 +206,39 @@ impl View {
     /// [`ReadError::PastEnd`] for a position outside the disk or a limit of 0;
     /// [`ReadError::Malformed`] if the table entry for `at` is damaged; [`ReadError::Io`].
     pub fn run_at(&self, at: GuestOffset, limit_bytes: u64) -> Result<Run, ReadError> {
+        self.layer_run_at(at, limit_bytes).map(|(run, _)| run)
+    }
+
+    /// A run and the layer that has it.
+    fn layer_run_at(
+        &self,
+        at: GuestOffset,
+        limit_bytes: u64,
+    ) -> Result<(Run, Option<&Layer>), ReadError> {
         let size_bytes = self.size_bytes();
         if at.0 >= size_bytes || limit_bytes == 0 {
             return Err(ReadError::PastEnd { at, len_bytes: limit_bytes, size_bytes });
         }
-        let end = at.0.saturating_add(limit_bytes).min(size_bytes);
-        match &self.layout {
-            Layout::Raw(holes) => {
-                let (hole, end) = holes.run_at(at.0, end);
-                let kind = if hole { RunKind::Zero } else { RunKind::Data(FileOffset(at.0)) };
-                Ok(Run { kind, len_bytes: end - at.0 })
+        let mut end = at.0.saturating_add(limit_bytes).min(size_bytes);
+        for (number, layer) in (0..).zip(&self.layers) {
+            // A backing file may be shorter: zeroes follow.
+            let layer_end = end.min(layer.size_bytes());
+            if at.0 >= layer_end {
+                break;
             }
-            Layout::Qcow2(clusters) => clusters.run_at(self.sealed.file(), at, end),
+            let run = layer.run_at(at, layer_end)?;
+            let kind = match run.kind {
+                LayerKind::Data(at) => RunKind::Data(Stored { layer: number, at }),
+                LayerKind::Zero => RunKind::Zero,
+                LayerKind::Encoded => RunKind::Encoded,
+                LayerKind::Beneath => {
+                    end = at.0 + run.len_bytes;
+                    continue;
+                }
+            };
+            return Ok((Run { kind, len_bytes: run.len_bytes }, Some(layer)));
         }
+        Ok((Run { kind: RunKind::Zero, len_bytes: end - at.0 }, None))
     }
 
     /// The decoded cluster around `at`, from the cache if it is there.
@@ -180,17 +247,13 @@ impl View {
     /// [`ReadError::NotEncoded`] if `at` is not in a compressed cluster, [`ReadError::Decode`] if
     /// its stream is damaged, and those of [`run_at`](Self::run_at).
     pub fn decoded(&self, at: GuestOffset) -> Result<Decoded, ReadError> {
-        if at.0 >= self.size_bytes() {
-            return Err(ReadError::PastEnd { at, len_bytes: 1, size_bytes: self.size_bytes() });
-        }
-        match &self.layout {
-            Layout::Raw(_) => Err(ReadError::NotEncoded { at }),
-            Layout::Qcow2(clusters) => {
-                let (cluster, start) = clusters.cluster_of(at);
-                let key = Key { view: self.id, cluster };
-                let decode = || clusters.decode(self.sealed.file(), at);
-                Ok(Decoded { bytes: self.cache.get_or_decode(key, decode)?, start })
+        let (run, layer) = self.layer_run_at(at, 1)?;
+        match (run.kind, layer) {
+            (RunKind::Encoded, Some(layer)) => {
+                let (bytes, start) = layer.decoded(at)?;
+                Ok(Decoded { bytes, start })
             }
+            _another_kind => Err(ReadError::NotEncoded { at }),
         }
     }
 
@@ -207,20 +270,21 @@ impl View {
         }
         let (mut rest, mut at) = (buf, at);
         while !rest.is_empty() {
-            let run = self.run_at(at, rest.len() as u64)?;
+            let (run, layer) = self.layer_run_at(at, rest.len() as u64)?;
             let len = usize::try_from(run.len_bytes).unwrap_or(rest.len()).min(rest.len());
             let (part, after) = rest.split_at_mut(len);
-            match run.kind {
-                RunKind::Zero => part.fill(0),
-                RunKind::Data(stored_at) => self
-                    .file()
-                    .read_exact_at(part, stored_at.0)
-                    .map_err(|source| ReadError::io(self.path(), stored_at.0, len, source))?,
-                RunKind::Encoded => {
-                    let decoded = self.decoded(at)?.from(at);
+            match (run.kind, layer) {
+                (RunKind::Data(stored), Some(layer)) => layer
+                    .data_file()
+                    .read_exact_at(part, stored.at.0)
+                    .map_err(|source| ReadError::io(layer.data_path(), stored.at.0, len, source))?,
+                (RunKind::Encoded, Some(layer)) => {
+                    let (bytes, start) = layer.decoded(at)?;
+                    let decoded = Decoded { bytes, start }.from(at);
                     let from = decoded.get(..len).ok_or(ReadError::NotEncoded { at })?;
                     part.copy_from_slice(from);
                 }
+                (RunKind::Zero, _) | (_, None) => part.fill(0),
             }
             (rest, at) = (after, at.advance(run.len_bytes));
         }
@@ -228,10 +292,35 @@ impl View {
     }
 }
 
-impl Drop for View {
-    fn drop(&mut self) {
-        if self.info.format == Format::Qcow2 {
-            self.cache.forget_view(self.id);
+/// What was given must be what the image needs: a base that is not used is a mistake of whoever
+/// gave it, and nothing that should pass unseen.
+fn check_given(
+    layer: &Layer,
+    path: &Path,
+    terms: &qcow2::Terms<'_>,
+    gave_data: bool,
+    base: Option<&View>,
+) -> Result<(), ImageError> {
+    let not_needed = |what| Err(ImageError::NotNeeded { path: path.to_owned(), what });
+    let header = layer.cluster_map().map(qcow2::ClusterMap::header);
+    if terms.snapshot.is_some() && header.is_none() {
+        return not_needed("a snapshot");
+    }
+    if gave_data && header.is_none_or(|header| !header.external_data) {
+        return not_needed("an external data file");
+    }
+    let Some(base) = base else { return Ok(()) };
+    match header.filter(|header| header.backing).map(|header| header.backing_format) {
+        None => not_needed("a base"),
+        Some(None) => Ok(()),
+        Some(Some(said)) => {
+            let fits = match said {
+                BackingFormat::Raw => base.format() == Format::Raw,
+                BackingFormat::Qcow2 => base.format() == Format::Qcow2,
+                BackingFormat::Other => false,
+            };
+            let (path, base) = (path.to_owned(), base.format());
+            if fits { Ok(()) } else { Err(ImageError::BaseFormat { path, said, base }) }
         }
     }
 }

@@ -16,7 +16,7 @@ use crate::fetch::threads::{blocking, in_place};
 use crate::fetch::{
     Engine, FetchError, Fetched, MAX_PART_BYTES, Pipeline, Progress, Source, SourceFile, transfer,
 };
-use crate::image::qcow2::{Header, Image};
+use crate::image::qcow2::{Given, Header, Image};
 use crate::image::{Format, ImageError, detect};
 use crate::ring::BufShare;
 
@@ -104,7 +104,8 @@ async fn open_image(
         head = file.read(0..wanted).await?;
     }
     head.truncate(usize::try_from(wanted.max(512)).unwrap_or(usize::MAX));
-    let header = Header::parse(&head, total).map_err(|fault| ImageError::fault(name, fault))?;
+    let header = Header::parse(&head, total, Given::default())
+        .map_err(|fault| ImageError::fault(name, fault))?;
     let range = header.l1_needed();
     let mut l1 = Vec::new();
     let mut at = range.start;

@@ -113,12 +113,8 @@ fn add(
     let (start, bytes) = &parts[index];
     let within = |at: u64| usize::try_from(at - start).unwrap_or(usize::MAX);
     let bytes = &bytes[within(stored.start)..within(stored.end)];
-    image.decode_table(
-        table.first_cluster,
-        stored.start,
-        bytes,
-        name,
-        &mut |units, meaning| plan.add(units, meaning),
-    )?;
+    image.decode_table(table.first_cluster, stored.start, bytes, name, &mut |units, meaning| {
+        plan.add(units, meaning)
+    })?;
     Ok(())
 }

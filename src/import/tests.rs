@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use super::plan::Plan;
 use crate::disk::UNIT_BYTES;
-use crate::image::qcow2::{Cluster, Header, Image, Packed};
+use crate::image::qcow2::{Cluster, Given, Header, Image, Packed};
 use crate::units::FileOffset;
 
 /// An image of `clusters` clusters of `1 << bits` bytes, the last one short by `short` sectors.
@@ -22,7 +22,7 @@ fn image(bits: u32, clusters: u64, short: u64) -> Image {
     put(40, &(1u64 << bits).to_be_bytes());
     put(48, &(1u64 << bits).to_be_bytes());
     put(56, &1u32.to_be_bytes());
-    let header = Header::parse(&head, 1 << 40).unwrap();
+    let header = Header::parse(&head, 1 << 40, Given::default()).unwrap();
     let l1 = vec![0; usize::try_from(l1_entries * 8).unwrap()];
     Image::from_l1(header, 1 << 40, &l1, "x".as_ref()).unwrap()
 }

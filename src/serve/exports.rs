@@ -53,7 +53,7 @@ impl Export {
         &self.view
     }
 
-    /// Which parts of the view's file are known to be in memory.
+    /// Which parts of the view's files are known to be in memory.
     #[must_use]
     pub fn warmth(&self) -> &Warmth {
         &self.warmth
@@ -149,7 +149,7 @@ impl Exports {
         let export = Arc::new(Export {
             name: name.to_owned(),
             description: description.to_owned(),
-            warmth: Warmth::new(view.map().len_bytes()),
+            warmth: Warmth::new(&view),
             view,
             counters: Counters::default(),
             sessions: Mutex::default(),

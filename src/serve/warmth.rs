@@ -2,7 +2,7 @@
 //!
 //! Why: a page fault in the middle of a send blocks the whole connection for one disk read, so a
 //! cold map serves at queue depth 1 whatever the client asks for.
-//! How: the file is cut into windows of 2 MiB. Large and sequential reads, and windows that are
+//! How: each file of a view is cut into windows of 2 MiB. Large and sequential reads, and windows that are
 //! read often, are populated whole, once; the kernel is asked for the window first, since in a
 //! map with MADV_RANDOM populating reads page by page (measured: 1 s for a cold window). For
 //! other reads the kernel is told of all of a batch before the first is touched, so that the
@@ -12,6 +12,7 @@
 
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
+use crate::image::{Stored, View};
 use crate::map::FileMap;
 use crate::units::{FileOffset, MIB};
 
@@ -29,9 +30,16 @@ const POPULATE_TOUCHES: u16 = 128;
 /// How far ahead of a sequential reader the kernel is asked for pages, in windows.
 const AHEAD_WINDOWS: u64 = 2;
 
-/// What is known about the pages of one file. Shared by all connections of an export.
+/// What is known about the pages of a view's files. Shared by all connections of an export.
 #[derive(Debug)]
 pub struct Warmth {
+    /// By layer.
+    files: Vec<FileWarmth>,
+}
+
+/// What is known about the pages of one file.
+#[derive(Debug)]
+struct FileWarmth {
     file_bytes: u64,
     /// One bit a window: it has been populated.
     resident: Vec<AtomicU64>,
@@ -45,7 +53,7 @@ pub struct Warmth {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wanted {
     /// First byte.
-    pub at: FileOffset,
+    pub stored: Stored,
     /// Length in bytes.
     pub len_bytes: usize,
     /// Length of the request that it is a part of, in bytes: this says whether it is a large one.
@@ -61,9 +69,51 @@ impl Wanted {
 }
 
 impl Warmth {
-    /// For a file of `file_bytes`, of which nothing is known yet.
+    /// For the files of `view`, of which nothing is known yet.
     #[must_use]
-    pub fn new(file_bytes: u64) -> Self {
+    pub fn new(view: &View) -> Self {
+        Self { files: view.maps().map(|map| FileWarmth::new(map.len_bytes())).collect() }
+    }
+
+    /// True if all windows of the range have been populated: the one test on a hot path.
+    #[must_use]
+    pub fn is_resident(&self, stored: Stored, len_bytes: usize) -> bool {
+        let file = self.files.get(usize::from(stored.layer));
+        file.is_none_or(|file| file.is_resident(stored.at, len_bytes))
+    }
+
+    /// Brings in what a batch wants before the batch is sent. `wanted` holds what was not
+    /// resident when it was gathered. Waits for the disk only for whole windows.
+    pub fn warm(&self, view: &View, wanted: &[Wanted]) {
+        // A lone small read gains nothing from a hint: the send itself is the read.
+        let hint = wanted.len() > 1;
+        for want in wanted {
+            if let Some((file, map)) = self.file(view, want.stored) {
+                file.hint(map, want, hint);
+            }
+        }
+        for want in wanted {
+            if let Some((file, map)) = self.file(view, want.stored) {
+                file.warm(map, want);
+            }
+        }
+    }
+
+    /// Tells the kernel of all windows of a range that it has not been told of, without waiting.
+    pub fn ask(&self, view: &View, stored: Stored, len_bytes: u64) {
+        if let Some((file, map)) = self.file(view, stored) {
+            file.ask(map, stored.at, len_bytes);
+        }
+    }
+
+    fn file<'a>(&self, view: &'a View, stored: Stored) -> Option<(&FileWarmth, &'a FileMap)> {
+        self.files.get(usize::from(stored.layer)).zip(view.map(stored.layer))
+    }
+}
+
+impl FileWarmth {
+    /// For a file of `file_bytes`, of which nothing is known yet.
+    fn new(file_bytes: u64) -> Self {
         let windows = usize::try_from(file_bytes.div_ceil(WINDOW_BYTES)).unwrap_or(usize::MAX);
         let words = windows.div_ceil(64);
         Self {
@@ -74,36 +124,30 @@ impl Warmth {
         }
     }
 
-    /// True if all windows of the range have been populated: the one test on a hot path.
-    #[must_use]
-    pub fn is_resident(&self, at: FileOffset, len_bytes: usize) -> bool {
+    fn is_resident(&self, at: FileOffset, len_bytes: usize) -> bool {
         self.windows(at, len_bytes as u64).all(|window| has(&self.resident, window))
     }
 
-    /// Brings in what a batch wants before the batch is sent. `wanted` holds what was not
-    /// resident when it was gathered. Waits for the disk only for whole windows.
-    pub fn warm(&self, map: &FileMap, wanted: &[Wanted]) {
-        // A lone small read gains nothing from a hint: the send itself is the read.
-        let hint = wanted.len() > 1;
-        for want in wanted {
-            if want.is_whole() {
-                let ahead = if want.sequential { AHEAD_WINDOWS * WINDOW_BYTES } else { 0 };
-                self.ask(map, want.at, want.len_bytes as u64 + ahead);
-            } else if hint {
-                map.will_need(want.at, want.len_bytes);
-            }
+    /// Tells the kernel of what is wanted, without waiting; of a small read only with `hint`.
+    fn hint(&self, map: &FileMap, want: &Wanted, hint: bool) {
+        let at = want.stored.at;
+        if want.is_whole() {
+            let ahead = if want.sequential { AHEAD_WINDOWS * WINDOW_BYTES } else { 0 };
+            self.ask(map, at, want.len_bytes as u64 + ahead);
+        } else if hint {
+            map.will_need(at, want.len_bytes);
         }
-        for want in wanted {
-            for window in self.windows(want.at, want.len_bytes as u64) {
-                if want.is_whole() || self.is_popular(map, window, want) {
-                    self.populate(map, window);
-                }
+    }
+
+    fn warm(&self, map: &FileMap, want: &Wanted) {
+        for window in self.windows(want.stored.at, want.len_bytes as u64) {
+            if want.is_whole() || self.is_popular(map, window, want) {
+                self.populate(map, window);
             }
         }
     }
 
-    /// Tells the kernel of all windows of a range that it has not been told of, without waiting.
-    pub fn ask(&self, map: &FileMap, at: FileOffset, len_bytes: u64) {
+    fn ask(&self, map: &FileMap, at: FileOffset, len_bytes: u64) {
         for window in self.windows(at, len_bytes) {
             if !has(&self.resident, window) && !set(&self.asked, window) {
                 let (at, len_bytes) = self.range(window);
@@ -181,7 +225,8 @@ mod tests {
     fn want(at: u64, len_bytes: u32, sequential: bool) -> Wanted {
         let whole_request_bytes = len_bytes;
         let len_bytes = len_bytes as usize;
-        Wanted { at: FileOffset(at), len_bytes, whole_request_bytes, sequential }
+        let stored = Stored { layer: 0, at: FileOffset(at) };
+        Wanted { stored, len_bytes, whole_request_bytes, sequential }
     }
 
     fn small(at: u64) -> Wanted {
@@ -191,8 +236,8 @@ mod tests {
     #[test]
     fn a_large_read_makes_its_windows_resident_and_no_others() {
         let map = map_of(9 * MIB);
-        let warmth = Warmth::new(9 * MIB);
-        warmth.warm(&map, &[want(MIB, 2 << 20, false)]);
+        let warmth = FileWarmth::new(9 * MIB);
+        warmth.warm(&map, &want(MIB, 2 << 20, false));
         assert!(warmth.is_resident(FileOffset(0), 4 << 20));
         assert!(!warmth.is_resident(FileOffset(4 * MIB), 1));
         assert!(!warmth.is_resident(FileOffset(8 * MIB), 1));
@@ -201,10 +246,10 @@ mod tests {
     #[test]
     fn a_window_of_many_small_reads_becomes_resident() {
         let map = map_of(5 * MIB);
-        let warmth = Warmth::new(5 * MIB);
+        let warmth = FileWarmth::new(5 * MIB);
         for read in 0..u64::from(POPULATE_TOUCHES) {
             assert!(!warmth.is_resident(FileOffset(4 * MIB), 4096), "after {read} reads");
-            warmth.warm(&map, &[small(4 * MIB + read * 8192)]);
+            warmth.warm(&map, &small(4 * MIB + read * 8192));
         }
         assert!(warmth.is_resident(FileOffset(4 * MIB), 4096), "a window cut by the file's end");
     }
@@ -215,14 +260,14 @@ mod tests {
         file.set_len(4 * MIB).unwrap();
         let map = FileMap::new(&file, 4 * MIB).unwrap();
         file.set_len(MIB).unwrap();
-        let warmth = Warmth::new(4 * MIB);
-        warmth.warm(&map, &[want(0, 4 << 20, true)]);
+        let warmth = FileWarmth::new(4 * MIB);
+        warmth.warm(&map, &want(0, 4 << 20, true));
         assert!(!warmth.is_resident(FileOffset(0), 1));
     }
 
     #[test]
     fn an_empty_range_is_resident() {
-        assert!(Warmth::new(0).is_resident(FileOffset(0), 0));
-        assert!(Warmth::new(2 * MIB).is_resident(FileOffset(2 * MIB), 0));
+        assert!(FileWarmth::new(0).is_resident(FileOffset(0), 0));
+        assert!(FileWarmth::new(2 * MIB).is_resident(FileOffset(2 * MIB), 0));
     }
 }

@@ -110,18 +110,18 @@ fn assert_runs(view: &View, want: &[u8], name: &str) {
         let want = &want[at..at + len];
         match run.kind {
             RunKind::Zero => assert!(want.iter().all(|&b| b == 0), "{name}: zero run at {at}"),
-            RunKind::Data(stored_at) => {
-                assert!(view.mapped(stored_at, len).is_some(), "{name}: run past the file's end");
+            RunKind::Data(stored) => {
+                assert!(view.mapped(stored, len).is_some(), "{name}: run past the file's end");
                 let mut got = vec![0; len];
-                view.file().read_exact_at(&mut got, stored_at.0).unwrap();
+                let file = view.data_file(stored.layer).unwrap();
+                file.read_exact_at(&mut got, stored.at.0).unwrap();
                 assert!(got == want, "{name}: data run at {at}");
             }
             RunKind::Encoded => {
-                let decoded = view.decoded(GuestOffset(at as u64)).unwrap();
-                assert!(
-                    decoded.from(GuestOffset(at as u64)) == want,
-                    "{name}: encoded run at {at}"
-                );
+                // The cluster may go on where an image above it has something else.
+                let at = GuestOffset(at as u64);
+                let decoded = view.decoded(at).unwrap().from(at);
+                assert!(decoded.get(..len) == Some(want), "{name}: encoded run at {at}");
             }
         }
         at += len;

@@ -10,10 +10,11 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::entry::Cluster;
+use super::entry::{Cluster, Limits};
+use super::fault::EntryFault;
 use super::header::Header;
 use super::open::Image;
-use super::table;
+use super::table::{self, Entry, UnitRuns};
 use crate::image::{ClusterCounts, ImageError, Info};
 use crate::units::FileOffset;
 
@@ -127,7 +128,7 @@ impl Image {
             (self.header.units_in_cluster_bits(), self.header.l2_entry_bytes());
         for (index, entry) in (0_u64..).zip(table::entries(&self.header, bytes)) {
             let cluster = first_cluster + index;
-            let judged = entry.judge(self.visible_bytes(cluster), &limits).map_err(|fault| {
+            let judged = self.judge(entry, cluster, &limits).map_err(|fault| {
                 ImageError::fault(path, fault.at(FileOffset(table_at + entry_bytes * index)))
             })?;
             odd_entries += u64::from(entry.is_odd());
@@ -135,6 +136,17 @@ impl Image {
             judged.each(|units, meaning| each(first + units.start..first + units.end, meaning));
         }
         Ok(odd_entries)
+    }
+
+    /// What `entry` says of the units of `cluster`.
+    pub(super) fn judge(
+        &self,
+        entry: Entry,
+        cluster: u64,
+        limits: &Limits<'_>,
+    ) -> Result<UnitRuns, EntryFault> {
+        let start = cluster << self.header.cluster_bits.get();
+        entry.judge(start, self.visible_bytes(cluster), limits)
     }
 
     /// The checked header.

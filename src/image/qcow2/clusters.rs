@@ -20,10 +20,12 @@ use bytes::Bytes;
 use super::codec::Codec;
 use super::entry::{Limits, Packed};
 use super::fault::EntryFault;
+use super::header::Header;
 use super::open::Image;
 use super::table::{self, Entry};
 use super::word::{self, Meaning, Span};
-use crate::image::{ImageError, ReadError, Run, RunKind};
+use crate::image::layer::{LayerKind, LayerRun};
+use crate::image::{ImageError, ReadError};
 use crate::map::SharedTable;
 use crate::units::{FileOffset, GuestOffset};
 
@@ -47,13 +49,15 @@ pub struct ClusterMap {
     table: SharedTable,
     /// Number of span words, which come before those of the units.
     spans: usize,
+    /// The word of a unit that is not stored: zero, or beneath if there is a backing file.
+    empty: u64,
     path: PathBuf,
 }
 
 /// The known words from some unit to the end of its span.
 enum Known<'a> {
-    /// All zero, up to this unit.
-    ZeroUpTo(u64),
+    /// Nothing is stored up to this unit.
+    EmptyUpTo(u64),
     Words(&'a [AtomicU64]),
     /// The L2 table was not read yet.
     Unread,
@@ -77,13 +81,20 @@ impl ClusterMap {
                 word.store(Span::Unread(FileOffset(at)).to_word(), Ordering::Release);
             }
         }
-        Ok(Self { image, table, spans: l1.len(), path: path.to_owned() })
+        let empty = if image.header.backing { word::BENEATH } else { word::ZERO };
+        Ok(Self { image, table, spans: l1.len(), empty, path: path.to_owned() })
     }
 
     /// The map itself, to be handed to a reader in another process; see `word` for its layout.
     #[must_use]
     pub fn table(&self) -> &SharedTable {
         &self.table
+    }
+
+    /// The checked header.
+    #[must_use]
+    pub fn header(&self) -> &Header {
+        &self.image.header
     }
 
     /// The cluster around `at`: its number and its first byte.
@@ -99,7 +110,12 @@ impl ClusterMap {
     ///
     /// # Errors
     /// The entry of `at` is damaged, or its L2 table could not be read.
-    pub fn run_at(&self, file: &File, at: GuestOffset, end: u64) -> Result<Run, ReadError> {
+    pub(in crate::image) fn run_at(
+        &self,
+        file: &File,
+        at: GuestOffset,
+        end: u64,
+    ) -> Result<LayerRun, ReadError> {
         let bits = self.image.header.unit_bits();
         let unit = at.0 >> bits;
         let mut next = unit + 1;
@@ -107,21 +123,25 @@ impl ClusterMap {
             Meaning::Encoded(_) => {
                 let cluster_bits = self.image.header.cluster_bits.get();
                 next = ((at.0 >> cluster_bits) + 1) << (cluster_bits - bits);
-                RunKind::Encoded
+                LayerKind::Encoded
             }
             Meaning::Data(stored_at) => {
                 let expected = word::data(stored_at) + (1 << bits);
                 next = self.extend(next, end, |n| expected + (n << bits));
-                RunKind::Data(stored_at.advance(at.0 - (unit << bits)))
+                LayerKind::Data(stored_at.advance(at.0 - (unit << bits)))
             }
             Meaning::Zero => {
                 next = self.extend(next, end, |_| word::ZERO);
-                RunKind::Zero
+                LayerKind::Zero
+            }
+            Meaning::Beneath => {
+                next = self.extend(next, end, |_| word::BENEATH);
+                LayerKind::Beneath
             }
             Meaning::Damaged => return Err(self.damage(file, unit)),
         };
         let end = end.min(next << bits);
-        Ok(Run { kind, len_bytes: end - at.0 })
+        Ok(LayerRun { kind, len_bytes: end - at.0 })
     }
 
     /// The first unit from `next` on whose word is not as `expected`, which is given the distance
@@ -132,8 +152,8 @@ impl ClusterMap {
         while unit < last {
             match self.known(unit) {
                 Known::Unread => break,
-                Known::ZeroUpTo(end) if expected(unit - next) == word::ZERO => unit = end,
-                Known::ZeroUpTo(_) => break,
+                Known::EmptyUpTo(end) if expected(unit - next) == self.empty => unit = end,
+                Known::EmptyUpTo(_) => break,
                 Known::Words(words) => {
                     let limit = usize::try_from(last - unit).unwrap_or(usize::MAX);
                     for word in words.iter().take(limit) {
@@ -178,7 +198,7 @@ impl ClusterMap {
     fn known(&self, unit: u64) -> Known<'_> {
         let (index, units) = self.span_of(unit);
         match self.span(index) {
-            Span::Zero => Known::ZeroUpTo(units.end),
+            Span::Empty => Known::EmptyUpTo(units.end),
             Span::Unread(_) => Known::Unread,
             Span::Filled(_) => Known::Words(self.words(unit..units.end)),
         }
@@ -187,7 +207,7 @@ impl ClusterMap {
     fn meaning(&self, file: &File, unit: u64) -> Result<Meaning, ReadError> {
         let (index, units) = self.span_of(unit);
         match self.span(index) {
-            Span::Zero => return Ok(Meaning::Zero),
+            Span::Empty => return Ok(word::meaning(self.empty, self.image.header.cluster_bits)),
             Span::Unread(table) => self.fill(file, table, index, units)?,
             Span::Filled(_) => {}
         }
@@ -217,7 +237,7 @@ impl ClusterMap {
             file.read_exact_at(bytes, at)
                 .map_err(|source| ReadError::io(&self.path, at, len, source))?;
             for (words, entry) in words.chunks(in_cluster).zip(table::entries(header, bytes)) {
-                self.fill_cluster(words, entry, self.image.visible_bytes(cluster), &limits);
+                self.fill_cluster(words, entry, cluster, &limits);
                 cluster += 1;
             }
             at += len as u64;
@@ -227,22 +247,16 @@ impl ClusterMap {
     }
 
     /// Sets the words of one cluster; the disk's last one may have fewer than its units.
-    fn fill_cluster(
-        &self,
-        words: &[AtomicU64],
-        entry: Entry,
-        visible_bytes: u64,
-        limits: &Limits<'_>,
-    ) {
+    fn fill_cluster(&self, words: &[AtomicU64], entry: Entry, cluster: u64, limits: &Limits<'_>) {
         let unit_bits = self.image.header.unit_bits();
-        let Ok(runs) = entry.judge(visible_bytes, limits) else {
+        let Ok(runs) = self.image.judge(entry, cluster, limits) else {
             // The reason is found again when the cluster is read.
             words.iter().for_each(|word| word.store(word::DAMAGED, Ordering::Relaxed));
             return;
         };
         let mut words = words.iter();
         runs.each(|units, meaning| {
-            let (first, step) = word::of_run(meaning, entry.raw, unit_bits);
+            let (first, step) = word::of_run(meaning, entry.raw, unit_bits, self.empty);
             for (n, word) in (0..units.end - units.start).zip(&mut words) {
                 word.store(first + n * step, Ordering::Relaxed);
             }
@@ -265,8 +279,8 @@ impl ClusterMap {
             return ReadError::io(&self.path, at.0, bytes.len(), source);
         }
         let Some(entry) = table::entries(header, bytes).next() else { return self.changed(at, 0) };
-        let visible = self.image.visible_bytes(unit >> header.units_in_cluster_bits());
-        match entry.judge(visible, &self.image.limits()) {
+        let cluster = unit >> header.units_in_cluster_bits();
+        match self.image.judge(entry, cluster, &self.image.limits()) {
             Err(fault) => ReadError::fault(&self.path, fault.at(at)),
             Ok(_) => self.changed(at, entry.raw),
         }
@@ -289,7 +303,9 @@ impl ClusterMap {
         let packed = match self.meaning(file, unit)? {
             Meaning::Encoded(packed) => packed.clamp(self.image.file_len_bytes),
             Meaning::Damaged => return Err(self.damage(file, unit)),
-            Meaning::Data(_) | Meaning::Zero => return Err(ReadError::NotEncoded { at }),
+            Meaning::Data(_) | Meaning::Zero | Meaning::Beneath => {
+                return Err(ReadError::NotEncoded { at });
+            }
         };
         let mut decoder = take_decoder();
         let decoded = self.decode_with(&mut decoder, file, packed, start);

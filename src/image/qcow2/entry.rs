@@ -34,6 +34,8 @@ pub struct Limits<'a> {
     pub l1: &'a Range<u64>,
     /// The places of all L2 tables, ascending.
     pub l2_tables: &'a [u64],
+    /// Length of the external data file; `None`: data is in the file itself.
+    pub data_len_bytes: Option<u64>,
 }
 
 /// What a guest reads from one cluster, or from a run of its subclusters.
@@ -115,11 +117,35 @@ pub fn decode_l2(raw: u64, visible_bytes: u64, limits: &Limits<'_>) -> Result<Cl
         check_aligned("preallocated cluster offset", offset, limits.bits)?;
         return Ok(Cluster::Zero);
     }
-    if offset == 0 {
+    if !is_allocated(raw, limits) {
         return Ok(Cluster::Unallocated);
     }
     check_data("data cluster offset", offset, visible_bytes, limits)?;
     Ok(Cluster::Data(FileOffset(offset)))
+}
+
+/// True if a standard entry names a cluster. With an external data file, where the first cluster
+/// is at offset 0, the copied flag says it.
+fn is_allocated(raw: u64, limits: &Limits<'_>) -> bool {
+    raw & OFFSET != 0 || (limits.data_len_bytes.is_some() && raw & COPIED != 0)
+}
+
+/// With an external data file each cluster has the place there that it has on the disk.
+///
+/// # Errors
+/// `raw` is an entry of the cluster at guest byte `start` that names another place, or a stream.
+pub(super) fn check_external(raw: u64, start: u64) -> Result<(), EntryFault> {
+    let offset = raw & OFFSET;
+    if raw & COMPRESSED != 0 {
+        let need = "no compressed cluster with an external data file";
+        return Err(EntryFault::new("L2 entry", raw, need));
+    }
+    let is_named = offset != 0 || raw & (COPIED | READS_AS_ZERO) == COPIED;
+    if is_named && offset != start {
+        let need = "the guest's own offset, as the data file is external";
+        return Err(EntryFault::new("data cluster offset", offset, need));
+    }
+    Ok(())
 }
 
 /// A cluster of data, which is no L2 table either.
@@ -129,6 +155,13 @@ fn check_data(
     len_bytes: u64,
     limits: &Limits<'_>,
 ) -> Result<(), EntryFault> {
+    if let Some(data_len_bytes) = limits.data_len_bytes {
+        check_aligned(field, offset, limits.bits)?;
+        if offset > data_len_bytes || data_len_bytes - offset < len_bytes {
+            return Err(EntryFault::new(field, offset, "a cluster inside the external data file"));
+        }
+        return Ok(());
+    }
     check_cluster(field, offset, len_bytes, limits)?;
     if limits.l2_tables.binary_search(&offset).is_ok() {
         return Err(EntryFault::new(field, offset, "not an L2 table"));
@@ -207,7 +240,7 @@ pub fn decode_extended_l2(
     let (stored, zero) = (half(bitmap), half(bitmap >> SUBCLUSTERS));
     let offset = raw & OFFSET;
     let unit_bits = limits.bits.get().saturating_sub(SUBCLUSTER_COUNT_BITS);
-    if offset == 0 && stored != 0 {
+    if stored != 0 && !is_allocated(raw, limits) {
         let need = "no subcluster stored where no cluster is";
         return Err(EntryFault::new("subcluster bitmap", bitmap, need));
     }

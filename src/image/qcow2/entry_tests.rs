@@ -16,6 +16,7 @@ fn decode_in(version: u32, raw: u64) -> Result<Cluster, EntryFault> {
         file_len_bytes: FILE_LEN,
         l1: &(0x30000..0x30010),
         l2_tables: &[0x40000, 0x60000],
+        data_len_bytes: None,
     };
     decode_l2(raw, CLUSTER, &limits)
 }
@@ -82,6 +83,7 @@ fn the_last_cluster_may_end_in_the_file_where_the_disk_ends() {
         file_len_bytes: 0x50200,
         l1: &(0x30000..0x30010),
         l2_tables: &[],
+        data_len_bytes: None,
     };
     assert_eq!(decode_l2(0x50000, 512, &limits), Ok(Cluster::Data(FileOffset(0x50000))));
     assert!(decode_l2(0x50000, 513, &limits).is_err());
@@ -137,7 +139,7 @@ proptest! {
     ) {
         let l1 = 0x30000..0x30010;
         let limits =
-            Limits { version, bits, file_len_bytes: len, l1: &l1, l2_tables: &[0x20_0000] };
+            Limits { version, bits, file_len_bytes: len, l1: &l1, l2_tables: &[0x20_0000], data_len_bytes: None };
         for raw in [raw, raw & mask, raw & OFFSET & !bits.offset_mask()] {
             match decode_l2(raw, bits.size_bytes(), &limits) {
                 Ok(Cluster::Data(at)) => {
@@ -166,6 +168,7 @@ fn decode_extended(raw: u64, bitmap: u64) -> Result<Vec<(Range<u32>, Cluster)>, 
         file_len_bytes: FILE_LEN,
         l1: &(0x30000..0x30010),
         l2_tables: &[0x40000, 0x60000],
+        data_len_bytes: None,
     };
     Ok(match decode_extended_l2(raw, bitmap, CLUSTER, &limits)? {
         Extended::Split(parts) => parts.runs().collect(),
@@ -216,6 +219,7 @@ fn the_last_stored_subcluster_ends_inside_the_file() {
             file_len_bytes: len,
             l1: &(0x30000..0x30010),
             l2_tables: &[],
+            data_len_bytes: None,
         };
         decode_extended_l2(raw, bitmap, CLUSTER, &limits)
     };

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use serde::Serialize;
 
-use super::extension;
+use super::extension::{self, BackingFormat};
 use super::fault::Fault;
 use super::raw::{RawHeader, RawHeaderV3, V2_LEN, V3_MIN_LEN};
 use crate::units::{MIB, TIB};
@@ -20,8 +20,10 @@ const CORRUPT: u64 = 1 << 1;
 const EXTERNAL_DATA: u64 = 1 << 2;
 const COMPRESSION_TYPE: u64 = 1 << 3;
 const EXTENDED_L2: u64 = 1 << 4;
-const KNOWN_INCOMPATIBLE: u64 = DIRTY | CORRUPT | COMPRESSION_TYPE | EXTENDED_L2;
+const KNOWN_INCOMPATIBLE: u64 = DIRTY | CORRUPT | EXTERNAL_DATA | COMPRESSION_TYPE | EXTENDED_L2;
 const AUTOCLEAR_RAW_EXTERNAL: u64 = 1 << 1;
+/// The longest name of a backing file.
+const MAX_BACKING_NAME_BYTES: u64 = 1023;
 
 /// Largest virtual size: what one L1 table of 32 MiB can map with 64 KiB clusters is far more.
 const MAX_SIZE_BYTES: u64 = 16 * TIB;
@@ -81,6 +83,16 @@ pub(super) const SUBCLUSTER_COUNT_BITS: u32 = 5;
 /// Subclusters are at least a sector.
 const MIN_EXTENDED_CLUSTER_BITS: u32 = 14;
 
+/// What an image may use beside its own file, because the caller has it and gives it. Nothing is
+/// ever opened by a name from inside the image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Given {
+    /// A backing file.
+    pub backing: bool,
+    /// An external data file.
+    pub data: bool,
+}
+
 /// A header whose every number was checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Header {
@@ -98,7 +110,15 @@ pub struct Header {
     pub compression: Compression,
     /// True if L2 entries are of 16 bytes, and each cluster has 32 subclusters.
     pub extended_l2: bool,
-    /// Number of internal snapshots, which are ignored.
+    /// True if unallocated clusters are those of a backing file, which was given.
+    pub backing: bool,
+    /// The format of the backing file, if the image says it.
+    pub backing_format: Option<BackingFormat>,
+    /// True if data clusters are in an external data file, which was given.
+    pub external_data: bool,
+    /// Where the snapshot table begins, if there are snapshots.
+    pub snapshots_at: u64,
+    /// Number of internal snapshots.
     pub snapshots: u32,
     /// Harmless oddities, in words.
     pub notes: Vec<&'static str>,
@@ -122,25 +142,30 @@ struct Features {
 impl Header {
     /// Checks the header and its extensions.
     ///
-    /// `first_cluster` is the start of the file: one cluster, or less of a shorter file.
+    /// `first_cluster` is the start of the file: one cluster, or less of a shorter file. What is
+    /// not `given` is refused where the image needs it.
     ///
     /// # Errors
     /// The first field at fault.
-    pub fn parse(first_cluster: &[u8], file_len_bytes: u64) -> Result<Self, Fault> {
+    pub fn parse(first_cluster: &[u8], file_len_bytes: u64, given: Given) -> Result<Self, Fault> {
         let raw = RawHeader::read(first_cluster);
         let bits = check_identity(&raw, first_cluster.len())?;
         let features = Features::read(&raw, first_cluster, bits)?;
-        let compression = features.check(bits)?;
+        let compression = features.check(bits, given)?;
         let extended_l2 = features.incompatible & EXTENDED_L2 != 0;
-        check_other_files(&raw)?;
-        let size_bytes = check_size(&raw)?;
+        let name = check_other_files(&raw, bits, given)?;
+        let size_bytes = check_size("size", 24, raw.size.get())?;
         check_refcount_table(&raw, bits)?;
         check_snapshots(&raw, bits)?;
         let l2_bits = l2_bits(bits, extended_l2);
-        let (l1, l1_entries) = check_l1(&raw, bits, l2_bits, size_bytes, file_len_bytes)?;
+        let table = (raw.l1_table_offset.get(), raw.l1_size.get());
+        let (l1, l1_entries) =
+            check_l1(table, (40, 36), bits, l2_bits, size_bytes, file_len_bytes)?;
         let within = |n: u64| usize::try_from(n).unwrap_or(usize::MAX).min(first_cluster.len());
-        let area = first_cluster.get(within(features.header_len)..within(bits.size_bytes()));
-        extension::check(area.unwrap_or_default(), features.header_len)?;
+        // Extensions end where the name of a backing file begins.
+        let end = name.unwrap_or(bits.size_bytes());
+        let area = first_cluster.get(within(features.header_len)..within(end));
+        let extensions = extension::read(area.unwrap_or_default(), features.header_len, given)?;
         let mut notes = features.notes();
         if raw.size.get() != size_bytes {
             notes.push("the size is no multiple of 512; rounded down, as qemu does");
@@ -153,6 +178,10 @@ impl Header {
             l1_entries,
             compression,
             extended_l2,
+            backing: name.is_some(),
+            backing_format: extensions.backing_format,
+            external_data: features.incompatible & EXTERNAL_DATA != 0,
+            snapshots_at: raw.snapshots_offset.get(),
             snapshots: raw.nb_snapshots.get(),
             notes,
         })
@@ -260,22 +289,22 @@ impl Features {
         })
     }
 
-    fn check(&self, bits: ClusterBits) -> Result<Compression, Fault> {
+    fn check(&self, bits: ClusterBits, given: Given) -> Result<Compression, Fault> {
         let refuse_bit = |bit: u64, need| {
             let found = self.incompatible & bit;
             Err(Fault::unsupported("incompatible_features", 72, found, need))
         };
-        if self.incompatible & EXTERNAL_DATA != 0 {
+        if self.incompatible & EXTERNAL_DATA != 0 && !given.data {
             return refuse_bit(EXTERNAL_DATA, "bit 2 clear (no external data file)");
         }
         if self.incompatible & !KNOWN_INCOMPATIBLE != 0 {
-            return refuse_bit(!KNOWN_INCOMPATIBLE, "only bits 0, 1, 3 and 4");
+            return refuse_bit(!KNOWN_INCOMPATIBLE, "only bits 0 to 4");
         }
         if self.incompatible & EXTENDED_L2 != 0 && bits.get() < MIN_EXTENDED_CLUSTER_BITS {
             let need = "at least 14 with extended L2 entries";
             return Err(Fault::malformed("cluster_bits", 20, bits.get().into(), need));
         }
-        if self.autoclear & AUTOCLEAR_RAW_EXTERNAL != 0 {
+        if self.autoclear & AUTOCLEAR_RAW_EXTERNAL != 0 && !given.data {
             let need = "bit 1 clear (no raw external data file)";
             return Err(Fault::unsupported("autoclear_features", 88, self.autoclear, need));
         }
@@ -316,31 +345,43 @@ impl Features {
     }
 }
 
-fn check_other_files(raw: &RawHeader) -> Result<(), Fault> {
-    let need = "0 (no backing file)";
-    if raw.backing_file_offset.get() != 0 {
-        let found = raw.backing_file_offset.get();
-        return Err(Fault::unsupported("backing_file_offset", 8, found, need));
+/// Where the name of the backing file is, if there is one.
+fn check_other_files(
+    raw: &RawHeader,
+    bits: ClusterBits,
+    given: Given,
+) -> Result<Option<u64>, Fault> {
+    let need = "0, as no backing file was given";
+    let at = raw.backing_file_offset.get();
+    let len_bytes = u64::from(raw.backing_file_size.get());
+    if at != 0 && !given.backing {
+        return Err(Fault::unsupported("backing_file_offset", 8, at, need));
     }
-    if raw.backing_file_size.get() != 0 {
-        let found = raw.backing_file_size.get().into();
-        return Err(Fault::unsupported("backing_file_size", 16, found, need));
+    if len_bytes != 0 && at == 0 {
+        return Err(Fault::unsupported("backing_file_size", 16, len_bytes, need));
+    }
+    if at > bits.size_bytes() {
+        return Err(Fault::malformed("backing_file_offset", 8, at, "in the header's cluster"));
+    }
+    if at != 0 && len_bytes > MAX_BACKING_NAME_BYTES.min(bits.size_bytes() - at) {
+        let need = "at most 1023, inside the header's cluster";
+        return Err(Fault::malformed("backing_file_size", 16, len_bytes, need));
     }
     if raw.crypt_method.get() != 0 {
         let found = raw.crypt_method.get().into();
         return Err(Fault::unsupported("crypt_method", 32, found, "0 (no encryption)"));
     }
-    Ok(())
+    Ok((at != 0).then_some(at))
 }
 
-fn check_size(raw: &RawHeader) -> Result<u64, Fault> {
-    let found = raw.size.get();
+/// The disk's size in bytes, which is the field `field` at byte `at` of the file.
+pub(super) fn check_size(field: &'static str, at: u64, found: u64) -> Result<u64, Fault> {
     let sectors = found & !511;
     if sectors == 0 {
-        return Err(Fault::malformed("size", 24, found, "at least 512"));
+        return Err(Fault::malformed(field, at, found, "at least 512"));
     }
     if sectors > MAX_SIZE_BYTES {
-        return Err(Fault::malformed("size", 24, found, "at most 16 TiB"));
+        return Err(Fault::malformed(field, at, found, "at most 16 TiB"));
     }
     Ok(sectors)
 }
@@ -368,28 +409,33 @@ fn check_snapshots(raw: &RawHeader, bits: ClusterBits) -> Result<(), Fault> {
     check_offset("snapshots_offset", 64, raw.snapshots_offset.get(), len_bytes, bits)
 }
 
-fn check_l1(
-    raw: &RawHeader,
+/// An L1 table and what the disk needs of it. `table` is its offset and its number of entries,
+/// `places` where those two are in the file.
+pub(super) fn check_l1(
+    table: (u64, u32),
+    places: (u64, u64),
     bits: ClusterBits,
     l2_bits: u32,
     size_bytes: u64,
     file_len_bytes: u64,
 ) -> Result<(Range<u64>, u64), Fault> {
-    let (offset, entries) = (raw.l1_table_offset.get(), u64::from(raw.l1_size.get()));
+    let (offset, entries) = (table.0, u64::from(table.1));
     let len_bytes = entries * 8;
+    let refuse_size = |need| Err(Fault::malformed("l1_size", places.1, entries, need));
     if len_bytes > MAX_L1_BYTES {
-        return Err(Fault::malformed("l1_size", 36, entries, "a table of at most 32 MiB"));
+        return refuse_size("a table of at most 32 MiB");
     }
     let needed = size_bytes.div_ceil(bits.size_bytes() << l2_bits);
     if entries < needed {
-        return Err(Fault::malformed("l1_size", 36, entries, "enough entries for the disk's size"));
+        return refuse_size("enough entries for the disk's size");
     }
-    check_offset("l1_table_offset", 40, offset, len_bytes, bits)?;
+    let refuse_place = |need| Err(Fault::malformed("l1_table_offset", places.0, offset, need));
+    check_offset("l1_table_offset", places.0, offset, len_bytes, bits)?;
     if offset < bits.size_bytes() {
-        return Err(Fault::malformed("l1_table_offset", 40, offset, "past the header's cluster"));
+        return refuse_place("past the header's cluster");
     }
     if offset + len_bytes > file_len_bytes {
-        return Err(Fault::malformed("l1_table_offset", 40, offset, "a table inside the file"));
+        return refuse_place("a table inside the file");
     }
     Ok((offset..offset + len_bytes, needed))
 }

@@ -48,7 +48,7 @@ fn with(at: usize, value: &[u8]) -> Vec<u8> {
 }
 
 fn parse(bytes: &[u8]) -> Result<Header, Fault> {
-    Header::parse(bytes, FILE_LEN)
+    Header::parse(bytes, FILE_LEN, Given::default())
 }
 
 /// Asserts that `value` at byte `at` is refused as `field`, with its place and value.
@@ -222,24 +222,24 @@ fn extensions_are_checked_where_the_header_ends() {
 #[test]
 fn a_file_shorter_than_its_header_is_refused() {
     for len in [0, 3, 71, 103] {
-        assert!(Header::parse(&v3()[..len], len as u64).is_err(), "{len} bytes");
+        assert!(Header::parse(&v3()[..len], len as u64, Given::default()).is_err(), "{len} bytes");
     }
 }
 
 proptest! {
     #[test]
     fn parsing_is_total(mut bytes in proptest::collection::vec(any::<u8>(), 0..1024), len: u64) {
-        let _no_panic = Header::parse(&bytes, len);
+        let _no_panic = Header::parse(&bytes, len, Given::default());
         if let Some(start) = bytes.get_mut(..8) {
             start.copy_from_slice(b"QFI\xfb\0\0\0\x03");
         }
-        let _no_panic = Header::parse(&bytes, len);
+        let _no_panic = Header::parse(&bytes, len, Given::default());
     }
 
     #[test]
     fn a_sound_header_with_one_field_changed_is_judged(at in 0..14_usize, value: u64, len: u64) {
         let bytes = with(at * 8, &u64be(value));
-        if let Ok(header) = Header::parse(&bytes, len) {
+        if let Ok(header) = Header::parse(&bytes, len, Given::default()) {
             prop_assert!(header.l1.end <= len);
             prop_assert!(header.l1_entries * 8 <= header.l1.end - header.l1.start);
             prop_assert!(header.size_bytes.is_multiple_of(512));

@@ -7,25 +7,33 @@
 //! Start at [`Image::open`].
 
 use std::fs::File;
+use std::io::{self, BufReader, Read};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::entry::{Limits, decode_l1};
-use super::fault::EntryFault;
-use super::header::{self, Header};
+use super::fault::{EntryFault, Fault};
+use super::header::{self, Given, Header};
+use super::snapshot::{self, Snapshot, TableError};
 use crate::image::info::read_up_to;
 use crate::image::{ImageError, Info};
 use crate::units::FileOffset;
 
 /// Enough for the header and the extensions of nearly every image.
 const FIRST_READ_BYTES: usize = 4096;
+/// Bytes of the snapshot table that are read at once.
+const TABLE_READ_BYTES: usize = 64 * 1024;
+/// Snapshots that are listed at most.
+pub const MAX_LISTED: usize = 1000;
 
 /// A checked header and L1 table.
 #[derive(Debug)]
 pub struct Image {
     pub(super) header: Header,
     pub(super) file_len_bytes: u64,
+    /// Length of the external data file, if one was given.
+    data_len_bytes: Option<u64>,
     /// For each L1 entry that the disk needs, the place of its L2 table; 0 for none.
     pub(super) l1: Vec<u64>,
     /// The same places, ascending, without the zeroes.
@@ -34,25 +42,53 @@ pub struct Image {
     pub(super) odd_l1_entries: u64,
 }
 
+/// What of an image is opened, and what the caller gives it beside its own file.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Terms<'a> {
+    /// The disk as it was at this internal snapshot, by ID or name; `None`: as it is now.
+    pub snapshot: Option<&'a str>,
+    /// True if the caller resolves what is unallocated: a backing file is given.
+    pub backing: bool,
+    /// Length in bytes of the external data file that is given.
+    pub data_len_bytes: Option<u64>,
+}
+
+impl Terms<'_> {
+    fn given(&self) -> Given {
+        Given { backing: self.backing, data: self.data_len_bytes.is_some() }
+    }
+}
+
 impl Image {
-    /// Reads and checks header, extensions and L1 table. `file_len_bytes` is the sealed length.
+    /// Reads and checks header, extensions, snapshot table and L1 table. `file_len_bytes` is the
+    /// sealed length.
     ///
     /// # Errors
-    /// [`ImageError`] with the first field at fault, or the read that failed.
-    pub fn open(file: &File, path: &Path, file_len_bytes: u64) -> Result<Self, ImageError> {
+    /// [`ImageError`] with the first field at fault, or the read that failed;
+    /// [`ImageError::NoSnapshot`].
+    pub fn open(
+        file: &File,
+        path: &Path,
+        file_len_bytes: u64,
+        terms: &Terms<'_>,
+    ) -> Result<Self, ImageError> {
         let mut first = read_up_to(file, FIRST_READ_BYTES, path)?;
         let wanted = header::wanted_len(&first);
         if wanted > first.len() {
             first = read_up_to(file, wanted, path)?;
         }
-        let header = Header::parse(&first, file_len_bytes)
-            .map_err(|fault| ImageError::fault(path, fault))?;
+        let refused = |fault| ImageError::fault(path, fault);
+        let mut header = Header::parse(&first, file_len_bytes, terms.given()).map_err(refused)?;
+        let chosen = find_snapshot(&header, file, path, terms.snapshot)?;
+        if let Some(snapshot) = chosen {
+            header = header.of_snapshot(&snapshot, file_len_bytes).map_err(refused)?;
+        }
         let Range { start, end } = header.l1_needed();
         let len = usize::try_from(end - start).expect("an L1 table is <= 32 MiB");
         let mut bytes = vec![0; len];
         file.read_exact_at(&mut bytes, start)
             .map_err(|source| ImageError::read(path, start, len, source))?;
-        Self::from_l1(header, file_len_bytes, &bytes, path)
+        Self::new(header, file_len_bytes, terms.data_len_bytes, &bytes, path)
     }
 
     /// From a checked header and the bytes of [`Header::l1_needed`], wherever they came from.
@@ -66,9 +102,20 @@ impl Image {
         l1_bytes: &[u8],
         path: &Path,
     ) -> Result<Self, ImageError> {
+        Self::new(header, file_len_bytes, None, l1_bytes, path)
+    }
+
+    fn new(
+        header: Header,
+        file_len_bytes: u64,
+        data_len_bytes: Option<u64>,
+        l1_bytes: &[u8],
+        path: &Path,
+    ) -> Result<Self, ImageError> {
         let mut image = Self {
             header,
             file_len_bytes,
+            data_len_bytes,
             l1: Vec::new(),
             l2_tables: Vec::new(),
             odd_l1_entries: 0,
@@ -76,6 +123,20 @@ impl Image {
         image.take_l1(l1_bytes, path)?;
         image.refuse_shared_l2_tables(path)?;
         Ok(image)
+    }
+
+    /// The internal snapshots, the oldest first; at most [`MAX_LISTED`] of them.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn snapshots(&self, file: &File, path: &Path) -> Result<Vec<Snapshot>, ImageError> {
+        let mut listed = Vec::new();
+        each_snapshot(&self.header, file, path, |snapshot| {
+            if listed.len() < MAX_LISTED {
+                listed.push(snapshot);
+            }
+        })?;
+        Ok(listed)
     }
 
     /// What the entries of this image are judged against.
@@ -86,6 +147,7 @@ impl Image {
             file_len_bytes: self.file_len_bytes,
             l1: &self.header.l1,
             l2_tables: &self.l2_tables,
+            data_len_bytes: self.data_len_bytes.filter(|_| self.header.external_data),
         }
     }
 
@@ -96,11 +158,9 @@ impl Image {
         info.cluster_size_bytes = Some(header.cluster_bits.size_bytes());
         info.qcow2_version = Some(header.version);
         info.compression = Some(header.compression);
+        info.extended_l2 = Some(header.extended_l2);
         info.snapshots = Some(header.snapshots);
         info.notes.extend(header.notes.iter().map(|&note| note.to_owned()));
-        if header.snapshots > 0 {
-            info.notes.push(format!("{} internal snapshots are ignored", header.snapshots));
-        }
         if self.odd_l1_entries > 0 {
             let count = self.odd_l1_entries;
             info.notes.push(format!("{count} L1 entries have reserved bits set; ignored"));
@@ -138,5 +198,66 @@ impl Image {
     fn l1_error(&self, path: &Path, index: usize, fault: EntryFault) -> ImageError {
         let at = FileOffset(self.header.l1.start + 8 * index as u64);
         ImageError::fault(path, fault.at(at))
+    }
+}
+
+/// Reads from a place in a file on.
+struct ReadFrom<'a> {
+    file: &'a File,
+    at: u64,
+}
+
+impl Read for ReadFrom<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let count = self.file.read_at(bytes, self.at)?;
+        self.at += count as u64;
+        Ok(count)
+    }
+}
+
+fn each_snapshot(
+    header: &Header,
+    file: &File,
+    path: &Path,
+    visit: impl FnMut(Snapshot),
+) -> Result<(), ImageError> {
+    let from = ReadFrom { file, at: header.snapshots_at };
+    let table = BufReader::with_capacity(TABLE_READ_BYTES, from);
+    snapshot::each(header, table, visit).map_err(|error| match error {
+        TableError::Fault(fault) => ImageError::fault(path, fault),
+        TableError::Read(_, source) if source.kind() == io::ErrorKind::UnexpectedEof => {
+            let need = "a table inside the file";
+            let fault = Fault::malformed("snapshots_offset", 64, header.snapshots_at, need);
+            ImageError::fault(path, fault)
+        }
+        TableError::Read(at, source) => ImageError::read(path, at, TABLE_READ_BYTES, source),
+    })
+}
+
+/// Reads the whole snapshot table, as qemu does, and gives the entry that is `wanted`: by its ID,
+/// else by its name; the first if there are several.
+fn find_snapshot(
+    header: &Header,
+    file: &File,
+    path: &Path,
+    wanted: Option<&str>,
+) -> Result<Option<Snapshot>, ImageError> {
+    let (mut by_id, mut by_name) = (None, None);
+    each_snapshot(header, file, path, |snapshot| {
+        let Some(wanted) = wanted else { return };
+        if by_id.is_none() && snapshot.id == wanted {
+            by_id = Some(snapshot);
+        } else if by_name.is_none() && snapshot.name == wanted {
+            by_name = Some(snapshot);
+        }
+    })?;
+    match (wanted, by_id.or(by_name)) {
+        (None, _) => Ok(None),
+        (Some(_), Some(found)) => Ok(Some(found)),
+        (Some(wanted), None) => Err(ImageError::NoSnapshot {
+            path: path.to_owned(),
+            wanted: wanted.chars().take(80).collect(),
+            count: header.snapshots,
+        }),
     }
 }

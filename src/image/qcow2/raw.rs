@@ -7,7 +7,7 @@
 
 use std::mem::offset_of;
 
-use zerocopy::big_endian::{U32, U64};
+use zerocopy::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 /// The first 72 bytes of any QCOW2 file.
@@ -50,6 +50,21 @@ pub(super) struct RawExtension {
     pub(super) len_bytes: U32,
 }
 
+/// The fixed part of an entry of the snapshot table; extra data, ID and name follow.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+pub(super) struct RawSnapshot {
+    pub(super) l1_table_offset: U64,
+    pub(super) l1_size: U32,
+    pub(super) id_len: U16,
+    pub(super) name_len: U16,
+    pub(super) date_sec: U32,
+    pub(super) date_nsec: U32,
+    pub(super) vm_clock_nsec: U64,
+    pub(super) vm_state_size: U32,
+    pub(super) extra_data_size: U32,
+}
+
 /// Length of the version 2 header, after which version 3 goes on.
 pub(super) const V2_LEN: usize = size_of::<RawHeader>();
 /// Length of the version 3 header without `compression_type`.
@@ -65,6 +80,8 @@ const _: () = assert!(size_of::<RawHeaderV3>() == 40 && align_of::<RawHeaderV3>(
 const _: () = assert!(V3_MIN_LEN == 104);
 const _: () = assert!(V2_LEN + offset_of!(RawHeaderV3, refcount_order) == 96);
 const _: () = assert!(size_of::<RawExtension>() == 8);
+const _: () = assert!(size_of::<RawSnapshot>() == 40 && align_of::<RawSnapshot>() == 1);
+const _: () = assert!(offset_of!(RawSnapshot, extra_data_size) == 36);
 
 impl RawHeader {
     /// The header at the start of `bytes`; what is missing reads as zero.

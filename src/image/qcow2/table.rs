@@ -10,8 +10,8 @@
 use std::ops::Range;
 
 use super::entry::{
-    Cluster, Extended, Limits, Subclusters, decode_extended_l2, decode_l2, reserved_extended_bits,
-    reserved_l2_bits,
+    Cluster, Extended, Limits, Subclusters, check_external, decode_extended_l2, decode_l2,
+    reserved_extended_bits, reserved_l2_bits,
 };
 use super::fault::EntryFault;
 use super::header::Header;
@@ -35,15 +35,20 @@ pub(super) fn entries(header: &Header, bytes: &[u8]) -> impl Iterator<Item = Ent
 }
 
 impl Entry {
-    /// What this entry says of its cluster's units; `visible_bytes` as in [`decode_l2`].
+    /// What this entry of the cluster at guest byte `start` says of its units; `visible_bytes` as
+    /// in [`decode_l2`].
     ///
     /// # Errors
     /// The rule that is broken.
     pub(super) fn judge(
         self,
+        start: u64,
         visible_bytes: u64,
         limits: &Limits<'_>,
     ) -> Result<UnitRuns, EntryFault> {
+        if limits.data_len_bytes.is_some() {
+            check_external(self.raw, start)?;
+        }
         let Some(bitmap) = self.bitmap else {
             return decode_l2(self.raw, visible_bytes, limits).map(|one| UnitRuns::One(1, one));
         };

@@ -9,7 +9,7 @@
 //!
 //! | span word | meaning |
 //! |---|---|
-//! | 0 | no L2 table: all clusters of the span are zero, their words are never touched |
+//! | 0 | no L2 table: nothing of the span is stored, its words are never touched |
 //! | L2 table's file offset, bit 0 | the cluster words are not filled in yet |
 //! | L2 table's file offset, bit 1 | the cluster words are filled in |
 //!
@@ -18,6 +18,7 @@
 //! | 0 | not filled in |
 //! | file offset, bit 0 | data |
 //! | 2 | zero |
+//! | 4 | what the backing file has there |
 //! | 3 | the entry is damaged: read it again for the reason |
 //! | bit 63, entry in bits 0 to 61 | compressed |
 
@@ -34,14 +35,16 @@ const DATA: u64 = 1;
 pub(super) const ZERO: u64 = 2;
 /// The word of a cluster whose L2 entry is damaged.
 pub(super) const DAMAGED: u64 = 3;
+/// The word of what is not stored here, in an image with a backing file.
+pub(super) const BENEATH: u64 = 4;
 const SPAN_UNREAD: u64 = 1;
 const SPAN_FILLED: u64 = 2;
 
 /// What a span word says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Span {
-    /// No L2 table: zeroes.
-    Zero,
+    /// No L2 table: nothing is stored.
+    Empty,
     /// The L2 table at this place has not been read.
     Unread(FileOffset),
     /// The cluster words are filled in from the L2 table at this place.
@@ -51,7 +54,7 @@ pub(super) enum Span {
 impl Span {
     pub(super) fn to_word(self) -> u64 {
         match self {
-            Self::Zero => 0,
+            Self::Empty => 0,
             Self::Unread(at) => at.0 | SPAN_UNREAD,
             Self::Filled(at) => at.0 | SPAN_FILLED,
         }
@@ -62,7 +65,7 @@ impl Span {
         match word & KIND_BITS {
             SPAN_UNREAD => Self::Unread(at),
             SPAN_FILLED => Self::Filled(at),
-            _only_zero_is_left => Self::Zero,
+            _only_zero_is_left => Self::Empty,
         }
     }
 }
@@ -72,6 +75,8 @@ impl Span {
 pub(super) enum Meaning {
     Data(FileOffset),
     Zero,
+    /// What the backing file has.
+    Beneath,
     /// Not clamped to the file's length.
     Encoded(Packed),
     /// Damaged, or (never in a filled span) not filled in.
@@ -79,11 +84,12 @@ pub(super) enum Meaning {
 }
 
 /// The word of the first unit of a judged run, and what is added for each that follows; `raw` is
-/// the entry itself.
-pub(super) fn of_run(meaning: Cluster, raw: u64, unit_bits: u32) -> (u64, u64) {
+/// the entry itself, `empty` the word of what is not stored: zero or beneath.
+pub(super) fn of_run(meaning: Cluster, raw: u64, unit_bits: u32, empty: u64) -> (u64, u64) {
     match meaning {
         Cluster::Data(at) => (data(at), 1 << unit_bits),
-        Cluster::Zero | Cluster::Unallocated => (ZERO, 0),
+        Cluster::Zero => (ZERO, 0),
+        Cluster::Unallocated => (empty, 0),
         Cluster::Compressed(_) => (ENCODED | raw & DESCRIPTOR, 0),
     }
 }
@@ -101,6 +107,7 @@ pub(super) fn meaning(word: u64, bits: ClusterBits) -> Meaning {
     match word & KIND_BITS {
         DATA => Meaning::Data(FileOffset(word & !KIND_BITS)),
         ZERO => Meaning::Zero,
+        BENEATH => Meaning::Beneath,
         _damaged_or_not_filled => Meaning::Damaged,
     }
 }
@@ -113,22 +120,25 @@ mod tests {
     fn words_say_what_was_put_in() {
         let bits = ClusterBits::new(16).unwrap();
         let at = FileOffset(0x00ff_ffff_ffff_0000);
-        assert_eq!(meaning(of_run(Cluster::Data(at), at.0, 16).0, bits), Meaning::Data(at));
-        assert_eq!(meaning(of_run(Cluster::Zero, 1, 16).0, bits), Meaning::Zero);
-        assert_eq!(meaning(of_run(Cluster::Unallocated, 0, 16).0, bits), Meaning::Zero);
+        assert_eq!(meaning(of_run(Cluster::Data(at), at.0, 16, ZERO).0, bits), Meaning::Data(at));
+        assert_eq!(meaning(of_run(Cluster::Zero, 1, 16, ZERO).0, bits), Meaning::Zero);
+        assert_eq!(meaning(of_run(Cluster::Unallocated, 0, 16, ZERO).0, bits), Meaning::Zero);
+        let beneath = of_run(Cluster::Unallocated, 0, 16, BENEATH).0;
+        assert_eq!(meaning(beneath, bits), Meaning::Beneath);
         assert_eq!(meaning(0, bits), Meaning::Damaged);
         assert_eq!(meaning(DAMAGED, bits), Meaning::Damaged);
         let raw = 0xffff_ffff_0123_4567;
         let packed = Packed::of_entry(raw, bits);
         assert_eq!(
-            meaning(of_run(Cluster::Compressed(packed), raw, 16).0, bits),
+            meaning(of_run(Cluster::Compressed(packed), raw, 16, ZERO).0, bits),
             Meaning::Encoded(packed)
         );
     }
 
     #[test]
     fn span_words_round_trip() {
-        for span in [Span::Zero, Span::Unread(FileOffset(512)), Span::Filled(FileOffset(1 << 55))] {
+        for span in [Span::Empty, Span::Unread(FileOffset(512)), Span::Filled(FileOffset(1 << 55))]
+        {
             assert_eq!(Span::of_word(span.to_word()), span);
         }
     }

@@ -14,9 +14,9 @@ use super::reply::{OpenChunk, UNREADABLE};
 use super::session::{End, Range, Session};
 use super::transport::Transport;
 use super::wire::{NbdError, StatusExtent, allocation};
-use crate::image::{ReadError, Run, RunKind};
+use crate::image::{ReadError, Run, RunKind, Stored};
 use crate::serve::Wanted;
-use crate::units::{FileOffset, GuestOffset};
+use crate::units::GuestOffset;
 
 /// Runs that one BLOCK_STATUS or CACHE looks at; the client asks again for the rest.
 const MAX_LOOKUPS: usize = 1 << 18;
@@ -102,7 +102,7 @@ impl<T: Transport> Session<'_, T> {
                     self.batch.zeroes(clipped as usize);
                     walk.advance(clipped);
                 }
-                RunKind::Data(stored_at) => self.data(&mut walk, stored_at, clipped),
+                RunKind::Data(stored) => self.data(&mut walk, stored, clipped),
                 RunKind::Encoded => {
                     if let Err(error) = self.encoded(&mut walk, clipped) {
                         return self.unreadable(&walk, &error);
@@ -114,10 +114,10 @@ impl<T: Transport> Session<'_, T> {
         Ok(())
     }
 
-    fn data(&mut self, walk: &mut Walk, stored_at: FileOffset, len_bytes: u32) {
+    fn data(&mut self, walk: &mut Walk, stored: Stored, len_bytes: u32) {
         self.open_chunk(walk);
         let wanted = Wanted {
-            at: stored_at,
+            stored,
             len_bytes: len_bytes as usize,
             whole_request_bytes: walk.range.len_bytes,
             sequential: walk.sequential,
@@ -175,8 +175,8 @@ impl<T: Transport> Session<'_, T> {
         let export = self.agreed.attachment.export();
         for _ in 0..MAX_LOOKUPS {
             let Ok(run) = self.run_at(at, left) else { return };
-            if let RunKind::Data(stored_at) = run.kind {
-                export.warmth().ask(export.view().map(), stored_at, run.len_bytes);
+            if let RunKind::Data(stored) = run.kind {
+                export.warmth().ask(export.view(), stored, run.len_bytes);
             }
             (at, left) = (at.advance(run.len_bytes), left - run.len_bytes);
             if left == 0 {

@@ -15,10 +15,10 @@ use super::session::End;
 use super::transport::Transport;
 use super::wire::{self, ChunkHead, DataChunk, ErrorChunk, HoleChunk, NbdError, SimpleReply};
 use super::wire::{StatusChunk, StatusExtent, chunk};
-use crate::image::{Decoded, ReadError, View};
+use crate::image::{Decoded, ReadError, Stored, View};
 use crate::map::{MAX_PIECES, Piece};
 use crate::serve::{Wanted, Warmth};
-use crate::units::{FileOffset, GuestOffset};
+use crate::units::GuestOffset;
 
 /// Zeroes for replies that cannot say "hole".
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
@@ -31,7 +31,7 @@ enum Part {
     /// Bytes of the arena.
     Head { start: usize, len: usize },
     /// Bytes of the mapped file, and where they are in the view.
-    Mapped { at: FileOffset, guest: GuestOffset, len: usize },
+    Mapped { stored: Stored, guest: GuestOffset, len: usize },
     /// Zeroes, at most as many as [`ZEROES`].
     Zeroes { len: usize },
     /// Bytes of a decoded cluster.
@@ -202,7 +202,7 @@ impl Batch {
         self.head(extents.as_bytes());
     }
 
-    /// Mapped bytes: `len` from `at` in the file, which are those from `guest` in the view.
+    /// Mapped bytes, which are those from `guest` on in the view.
     /// `warmth` is asked whether they are in memory.
     pub(super) fn mapped(
         &mut self,
@@ -211,11 +211,11 @@ impl Batch {
         wanted: Wanted,
         warmth: &Warmth,
     ) {
-        let (at, len) = (wanted.at, wanted.len_bytes);
-        if !warmth.is_resident(at, len) {
+        let (stored, len) = (wanted.stored, wanted.len_bytes);
+        if !warmth.is_resident(stored, len) {
             self.wanted.push(wanted);
         }
-        self.data(open, Part::Mapped { at, guest, len }, len);
+        self.data(open, Part::Mapped { stored, guest, len }, len);
     }
 
     /// Zeroes that are sent as data.
@@ -279,7 +279,7 @@ impl Batch {
         warmth: &Warmth,
     ) -> Result<Sent, End> {
         if !self.wanted.is_empty() {
-            warmth.warm(view.map(), &self.wanted);
+            warmth.warm(view, &self.wanted);
         }
         let mut from = Position::default();
         let mut sent = Sent::default();
@@ -336,8 +336,8 @@ impl Batch {
     }
 
     fn piece<'a>(&'a self, part: &Part, view: &'a View) -> Option<Piece<'a>> {
-        if let Part::Mapped { at, len, .. } = *part {
-            return Some(Piece::Mapped(view.mapped(at, len)?));
+        if let Part::Mapped { stored, len, .. } = *part {
+            return Some(Piece::Mapped(view.mapped(stored, len)?));
         }
         Some(Piece::Bytes(self.own_bytes(part).unwrap_or_default()))
     }

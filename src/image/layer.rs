@@ -1,0 +1,163 @@
+//! One file of a view: its own bytes, and what it leaves to the file beneath it.
+//!
+//! Why: an overlay and its backing files are separate files, shared by many views; each resolves
+//! what it has, and says where it has nothing.
+//! How: a layer is a sealed file with its map and its tables. Data is in that file, or in an
+//! external data file if the image has one; [`super::View`] asks its layers from the top down.
+//! Never: opens another file: what lies beneath, or beside, was given.
+//! Start at [`Layer::run_at`].
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::decoded::Key;
+use super::raw::HoleMap;
+use super::{DecodedCache, Format, ImageError, Info, ReadError, qcow2};
+use crate::disk::Sealed;
+use crate::map::FileMap;
+use crate::units::{FileOffset, GuestOffset};
+
+/// How the bytes of a run of one layer are had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::image) enum LayerKind {
+    /// In the layer's data file from this position on, contiguous.
+    Data(FileOffset),
+    /// Zeroes.
+    Zero,
+    /// In one compressed cluster.
+    Encoded,
+    /// Not here: what the layer beneath has.
+    Beneath,
+}
+
+/// A guest range of one kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::image) struct LayerRun {
+    pub(in crate::image) kind: LayerKind,
+    /// At least 1.
+    pub(in crate::image) len_bytes: u64,
+}
+
+#[derive(Debug)]
+enum Tables {
+    Raw(HoleMap),
+    Qcow2(Box<qcow2::ClusterMap>),
+}
+
+/// A sealed file and what it says.
+#[derive(Debug)]
+pub(super) struct Layer {
+    sealed: Sealed,
+    /// The external data file, if there is one.
+    data: Option<Sealed>,
+    /// The file with the data, mapped: [`data`](Self::data_file).
+    map: FileMap,
+    info: Info,
+    tables: Tables,
+    cache: Arc<DecodedCache>,
+    id: u64,
+}
+
+impl Layer {
+    /// Opens `sealed`, of which `info` is known; `terms` say what else was given.
+    pub(super) fn open(
+        sealed: Sealed,
+        mut info: Info,
+        data: Option<Sealed>,
+        terms: &qcow2::Terms<'_>,
+        cache: Arc<DecodedCache>,
+    ) -> Result<Self, ImageError> {
+        let (file, path) = (sealed.file(), sealed.path());
+        // The length at which the file was sealed counts, should it differ by now.
+        let len_bytes = sealed.len_bytes().min(info.file_size_bytes);
+        let tables = match info.format {
+            Format::Raw => Tables::Raw(HoleMap::of_file(file, len_bytes)),
+            Format::Qcow2 => {
+                let image = qcow2::Image::open(file, path, len_bytes, terms)?;
+                image.describe(&mut info);
+                Tables::Qcow2(Box::new(qcow2::ClusterMap::new(image, path)?))
+            }
+        };
+        let mapped = data.as_ref().unwrap_or(&sealed);
+        let len_bytes = data.as_ref().map_or(len_bytes, Sealed::len_bytes);
+        let map = FileMap::new(mapped.file(), len_bytes).map_err(|source| ImageError::Map {
+            path: mapped.path().to_owned(),
+            what: "the file",
+            len_bytes,
+            source,
+        })?;
+        let id = cache.register_view();
+        Ok(Self { sealed, data, map, info, tables, cache, id })
+    }
+
+    pub(super) fn size_bytes(&self) -> u64 {
+        self.info.virtual_size_bytes
+    }
+
+    pub(super) fn info(&self) -> &Info {
+        &self.info
+    }
+
+    /// The file itself.
+    pub(super) fn sealed(&self) -> &Sealed {
+        &self.sealed
+    }
+
+    /// The file that [`LayerKind::Data`] is in.
+    pub(super) fn data_file(&self) -> &File {
+        self.data.as_ref().unwrap_or(&self.sealed).file()
+    }
+
+    /// Where that file was opened, for messages.
+    pub(super) fn data_path(&self) -> &Path {
+        self.data.as_ref().unwrap_or(&self.sealed).path()
+    }
+
+    pub(super) fn map(&self) -> &FileMap {
+        &self.map
+    }
+
+    pub(super) fn cluster_map(&self) -> Option<&qcow2::ClusterMap> {
+        match &self.tables {
+            Tables::Raw(_) => None,
+            Tables::Qcow2(clusters) => Some(clusters),
+        }
+    }
+
+    /// The run that begins at `at` and ends at guest byte `end` at the latest; `at < end <=` the
+    /// layer's size.
+    pub(super) fn run_at(&self, at: GuestOffset, end: u64) -> Result<LayerRun, ReadError> {
+        match &self.tables {
+            Tables::Raw(holes) => {
+                let (hole, end) = holes.run_at(at.0, end);
+                let kind = if hole { LayerKind::Zero } else { LayerKind::Data(FileOffset(at.0)) };
+                Ok(LayerRun { kind, len_bytes: end - at.0 })
+            }
+            Tables::Qcow2(clusters) => clusters.run_at(self.sealed.file(), at, end),
+        }
+    }
+
+    /// The decoded cluster around `at` and where it begins.
+    pub(super) fn decoded(&self, at: GuestOffset) -> Result<(Bytes, GuestOffset), ReadError> {
+        match &self.tables {
+            Tables::Raw(_) => Err(ReadError::NotEncoded { at }),
+            Tables::Qcow2(clusters) => {
+                let (cluster, start) = clusters.cluster_of(at);
+                let key = Key { view: self.id, cluster };
+                let decode = || clusters.decode(self.sealed.file(), at);
+                Ok((self.cache.get_or_decode(key, decode)?, start))
+            }
+        }
+    }
+}
+
+impl Drop for Layer {
+    fn drop(&mut self) {
+        if self.info.format == Format::Qcow2 {
+            self.cache.forget_view(self.id);
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! Internal snapshots: earlier states of the disk in the same file.
+//!
+//! Why: a snapshot may be what somebody wants to serve, and a table that qemu refuses must not be
+//! taken.
+//! How: entries are read one after the other through a buffer; a chosen one gives the header
+//! another L1 table and another size, and everything else goes on as with the active disk.
+//! Never: keeps the table, or believes a length that leaves it.
+//! Start at [`each`] and [`Header::of_snapshot`]. Format: qemu `docs/interop/qcow2.rst`,
+//! "Snapshots".
+
+use std::io::{self, Read};
+
+use serde::Serialize;
+use zerocopy::FromBytes;
+
+use super::fault::Fault;
+use super::header::{Header, check_l1, check_size};
+use super::raw::RawSnapshot;
+use crate::units::MIB;
+
+/// Largest table that qemu reads.
+const MAX_TABLE_BYTES: u64 = 64 * MIB;
+/// Most extra data of an entry that qemu reads.
+const MAX_EXTRA_BYTES: u32 = 1024;
+/// Extra data up to and with the disk's size.
+const DISK_SIZE_AT: usize = 8;
+/// Bytes that are kept of an ID or a name.
+const MAX_KEPT_BYTES: usize = 256;
+
+/// An entry of the snapshot table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Snapshot {
+    /// Its ID: unique, mostly a number.
+    pub id: String,
+    /// Its name, for people.
+    pub name: String,
+    /// Length of the disk then, in bytes; `None`: as now.
+    pub disk_size_bytes: Option<u64>,
+    /// When it was taken, in seconds since 1970.
+    pub taken_at_s: u32,
+    /// Bytes of a running machine's memory that are kept with it.
+    pub vm_state_bytes: u32,
+    #[serde(skip)]
+    pub(super) l1_at: u64,
+    #[serde(skip)]
+    pub(super) l1_entries: u32,
+    /// Where the entry is in the file.
+    #[serde(skip)]
+    pub(super) at: u64,
+}
+
+/// Why a snapshot table cannot be read.
+#[derive(Debug)]
+pub(super) enum TableError {
+    Fault(Fault),
+    Read(u64, io::Error),
+}
+
+/// Gives each of the header's snapshots to `visit`. `table` reads from the table's first byte on.
+///
+/// # Errors
+/// An entry at fault, or a failed read with its place in the file.
+pub(super) fn each(
+    header: &Header,
+    table: impl Read,
+    mut visit: impl FnMut(Snapshot),
+) -> Result<(), TableError> {
+    let mut reader = Counted { inner: table, at: header.snapshots_at };
+    for _ in 0..header.snapshots {
+        let snapshot = entry(&mut reader)?;
+        if reader.at - header.snapshots_at > MAX_TABLE_BYTES {
+            let (field, found) = ("nb_snapshots", header.snapshots.into());
+            let fault = Fault::malformed(field, 60, found, "a table of at most 64 MiB");
+            return Err(TableError::Fault(fault));
+        }
+        visit(snapshot);
+    }
+    Ok(())
+}
+
+/// Reads, and counts where it is.
+struct Counted<R> {
+    inner: R,
+    at: u64,
+}
+
+impl<R: Read> Counted<R> {
+    fn fill(&mut self, bytes: &mut [u8]) -> Result<(), TableError> {
+        self.inner.read_exact(bytes).map_err(|error| TableError::Read(self.at, error))?;
+        self.at += bytes.len() as u64;
+        Ok(())
+    }
+
+    fn text(&mut self, len: u16) -> Result<String, TableError> {
+        let mut bytes = vec![0; len.into()];
+        self.fill(&mut bytes)?;
+        bytes.truncate(MAX_KEPT_BYTES);
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+}
+
+fn entry(reader: &mut Counted<impl Read>) -> Result<Snapshot, TableError> {
+    let at = reader.at;
+    let mut head = [0; size_of::<RawSnapshot>()];
+    reader.fill(&mut head)?;
+    let raw = RawSnapshot::read_from_bytes(&head).expect("a buffer of its size");
+    let extra_len = raw.extra_data_size.get();
+    if extra_len > MAX_EXTRA_BYTES {
+        let (field, found) = ("extra_data_size", extra_len.into());
+        return Err(TableError::Fault(Fault::malformed(field, at + 36, found, "at most 1024")));
+    }
+    let mut extra = [0; MAX_EXTRA_BYTES as usize];
+    let (extra, _) = extra.split_at_mut(usize::try_from(extra_len).unwrap_or(0));
+    reader.fill(extra)?;
+    let (id, name) = (reader.text(raw.id_len.get())?, reader.text(raw.name_len.get())?);
+    let mut padding = [0; 8];
+    let (padding, _) = padding
+        .split_at_mut(usize::try_from(reader.at.next_multiple_of(8) - reader.at).unwrap_or(0));
+    // The padding of the table's last entry may be past the file's end.
+    let _none_needed = reader.fill(padding);
+    let size = extra.get(DISK_SIZE_AT..).and_then(|rest| rest.first_chunk::<8>());
+    Ok(Snapshot {
+        id,
+        name,
+        disk_size_bytes: size.map(|bytes| u64::from_be_bytes(*bytes)),
+        taken_at_s: raw.date_sec.get(),
+        vm_state_bytes: raw.vm_state_size.get(),
+        l1_at: raw.l1_table_offset.get(),
+        l1_entries: raw.l1_size.get(),
+        at,
+    })
+}
+
+impl Header {
+    /// The header of the disk as it was when `snapshot` was taken.
+    ///
+    /// # Errors
+    /// A size or an L1 table that cannot be: the rules are those of the active disk.
+    pub(super) fn of_snapshot(
+        &self,
+        snapshot: &Snapshot,
+        file_len_bytes: u64,
+    ) -> Result<Self, Fault> {
+        let size = snapshot.disk_size_bytes.unwrap_or(self.size_bytes);
+        let size_at = snapshot.at + (size_of::<RawSnapshot>() + DISK_SIZE_AT) as u64;
+        let size_bytes = check_size("snapshot disk size", size_at, size)?;
+        let table = (snapshot.l1_at, snapshot.l1_entries);
+        let places = (snapshot.at, snapshot.at + 8);
+        let (l1, l1_entries) =
+            check_l1(table, places, self.cluster_bits, self.l2_bits(), size_bytes, file_len_bytes)?;
+        Ok(Self { size_bytes, l1, l1_entries, ..self.clone() })
+    }
+}
