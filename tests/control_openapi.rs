@@ -114,6 +114,29 @@ fn ask(
     }
 }
 
+/// A QCOW2 image with a dirty bit and a snapshot, of one empty cluster of 4 KiB.
+fn odd_qcow2() -> Vec<u8> {
+    let mut bytes = vec![0_u8; 5 * 4096];
+    let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+    put(0, b"QFI\xfb\0\0\0\x03");
+    put(20, &12_u32.to_be_bytes());
+    put(24, &4096_u64.to_be_bytes());
+    put(36, &1_u32.to_be_bytes());
+    put(40, &0x2000_u64.to_be_bytes());
+    put(48, &0x1000_u64.to_be_bytes());
+    put(56, &1_u32.to_be_bytes());
+    put(60, &1_u32.to_be_bytes());
+    put(64, &0x3000_u64.to_be_bytes());
+    put(72, &1_u64.to_be_bytes());
+    put(96, &4_u32.to_be_bytes());
+    put(100, &104_u32.to_be_bytes());
+    // The snapshot: L1 table, ID and name of a byte each.
+    put(0x3000, &0x4000_u64.to_be_bytes());
+    put(0x3008, &[0, 0, 0, 1, 0, 1, 0, 1]);
+    put(0x3028, b"1s");
+    bytes
+}
+
 #[test]
 fn real_answers_are_as_documented() {
     let daemon = Daemon::start();
@@ -150,6 +173,16 @@ fn real_answers_are_as_documented() {
     check(&doc, &json!({ "$ref": "#/components/schemas/Image" }), &ready, "event");
     for path in ["/v1/images", "/v1/disks", "/v1/attachments", "/v1/doctor", "/healthz"] {
         ask("GET", path, path, None);
+    }
+    let image = daemon.dir.path().join("odd.qcow2");
+    std::fs::write(&image, odd_qcow2()).unwrap();
+    let create = json!({ "url": format!("file://{}", image.display()) }).to_string();
+    ask("POST", "/v1/images", "/v1/images", Some(&create));
+    ask("POST", "/v1/images/{name}/fetch", "/v1/images/odd/fetch", None);
+    daemon.wait_for("odd", "ready");
+    for name in ["a", "odd", "u", "b", "B"] {
+        let path = format!("/v1/images/{name}/inspection");
+        ask("GET", "/v1/images/{name}/inspection", &path, None);
     }
     let id = daemon.get("/v1/attachments")["attachments"][0]["id"].as_str().unwrap().to_owned();
     let held = format!("/v1/attachments/{id}");

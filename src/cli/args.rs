@@ -15,6 +15,7 @@ use super::args_access::AccessArgs;
 use super::args_digest::DigestArgs;
 use super::args_steer::{CancelArgs, PauseArgs, ResumeArgs, SetArgs, SettingsArgs, WatchArgs};
 use super::args_upload::UploadArgs;
+use super::args_view::{CatArgs, ExportArgs, InspectArgs};
 use super::exit::Exit;
 use super::sizes::parse_bytes;
 use crate::daemon;
@@ -99,6 +100,8 @@ pub enum Command {
     Export(ExportArgs),
     /// Write an image's bytes, as a guest sees them, to stdout
     Cat(CatArgs),
+    /// Say what an image is, what is wrong with it, and whether it is served
+    Inspect(InspectArgs),
     /// Run the daemon
     Serve(ServeArgs),
     /// Make an image known to the daemon
@@ -233,50 +236,6 @@ pub struct PullArgs {
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at its type")]
     pub access: AccessArgs,
-}
-
-/// Arguments of `export`.
-#[derive(Debug, Args)]
-#[command(after_help = "\
-The file must not change while it is served.
-
-Examples:
-  bedplate export disk.qcow2 --nbd /tmp/nbd.sock
-  nbdinfo 'nbd+unix:///?socket=/tmp/nbd.sock'")]
-pub struct ExportArgs {
-    /// The image file
-    pub file: PathBuf,
-    /// Unix socket to serve NBD on [default: the one that a service manager passed, LISTEN_FDS]
-    #[arg(long, value_name = "SOCKET")]
-    pub nbd: Option<PathBuf>,
-    /// Format of the file [default: look]
-    #[arg(long)]
-    pub format: Option<FormatArg>,
-    /// Name of the export, which is also the default export [default: made of the file's name]
-    #[arg(long)]
-    pub name: Option<ImageName>,
-}
-
-/// Arguments of `cat`.
-#[derive(Debug, Args)]
-#[command(after_help = "\
-Sizes may end in K, M, G or T.
-
-Examples:
-  bedplate cat disk.qcow2 > disk.raw
-  bedplate cat disk.qcow2 --offset 1M --length 512 | xxd")]
-pub struct CatArgs {
-    /// The image file
-    pub file: PathBuf,
-    /// First byte, as the guest counts
-    #[arg(long, default_value = "0", value_parser = parse_bytes, value_name = "SIZE")]
-    pub offset: u64,
-    /// How many bytes [default: to the end]
-    #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
-    pub length: Option<u64>,
-    /// Format of the file [default: look]
-    #[arg(long)]
-    pub format: Option<FormatArg>,
 }
 
 /// Arguments of `serve`.

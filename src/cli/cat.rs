@@ -5,18 +5,18 @@
 
 use std::path::Path;
 
-use super::args::{CatArgs, FormatArg};
+use super::args_view::{CatArgs, ViewArgs};
 use super::exit::{CliError, Exit};
 use super::output::Output;
 use crate::disk::Sealed;
-use crate::image::{Class, View};
+use crate::image::{Class, Opening, View};
 use crate::units::{GuestOffset, MIB};
 
 /// Bytes that are read and written at a time.
 const BLOCK: u64 = MIB;
 
 pub(super) fn run(args: &CatArgs, output: &Output) -> Result<(), CliError> {
-    let view = open(&args.file, args.format)?;
+    let view = open(&args.file, &args.view)?;
     let size = view.size_bytes();
     if args.offset > size {
         let text = format!(
@@ -39,17 +39,45 @@ pub(super) fn run(args: &CatArgs, output: &Output) -> Result<(), CliError> {
     Ok(())
 }
 
-/// Opens the view of a file that a person names.
-pub(super) fn open(path: &Path, format: Option<FormatArg>) -> Result<View, CliError> {
+/// Opens the view of a file that a person names, over the backing files that are named too.
+pub(super) fn open(path: &Path, args: &ViewArgs) -> Result<View, CliError> {
+    let mut base = None;
+    for file in args.base.iter().rev() {
+        let opening = Opening { base: base.as_ref(), ..Opening::default() };
+        base = Some(open_as(file, opening)?);
+    }
+    open_as(
+        path,
+        Opening {
+            declared: args.format.map(Into::into),
+            snapshot: args.snapshot.as_deref(),
+            base: base.as_ref(),
+            data: args.data_file.as_deref().map(sealed).transpose()?,
+            cache: None,
+        },
+    )
+}
+
+fn open_as(path: &Path, opening: Opening<'_>) -> Result<View, CliError> {
+    View::open_as(sealed(path)?, opening).map_err(|e| {
+        let lacks_base = e.is_for_want_of_a_base();
+        let error = match e.class() {
+            Class::Retry => CliError::retry(&e),
+            Class::Refuse | Class::Bug => CliError::refused(&e),
+        };
+        match lacks_base {
+            true => CliError { hint: "give the backing file with --base".to_owned(), ..error },
+            false => error,
+        }
+    })
+}
+
+fn sealed(path: &Path) -> Result<Sealed, CliError> {
     if let Err(error) = std::fs::metadata(path)
         && error.kind() == std::io::ErrorKind::NotFound
     {
         let text = format!("{}: no such file", path.display());
         return Err(CliError::new(Exit::NotFound, text, ""));
     }
-    let sealed = Sealed::open_path(path).map_err(|e| CliError::refused(&e))?;
-    View::open(sealed, format.map(Into::into)).map_err(|e| match e.class() {
-        Class::Retry => CliError::retry(&e),
-        Class::Refuse | Class::Bug => CliError::refused(&e),
-    })
+    Sealed::open_path(path).map_err(|e| CliError::refused(&e))
 }

@@ -107,7 +107,8 @@ impl From<ClientError> for CliError {
                 "bad-request" => Exit::Usage,
                 "not-found" => Exit::NotFound,
                 "in-use" | "deleting" | "no-room" | "shutting-down" | "timeout" | "catalog"
-                | "internal" | "busy" | "stopped" | "not-waiting" | "wrong-offset" => Exit::Retry,
+                | "internal" | "busy" | "stopped" | "not-waiting" | "not-ready"
+                | "wrong-offset" => Exit::Retry,
                 _ => Exit::Refused,
             },
         };

@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use serde_json::json;
 
-use super::args::{ExportArgs, Global};
+use super::args::Global;
+use super::args_view::ExportArgs;
 use super::cat;
 use super::exit::{CliError, Exit};
 use super::output::Output;
@@ -20,7 +21,7 @@ use crate::units::human_bytes;
 
 pub(super) fn run(args: &ExportArgs, _global: &Global, output: &Output) -> Result<(), CliError> {
     crate::daemon::logging::init(output.log_filter("warn"));
-    let view = Arc::new(cat::open(&args.file, args.format)?);
+    let view = Arc::new(cat::open(&args.file, &args.view)?);
     let file = args.file.to_string_lossy();
     let suggested = ImageName::suggest(&file).map_or_else(|| "image".to_owned(), String::from);
     let name = args.name.as_ref().map_or(suggested, ToString::to_string);

@@ -13,6 +13,7 @@ pub mod args_access;
 pub mod args_digest;
 pub mod args_steer;
 pub mod args_upload;
+pub mod args_view;
 pub mod exit;
 
 mod attach;
@@ -27,6 +28,7 @@ mod events;
 mod export;
 mod follow;
 mod get;
+mod inspect;
 mod list;
 mod man;
 mod output;
@@ -81,6 +83,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         Command::Export(args) => return export::run(&args, &global, output),
         Command::Run(_)
         | Command::Pull(_)
+        | Command::Inspect(_)
         | Command::Serve(_)
         | Command::Create(_)
         | Command::Upload(_)
@@ -105,6 +108,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         match cli.command {
             Command::Run(args) => run::run(args, &global, output).await,
             Command::Pull(args) => pull::run(&args, output).await,
+            Command::Inspect(args) => inspect::run(&args, &global, output).await,
             Command::Serve(args) => serve::run(&args, &global, output).await,
             Command::Create(args) => create::run(&args, &global, output).await,
             Command::Upload(args) => upload::run(&args, &global, output).await,

@@ -12,6 +12,7 @@ use axum::response::{IntoResponse, Response};
 use super::App;
 use super::body::Body;
 use super::error::ApiError;
+use super::inspection::Inspection;
 use super::types::{
     Attachment, Attachments, ChangeSettings, CreateAttachment, CreateImage, Disks, Doctor,
     FetchImage, Health, Image, Images, Settings, SteerImage,
@@ -19,8 +20,8 @@ use super::types::{
 use super::wire;
 use crate::fetch::{DigestKind, DigestMap, Policy};
 use crate::manager::{
-    AttachmentId, AttachmentStatus, Expected, Format, ImageStatus, Layout, NewAttachment, NewImage,
-    SourceUrl, SteeringChange, unix_now_s,
+    AttachmentId, AttachmentStatus, BackendError, Expected, Format, ImageStatus, Layout,
+    NewAttachment, NewImage, SourceUrl, SteeringChange, unix_now_s,
 };
 use crate::names::{DiskUuid, ImageName, ImageUuid};
 
@@ -219,6 +220,29 @@ pub(super) async fn fetch_image(
     let disk = body.disk.as_deref().map(DiskUuid::parse).transpose()?;
     let image = app.manager.fetch(ImageName::parse(&name)?, disk).await?;
     Ok((StatusCode::ACCEPTED, show(&app, &image)).into_response())
+}
+
+pub(super) async fn inspect_image(
+    State(app): State<App>,
+    Path(name): Path<String>,
+) -> Answer<Json<Inspection>> {
+    let name = ImageName::parse(&name)?;
+    let (asked, backend) = (name.clone(), app.backend.clone());
+    let found = app.manager.read(move |world| world.sealed_copy(&asked)).await?;
+    let copy = match found {
+        None => return Err(no_image(&name)),
+        Some(None) => {
+            let (message, hint) = ("no copy of the image is complete", "fetch it first");
+            return Err(ApiError::new(StatusCode::CONFLICT, "not-ready", message, hint));
+        }
+        Some(Some(copy)) => copy,
+    };
+    let found = blocking(move || backend.inspect(&copy)).await?;
+    let failed = |error: BackendError| {
+        let hint = "look at the disk with `bedplate doctor`";
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", error.message, hint)
+    };
+    found.map(|found| Json(Inspection::from(&found))).map_err(failed)
 }
 
 pub(super) async fn list_disks(State(app): State<App>) -> Answer<Json<Disks>> {

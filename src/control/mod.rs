@@ -12,6 +12,7 @@ pub mod client;
 mod error;
 mod events;
 mod handlers;
+pub mod inspection;
 mod metrics;
 pub mod peer;
 pub mod routes;

@@ -96,6 +96,55 @@ pub enum ImageError {
 }
 
 impl ImageError {
+    /// The field at fault and its first byte, if a field is.
+    #[must_use]
+    pub fn place(&self) -> Option<(&'static str, FileOffset)> {
+        match self {
+            Self::Malformed { field, at, .. } | Self::Unsupported { field, at, .. } => {
+                Some((field, *at))
+            }
+            Self::FormatMismatch { .. }
+            | Self::NoSnapshot { .. }
+            | Self::NotNeeded { .. }
+            | Self::BaseFormat { .. }
+            | Self::TooManyLayers { .. }
+            | Self::Empty { .. }
+            | Self::Read { .. }
+            | Self::Map { .. } => None,
+        }
+    }
+
+    /// True if the image would be taken with its backing file.
+    #[must_use]
+    pub fn is_for_want_of_a_base(&self) -> bool {
+        matches!(self, Self::Unsupported { field: "backing_file_offset", .. })
+    }
+
+    /// The message without the path that it begins with: for a list of things about one file.
+    #[must_use]
+    pub fn reason(&self) -> String {
+        let text = self.to_string();
+        let path = format!("{}: ", self.path().display());
+        text.strip_prefix(&path).unwrap_or(&text).to_owned()
+    }
+
+    /// The file that it is about.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Malformed { path, .. }
+            | Self::Unsupported { path, .. }
+            | Self::FormatMismatch { path, .. }
+            | Self::NoSnapshot { path, .. }
+            | Self::NotNeeded { path, .. }
+            | Self::BaseFormat { path, .. }
+            | Self::TooManyLayers { path, .. }
+            | Self::Empty { path }
+            | Self::Read { path, .. }
+            | Self::Map { path, .. } => path,
+        }
+    }
+
     /// What a caller can do about it.
     #[must_use]
     pub fn class(&self) -> Class {

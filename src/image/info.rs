@@ -11,14 +11,12 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-use serde::Serialize;
-
 use super::format::{PROBE_LEN_BYTES, looks_like};
 use super::qcow2::{self, Compression};
 use super::{Format, ImageError, detect};
 
 /// What a file is. `clusters` is known only after a full check.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Info {
     /// By content, or as declared.
     pub format: Format,
@@ -29,29 +27,23 @@ pub struct Info {
     /// Bytes of the file that occupy disk space (`st_blocks * 512`).
     pub allocated_bytes: u64,
     /// QCOW2 only: bytes of one cluster.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub cluster_size_bytes: Option<u64>,
     /// QCOW2 only: 2 (`compat=0.10`) or 3 (`compat=1.1`).
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub qcow2_version: Option<u32>,
     /// QCOW2 only: how compressed clusters, if there are any, are compressed.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub compression: Option<Compression>,
     /// QCOW2 only: true if clusters have subclusters (extended L2 entries).
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub extended_l2: Option<bool>,
     /// QCOW2 only: number of internal snapshots.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub snapshots: Option<u32>,
     /// QCOW2 only, and only from [`inspect`]: guest clusters by kind.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub clusters: Option<ClusterCounts>,
     /// Oddities that change no byte, in words: dirty bit, reserved bits, looks like a VMDK.
     pub notes: Vec<String>,
 }
 
 /// Guest clusters by kind; their sum is the disk's size in clusters, rounded up.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ClusterCounts {
     /// Stored as they are.
     pub data: u64,
@@ -90,28 +82,50 @@ pub(super) fn identify(
         return Err(ImageError::Empty { path: path.to_owned() });
     }
     let first_bytes = read_up_to(file, PROBE_LEN_BYTES, path)?;
-    let found = detect(&first_bytes);
-    let format = declared.unwrap_or(found);
-    if format == Format::Qcow2 && found != Format::Qcow2 {
-        return Err(ImageError::FormatMismatch { path: path.to_owned(), declared: format, found });
+    let mut info = Info::of_head(&first_bytes, meta.len(), path, declared)?;
+    info.allocated_bytes = meta.blocks().saturating_mul(512);
+    Ok(info)
+}
+
+impl Info {
+    /// What the first bytes of a file of this length say; the QCOW2 fields are not filled in yet,
+    /// and all of the file counts as allocated. `path` is for messages.
+    ///
+    /// # Errors
+    /// [`ImageError::FormatMismatch`] if the content is not what was declared.
+    pub fn of_head(
+        first_bytes: &[u8],
+        len_bytes: u64,
+        path: &Path,
+        declared: Option<Format>,
+    ) -> Result<Self, ImageError> {
+        let found = detect(first_bytes);
+        let format = declared.unwrap_or(found);
+        if format == Format::Qcow2 && found != Format::Qcow2 {
+            return Err(ImageError::FormatMismatch {
+                path: path.to_owned(),
+                declared: format,
+                found,
+            });
+        }
+        let mut notes = Vec::new();
+        if let (Format::Raw, Some(name)) = (format, looks_like(first_bytes)) {
+            notes.push(format!("served as a raw disk, but the content looks like {name}"));
+        }
+        Ok(Info {
+            format,
+            virtual_size_bytes: len_bytes,
+            file_size_bytes: len_bytes,
+            allocated_bytes: len_bytes,
+            cluster_size_bytes: None,
+            qcow2_version: None,
+            compression: None,
+            extended_l2: None,
+            snapshots: None,
+            clusters: None,
+            notes,
+        })
     }
-    let mut notes = Vec::new();
-    if let (Format::Raw, Some(name)) = (format, looks_like(&first_bytes)) {
-        notes.push(format!("served as a raw disk, but the content looks like {name}"));
-    }
-    Ok(Info {
-        format,
-        virtual_size_bytes: meta.len(),
-        file_size_bytes: meta.len(),
-        allocated_bytes: meta.blocks().saturating_mul(512),
-        cluster_size_bytes: None,
-        qcow2_version: None,
-        compression: None,
-        extended_l2: None,
-        snapshots: None,
-        clusters: None,
-        notes,
-    })
 }
 
 /// The first `len_bytes` of the file, or all of a shorter one.

@@ -54,7 +54,7 @@ pub(super) async fn expand(
         return not_packed(filling, source).map(|()| fetched);
     }
     let name = source.url.file_path().unwrap_or_else(|| source.url.to_string().into());
-    let image = open_image(&file, head, &name).await?;
+    let image = open_image(&file, head, Given::default(), &name).await?;
     let virtual_bytes = image.header().size_bytes;
     let limit = engine.policy.max_bytes;
     if virtual_bytes > limit {
@@ -93,9 +93,10 @@ fn not_packed(filling: &Filling, source: &Source) -> Result<(), ImportError> {
 }
 
 /// Fetches and judges header and L1 table.
-async fn open_image(
+pub(super) async fn open_image(
     file: &SourceFile<'_>,
     mut head: Vec<u8>,
+    given: Given,
     name: &std::path::Path,
 ) -> Result<Image, ImportError> {
     let total = file.len_bytes();
@@ -104,8 +105,8 @@ async fn open_image(
         head = file.read(0..wanted).await?;
     }
     head.truncate(usize::try_from(wanted.max(512)).unwrap_or(usize::MAX));
-    let header = Header::parse(&head, total, Given::default())
-        .map_err(|fault| ImageError::fault(name, fault))?;
+    let header =
+        Header::parse(&head, total, given).map_err(|fault| ImageError::fault(name, fault))?;
     let range = header.l1_needed();
     let mut l1 = Vec::new();
     let mut at = range.start;

@@ -9,11 +9,12 @@
 //! bytes arrive, in whatever order, straight to their places: one pass, no scratch file.
 //! Never: believes a table entry that was not judged, holds more than a bounded part of the tables,
 //! or fetches for what is durable.
-//! Start at [`import`], or [`pull()`] for a plain file.
+//! Start at [`import`], [`pull()`] for a plain file, or [`inspect_source`].
 
 mod clusters;
 mod error;
 mod expand;
+mod inspect;
 mod plan;
 mod pull;
 mod tables;
@@ -28,6 +29,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 pub use error::ImportError;
+pub use inspect::inspect_source;
 pub use pull::{PullRequest, Pulled, pull};
 
 use crate::disk::{DigestSet, Filling};

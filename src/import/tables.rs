@@ -14,7 +14,7 @@ use futures_util::stream::{self, StreamExt, TryStreamExt};
 use super::error::ImportError;
 use super::plan::Plan;
 use crate::fetch::{FetchError, SourceFile};
-use crate::image::qcow2::{Image, L2Table};
+use crate::image::qcow2::{Image, L2Table, Tally};
 
 /// Bytes of tables that are read for one group.
 const GROUP_BYTES: u64 = 8 << 20;
@@ -98,6 +98,30 @@ async fn read_group(file: &SourceFile<'_>, tables: &[L2Table]) -> Result<Parts, 
     stream::iter(reads).buffered(PARTS_AT_ONCE).try_collect().await
 }
 
+/// Judges all L2 tables of `image`, also behind a damaged entry.
+pub(super) async fn tally(file: &SourceFile<'_>, image: &Image) -> Result<Tally, FetchError> {
+    let tables: Vec<L2Table> = image.tables().collect();
+    let (mut tally, mut next) = (Tally::default(), 0);
+    while next < tables.len() {
+        let group = group_from(&tables, next, 0, usize::MAX, 0);
+        let parts = read_group(file, &tables[group.clone()]).await?;
+        for table in &tables[group.clone()] {
+            image.tally_table(table, bytes_of(table, &parts), &mut tally);
+        }
+        next = group.end;
+    }
+    Ok(tally)
+}
+
+/// The bytes of a table, of which `parts` has all; none of one that is not stored.
+fn bytes_of<'a>(table: &L2Table, parts: &'a Parts) -> &'a [u8] {
+    let Some(stored) = &table.stored else { return &[] };
+    let index = parts.partition_point(|(start, _)| *start <= stored.start) - 1;
+    let (start, bytes) = &parts[index];
+    let within = |at: u64| usize::try_from(at - start).unwrap_or(usize::MAX);
+    &bytes[within(stored.start)..within(stored.end)]
+}
+
 fn add(
     image: &Image,
     table: &L2Table,
@@ -105,16 +129,11 @@ fn add(
     plan: &mut Plan,
     name: &Path,
 ) -> Result<(), ImportError> {
-    let Some(stored) = &table.stored else {
+    if table.stored.is_none() {
         plan.add_zeroes(table.first_cluster, table.clusters);
         return Ok(());
-    };
-    let index = parts.partition_point(|(start, _)| *start <= stored.start) - 1;
-    let (start, bytes) = &parts[index];
-    let within = |at: u64| usize::try_from(at - start).unwrap_or(usize::MAX);
-    let bytes = &bytes[within(stored.start)..within(stored.end)];
-    image.decode_table(table.first_cluster, stored.start, bytes, name, &mut |units, meaning| {
-        plan.add(units, meaning)
-    })?;
+    }
+    let bytes = bytes_of(table, parts);
+    image.decode_table(table, bytes, name, &mut |units, meaning| plan.add(units, meaning))?;
     Ok(())
 }

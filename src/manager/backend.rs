@@ -19,7 +19,7 @@ use tokio::task::JoinHandle;
 use super::records::{Expected, Facts, Steering};
 use crate::fetch::{Access, DigestMap, SourceUrl, Upload};
 use crate::image::Format;
-use crate::image::View;
+use crate::image::{Inspection, View};
 use crate::import::Layout;
 use crate::names::{DiskUuid, ImageName, ImageUuid};
 
@@ -388,6 +388,12 @@ pub trait Backend: Send + Sync + 'static {
     /// # Errors
     /// [`BackendError`]; with [`FailureClass::Refuse`] if the bytes are no usable image.
     fn open_view(&self, copy: &CopyId) -> Result<Arc<View>, BackendError>;
+
+    /// Inspects a complete copy whole. Blocks.
+    ///
+    /// # Errors
+    /// [`BackendError`] if it cannot be read; a bad image is no error.
+    fn inspect(&self, copy: &CopyId) -> Result<Inspection, BackendError>;
 }
 
 #[cfg(test)]

@@ -20,7 +20,8 @@ use super::uploads::Uploads;
 use super::worker;
 use crate::disk::{self, CopyRecord, Disk, DiskError};
 use crate::fetch::{Policy, RateLimit, Upload, one_line};
-use crate::image::{Format, ImageError, View};
+use crate::image::qcow2::Terms;
+use crate::image::{Format, ImageError, Inspection, View};
 use crate::names::DiskUuid;
 use crate::ring::{BufPool, Choice, Probe, probe};
 
@@ -138,6 +139,17 @@ impl Node {
             class: FailureClass::Refuse,
             message: format!("disk {disk} is not one of this node's; see `bedplate disks`"),
         })
+    }
+
+    /// The store's record of a complete copy.
+    fn ready_record(&self, copy: &CopyId) -> Result<CopyRecord, BackendError> {
+        let (slot, id) = (self.slot(&copy.disk)?, store_id(copy));
+        let state = slot.disk.copy_state(&id).map_err(|e| backend_error(&OpenError::Disk(e)))?;
+        if let Some(disk::CopyState::Ready(record)) = state {
+            return Ok(record);
+        }
+        let message = format!("{}: not ready to be served", slot.disk.data_path(&id).display());
+        Err(BackendError { class: FailureClass::Retry, message })
     }
 }
 
@@ -287,12 +299,19 @@ impl Backend for Node {
 
     fn open_view(&self, copy: &CopyId) -> Result<Arc<View>, BackendError> {
         let (slot, id) = (self.slot(&copy.disk)?, store_id(copy));
-        let state = slot.disk.copy_state(&id).map_err(|e| backend_error(&OpenError::Disk(e)))?;
-        let Some(disk::CopyState::Ready(record)) = state else {
-            let message = format!("{}: not ready to be served", slot.disk.data_path(&id).display());
-            return Err(BackendError { class: FailureClass::Retry, message });
-        };
+        let record = self.ready_record(copy)?;
         view_of(&slot.disk, &id, &record).map(Arc::new).map_err(|error| backend_error(&error))
+    }
+
+    fn inspect(&self, copy: &CopyId) -> Result<Inspection, BackendError> {
+        let (slot, id) = (self.slot(&copy.disk)?, store_id(copy));
+        let record = self.ready_record(copy)?;
+        let found = slot.disk.sealed(&id).map_err(OpenError::from).and_then(|sealed| {
+            let declared = declared_format(&record);
+            let terms = Terms::default();
+            Ok(Inspection::of_file(sealed.file(), sealed.path(), declared, &terms)?)
+        });
+        found.map_err(|error| backend_error(&error))
     }
 }
 

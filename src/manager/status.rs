@@ -5,7 +5,7 @@
 //! Never: a wire format; `control` makes one of these, and redacts what must be.
 //! Start at [`ImageStatus`].
 
-use super::backend::{CopyInfo, Progress};
+use super::backend::{CopyId, CopyInfo, Progress};
 use super::records::{AttachmentId, AttachmentRecord, ImageRecord};
 use super::world::{Attachment, AttachmentState, Copy, CopyState, Export, Image, World};
 use crate::names::{DiskUuid, ImageName};
@@ -64,6 +64,18 @@ impl World {
     #[must_use]
     pub fn image(&self, name: &ImageName) -> Option<ImageStatus> {
         self.images.get(name).map(|image| self.image_status(image))
+    }
+
+    /// A complete copy of an image: `None` if there is no such image, `Some(None)` if it has none.
+    #[must_use]
+    pub fn sealed_copy(&self, name: &ImageName) -> Option<Option<CopyId>> {
+        let image = self.images.get(name)?;
+        let sealed = image.copies.iter().find(|(_, copy)| copy.state.is_sealed());
+        Some(sealed.map(|(disk, _)| CopyId {
+            image: name.clone(),
+            uuid: image.record.uuid.clone(),
+            disk: disk.clone(),
+        }))
     }
 
     /// Every attachment, by id.

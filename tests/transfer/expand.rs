@@ -353,3 +353,39 @@ fn a_daemon_that_dies_goes_on_expanding_and_serves_the_raw_disk() {
     let other = daemon.cli(&["create", &url, "--name", "b"]);
     assert!(!other.status.success(), "a layout is part of what an image is");
 }
+
+#[test]
+fn a_source_is_inspected_by_its_tables_alone() {
+    if !have_qemu() {
+        return;
+    }
+    let temp = tempfile::tempdir().unwrap();
+    let (image, _) =
+        qcow2(temp.path(), &disk(20 * MIB, 90), "cluster_size=64k,extended_l2=on", true, &[]);
+    let served = image.clone();
+    let server = FaultServer::start(move |request| Reply::ranged(request, &served, ETAG));
+    let url = format!("{}/s.qcow2", server.url);
+    let inspect = |args: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_bedplate"))
+            .arg("inspect")
+            .args(args)
+            .args([&url, "--json"])
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        (output.status.code(), serde_json::from_str::<serde_json::Value>(&text).unwrap())
+    };
+    let (code, found) = inspect(&[]);
+    assert_eq!((code, &found["verdict"]), (Some(0), &"ok".into()), "{found}");
+    assert_eq!(found["extended_l2"], true);
+    assert_eq!(found["virtual_size_bytes"], 20 * MIB as u64);
+    let local = temp.path().join("s.qcow2");
+    let of_file = Command::new(env!("CARGO_BIN_EXE_bedplate"))
+        .args(["inspect", local.to_str().unwrap(), "--json"])
+        .output()
+        .unwrap();
+    let of_file: serde_json::Value = serde_json::from_slice(&of_file.stdout).unwrap();
+    assert_eq!(of_file, found, "the same of the file as of the URL");
+    let fetched = server.sent();
+    assert!(fetched < image.len() as u64 / 4, "{fetched} of {} bytes fetched", image.len());
+}

@@ -3,7 +3,7 @@
 //! Why: a damaged entry must be found when the image arrives, not when a guest reads it.
 //! How: table after table through one buffer of at most a cluster.
 //! Never: decodes data, or keeps a table.
-//! Start at [`Image::check`].
+//! Start at [`Image::tally`].
 
 use std::fs::File;
 use std::ops::Range;
@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::entry::{Cluster, Limits};
-use super::fault::EntryFault;
+use super::fault::{EntryFault, Fault};
 use super::header::Header;
 use super::open::Image;
 use super::table::{self, Entry, UnitRuns};
@@ -29,32 +29,41 @@ pub struct L2Table {
     pub stored: Option<Range<u64>>,
 }
 
-/// Counts clusters by what is stored of them.
-struct Counter {
-    in_cluster_bits: u32,
-    data: u64,
-    compressed: u64,
-    /// The last cluster that counts as data.
-    last: Option<u64>,
+/// A run of units and its meaning, or why an entry has none.
+type Judged = Result<(Range<u64>, Cluster), Fault>;
+
+/// Faults that are kept of one image.
+const MAX_FAULTS: usize = 20;
+
+/// What all entries of an image's L2 tables say together.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    counts: ClusterCounts,
+    odd_entries: u64,
+    faults: Vec<Fault>,
+    faults_total: u64,
 }
 
-impl Counter {
-    fn new(in_cluster_bits: u32) -> Self {
-        Self { in_cluster_bits, data: 0, compressed: 0, last: None }
+impl Tally {
+    /// The first damaged entries.
+    #[must_use]
+    pub fn faults(&self) -> &[Fault] {
+        &self.faults
     }
 
-    /// A run of units of one cluster: it counts as data if any of its subclusters is.
-    fn add(&mut self, units: &Range<u64>, meaning: Cluster) {
-        let cluster = units.start >> self.in_cluster_bits;
-        match meaning {
-            Cluster::Data(_) if self.last == Some(cluster) => {}
-            Cluster::Data(_) => {
-                self.data += 1;
-                self.last = Some(cluster);
-            }
-            Cluster::Compressed(_) => self.compressed += 1,
-            Cluster::Zero | Cluster::Unallocated => {}
+    /// How many entries are damaged.
+    #[must_use]
+    pub fn faults_total(&self) -> u64 {
+        self.faults_total
+    }
+
+    /// Puts the counts, and what is odd, into `info`.
+    pub fn describe(&self, info: &mut Info) {
+        if self.odd_entries > 0 {
+            let count = self.odd_entries;
+            info.notes.push(format!("{count} L2 entries have reserved bits set; ignored"));
         }
+        info.clusters = Some(self.counts);
     }
 }
 
@@ -64,36 +73,71 @@ impl Image {
     /// # Errors
     /// [`ImageError`] with the first entry at fault, or the read that failed.
     pub fn check(&self, file: &File, path: &Path, info: &mut Info) -> Result<(), ImageError> {
+        let tally = self.tally(|range, bytes| {
+            let len = bytes.len();
+            file.read_exact_at(bytes, range.start)
+                .map_err(|source| ImageError::read(path, range.start, len, source))
+        })?;
+        if let Some(&fault) = tally.faults.first() {
+            return Err(ImageError::fault(path, fault));
+        }
+        tally.describe(info);
+        Ok(())
+    }
+
+    /// Judges every L2 entry that the disk needs, also behind a damaged one. `read` fills a buffer
+    /// with a range of the file, of at most 2 MiB.
+    ///
+    /// # Errors
+    /// Those of `read`.
+    pub fn tally<E>(
+        &self,
+        mut read: impl FnMut(Range<u64>, &mut [u8]) -> Result<(), E>,
+    ) -> Result<Tally, E> {
         let cluster_bytes = self.header.cluster_bits.size_bytes();
-        let mut counts = ClusterCounts::default();
-        let mut odd_entries = 0_u64;
+        let mut tally = Tally::default();
         let mut buffer = vec![0; usize::try_from(cluster_bytes).expect("at most 2 MiB")];
         for table in self.tables() {
-            let Some(stored) = &table.stored else {
-                counts.zero += table.clusters;
-                continue;
-            };
+            let stored = table.stored.clone().unwrap_or_default();
             let len = usize::try_from(stored.end - stored.start).expect("at most 2 MiB");
             let bytes = buffer.get_mut(..len).expect("a table is at most a cluster");
-            file.read_exact_at(bytes, stored.start)
-                .map_err(|source| ImageError::read(path, stored.start, len, source))?;
-            let mut counter = Counter::new(self.header.units_in_cluster_bits());
-            odd_entries += self.decode_table(
-                table.first_cluster,
-                stored.start,
-                bytes,
-                path,
-                &mut |units, cluster| counter.add(&units, cluster),
-            )?;
-            counts.data += counter.data;
-            counts.compressed += counter.compressed;
-            counts.zero += table.clusters - counter.data - counter.compressed;
+            if len > 0 {
+                read(stored, bytes)?;
+            }
+            self.tally_table(&table, bytes, &mut tally);
         }
-        if odd_entries > 0 {
-            info.notes.push(format!("{odd_entries} L2 entries have reserved bits set; ignored"));
+        Ok(tally)
+    }
+
+    /// Adds one L2 table, whose bytes are those of [`L2Table::stored`] (none if it is not stored),
+    /// to `tally`.
+    pub fn tally_table(&self, table: &L2Table, bytes: &[u8], tally: &mut Tally) {
+        let in_cluster = self.header.units_in_cluster_bits();
+        if table.stored.is_none() {
+            tally.counts.zero += table.clusters;
+            return;
         }
-        info.clusters = Some(counts);
-        Ok(())
+        let (mut data, mut compressed, mut last) = (0, 0, None);
+        let Tally { counts, odd_entries, faults, faults_total } = tally;
+        *odd_entries += self.judge_table(table, bytes, &mut |judged| match judged {
+            Ok((units, Cluster::Data(_))) => {
+                // A cluster counts as data if any of its subclusters is.
+                let cluster = units.start >> in_cluster;
+                data += u64::from(last != Some(cluster));
+                last = Some(cluster);
+            }
+            Ok((_, Cluster::Compressed(_))) => compressed += 1,
+            Ok((_, Cluster::Zero | Cluster::Unallocated)) => {}
+            Err(fault) => {
+                *faults_total += 1;
+                if faults.len() < MAX_FAULTS {
+                    faults.push(fault);
+                }
+            }
+        });
+        counts.data += data;
+        counts.compressed += compressed;
+        counts.zero += table.clusters - data - compressed;
     }
 
     /// The L2 tables that the disk needs, in the order of the guest.
@@ -109,33 +153,45 @@ impl Image {
 
     /// Judges the entries of one L2 table and gives the meaning of each run of guest units (see
     /// [`Header::unit_bits`]) to `each`, in order and cluster by cluster; the last run may reach
-    /// past the disk's end. `bytes` are those of [`L2Table::stored`], which begins at `table_at`;
-    /// `path` is for messages. Pure. Returns how many entries have reserved bits set, which changes
-    /// nothing.
+    /// past the disk's end. `bytes` are those of [`L2Table::stored`]; `path` is for messages. Pure.
     ///
     /// # Errors
     /// [`ImageError`] with the first entry at fault.
     pub fn decode_table(
         &self,
-        first_cluster: u64,
-        table_at: u64,
+        table: &L2Table,
         bytes: &[u8],
         path: &Path,
         each: &mut dyn FnMut(Range<u64>, Cluster),
-    ) -> Result<u64, ImageError> {
+    ) -> Result<(), ImageError> {
+        let mut first = None;
+        self.judge_table(table, bytes, &mut |judged| match judged {
+            Ok((units, meaning)) => each(units, meaning),
+            Err(fault) => first = first.or(Some(fault)),
+        });
+        first.map_or(Ok(()), |fault| Err(ImageError::fault(path, fault)))
+    }
+
+    /// Judges all entries of one L2 table; returns how many have reserved bits set, which changes
+    /// nothing.
+    fn judge_table(&self, table: &L2Table, bytes: &[u8], each: &mut dyn FnMut(Judged)) -> u64 {
         let (limits, mut odd_entries) = (self.limits(), 0);
         let (in_cluster, entry_bytes) =
             (self.header.units_in_cluster_bits(), self.header.l2_entry_bytes());
+        let table_at = table.stored.as_ref().map_or(0, |stored| stored.start);
         for (index, entry) in (0_u64..).zip(table::entries(&self.header, bytes)) {
-            let cluster = first_cluster + index;
-            let judged = self.judge(entry, cluster, &limits).map_err(|fault| {
-                ImageError::fault(path, fault.at(FileOffset(table_at + entry_bytes * index)))
-            })?;
+            let cluster = table.first_cluster + index;
+            let at = FileOffset(table_at + entry_bytes * index);
             odd_entries += u64::from(entry.is_odd());
             let first = cluster << in_cluster;
-            judged.each(|units, meaning| each(first + units.start..first + units.end, meaning));
+            match self.judge(entry, cluster, &limits) {
+                Ok(judged) => judged.each(|units, meaning| {
+                    each(Ok((first + units.start..first + units.end, meaning)));
+                }),
+                Err(fault) => each(Err(fault.at(at))),
+            }
         }
-        Ok(odd_entries)
+        odd_entries
     }
 
     /// What `entry` says of the units of `cluster`.

@@ -5,9 +5,8 @@
 //! Never: reads a file, or keeps a number that was not checked.
 //! Start at [`Header::parse`]. Format: qemu `docs/interop/qcow2.rst`, "Header".
 
+use std::fmt;
 use std::ops::Range;
-
-use serde::Serialize;
 
 use super::extension::{self, BackingFormat};
 use super::fault::Fault;
@@ -35,13 +34,21 @@ const MAX_SNAPSHOTS: u32 = 65_536;
 const SNAPSHOT_ENTRY_BYTES: u64 = 40;
 
 /// How compressed clusters are compressed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Compression {
     /// A raw deflate stream.
     Zlib,
     /// Zstandard frames.
     Zstd,
+}
+
+impl fmt::Display for Compression {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Zlib => "zlib",
+            Self::Zstd => "zstd",
+        })
+    }
 }
 
 /// log2 of the cluster size in bytes; 9..=21 by construction, so a shift by it cannot overflow.

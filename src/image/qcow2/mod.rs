@@ -27,7 +27,7 @@ mod snapshot;
 mod table;
 mod word;
 
-pub use check::L2Table;
+pub use check::{L2Table, Tally};
 pub use clusters::ClusterMap;
 pub use codec::{Codec, CodecFault};
 pub use entry::{

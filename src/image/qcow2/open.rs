@@ -54,7 +54,9 @@ pub struct Terms<'a> {
 }
 
 impl Terms<'_> {
-    fn given(&self) -> Given {
+    /// What is given.
+    #[must_use]
+    pub fn given(&self) -> Given {
         Given { backing: self.backing, data: self.data_len_bytes.is_some() }
     }
 }
@@ -130,13 +132,7 @@ impl Image {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn snapshots(&self, file: &File, path: &Path) -> Result<Vec<Snapshot>, ImageError> {
-        let mut listed = Vec::new();
-        each_snapshot(&self.header, file, path, |snapshot| {
-            if listed.len() < MAX_LISTED {
-                listed.push(snapshot);
-            }
-        })?;
-        Ok(listed)
+        self.header.snapshots_in(ReadFrom { file, at: self.header.snapshots_at }, path)
     }
 
     /// What the entries of this image are judged against.
@@ -215,14 +211,30 @@ impl Read for ReadFrom<'_> {
     }
 }
 
+impl Header {
+    /// The internal snapshots, the oldest first; at most [`MAX_LISTED`] of them. `table` reads from
+    /// the snapshot table's first byte on; `path` is for messages.
+    ///
+    /// # Errors
+    /// [`ImageError`] with the entry at fault, or the read that failed.
+    pub fn snapshots_in(&self, table: impl Read, path: &Path) -> Result<Vec<Snapshot>, ImageError> {
+        let mut listed = Vec::new();
+        each_snapshot(self, table, path, |snapshot| {
+            if listed.len() < MAX_LISTED {
+                listed.push(snapshot);
+            }
+        })?;
+        Ok(listed)
+    }
+}
+
 fn each_snapshot(
     header: &Header,
-    file: &File,
+    table: impl Read,
     path: &Path,
     visit: impl FnMut(Snapshot),
 ) -> Result<(), ImageError> {
-    let from = ReadFrom { file, at: header.snapshots_at };
-    let table = BufReader::with_capacity(TABLE_READ_BYTES, from);
+    let table = BufReader::with_capacity(TABLE_READ_BYTES, table);
     snapshot::each(header, table, visit).map_err(|error| match error {
         TableError::Fault(fault) => ImageError::fault(path, fault),
         TableError::Read(_, source) if source.kind() == io::ErrorKind::UnexpectedEof => {
@@ -243,7 +255,8 @@ fn find_snapshot(
     wanted: Option<&str>,
 ) -> Result<Option<Snapshot>, ImageError> {
     let (mut by_id, mut by_name) = (None, None);
-    each_snapshot(header, file, path, |snapshot| {
+    let table = ReadFrom { file, at: header.snapshots_at };
+    each_snapshot(header, table, path, |snapshot| {
         let Some(wanted) = wanted else { return };
         if by_id.is_none() && snapshot.id == wanted {
             by_id = Some(snapshot);

@@ -10,7 +10,6 @@
 
 use std::io::{self, Read};
 
-use serde::Serialize;
 use zerocopy::FromBytes;
 
 use super::fault::Fault;
@@ -28,7 +27,7 @@ const DISK_SIZE_AT: usize = 8;
 const MAX_KEPT_BYTES: usize = 256;
 
 /// An entry of the snapshot table.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
     /// Its ID: unique, mostly a number.
     pub id: String,
@@ -40,12 +39,9 @@ pub struct Snapshot {
     pub taken_at_s: u32,
     /// Bytes of a running machine's memory that are kept with it.
     pub vm_state_bytes: u32,
-    #[serde(skip)]
     pub(super) l1_at: u64,
-    #[serde(skip)]
     pub(super) l1_entries: u32,
     /// Where the entry is in the file.
-    #[serde(skip)]
     pub(super) at: u64,
 }
 
