@@ -7,6 +7,7 @@ use std::fs::File;
 use std::path::Path;
 
 use bedplate::disk::Sealed;
+use bedplate::image::qcow2::Terms;
 use bedplate::image::{Class, DecodedCache, ImageError, View, inspect};
 use bedplate::units::GuestOffset;
 use qcow2_common::craft::{
@@ -26,7 +27,8 @@ fn refused(image: &Crafted, field: &str, at: usize) {
     let path = write(dir.path(), "image.qcow2", &image.bytes);
     let place = format!("{field} at byte {at:#x} is ");
     let opened = try_open(&path).unwrap_err();
-    let inspected = inspect(&File::open(&path).unwrap(), &path, None).unwrap_err();
+    let inspected =
+        inspect(&File::open(&path).unwrap(), &path, None, &Terms::default()).unwrap_err();
     for error in [opened, inspected] {
         assert!(error.to_string().contains(&place), "{error}\nshould say: {place}");
         assert_eq!(error.class(), Class::Refuse);
@@ -39,7 +41,9 @@ fn entry_refused(image: &Crafted, index: usize, field: &str, need: &str) {
     let dir = TempDir::new().unwrap();
     let path = write(dir.path(), "image.qcow2", &image.bytes);
     let words = format!("{field} at byte {:#x} is ", L2_AT + 8 * index);
-    let inspected = inspect(&File::open(&path).unwrap(), &path, None).unwrap_err().to_string();
+    let inspected = inspect(&File::open(&path).unwrap(), &path, None, &Terms::default())
+        .unwrap_err()
+        .to_string();
     let view = try_open(&path).unwrap();
     let at = GuestOffset((index * CLUSTER) as u64);
     let read = view.read_at(&mut [0; 1], at).unwrap_err();
@@ -55,7 +59,7 @@ fn entry_refused(image: &Crafted, index: usize, field: &str, need: &str) {
 fn reads(image: &Crafted, index: usize, want: &[u8]) {
     let dir = TempDir::new().unwrap();
     let path = write(dir.path(), "image.qcow2", &image.bytes);
-    inspect(&File::open(&path).unwrap(), &path, None).unwrap();
+    inspect(&File::open(&path).unwrap(), &path, None, &Terms::default()).unwrap();
     let mut got = vec![0xee; CLUSTER];
     open(&path).read_at(&mut got, GuestOffset((index * CLUSTER) as u64)).unwrap();
     assert!(got == want, "cluster {index}");
@@ -235,7 +239,7 @@ fn odd_and_harmless_bits_are_read_and_noted() {
     reads(&image, 6, &[0; CLUSTER]);
     let dir = TempDir::new().unwrap();
     let path = write(dir.path(), "image.qcow2", &image.bytes);
-    let notes = inspect(&File::open(&path).unwrap(), &path, None).unwrap().notes;
+    let notes = inspect(&File::open(&path).unwrap(), &path, None, &Terms::default()).unwrap().notes;
     assert_eq!(notes.len(), 4, "{notes:?}");
 }
 
@@ -311,7 +315,7 @@ fn compare_if_accepted(bytes: &[u8], dir: &Path, what: &str) -> bool {
     let path = write(dir, "image.qcow2", bytes);
     let Ok(view) = try_open(&path) else { return false };
     assert!(view.size_bytes() <= 64 << 20, "{what}");
-    let whole = inspect(&File::open(&path).unwrap(), &path, None);
+    let whole = inspect(&File::open(&path).unwrap(), &path, None, &Terms::default());
     let Ok(got) = all_bytes(&view) else { return false };
     assert!(whole.is_ok(), "{what}: all bytes read, but inspect: {whole:?}");
     // A snapshot table is nothing to a reader; qemu reads it, and may refuse it.

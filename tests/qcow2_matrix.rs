@@ -8,6 +8,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use bedplate::disk::Sealed;
+use bedplate::image::qcow2::Terms;
 use bedplate::image::{MAX_LAYERS, Opening, RunKind, View, inspect};
 use bedplate::units::GuestOffset;
 use qcow2_common::{Random, all_bytes, assert_same, have_qemu, open, qemu_bytes, run};
@@ -18,8 +19,8 @@ const CLUSTER_SIZES: [u64; 8] = [512, 1024, 4096, 16_384, 65_536, 262_144, 1_048
 /// Compares the image with qemu, and with a full inspection.
 fn compare(image: &Path, name: &str) {
     let want = qemu_bytes(image).unwrap_or_else(|| panic!("{name}: qemu-img refuses it"));
-    let info =
-        inspect(&File::open(image).unwrap(), image, None).unwrap_or_else(|e| panic!("{name}: {e}"));
+    let info = inspect(&File::open(image).unwrap(), image, None, &Terms::default())
+        .unwrap_or_else(|e| panic!("{name}: {e}"));
     let clusters = info.clusters.unwrap();
     let total = want.len() as u64;
     let count = clusters.data + clusters.zero + clusters.compressed;
@@ -195,7 +196,8 @@ fn compressed_images_of_every_cluster_size_and_odd_disk_sizes() {
                 all_bytes(&open(&image)).unwrap() == want,
                 "{name}: not the disk it was made of"
             );
-            let info = inspect(&File::open(&image).unwrap(), &image, None).unwrap();
+            let info =
+                inspect(&File::open(&image).unwrap(), &image, None, &Terms::default()).unwrap();
             assert!(info.clusters.unwrap().compressed > 0, "{name}: nothing is compressed");
         }
     }
@@ -437,7 +439,7 @@ fn a_large_empty_image_is_zero_and_costs_no_memory() {
     let mut sector = [0; 512];
     view.read_at(&mut sector, GuestOffset(size - 512)).unwrap();
     assert_eq!(sector, [7; 512]);
-    inspect(&File::open(&image).unwrap(), &image, None).unwrap();
+    inspect(&File::open(&image).unwrap(), &image, None, &Terms::default()).unwrap();
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 
 use bedplate::disk::Sealed;
+use bedplate::image::qcow2::Terms;
 use bedplate::image::{Format, ImageError, ReadError, Run, RunKind, Stored, View, inspect};
 use bedplate::units::{FileOffset, GuestOffset, KIB, MIB};
 use tempfile::TempDir;
@@ -116,6 +117,6 @@ fn a_declared_format_must_agree_with_the_content() {
     let error = View::open(sealed, Some(Format::Qcow2)).unwrap_err();
     assert!(matches!(error, ImageError::FormatMismatch { .. }), "{error}");
     fixture.file.write_all_at(b"KDMV", 0).unwrap();
-    let info = inspect(&fixture.file, &fixture.path, Some(Format::Raw)).unwrap();
+    let info = inspect(&fixture.file, &fixture.path, Some(Format::Raw), &Terms::default()).unwrap();
     assert!(info.notes[0].contains("VMDK"), "{:?}", info.notes);
 }

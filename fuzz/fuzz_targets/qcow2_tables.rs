@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
 
 use bedplate::disk::Sealed;
+use bedplate::image::qcow2::Terms;
 use bedplate::image::qcow2::{Cluster, ClusterBits, Limits, decode_l1, decode_l2};
 use bedplate::image::{DecodedCache, Format, RunKind, View, inspect};
 use bedplate::units::GuestOffset;
@@ -65,7 +66,7 @@ fuzz_target!(|data: &[u8]| {
     let mut file = tempfile::tempfile_in("/dev/shm").unwrap();
     file.write_all(data).unwrap();
     let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-    let whole = inspect(&file, &path, Some(Format::Qcow2));
+    let whole = inspect(&file, &path, Some(Format::Qcow2), &Terms::default());
     let sealed = Sealed::open_path(&path).unwrap();
     let Ok(view) = View::open_with_cache(sealed, Some(Format::Qcow2), Arc::clone(&CACHE)) else {
         assert!(whole.is_err(), "inspect takes what open refuses");

@@ -15,7 +15,7 @@ use super::args_access::AccessArgs;
 use super::args_digest::DigestArgs;
 use super::args_steer::{CancelArgs, PauseArgs, ResumeArgs, SetArgs, SettingsArgs, WatchArgs};
 use super::args_upload::UploadArgs;
-use super::args_view::{CatArgs, ExportArgs, InspectArgs};
+use super::args_view::{CatArgs, ExportArgs, InspectArgs, StandsArgs};
 use super::exit::Exit;
 use super::sizes::parse_bytes;
 use crate::daemon;
@@ -283,6 +283,7 @@ Examples:
   bedplate create https://example.org/debian-12.qcow2
   bedplate create https://example.org/d.qcow2 --name debian --wait
   bedplate create https://example.org/d.qcow2 --checksum-url https://example.org/SHA512SUMS
+  bedplate create ./overlay.qcow2 --base debian-12
   bedplate create - --name private < file-with-a-secret-url")]
 pub struct CreateArgs {
     /// http://, https:// or s3:// URL, a path on the daemon's node, or - for a URL on stdin
@@ -302,6 +303,9 @@ pub struct CreateArgs {
     /// What to make of a QCOW2 source: copies as it is, or of the guest's disk, sparse
     #[arg(long, default_value = "as-is", value_name = "LAYOUT")]
     pub layout: Layout,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type")]
+    pub stands: StandsArgs,
     /// Bring it in now
     #[arg(long)]
     pub fetch: bool,

@@ -9,6 +9,7 @@ use clap::Args;
 
 use super::args::FormatArg;
 use super::args_digest::DigestArgs;
+use super::args_view::StandsArgs;
 use crate::names::ImageName;
 
 /// Arguments of `upload`.
@@ -37,6 +38,9 @@ pub struct UploadArgs {
     /// Disk to bring it in on [default: one with room]
     #[arg(long, value_name = "UUID")]
     pub disk: Option<String>,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type")]
+    pub stands: StandsArgs,
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at its type")]
     pub expected: DigestArgs,

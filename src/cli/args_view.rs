@@ -10,6 +10,7 @@ use clap::Args;
 use super::args::FormatArg;
 use super::args_access::AccessArgs;
 use super::sizes::parse_bytes;
+use crate::control::types::CreateImage;
 use crate::names::ImageName;
 
 /// Arguments of `export`.
@@ -99,4 +100,22 @@ pub struct InspectArgs {
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at its type")]
     pub access: AccessArgs,
+}
+
+/// What an image of the daemon's stands on, and what is read of it.
+#[derive(Clone, Debug, Default, Args)]
+pub struct StandsArgs {
+    /// Image of the daemon's that is its backing file; the name in the file is not looked at
+    #[arg(long, value_name = "IMAGE")]
+    pub base: Option<ImageName>,
+    /// Readers get the disk as it was at this internal snapshot, by ID or name
+    #[arg(long, value_name = "SNAPSHOT")]
+    pub snapshot: Option<String>,
+}
+
+impl StandsArgs {
+    pub(super) fn put_into(&self, request: &mut CreateImage) {
+        request.base = self.base.as_ref().map(ToString::to_string);
+        request.snapshot.clone_from(&self.snapshot);
+    }
 }

@@ -26,6 +26,7 @@ pub(super) async fn run(
     let mut request = request(&url, name, &args.expected, args.format, args.layout)?;
     request.mirrors.clone_from(&args.mirror);
     request.access = args.access.by_value()?;
+    args.stands.put_into(&mut request);
     let mut image: Image = client.post("/v1/images", &request).await?;
     if args.fetch || args.wait || args.disk.is_some() {
         let target = format!("/v1/images/{}/fetch", image.name);
@@ -64,6 +65,8 @@ pub(super) fn request(
         checksum_url: expected.checksum_url()?.map(|url| url.expose().to_string()),
         format: format.map(|f| Format::from(f).to_string()),
         layout: (layout != Layout::default()).then(|| layout.to_string()),
+        base: None,
+        snapshot: None,
         disks: Vec::new(),
     })
 }

@@ -32,6 +32,8 @@ pub(super) async fn run(args: &GetArgs, global: &Global, output: &Output) -> Res
         ("file size", size(image.size_bytes)),
         ("on disk", size(image.stored_bytes)),
     ];
+    facts.extend(image.base.clone().map(|base| ("base", base)));
+    facts.extend(image.snapshot.clone().map(|snapshot| ("snapshot", snapshot)));
     let found = image.digests.by_name().into_iter();
     facts.extend(found.filter_map(|(kind, digest)| Some((kind, digest?.to_owned()))));
     if image.digests == Digests::default() {

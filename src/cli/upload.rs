@@ -69,7 +69,7 @@ pub(super) async fn run(
         digests = sha256_of(&file, &args.file, len).await?;
     }
     let digests = Digests::from(&digests);
-    let request = CreateImage {
+    let mut request = CreateImage {
         name: Some(name_of(args)?.to_string()),
         url: None,
         upload_bytes: Some(len),
@@ -83,8 +83,11 @@ pub(super) async fn run(
         checksum_url: args.expected.checksum_url()?.map(|url| url.expose().to_string()),
         format: args.format.map(|f| Format::from(f).to_string()),
         layout: None,
+        base: None,
+        snapshot: None,
         disks: Vec::new(),
     };
+    args.stands.put_into(&mut request);
     let image: Image = client.post("/v1/images", &request).await?;
     let disk = args.disk.as_deref();
     let target = format!("/v1/images/{}/fetch", image.name);

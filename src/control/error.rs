@@ -86,6 +86,14 @@ impl From<ManagerError> for ApiError {
             ManagerError::InUse { .. } => {
                 (StatusCode::CONFLICT, "in-use", "detach its readers, then try again")
             }
+            ManagerError::IsABase { .. } => {
+                (StatusCode::CONFLICT, "in-use", "delete the images that stand on it first")
+            }
+            ManagerError::TooManyBases { .. } => (
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "refused-source",
+                "merge some of them with `qemu-img convert`",
+            ),
             ManagerError::BeingDeleted { .. } => {
                 (StatusCode::CONFLICT, "deleting", "wait until it is gone, then try again")
             }

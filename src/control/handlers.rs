@@ -105,6 +105,11 @@ fn new_image(body: &CreateImage) -> Answer<NewImage> {
     let declared_format = format.map_err(|e| ApiError::bad_request(format!("format: {e}")))?;
     let layout = body.layout.as_deref().map(str::parse::<Layout>).transpose();
     let layout = layout.map_err(|e| ApiError::bad_request(format!("layout: {e}")))?;
+    let base = body.base.as_deref().map(ImageName::parse).transpose()?;
+    if layout == Some(Layout::Raw) && (base.is_some() || body.snapshot.is_some()) {
+        let text = "layout: with a base or a snapshot an image is kept as-is";
+        return Err(ApiError::bad_request(text));
+    }
     let disks: Result<Vec<_>, _> = body.disks.iter().map(|d| DiskUuid::parse(d)).collect();
     Ok(NewImage {
         name,
@@ -114,6 +119,8 @@ fn new_image(body: &CreateImage) -> Answer<NewImage> {
         mirrors: mirrors(&body.mirrors, source.as_ref())?,
         source,
         layout: layout.unwrap_or_default(),
+        base,
+        snapshot: body.snapshot.clone(),
         expected: Box::new(expected(body)?),
         declared_format,
         disks: disks?,
@@ -229,7 +236,7 @@ pub(super) async fn inspect_image(
     let name = ImageName::parse(&name)?;
     let (asked, backend) = (name.clone(), app.backend.clone());
     let found = app.manager.read(move |world| world.sealed_copy(&asked)).await?;
-    let copy = match found {
+    let (copy, has_base) = match found {
         None => return Err(no_image(&name)),
         Some(None) => {
             let (message, hint) = ("no copy of the image is complete", "fetch it first");
@@ -237,7 +244,7 @@ pub(super) async fn inspect_image(
         }
         Some(Some(copy)) => copy,
     };
-    let found = blocking(move || backend.inspect(&copy)).await?;
+    let found = blocking(move || backend.inspect(&copy, has_base)).await?;
     let failed = |error: BackendError| {
         let hint = "look at the disk with `bedplate doctor`";
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", error.message, hint)

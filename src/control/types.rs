@@ -119,6 +119,12 @@ pub struct Image {
     /// `as-is` or `raw`: what a copy's bytes are.
     #[serde(default)]
     pub layout: String,
+    /// The image that it stands on: its backing file.
+    #[serde(default)]
+    pub base: Option<String>,
+    /// The internal snapshot that readers get, by ID or name.
+    #[serde(default)]
+    pub snapshot: Option<String>,
     /// True if nothing is fetched for now.
     #[serde(default)]
     pub paused: bool,
@@ -317,6 +323,13 @@ pub struct CreateImage {
     /// `as-is` (default), or `raw`: a QCOW2 source is expanded as it arrives.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub layout: Option<String>,
+    /// Name of the image that it stands on, which must be known: its backing file. The name that
+    /// the file itself has for it is not looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
+    /// Readers get the disk as it was at this internal snapshot, by ID or name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
     /// Disks on which to bring it in at once; default none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<String>,

@@ -27,6 +27,8 @@ pub(crate) fn image(status: &ImageStatus, nbd_socket: &Path) -> Image {
         upload_bytes: record.upload_bytes,
         access: record.access.kinds().into_iter().map(str::to_owned).collect(),
         layout: record.layout.to_string(),
+        base: record.base.as_ref().map(ToString::to_string),
+        snapshot: record.snapshot.clone(),
         paused: record.steering.paused,
         priority: record.steering.priority,
         rate_limit_bytes_per_s: record.steering.rate_bytes_per_s.unwrap_or(0),

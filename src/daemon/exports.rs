@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use crate::manager::{Backend, BackendError, CopyId, Exporter, FailureClass};
+use crate::manager::{Backend, BackendError, Exporter, FailureClass, Link};
 use crate::names::ImageName;
 use crate::serve::{self, ServeError};
 
@@ -44,8 +44,9 @@ impl NodeExports {
 }
 
 impl Exporter for NodeExports {
-    fn publish(&self, copy: &CopyId) -> Result<(), BackendError> {
-        let view = self.backend.open_view(copy)?;
+    fn publish(&self, chain: &[Link]) -> Result<(), BackendError> {
+        let view = self.backend.open_view(chain)?;
+        let Some(Link { copy, .. }) = chain.first() else { return Ok(()) };
         let description = format!("{} {}, copy on disk {}", copy.image, copy.uuid, copy.disk);
         match self.registry.add(copy.image.as_str(), view, &description) {
             Ok(_) => {

@@ -56,17 +56,49 @@ pub struct ClusterCounts {
 /// Checks `file` whole, as it must be before a copy is sealed: the header and every table entry.
 ///
 /// `path` is for messages. `declared` is what its owner says it is; `None` takes the content's
-/// word. A file that is declared raw is raw, whatever it holds (with a note).
+/// word. A file that is declared raw is raw, whatever it holds (with a note). `terms` say what else
+/// it will be given, and whether a snapshot is read: then its tables are checked too.
 ///
 /// # Errors
 /// [`ImageError`] that names the first field at fault, or the read that failed.
-pub fn inspect(file: &File, path: &Path, declared: Option<Format>) -> Result<Info, ImageError> {
-    let terms = qcow2::Terms::default();
+pub fn inspect(
+    file: &File,
+    path: &Path,
+    declared: Option<Format>,
+    terms: &qcow2::Terms<'_>,
+) -> Result<Info, ImageError> {
+    let mut info = identify(file, path, declared)?;
+    let not_needed = |what| Err(ImageError::NotNeeded { path: path.to_owned(), what });
+    if info.format == Format::Raw {
+        return match terms {
+            qcow2::Terms { backing: true, .. } => not_needed("a base"),
+            qcow2::Terms { snapshot: Some(_), .. } => not_needed("a snapshot"),
+            _nothing_given => Ok(info),
+        };
+    }
+    let open = |terms| qcow2::Image::open(file, path, info.file_size_bytes, terms);
+    if terms.snapshot.is_some() {
+        open(terms)?.check(file, path, &mut info.clone())?;
+    }
+    let image = open(&qcow2::Terms { snapshot: None, ..*terms })?;
+    if terms.backing && !image.header().backing {
+        return not_needed("a base");
+    }
+    image.describe(&mut info);
+    image.check(file, path, &mut info)?;
+    Ok(info)
+}
+
+/// What the header of a complete file says, which was inspected before. Its tables are not read, and
+/// a backing file counts as given: whoever opens it will give it.
+///
+/// # Errors
+/// As [`inspect`].
+pub fn peek(file: &File, path: &Path, declared: Option<Format>) -> Result<Info, ImageError> {
     let mut info = identify(file, path, declared)?;
     if info.format == Format::Qcow2 {
-        let image = qcow2::Image::open(file, path, info.file_size_bytes, &terms)?;
-        image.describe(&mut info);
-        image.check(file, path, &mut info)?;
+        let terms = qcow2::Terms { backing: true, ..qcow2::Terms::default() };
+        qcow2::Image::open(file, path, info.file_size_bytes, &terms)?.describe(&mut info);
     }
     Ok(info)
 }

@@ -21,6 +21,6 @@ mod view;
 pub use decoded::{Decoded, DecodedCache};
 pub use error::{Class, ImageError, ReadError};
 pub use format::{Format, UnknownFormat, detect};
-pub use info::{ClusterCounts, Info, inspect};
+pub use info::{ClusterCounts, Info, inspect, peek};
 pub use inspection::{Finding, Inspection, Verdict};
 pub use view::{MAX_LAYERS, Opening, Run, RunKind, Stored, View};

@@ -34,6 +34,15 @@ pub struct CopyId {
     pub disk: DiskUuid,
 }
 
+/// A copy in a chain of images that stand on each other.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Link {
+    /// Which.
+    pub copy: CopyId,
+    /// The internal snapshot of it that is read, by ID or name; `None`: the disk as it is.
+    pub snapshot: Option<String>,
+}
+
 /// One disk as it is now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskStatus {
@@ -127,6 +136,10 @@ pub struct CopyTask {
     pub mirrors: Vec<SourceUrl>,
     /// What the copy's bytes are.
     pub layout: Layout,
+    /// True if it stands on another image, which is not needed to bring it in.
+    pub has_base: bool,
+    /// The internal snapshot that readers get, by ID or name.
+    pub snapshot: Option<String>,
     /// How it is steered when it starts; see [`Backend::steer`].
     pub steering: Steering,
     /// Digests to hold the bytes against.
@@ -383,17 +396,18 @@ pub trait Backend: Send + Sync + 'static {
     /// [`BackendError`] if files are left.
     fn remove(&self, copy: &CopyId) -> Result<(), BackendError>;
 
-    /// Opens the view of a ready copy. Blocks.
+    /// Opens the view of a ready copy, the first of `chain`; the others are those that it stands
+    /// on, from the top down. Copies that are open already are shared. Blocks.
     ///
     /// # Errors
     /// [`BackendError`]; with [`FailureClass::Refuse`] if the bytes are no usable image.
-    fn open_view(&self, copy: &CopyId) -> Result<Arc<View>, BackendError>;
+    fn open_view(&self, chain: &[Link]) -> Result<Arc<View>, BackendError>;
 
     /// Inspects a complete copy whole. Blocks.
     ///
     /// # Errors
     /// [`BackendError`] if it cannot be read; a bad image is no error.
-    fn inspect(&self, copy: &CopyId) -> Result<Inspection, BackendError>;
+    fn inspect(&self, copy: &CopyId, has_base: bool) -> Result<Inspection, BackendError>;
 }
 
 #[cfg(test)]

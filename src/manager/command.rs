@@ -37,6 +37,10 @@ pub struct NewImage {
     pub mirrors: Vec<SourceUrl>,
     /// What a copy's bytes are to be.
     pub layout: Layout,
+    /// The image that it stands on.
+    pub base: Option<ImageName>,
+    /// The internal snapshot that readers get, by ID or name.
+    pub snapshot: Option<String>,
     /// Digests that the bytes must have.
     pub expected: Box<Expected>,
     /// Format, if the user says it.
@@ -114,7 +118,7 @@ impl World {
             Command::Fetch(name, disk) => {
                 self.usable(&name)?;
                 let disk = self.choose_disk(&name, disk)?;
-                self.want(&name, &disk, &mut touched);
+                self.want_chain(&name, &disk, &mut touched);
                 Outcome::Image(name, false)
             }
             Command::Steer(name, change) => self.steer(name, change, &mut touched)?,
@@ -152,6 +156,7 @@ impl World {
         let name = new.name.clone();
         let is_new = !self.images.contains_key(&name);
         if is_new {
+            self.check_base(&name, new.base.as_ref())?;
             let record = ImageRecord {
                 name: new.name,
                 uuid: new.uuid,
@@ -160,6 +165,8 @@ impl World {
                 access: new.access,
                 mirrors: new.mirrors,
                 layout: new.layout,
+                base: new.base,
+                snapshot: new.snapshot,
                 steering: Steering::default(),
                 expected: new.expected,
                 declared_format: new.declared_format,
@@ -177,7 +184,7 @@ impl World {
             self.renew_access(&name, new.access, touched);
         }
         for disk in &new.disks {
-            self.want(&name, disk, touched);
+            self.want_chain(&name, disk, touched);
         }
         Ok(Outcome::Image(name, is_new))
     }
@@ -229,6 +236,7 @@ impl World {
         touched: &mut Touched,
     ) -> Result<Outcome, ManagerError> {
         let attachments = self.attachments_of(&name).count();
+        let overlays = self.overlays_of(&name);
         let Some(image) = self.images.get_mut(&name) else {
             return Err(ManagerError::NoSuchImage { name });
         };
@@ -237,6 +245,9 @@ impl World {
         }
         if attachments > 0 || sessions > 0 {
             return Err(ManagerError::InUse { name, attachments, sessions });
+        }
+        if !overlays.is_empty() {
+            return Err(ManagerError::IsABase { name, overlays });
         }
         image.record.deleting = true;
         for copy in image.copies.values_mut() {
@@ -263,7 +274,7 @@ impl World {
             !new.reader.is_empty() && a.record.reader == new.reader && a.record.disk == disk
         });
         let known = known.map(|a| a.record.id.clone());
-        self.want(&new.image, &disk, touched);
+        self.want_chain(&new.image, &disk, touched);
         if let Some(id) = known {
             return Ok(Outcome::Attachment(id, false));
         }
@@ -283,7 +294,7 @@ impl World {
     }
 
     /// A copy is wanted on `disk`; a refused or waiting one is tried again now.
-    fn want(&mut self, name: &ImageName, disk: &DiskUuid, touched: &mut Touched) {
+    pub(super) fn want(&mut self, name: &ImageName, disk: &DiskUuid, touched: &mut Touched) {
         let Some(image) = self.images.get_mut(name) else { return };
         let before = image.record.disks.get(disk).cloned();
         let copy = image.copy_on(disk);
@@ -347,9 +358,13 @@ fn same_image(record: &ImageRecord, new: &NewImage) -> Result<(), ManagerError> 
     };
     let digests = new.expected.digests.iter();
     let digests = digests.map(|(kind, given)| (kind.key(), known(kind), Some(given.to_owned())));
+    let text = |text: &Option<String>| text.clone().unwrap_or_else(|| "none".to_owned());
+    let named = |name: &Option<ImageName>| text(&name.as_ref().map(ToString::to_string));
     let shown = |url: &Option<SourceUrl>| url.as_ref().map(ToString::to_string);
     let others = [
         ("checksum_url", shown(&record.expected.checksum_url), shown(&new.expected.checksum_url)),
+        ("base", Some(named(&record.base)), Some(named(&new.base))),
+        ("snapshot", Some(text(&record.snapshot)), Some(text(&new.snapshot))),
         ("layout", Some(record.layout.to_string()), Some(new.layout.to_string())),
         (
             "format",

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-use super::backend::{Backend, BackendError, CopyId};
+use super::backend::{Backend, BackendError, Link};
 use super::command::{Command, NewAttachment, NewImage};
 use super::error::ManagerError;
 use super::perform::Driver;
@@ -25,11 +25,12 @@ const COMMANDS: usize = 64;
 
 /// Opens ready copies for readers, under the image's name.
 pub trait Exporter: Send + Sync + 'static {
-    /// Opens `copy` as the image's export. Blocks.
+    /// Opens the first copy of `chain` as its image's export; the others are those that it stands
+    /// on, from the top down. Blocks.
     ///
     /// # Errors
     /// [`BackendError`] if its view can't be opened.
-    fn publish(&self, copy: &CopyId) -> Result<(), BackendError>;
+    fn publish(&self, chain: &[Link]) -> Result<(), BackendError>;
 
     /// Closes the image's export and its sessions. Quick.
     fn withdraw(&self, image: &ImageName);

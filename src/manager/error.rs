@@ -27,6 +27,12 @@ pub enum ManagerError {
     /// The image is in use.
     #[error("image {name}: in use (attachments: {attachments}, open NBD sessions: {sessions})")]
     InUse { name: ImageName, attachments: usize, sessions: usize },
+    /// Other images stand on it.
+    #[error("image {name}: other images stand on it: {}", list(overlays))]
+    IsABase { name: ImageName, overlays: Vec<ImageName> },
+    /// Too many images would stand on each other.
+    #[error("image {name}: at most {most} images may stand on each other")]
+    TooManyBases { name: ImageName, most: usize },
     /// The image is being deleted.
     #[error("image {name}: being deleted")]
     BeingDeleted { name: ImageName },
@@ -45,4 +51,9 @@ pub enum ManagerError {
     /// The daemon is shutting down.
     #[error("the daemon is shutting down")]
     Stopping,
+}
+
+fn list(names: &[ImageName]) -> String {
+    let names: Vec<&str> = names.iter().map(ImageName::as_str).collect();
+    names.join(", ")
 }

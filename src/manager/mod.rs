@@ -8,6 +8,7 @@
 //! Start at [`World`], then [`Manager`]; what it asks of the node is [`Backend`].
 
 pub mod backend;
+mod chain;
 mod command;
 mod driver;
 mod error;
@@ -22,6 +23,7 @@ mod step;
 mod tests;
 mod turns;
 mod uploads;
+mod views;
 mod worker;
 mod world;
 
@@ -30,7 +32,7 @@ pub use crate::image::Format;
 pub use crate::import::Layout;
 pub use backend::{
     Backend, BackendError, Cancel, CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy,
-    FoundState, NodeSettings, Phase, Progress, Report, Reporter, WorkerEvent, WorkerHandle,
+    FoundState, Link, NodeSettings, Phase, Progress, Report, Reporter, WorkerEvent, WorkerHandle,
 };
 pub use command::{Command, NewAttachment, NewImage, Outcome, READER_MAX_LEN};
 pub use driver::{Exporter, Manager, Object, Subscription, Told};

@@ -5,23 +5,23 @@
 //! Never: decides which copies there should be.
 //! Start at [`Node::open`].
 
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::backend::{
     Backend, BackendError, CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy,
-    FoundState, NodeSettings, Reporter, WorkerHandle,
+    FoundState, Link, NodeSettings, Reporter, WorkerHandle,
 };
 use super::helm::Helms;
 use super::records::Steering;
 use super::turns::Turns;
 use super::uploads::Uploads;
+use super::views::Views;
 use super::worker;
 use crate::disk::{self, CopyRecord, Disk, DiskError};
 use crate::fetch::{Policy, RateLimit, Upload, one_line};
 use crate::image::qcow2::Terms;
-use crate::image::{Format, ImageError, Inspection, View};
+use crate::image::{self, Format, ImageError, Inspection, Opening, View};
 use crate::names::DiskUuid;
 use crate::ring::{BufPool, Choice, Probe, probe};
 
@@ -97,6 +97,8 @@ pub struct Node {
     turns: Arc<Turns>,
     helms: Arc<Helms>,
     uploads: Arc<Uploads>,
+    /// Views that are open, for images that stand on them.
+    views: Views,
     /// Buffers that one transfer may hold: so many that none can starve the others.
     buffers_each: usize,
 }
@@ -130,6 +132,7 @@ impl Node {
             turns: Arc::new(Turns::new(options.max_transfers)),
             helms: Arc::default(),
             uploads: Arc::default(),
+            views: Views::default(),
             buffers_each: (options.buffers / options.max_transfers.max(1)).max(2),
         })
     }
@@ -139,6 +142,15 @@ impl Node {
             class: FailureClass::Refuse,
             message: format!("disk {disk} is not one of this node's; see `bedplate disks`"),
         })
+    }
+
+    fn open_on(&self, link: &Link, base: Option<&View>) -> Result<View, BackendError> {
+        let record = self.ready_record(&link.copy)?;
+        let (slot, id) = (self.slot(&link.copy.disk)?, store_id(&link.copy));
+        let (declared, snapshot) = (declared_format(&record), link.snapshot.as_deref());
+        let opening = Opening { declared, snapshot, base, ..Opening::default() };
+        let sealed = slot.disk.sealed(&id).map_err(|e| backend_error(&OpenError::Disk(e)))?;
+        View::open_as(sealed, opening).map_err(|e| backend_error(&OpenError::Image(e)))
     }
 
     /// The store's record of a complete copy.
@@ -163,27 +175,22 @@ pub(super) fn declared_format(record: &CopyRecord) -> Option<Format> {
     record.declared.as_deref().and_then(|text| text.parse().ok())
 }
 
-/// Opens the view of a ready copy, as declared in its record.
-pub(super) fn view_of(
+/// What a ready copy is, by its record and its header.
+pub(super) fn info_of(
     disk: &Disk,
     id: &disk::CopyId,
     record: &CopyRecord,
-) -> Result<View, OpenError> {
-    Ok(View::open(disk.sealed(id)?, declared_format(record))?)
-}
-
-/// What a ready copy is, by its record and its header.
-pub(super) fn info_of(view: &View, record: &CopyRecord) -> CopyInfo {
-    let info = view.info();
-    let stored = view.file().metadata().map_or(info.allocated_bytes, |meta| meta.blocks() * 512);
-    CopyInfo {
+) -> Result<CopyInfo, OpenError> {
+    let sealed = disk.sealed(id)?;
+    let info = image::peek(sealed.file(), sealed.path(), declared_format(record))?;
+    Ok(CopyInfo {
         format: info.format,
         virtual_size_bytes: info.virtual_size_bytes,
         size_bytes: info.file_size_bytes,
-        stored_bytes: stored,
+        stored_bytes: info.allocated_bytes,
         digests: record.digests.whole.clone(),
         etag: None,
-    }
+    })
 }
 
 /// Why a stored file can't be opened as an image.
@@ -289,6 +296,7 @@ impl Backend for Node {
     }
 
     fn remove(&self, copy: &CopyId) -> Result<(), BackendError> {
+        self.views.forget(copy);
         let Ok(slot) = self.slot(&copy.disk) else {
             // The disk is no longer configured: an image must not wait for it to be deleted.
             tracing::warn!(image = %copy.image, disk = %copy.disk, "files stay on a disk that is not here");
@@ -297,18 +305,29 @@ impl Backend for Node {
         slot.disk.remove(&store_id(copy)).map_err(|error| backend_error(&OpenError::Disk(error)))
     }
 
-    fn open_view(&self, copy: &CopyId) -> Result<Arc<View>, BackendError> {
-        let (slot, id) = (self.slot(&copy.disk)?, store_id(copy));
-        let record = self.ready_record(copy)?;
-        view_of(&slot.disk, &id, &record).map(Arc::new).map_err(|error| backend_error(&error))
+    fn open_view(&self, chain: &[Link]) -> Result<Arc<View>, BackendError> {
+        let mut view: Option<Arc<View>> = None;
+        for link in chain.iter().rev() {
+            let shared = self.views.find(link);
+            let opened = match shared {
+                Some(open) => open,
+                None => Arc::new(self.open_on(link, view.as_deref())?),
+            };
+            self.views.keep(link, &opened);
+            view = Some(opened);
+        }
+        view.ok_or_else(|| BackendError {
+            class: FailureClass::Refuse,
+            message: "an empty chain of images".to_owned(),
+        })
     }
 
-    fn inspect(&self, copy: &CopyId) -> Result<Inspection, BackendError> {
+    fn inspect(&self, copy: &CopyId, has_base: bool) -> Result<Inspection, BackendError> {
         let (slot, id) = (self.slot(&copy.disk)?, store_id(copy));
         let record = self.ready_record(copy)?;
         let found = slot.disk.sealed(&id).map_err(OpenError::from).and_then(|sealed| {
             let declared = declared_format(&record);
-            let terms = Terms::default();
+            let terms = Terms { backing: has_base, ..Terms::default() };
             Ok(Inspection::of_file(sealed.file(), sealed.path(), declared, &terms)?)
         });
         found.map_err(|error| backend_error(&error))
@@ -317,8 +336,8 @@ impl Backend for Node {
 
 fn found_state(disk: &Disk, id: &disk::CopyId, state: disk::CopyState) -> FoundState {
     match state {
-        disk::CopyState::Ready(record) => match view_of(disk, id, &record) {
-            Ok(view) => FoundState::Ready(info_of(&view, &record)),
+        disk::CopyState::Ready(record) => match info_of(disk, id, &record) {
+            Ok(info) => FoundState::Ready(info),
             Err(_) => FoundState::NeedsCheck,
         },
         disk::CopyState::Unchecked => FoundState::NeedsCheck,

@@ -272,11 +272,11 @@ impl Driver {
                         Some(Event::Removed(copy, result))
                     });
                 }
-                Action::Publish(copy) => {
+                Action::Publish(chain) => {
                     let exporter = self.exporter.clone();
                     self.tasks.spawn_blocking(move || {
-                        let result = exporter.publish(&copy).map_err(|e| (e.class, e.message));
-                        Some(Event::Published(copy, result))
+                        let result = exporter.publish(&chain).map_err(|e| (e.class, e.message));
+                        chain.into_iter().next().map(|top| Event::Published(top.copy, result))
                     });
                 }
                 Action::Withdraw(name) => self.exporter.withdraw(&name),

@@ -89,6 +89,12 @@ pub struct ImageRecord {
     /// How its transfers are steered.
     #[serde(default)]
     pub steering: Steering,
+    /// The image that it stands on: its backing file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<ImageName>,
+    /// Readers get the disk as it was at this internal snapshot, by ID or name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
     /// What the user says of its digests.
     #[serde(default)]
     pub expected: Box<Expected>,

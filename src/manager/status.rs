@@ -66,16 +66,14 @@ impl World {
         self.images.get(name).map(|image| self.image_status(image))
     }
 
-    /// A complete copy of an image: `None` if there is no such image, `Some(None)` if it has none.
+    /// A complete copy of an image, and whether it stands on another: `None` if there is no such
+    /// image, `Some(None)` if it has none.
     #[must_use]
-    pub fn sealed_copy(&self, name: &ImageName) -> Option<Option<CopyId>> {
+    pub fn sealed_copy(&self, name: &ImageName) -> Option<Option<(CopyId, bool)>> {
         let image = self.images.get(name)?;
         let sealed = image.copies.iter().find(|(_, copy)| copy.state.is_sealed());
-        Some(sealed.map(|(disk, _)| CopyId {
-            image: name.clone(),
-            uuid: image.record.uuid.clone(),
-            disk: disk.clone(),
-        }))
+        let has_base = image.record.base.is_some();
+        Some(sealed.map(|(disk, _)| (image.copy_id(disk), has_base)))
     }
 
     /// Every attachment, by id.

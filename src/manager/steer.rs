@@ -85,6 +85,10 @@ impl World {
         if attachments > 0 {
             return Err(ManagerError::InUse { name, attachments, sessions: 0 });
         }
+        if unfinished.iter().any(|disk| self.is_needed_on(&name, disk)) {
+            let overlays = self.overlays_of(&name);
+            return Err(ManagerError::IsABase { name, overlays });
+        }
         let Some(image) = self.images.get_mut(&name) else {
             return Err(ManagerError::NoSuchImage { name });
         };

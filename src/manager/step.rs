@@ -9,6 +9,7 @@
 use std::time::Duration;
 
 use super::backend::{CopyId, CopyInfo, CopyTask, FailureClass, Report, WorkerEvent};
+use super::chain::Chains;
 use super::records::Facts;
 use super::steer;
 use super::world::{
@@ -173,6 +174,7 @@ impl World {
             Ok(()) => {
                 *export = Export::Open(id.disk.clone());
                 copy.state = CopyState::Ready;
+                copy.message.clear();
             }
             Err((class, message)) => {
                 *export = Export::Closed;
@@ -207,6 +209,7 @@ impl World {
     }
 
     fn reconcile(&mut self, now: Duration, name: &ImageName, touched: &mut Touched) {
+        let chains = self.chains_of(name);
         let Some(image) = self.images.get_mut(name) else { return };
         if image.record.deleting {
             if delete_step(now, image, touched) {
@@ -223,7 +226,7 @@ impl World {
             steer::step(now, image, disk, touched);
             start_step(now, image, disk, fit(disk), &mut self.generation, touched);
         }
-        publish_step(image, touched);
+        publish_step(image, chains, touched);
     }
 }
 
@@ -265,6 +268,8 @@ fn start_step(
         mirrors: record.mirrors.clone(),
         upload_bytes: record.upload_bytes,
         layout: record.layout,
+        has_base: record.base.is_some(),
+        snapshot: record.snapshot.clone(),
         steering: record.steering,
         access: record.access.clone(),
         expected: record.expected.clone(),
@@ -276,24 +281,30 @@ fn start_step(
     touched.actions.push(Action::Start(Box::new(task), *generation));
 }
 
-/// The first sealed copy is opened for readers; the others are ready as soon as it is.
-fn publish_step(image: &mut Image, touched: &mut Touched) {
+/// The first sealed copy that stands on sealed ones is opened for readers; the others are ready as
+/// soon as it is.
+fn publish_step(image: &mut Image, chains: Chains, touched: &mut Touched) {
     let mut became_ready = false;
+    for (disk, why) in &chains.waiting {
+        if let Some(copy) = image.copies.get_mut(disk).filter(|copy| copy.message != *why) {
+            copy.message.clone_from(why);
+            touched.images.insert(image.record.name.clone());
+        }
+    }
     match &image.export {
         Export::Opening(_) => {}
         Export::Open(_) => {
-            for copy in image.copies.values_mut() {
-                if copy.state == CopyState::ReadyForTransfer {
+            for (disk, copy) in &mut image.copies {
+                if copy.state == CopyState::ReadyForTransfer && chains.is_whole_on(disk) {
                     copy.state = CopyState::Ready;
+                    copy.message.clear();
                     became_ready = true;
                 }
             }
         }
         Export::Closed => {
-            let sealed = image.copies.iter().find(|(_, copy)| copy.state.is_sealed());
-            if let Some((disk, _)) = sealed {
-                let disk = disk.clone();
-                touched.actions.push(Action::Publish(image.copy_id(&disk)));
+            if let Some((disk, chain)) = chains.whole.into_iter().next() {
+                touched.actions.push(Action::Publish(chain));
                 image.export = Export::Opening(disk);
             }
         }

@@ -55,6 +55,8 @@ fn create_from(image: &str, url: &str) -> Command {
         access: Box::default(),
         mirrors: Vec::new(),
         layout: Layout::AsIs,
+        base: None,
+        snapshot: None,
         expected: Box::default(),
         declared_format: None,
         disks: Vec::new(),
@@ -186,7 +188,10 @@ impl Node {
                     assert!(!self.exported.values().any(|open| *open == id), "not while exported");
                     assert!(!self.publishing.contains(&id) && self.removing.insert(id));
                 }
-                Action::Publish(id) => {
+                Action::Publish(chain) => {
+                    let id = chain[0].copy.clone();
+                    let whole = |link: &Link| self.files[&link.copy].is_some();
+                    assert!(chain.iter().all(whole), "only on sealed copies");
                     assert!(self.files[&id].is_some(), "only a sealed copy is published");
                     assert!(!self.exported.contains_key(&id.image));
                     assert!(self.publishing.insert(id), "once");
@@ -672,3 +677,6 @@ proptest! {
         prop_assert_eq!(saved, world, "the catalog is what the world is");
     }
 }
+
+#[path = "chain_tests.rs"]
+mod chain;

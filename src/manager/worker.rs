@@ -15,7 +15,7 @@ use super::backend::{
     Cancel, CopyInfo, CopyTask, FailureClass, Phase, Progress, Reporter, WorkerEvent,
 };
 use super::helm::{Held, Helms};
-use super::node::{OpenError, Slot, info_of, store_id, view_of};
+use super::node::{OpenError, Slot, info_of, store_id};
 use super::records::Expected;
 use super::turns::{Turn, Turns};
 use super::uploads::Uploads;
@@ -24,6 +24,7 @@ use crate::fetch::one_line;
 use crate::fetch::{
     self, Class, Engine, Expect, FetchError, Fetched, Policy, RateLimit, SourceUrl,
 };
+use crate::image::qcow2::Terms;
 use crate::image::{self, Format, ImageError};
 use crate::import::{ImportError, Layout, import};
 use crate::ring::BufPool;
@@ -172,16 +173,19 @@ impl Worker {
     }
 
     async fn adopt(&self, record: disk::CopyRecord) -> Result<CopyInfo, WorkError> {
-        let open = move |slot: &Slot, id| {
-            view_of(&slot.disk, &id, &record).map(|view| info_of(&view, &record))
-        };
+        let open = move |slot: &Slot, id| info_of(&slot.disk, &id, &record);
         Ok(self.on_disk(open).await?)
+    }
+
+    /// What the image is given beside its file, to be taken to another thread.
+    fn terms(&self) -> OwnedTerms {
+        OwnedTerms { snapshot: self.task.snapshot.clone(), backing: self.task.has_base }
     }
 
     /// A finished file of unknown history: inspected and hashed before it counts.
     async fn verify(&self) -> Result<CopyInfo, WorkError> {
-        let (events, cancel, declared) =
-            (self.events.clone(), self.cancel.clone(), self.declared());
+        let (events, cancel, declared, terms) =
+            (self.events.clone(), self.cancel.clone(), self.declared(), self.terms());
         // What is expected is of the source's own bytes, and was proved when they came; the first
         // copy has told what the copies are.
         let is_source = self.task.layout == Layout::AsIs && self.task.facts.is_none();
@@ -191,7 +195,7 @@ impl Worker {
             .on_disk(move |slot, id| -> Result<_, WorkError> {
                 let sealed = slot.disk.sealed(&id)?;
                 let total = sealed.len_bytes();
-                let info = image::inspect(sealed.file(), sealed.path(), declared)?;
+                let info = image::inspect(sealed.file(), sealed.path(), declared, &terms.borrow())?;
                 let report = &mut |done| {
                     events.send(WorkerEvent::Progress(Progress {
                         bytes_done: done,
@@ -352,7 +356,8 @@ impl Worker {
             phase: Phase::Sealing,
             ..Progress::default()
         }));
-        let (uuid, declared) = (self.task.id.uuid.to_string(), self.declared());
+        let (uuid, declared, terms) =
+            (self.task.id.uuid.to_string(), self.declared(), self.terms());
         // Longhorn's record holds the file against it; one of another form of it would not match.
         let [own, given] = [&fetched.digests.whole, &self.task.expected.digests]
             .map(|digests| digests.get(DigestKind::Sha512));
@@ -360,7 +365,8 @@ impl Worker {
         self.on_disk(move |slot, id| -> Result<CopyInfo, WorkError> {
             // The last block may be padded: the file must have its length to be judged by it.
             filling.trim()?;
-            let inspected = image::inspect(filling.file(), &filling.path(), declared);
+            let (file, path) = (filling.file(), filling.path());
+            let inspected = image::inspect(file, &path, declared, &terms.borrow());
             let info = inspected.map_err(|error| error.said_of(&name))?;
             let record = SealRecord {
                 uuid,
@@ -376,7 +382,7 @@ impl Worker {
                 let why = "it was changed right after it was sealed".to_owned();
                 return Err(DiskError::Damaged { path, field: "sealed copy", why }.into());
             };
-            let mut info = info_of(&view_of(&slot.disk, &id, &record)?, &record);
+            let mut info = info_of(&slot.disk, &id, &record)?;
             info.etag = fetched.etag;
             Ok(info)
         })
@@ -401,6 +407,18 @@ impl Worker {
             tracing::warn!(worker = %self.task.worker, error = %one_line(&error), "cannot clean up");
             false
         })
+    }
+}
+
+/// [`Terms`] that borrow nothing.
+struct OwnedTerms {
+    snapshot: Option<String>,
+    backing: bool,
+}
+
+impl OwnedTerms {
+    fn borrow(&self) -> Terms<'_> {
+        Terms { snapshot: self.snapshot.as_deref(), backing: self.backing, ..Terms::default() }
     }
 }
 

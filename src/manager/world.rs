@@ -14,7 +14,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::backend::{
-    CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy, FoundState, Progress,
+    CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy, FoundState, Link, Progress,
 };
 use super::records::{AttachmentId, AttachmentRecord, ImageRecord, Steering, Want};
 use super::step::differs;
@@ -115,8 +115,9 @@ pub enum Action {
     Steer(CopyId, Steering),
     /// Remove the copy's files; answer with [`Event::Removed`].
     Remove(CopyId),
-    /// Open the copy for readers; answer with [`Event::Published`].
-    Publish(CopyId),
+    /// Open the first copy for readers, on the others, which it stands on; answer with
+    /// [`Event::Published`].
+    Publish(Vec<Link>),
     /// Close the image's export.
     Withdraw(ImageName),
     /// Tell the watchers.
@@ -325,6 +326,8 @@ impl World {
                 mirrors: Vec::new(),
                 upload_bytes: None,
                 layout: Layout::default(),
+                base: None,
+                snapshot: None,
                 steering: Steering::default(),
                 access: Box::default(),
                 expected: Box::default(),

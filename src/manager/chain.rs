@@ -1,0 +1,117 @@
+//! Images that stand on others: overlays, and their bases.
+//!
+//! Why: an overlay is of use only where its base is, and a base must stay as long as something
+//! stands on it.
+//! How: a base is named when the overlay is created, so that it exists before, and there are no
+//! circles. A copy of an overlay wants a copy of the base on the same disk, and is opened when all
+//! copies beneath it are complete.
+//! Never: looks at the name of a backing file that an image has in it.
+//! Start at [`World::chain_on`].
+
+use super::backend::Link;
+use super::error::ManagerError;
+use super::records::ImageRecord;
+use super::world::{Image, Touched, World};
+use crate::image::MAX_LAYERS;
+use crate::names::{DiskUuid, ImageName};
+
+impl Image {
+    fn link_on(&self, disk: &DiskUuid) -> Link {
+        Link { copy: self.copy_id(disk), snapshot: self.record.snapshot.clone() }
+    }
+}
+
+impl World {
+    /// The record of `name` and those of all images that it stands on, from the top down.
+    fn records_from<'a>(&'a self, name: &'a ImageName) -> impl Iterator<Item = &'a ImageRecord> {
+        let next = |record: &&ImageRecord| {
+            let base = record.base.as_ref()?;
+            self.images.get(base).map(|image| &image.record)
+        };
+        std::iter::successors(self.images.get(name).map(|image| &image.record), next)
+            .take(MAX_LAYERS)
+    }
+
+    /// The complete copy of `name` on `disk` and all that it stands on, from the top down.
+    ///
+    /// # Errors
+    /// What is not here yet, in words.
+    pub(super) fn chain_on(&self, name: &ImageName, disk: &DiskUuid) -> Result<Vec<Link>, String> {
+        let mut chain = Vec::new();
+        for record in self.records_from(name) {
+            let image = self.images.get(&record.name);
+            let copy = image.and_then(|image| image.copies.get(disk));
+            let sealed = copy.filter(|copy| copy.state.is_sealed());
+            let (Some(image), Some(_)) = (image, sealed) else {
+                let why = copy.filter(|copy| copy.refused).map(|copy| copy.message.as_str());
+                return Err(match why {
+                    Some(why) => format!("its base {} cannot be had: {why}", record.name),
+                    None => format!("waits for its base {} on the same disk", record.name),
+                });
+            };
+            chain.push(image.link_on(disk));
+        }
+        Ok(chain)
+    }
+
+    /// Rule of creation: the base is there, and the chain is not too long.
+    pub(super) fn check_base(
+        &self,
+        name: &ImageName,
+        base: Option<&ImageName>,
+    ) -> Result<(), ManagerError> {
+        let Some(base) = base else { return Ok(()) };
+        self.usable(base)?;
+        if self.records_from(base).count() >= MAX_LAYERS {
+            return Err(ManagerError::TooManyBases { name: name.clone(), most: MAX_LAYERS });
+        }
+        Ok(())
+    }
+
+    /// The images that stand on `name` itself.
+    pub(super) fn overlays_of(&self, name: &ImageName) -> Vec<ImageName> {
+        let stands = |image: &&Image| image.record.base.as_ref() == Some(name);
+        self.images.values().filter(stands).map(|image| image.record.name.clone()).collect()
+    }
+
+    /// Whether an overlay of `name` has a copy on `disk`, which needs the one of `name` there.
+    pub(super) fn is_needed_on(&self, name: &ImageName, disk: &DiskUuid) -> bool {
+        let overlays =
+            self.images.values().filter(|image| image.record.base.as_ref() == Some(name));
+        overlays.into_iter().any(|image| image.copies.contains_key(disk))
+    }
+
+    /// Copies of `name` and of all that it stands on are wanted on `disk`.
+    pub(super) fn want_chain(&mut self, name: &ImageName, disk: &DiskUuid, touched: &mut Touched) {
+        let names: Vec<_> = self.records_from(name).map(|record| record.name.clone()).collect();
+        for name in names {
+            self.want(&name, disk, touched);
+        }
+    }
+
+    /// The copies of an image that can be opened, with their chains, and why others cannot.
+    pub(super) fn chains_of(&self, name: &ImageName) -> Chains {
+        let mut chains = Chains::default();
+        let Some(image) = self.images.get(name) else { return chains };
+        for (disk, _) in image.copies.iter().filter(|(_, copy)| copy.state.is_sealed()) {
+            match self.chain_on(name, disk) {
+                Ok(chain) => chains.whole.push((disk.clone(), chain)),
+                Err(why) => chains.waiting.push((disk.clone(), why)),
+            }
+        }
+        chains
+    }
+}
+
+/// Which complete copies of one image stand on complete ones.
+#[derive(Debug, Default)]
+pub(super) struct Chains {
+    pub(super) whole: Vec<(DiskUuid, Vec<Link>)>,
+    pub(super) waiting: Vec<(DiskUuid, String)>,
+}
+
+impl Chains {
+    pub(super) fn is_whole_on(&self, disk: &DiskUuid) -> bool {
+        self.whole.iter().any(|(whole, _)| whole == disk)
+    }
+}
