@@ -61,7 +61,7 @@ class Case:
     size_bytes: int
     depth: str
     unit: str
-    """`B/s` or `IOPS`."""
+    """`B/s`, `IOPS` or `opens/s`."""
     work_unit: str
     """`op` or `GiB`: what CPU time is given per."""
     reference: str
@@ -245,7 +245,8 @@ def _cells(case, contender):
         middle(speed, lambda value: rate(case.unit, value)),
         middle(lambda sample: sample.p99_us, micros),
         middle(lambda sample: sample.client_cpu_s / sample.work, per_work),
-        middle(lambda sample: sample.server_cpu_s / sample.work, per_work),
+        # Without a server there is nothing to show.
+        middle(lambda sample: sample.server_cpu_s / sample.work or None, per_work),
         middle(lambda sample: sample.rss_bytes, size),
         middle(lambda sample: sample.allocated_bytes, size),
         middle(lambda sample: sample.written_bytes, size),
@@ -276,6 +277,8 @@ def ratio_text(ratio):
 def rate(unit, value):
     if unit == "IOPS":
         return f"{value / 1000:.1f}k IOPS"
+    if unit == "opens/s":
+        return f"{value:.0f} opens/s"
     return f"{value / GIB:.2f} GiB/s" if value >= GIB / 10 else f"{value / MIB:.1f} MiB/s"
 
 
