@@ -8,6 +8,7 @@
 //! Start at [`Layer::run_at`].
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -17,8 +18,11 @@ use super::decoded::Key;
 use super::raw::HoleMap;
 use super::{DecodedCache, Format, ImageError, Info, ReadError, qcow2};
 use crate::disk::Sealed;
-use crate::map::FileMap;
+use crate::map::{Copied, FileMap, Resident};
 use crate::units::{FileOffset, GuestOffset};
+
+/// A longer read gains nothing from the map.
+const MAX_COPY_BYTES: usize = 4 << 20;
 
 /// How the bytes of a run of one layer are had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +59,7 @@ pub(super) struct Layer {
     data: Option<Sealed>,
     /// The file with the data, mapped: [`data`](Self::data_file).
     map: FileMap,
+    resident: Resident,
     info: Info,
     tables: Tables,
     cache: Arc<DecodedCache>,
@@ -90,7 +95,8 @@ impl Layer {
             source,
         })?;
         let id = cache.register_view();
-        Ok(Self { sealed, data, map, info, tables, cache, id })
+        let resident = Resident::new(len_bytes);
+        Ok(Self { sealed, data, map, resident, info, tables, cache, id })
     }
 
     pub(super) fn size_bytes(&self) -> u64 {
@@ -125,6 +131,27 @@ impl Layer {
             Tables::Raw(_) => None,
             Tables::Qcow2(clusters) => Some(clusters),
         }
+    }
+
+    /// Reads bytes of the data file: from the map what was in memory when it was read last, with
+    /// pread what was not, so that the disk is read ahead, and an unreadable page is an error.
+    pub(super) fn read_data(&self, buf: &mut [u8], at: FileOffset) -> Result<(), ReadError> {
+        let len = buf.len();
+        if len <= MAX_COPY_BYTES && self.resident.holds(at, len) {
+            match self.map.copy_to(buf, at) {
+                Copied::Fast => return Ok(()),
+                Copied::Slow => {
+                    self.resident.forget_around(at, len);
+                    return Ok(());
+                }
+                Copied::Not => {}
+            }
+        }
+        self.data_file()
+            .read_exact_at(buf, at.0)
+            .map_err(|source| ReadError::io(self.data_path(), at.0, len, source))?;
+        self.resident.note(at, len);
+        Ok(())
     }
 
     /// The run that begins at `at` and ends at guest byte `end` at the latest; `at < end <=` the

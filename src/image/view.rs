@@ -5,11 +5,10 @@
 //! resolves a position into a run; the server sends it from a map, as zeroes, or from a decoded
 //! cluster. [`View::read_at`] does all of it into a buffer. Layers are shared by the views that
 //! stand on them, with their maps and decoded clusters.
-//! Never: changes a byte, takes a lock to resolve, or touches a mapped page in user space.
+//! Never: changes a byte, takes a lock to resolve, or dies of a page that cannot be read.
 //! Start at [`View::open`].
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -257,8 +256,8 @@ impl View {
         }
     }
 
-    /// Fills `buf` with the disk's bytes from `at` on. Data is read with pread, so that a page that
-    /// cannot be read is an error and not a signal.
+    /// Fills `buf` with the disk's bytes from `at` on. A page that cannot be read is an error and
+    /// never a signal.
     ///
     /// # Errors
     /// [`ReadError::PastEnd`] if the range is not all inside the disk (nothing is read then), and
@@ -274,10 +273,7 @@ impl View {
             let len = usize::try_from(run.len_bytes).unwrap_or(rest.len()).min(rest.len());
             let (part, after) = rest.split_at_mut(len);
             match (run.kind, layer) {
-                (RunKind::Data(stored), Some(layer)) => layer
-                    .data_file()
-                    .read_exact_at(part, stored.at.0)
-                    .map_err(|source| ReadError::io(layer.data_path(), stored.at.0, len, source))?,
+                (RunKind::Data(stored), Some(layer)) => layer.read_data(part, stored.at)?,
                 (RunKind::Encoded, Some(layer)) => {
                     let (bytes, start) = layer.decoded(at)?;
                     let decoded = Decoded { bytes, start }.from(at);

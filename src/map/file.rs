@@ -1,8 +1,9 @@
 //! A whole file mapped read-only, as addresses for the kernel.
 //!
-//! Why: one page cache for all readers, and no copy between the file and a socket.
+//! Why: one page cache for all readers, no copy between the file and a socket, and reads without a
+//! system call.
 //! How: MAP_SHARED, PROT_READ, MADV_RANDOM (a fault reads one page, not a window around it).
-//! Never: dereferences an address of the map; see [`KernelSlice`].
+//! Never: follows an address of the map but in the guarded copy; see [`KernelSlice`].
 //! Start at [`FileMap::new`].
 
 use std::ffi::c_void;
@@ -13,6 +14,7 @@ use std::ptr::{self, NonNull};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
+use super::guard::{self, Copied};
 use crate::units::FileOffset;
 
 /// A whole file, mapped shared and read-only. Unmapped on drop.
@@ -129,6 +131,15 @@ impl FileMap {
         let _hint_only = self.advise(at, len, Advice::WillNeed);
     }
 
+    /// Copies the bytes from `at` on into `buf`, with no system call. What is not in memory is read
+    /// from the disk, page by page: meant for ranges that [`Resident`] holds.
+    pub fn copy_to(&self, buf: &mut [u8], at: FileOffset) -> Copied {
+        let Some(start) = self.checked_start(at, buf.len()) else { return Copied::Not };
+        let from = self.base.as_ptr().cast::<u8>().cast_const().wrapping_add(start);
+        // SAFETY: the range is in our own map, which `&self` keeps mapped.
+        unsafe { guard::copy(from, buf) }
+    }
+
     fn checked_start(&self, at: FileOffset, len: usize) -> Option<usize> {
         let start = usize::try_from(at.0).ok()?;
         (start.checked_add(len)? <= self.len_bytes).then_some(start)
@@ -201,5 +212,68 @@ mod tests {
         let rest = slice.skip(20);
         assert_eq!((rest.len(), rest.as_ptr() as usize), (30, slice.as_ptr() as usize + 20));
         assert!(slice.skip(51).is_empty());
+    }
+
+    #[test]
+    fn a_copy_is_of_any_length_and_place() {
+        let bytes: Vec<u8> = (0..20_000_u32).map(|n| (n % 251).to_le_bytes()[0]).collect();
+        let map = FileMap::new(&file_of(&bytes), 20_000).unwrap();
+        for (at, len) in [(0, 0), (0, 1), (1, 63), (7, 64), (4095, 65), (5, 4096), (0, 20_000)] {
+            let mut buf = vec![0xee; len + 2];
+            let copied = map.copy_to(&mut buf[1..=len], FileOffset(at as u64));
+            if cfg!(target_arch = "x86_64") {
+                assert_ne!(copied, Copied::Not);
+                assert_eq!(buf[1..=len], bytes[at..at + len]);
+            }
+            assert_eq!((buf[0], buf[len + 1]), (0xee, 0xee), "nothing beside it");
+        }
+        assert_eq!(map.copy_to(&mut [0; 2], FileOffset(19_999)), Copied::Not);
+    }
+
+    #[test]
+    fn a_copy_from_a_file_cut_short_is_an_error_and_no_signal_on_any_thread() {
+        let file = file_of(&vec![7; 1 << 20]);
+        let map = FileMap::new(&file, 1 << 20).unwrap();
+        file.set_len(8192).unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for n in 0..1000 {
+                        let mut buf = [0; 5000];
+                        assert_eq!(map.copy_to(&mut buf, FileOffset(4000 + n)), Copied::Not);
+                        assert_eq!(map.copy_to(&mut buf, FileOffset(500_000)), Copied::Not);
+                    }
+                });
+            }
+        });
+        let mut buf = [0; 8192];
+        if cfg!(target_arch = "x86_64") {
+            assert_ne!(map.copy_to(&mut buf, FileOffset(0)), Copied::Not);
+            assert_eq!(buf, [7; 8192]);
+        }
+    }
+
+    /// A fault of other code must end the process as ever.
+    #[test]
+    fn a_fault_elsewhere_is_still_a_signal() {
+        use std::os::unix::process::ExitStatusExt;
+        const NAME: &str = "map::file::tests::a_fault_elsewhere_is_still_a_signal";
+        if std::env::var_os("BEDPLATE_TEST_FAULT").is_some() {
+            let file = file_of(&[7; 8192]);
+            let map = FileMap::new(&file, 8192).unwrap();
+            file.set_len(0).unwrap();
+            assert_eq!(map.copy_to(&mut [0; 10], FileOffset(0)), Copied::Not);
+            let bad = map.slice(FileOffset(4096), 1).unwrap().as_ptr();
+            // SAFETY: none: the page is gone, which is what this process is to die of.
+            unsafe { bad.read_volatile() };
+            std::process::exit(0);
+        }
+        let this = std::env::current_exe().unwrap();
+        let child = std::process::Command::new(this)
+            .args(["--exact", NAME, "--nocapture"])
+            .env("BEDPLATE_TEST_FAULT", "1")
+            .output()
+            .unwrap();
+        assert_eq!(child.status.signal(), Some(libc::SIGBUS), "{:?}", child.status);
     }
 }

@@ -2,16 +2,21 @@
 //!
 //! Why: a mapped page serves any number of readers from one page cache, but a page that cannot
 //! be read (disk error, file cut short) kills the process that touches it with SIGBUS.
-//! How: a mapped image is only ever an address for the kernel: [`send_pieces`] and
-//! [`FileMap::populate`] report EFAULT where a load instruction would die. Tables of our own live
-//! in a memfd that cannot shrink, and are read as atomics.
+//! How: a mapped image is an address for the kernel: [`send_pieces`] and [`FileMap::populate`]
+//! report EFAULT where a load instruction would die; or it is copied from by one guarded routine
+//! ([`FileMap::copy_to`]), which ends with an error there. Tables of our own live in a memfd that
+//! cannot shrink, and are read as atomics.
 //! Never: hands out a `&[u8]` into a mapped file, or maps a file for writing.
 //! Start at [`FileMap`], [`send_pieces`] and [`SharedTable`].
 
 mod file;
+mod guard;
+mod resident;
 mod send;
 mod table;
 
 pub use file::{FileMap, KernelSlice};
+pub use guard::Copied;
+pub use resident::Resident;
 pub use send::{MAX_PIECES, Piece, send_pieces};
 pub use table::SharedTable;

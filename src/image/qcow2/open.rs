@@ -234,6 +234,9 @@ fn each_snapshot(
     path: &Path,
     visit: impl FnMut(Snapshot),
 ) -> Result<(), ImageError> {
+    if header.snapshots == 0 {
+        return Ok(());
+    }
     let table = BufReader::with_capacity(TABLE_READ_BYTES, table);
     snapshot::each(header, table, visit).map_err(|error| match error {
         TableError::Fault(fault) => ImageError::fault(path, fault),

@@ -1,0 +1,185 @@
+//! A copy out of a mapped file that a bad page ends with an error.
+//!
+//! Why: a system call for each read of data that is in memory costs three times the read itself;
+//! but a page that cannot be read (a bad sector, a file cut short) is a SIGBUS to a load.
+//! How: one routine of known addresses does all loads from maps. The handler of SIGBUS looks where
+//! the fault was: inside the routine it goes on at the routine's error exit, anywhere else whatever
+//! handled the signal before handles it. On other processors than x86-64 there is no such copy, and
+//! the caller reads with pread.
+//! Never: hides a fault of other code, or writes outside the buffer.
+//! Start at [`copy`].
+
+/// What became of a copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Copied {
+    /// All bytes, from memory.
+    Fast,
+    /// All bytes, but it took as long as reading them from a disk.
+    Slow,
+    /// A page could not be read; the buffer holds anything. Or there is no guarded copy here.
+    Not,
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use x86_64::copy;
+
+/// No guarded copy on this processor.
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) unsafe fn copy(_from: *const u8, _to: &mut [u8]) -> Copied {
+    Copied::Not
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86_64 {
+    use std::arch::{global_asm, x86_64::_rdtsc};
+    use std::ffi::{c_int, c_void};
+    use std::mem::MaybeUninit;
+    use std::ptr;
+    use std::sync::OnceLock;
+
+    use super::Copied;
+
+    /// Cycles that no copy of this length takes whose pages are all in memory: about 20 µs, and a
+    /// byte a nanosecond.
+    const SLOW_CYCLES: u64 = 60_000;
+    const SLOW_CYCLES_PER_BYTE: u64 = 3;
+
+    // Copies rdx bytes from [rsi] to [rdi] and returns 0; after a fault, in a load, the handler
+    // goes on at `_fault`, which returns how many bytes are left: at least 1. Loads of a round come
+    // before its stores, so that a fault is always one of the map's.
+    global_asm!(
+        ".pushsection .text.bedplate_guarded_copy,\"ax\",@progbits",
+        ".balign 64",
+        ".globl bedplate_guarded_copy",
+        ".hidden bedplate_guarded_copy",
+        ".type bedplate_guarded_copy,@function",
+        "bedplate_guarded_copy:",
+        "    cmp rdx, 64",
+        "    jb 3f",
+        ".balign 16",
+        "2:  movups xmm0, [rsi]",
+        "    movups xmm1, [rsi + 16]",
+        "    movups xmm2, [rsi + 32]",
+        "    movups xmm3, [rsi + 48]",
+        "    movups [rdi], xmm0",
+        "    movups [rdi + 16], xmm1",
+        "    movups [rdi + 32], xmm2",
+        "    movups [rdi + 48], xmm3",
+        "    add rsi, 64",
+        "    add rdi, 64",
+        "    sub rdx, 64",
+        "    cmp rdx, 64",
+        "    jae 2b",
+        "3:  test rdx, rdx",
+        "    jz 5f",
+        "4:  mov al, [rsi]",
+        "    mov [rdi], al",
+        "    inc rsi",
+        "    inc rdi",
+        "    dec rdx",
+        "    jnz 4b",
+        "5:  xor eax, eax",
+        "    ret",
+        ".globl bedplate_guarded_copy_fault",
+        ".hidden bedplate_guarded_copy_fault",
+        "bedplate_guarded_copy_fault:",
+        "    mov rax, rdx",
+        "    ret",
+        ".size bedplate_guarded_copy, . - bedplate_guarded_copy",
+        ".popsection",
+    );
+
+    unsafe extern "C" {
+        fn bedplate_guarded_copy(to: *mut u8, from: *const u8, len: usize) -> usize;
+        fn bedplate_guarded_copy_fault();
+    }
+
+    /// The action for SIGBUS before ours; `None` if the handler could not be installed.
+    static BEFORE: OnceLock<Option<libc::sigaction>> = OnceLock::new();
+
+    /// Copies `to.len()` bytes from `from` on.
+    ///
+    /// # Safety
+    /// The range must be mapped readable for as long as this runs; what it holds, and whether its
+    /// pages can be read, does not matter.
+    pub(in crate::map) unsafe fn copy(from: *const u8, to: &mut [u8]) -> Copied {
+        if BEFORE.get_or_init(install).is_none() {
+            return Copied::Not;
+        }
+        // SAFETY: reading the counter has no effect; every x86-64 has it.
+        let start = unsafe { _rdtsc() };
+        // SAFETY: the routine writes `to.len()` bytes at `to` at most, and reads as many at `from`,
+        // which the caller keeps mapped. A SIGBUS in a load ends it with a count above 0. It uses
+        // only registers that a C call may change, and no stack.
+        let left = unsafe { bedplate_guarded_copy(to.as_mut_ptr(), from, to.len()) };
+        if left > 0 {
+            return Copied::Not;
+        }
+        // SAFETY: as above, a counter.
+        let took = unsafe { _rdtsc() }.wrapping_sub(start);
+        let most = SLOW_CYCLES + SLOW_CYCLES_PER_BYTE * to.len() as u64;
+        if took > most { Copied::Slow } else { Copied::Fast }
+    }
+
+    fn install() -> Option<libc::sigaction> {
+        // SAFETY: sigaction is plain old data, for which all zeroes is a valid value.
+        let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+        action.sa_sigaction = on_sigbus as *const () as usize;
+        // On the thread's alternative stack if it has one: the fault may be that of a full stack.
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+        let mut before = MaybeUninit::uninit();
+        // SAFETY: `action` is complete (an empty mask), the handler is async-signal-safe, and
+        // `before` has room for the old action.
+        let done = unsafe { libc::sigaction(libc::SIGBUS, &raw const action, before.as_mut_ptr()) };
+        // SAFETY: a call that succeeded has filled it in.
+        (done == 0).then(|| unsafe { before.assume_init() })
+    }
+
+    /// Only loads and stores, so that it is safe at any instruction.
+    extern "C" fn on_sigbus(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
+        let begin = bedplate_guarded_copy as *const () as usize;
+        let fault = bedplate_guarded_copy_fault as *const () as usize;
+        // SAFETY: the kernel gives a handler with SA_SIGINFO the ucontext of the interrupted code.
+        let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
+        let Some(rip) = usize::try_from(libc::REG_RIP).ok().and_then(|n| registers.get_mut(n))
+        else {
+            return;
+        };
+        if usize::try_from(*rip).is_ok_and(|rip| (begin..fault).contains(&rip)) {
+            *rip = i64::try_from(fault).unwrap_or(*rip);
+            return;
+        }
+        pass_on(signal, info, context);
+    }
+
+    /// To whom had the signal before; the default action is the end of the process, by the same
+    /// instruction once more.
+    fn pass_on(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
+        let before = BEFORE.get().and_then(Option::as_ref);
+        let handler = before.map_or(libc::SIG_DFL, |action| action.sa_sigaction);
+        match (handler, before.is_some_and(|action| action.sa_flags & libc::SA_SIGINFO != 0)) {
+            (libc::SIG_DFL | libc::SIG_IGN, _) => {
+                // SAFETY: resetting a signal's action is async-signal-safe.
+                unsafe { libc::signal(signal, libc::SIG_DFL) };
+            }
+            (handler, true) => {
+                type Handler = extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void);
+                // SAFETY: an action with SA_SIGINFO, not one of the two constants, holds the
+                // address of a function of this type.
+                let handler = unsafe {
+                    std::mem::transmute::<*const (), Handler>(ptr::with_exposed_provenance(handler))
+                };
+                handler(signal, info, context);
+            }
+            (handler, false) => {
+                type Handler = extern "C" fn(c_int);
+                // SAFETY: an action without SA_SIGINFO, not one of the two constants, holds the
+                // address of a function of this other type.
+                let handler = unsafe {
+                    std::mem::transmute::<*const (), Handler>(ptr::with_exposed_provenance(handler))
+                };
+                handler(signal);
+            }
+        }
+    }
+}
