@@ -2,8 +2,9 @@
 //!
 //! Why: decoding 64 KiB costs some hundred times as much as copying 4 KiB of it, and readers of one
 //! base image read the same clusters.
-//! How: a cache bounded in bytes, keyed by view and cluster. The first reader of a cluster decodes
-//! it; others that want the same one wait for that, and nobody else waits.
+//! How: a cache bounded in bytes, keyed by layer and cluster, in huge pages. The first reader of a
+//! cluster decodes it; others that want the same one wait for that, and nobody else waits. Clusters
+//! that are wanted together are decoded on all cores.
 //! Never: grows past its limit, or keeps the clusters of a view that is closed.
 //! Start at [`DecodedCache::process_wide`].
 
@@ -15,6 +16,7 @@ use bytes::Bytes;
 use quick_cache::sync::{Cache, DefaultLifecycle};
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
 
+use crate::map::Slab;
 use crate::units::{GuestOffset, MIB};
 
 /// Bytes that the process-wide cache may hold.
@@ -65,7 +67,9 @@ impl Weighter<Key, Bytes> for ByBytes {
 /// A bounded cache of decoded clusters; cheap to share, safe for any number of threads.
 pub struct DecodedCache {
     clusters: Cache<Key, Bytes, ByBytes>,
+    slab: Slab,
     next_view: AtomicU64,
+    decodes: AtomicU64,
 }
 
 impl fmt::Debug for DecodedCache {
@@ -98,7 +102,12 @@ impl DecodedCache {
             DefaultHashBuilder::default(),
             DefaultLifecycle::default(),
         );
-        Arc::new(Self { clusters, next_view: AtomicU64::new(0) })
+        Arc::new(Self {
+            clusters,
+            slab: Slab::default(),
+            next_view: AtomicU64::new(0),
+            decodes: AtomicU64::new(0),
+        })
     }
 
     /// The cache that views use unless they are given another: 64 MiB for the whole process.
@@ -115,6 +124,22 @@ impl DecodedCache {
         self.clusters.weight()
     }
 
+    /// How many clusters have been decoded; what was found here already is not counted.
+    #[must_use]
+    pub fn decodes(&self) -> u64 {
+        self.decodes.load(Ordering::Relaxed)
+    }
+
+    /// Memory for what is to be decoded.
+    pub(super) fn slab(&self) -> &Slab {
+        &self.slab
+    }
+
+    /// The cluster of `key`, if it is here.
+    pub(super) fn get(&self, key: Key) -> Option<Bytes> {
+        self.clusters.get(&key)
+    }
+
     /// A number for the keys of one view.
     pub(super) fn register_view(&self) -> u64 {
         self.next_view.fetch_add(1, Ordering::Relaxed)
@@ -126,7 +151,10 @@ impl DecodedCache {
         key: Key,
         decode: impl FnOnce() -> Result<Bytes, E>,
     ) -> Result<Bytes, E> {
-        self.clusters.get_or_insert_with(&key, decode)
+        self.clusters.get_or_insert_with(&key, || {
+            self.decodes.fetch_add(1, Ordering::Relaxed);
+            decode()
+        })
     }
 
     /// Forgets the clusters of a view that is closed.

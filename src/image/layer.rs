@@ -12,11 +12,10 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use bytes::Bytes;
-
+use super::ahead::Forward;
 use super::decoded::Key;
 use super::raw::HoleMap;
-use super::{DecodedCache, Format, ImageError, Info, ReadError, qcow2};
+use super::{Decoded, DecodedCache, Format, ImageError, Info, ReadError, qcow2};
 use crate::disk::Sealed;
 use crate::map::{Copied, FileMap, Resident};
 use crate::units::{FileOffset, GuestOffset};
@@ -64,6 +63,8 @@ pub(super) struct Layer {
     tables: Tables,
     cache: Arc<DecodedCache>,
     id: u64,
+    /// Where a reader who goes forward will want the next cluster.
+    pub(super) forward: Forward,
 }
 
 impl Layer {
@@ -96,7 +97,8 @@ impl Layer {
         })?;
         let id = cache.register_view();
         let resident = Resident::new(len_bytes);
-        Ok(Self { sealed, data, map, resident, info, tables, cache, id })
+        let forward = Forward::default();
+        Ok(Self { sealed, data, map, resident, info, tables, cache, id, forward })
     }
 
     pub(super) fn size_bytes(&self) -> u64 {
@@ -167,15 +169,31 @@ impl Layer {
         }
     }
 
+    /// The first byte of the cluster around `at`, and the one after its last; QCOW2 only.
+    pub(super) fn cluster_around(&self, at: GuestOffset) -> Option<(u64, u64)> {
+        let clusters = self.cluster_map()?;
+        let (_, start) = clusters.cluster_of(at);
+        let size = clusters.header().cluster_bits.size_bytes();
+        Some((start.0, (start.0 + size).min(self.size_bytes())))
+    }
+
+    /// The decoded cluster around `at` and where it begins, if it is in the cache.
+    pub(super) fn cached(&self, at: GuestOffset) -> Option<Decoded> {
+        let (cluster, start) = self.cluster_map()?.cluster_of(at);
+        let bytes = self.cache.get(Key { view: self.id, cluster })?;
+        Some(Decoded { bytes, start })
+    }
+
     /// The decoded cluster around `at` and where it begins.
-    pub(super) fn decoded(&self, at: GuestOffset) -> Result<(Bytes, GuestOffset), ReadError> {
+    pub(super) fn decoded(&self, at: GuestOffset) -> Result<Decoded, ReadError> {
         match &self.tables {
             Tables::Raw(_) => Err(ReadError::NotEncoded { at }),
             Tables::Qcow2(clusters) => {
                 let (cluster, start) = clusters.cluster_of(at);
                 let key = Key { view: self.id, cluster };
-                let decode = || clusters.decode(self.sealed.file(), at);
-                Ok((self.cache.get_or_decode(key, decode)?, start))
+                let slab = self.cache.slab();
+                let decode = || clusters.decode(self.sealed.file(), at, slab);
+                Ok(Decoded { bytes: self.cache.get_or_decode(key, decode)?, start })
             }
         }
     }

@@ -8,6 +8,8 @@
 //! Never: opens a path that it found inside an image, writes, uses the network, or trusts a length.
 //! Start at [`View::open`] and [`inspect`]; the QCOW2 format is in [`qcow2`].
 
+mod ahead;
+mod crew;
 mod decoded;
 mod error;
 mod format;

@@ -15,12 +15,17 @@ use std::sync::Arc;
 use super::layer::{Layer, LayerKind};
 use super::qcow2::BackingFormat;
 use super::{Decoded, DecodedCache, Format, ImageError, Info, ReadError, info, qcow2};
+use super::{ahead, crew};
 use crate::disk::Sealed;
 use crate::map::{FileMap, KernelSlice};
 use crate::units::{FileOffset, GuestOffset};
 
 /// Files that a view may be made of: an image and its backing files.
 pub const MAX_LAYERS: usize = 16;
+/// Clusters that [`View::prepare`] decodes at a time: 2 MiB of the usual size.
+pub const MAX_PREPARED: usize = 32;
+/// Runs that it looks at.
+const MAX_PREPARED_RUNS: usize = 1024;
 
 /// A place in one of the files of a view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -213,7 +218,7 @@ impl View {
         &self,
         at: GuestOffset,
         limit_bytes: u64,
-    ) -> Result<(Run, Option<&Layer>), ReadError> {
+    ) -> Result<(Run, Option<&Arc<Layer>>), ReadError> {
         let size_bytes = self.size_bytes();
         if at.0 >= size_bytes || limit_bytes == 0 {
             return Err(ReadError::PastEnd { at, len_bytes: limit_bytes, size_bytes });
@@ -240,7 +245,8 @@ impl View {
         Ok((Run { kind: RunKind::Zero, len_bytes: end - at.0 }, None))
     }
 
-    /// The decoded cluster around `at`, from the cache if it is there.
+    /// The decoded cluster around `at`, from the cache if it is there. A reader who goes forward
+    /// cluster by cluster finds the next ones decoded.
     ///
     /// # Errors
     /// [`ReadError::NotEncoded`] if `at` is not in a compressed cluster, [`ReadError::Decode`] if
@@ -248,12 +254,34 @@ impl View {
     pub fn decoded(&self, at: GuestOffset) -> Result<Decoded, ReadError> {
         let (run, layer) = self.layer_run_at(at, 1)?;
         match (run.kind, layer) {
-            (RunKind::Encoded, Some(layer)) => {
-                let (bytes, start) = layer.decoded(at)?;
-                Ok(Decoded { bytes, start })
-            }
+            (RunKind::Encoded, Some(layer)) => match layer.cached(at) {
+                Some(decoded) => Ok(decoded),
+                None => ahead::decode(layer, at),
+            },
             _another_kind => Err(ReadError::NotEncoded { at }),
         }
+    }
+
+    /// Decodes what is compressed in `[at, at + len)` and not in the cache, on all cores, as far as
+    /// [`MAX_PREPARED`] clusters; returns how far that is. Errors are met again by who reads.
+    pub fn prepare(&self, at: GuestOffset, len_bytes: u64) -> GuestOffset {
+        let end = at.0.saturating_add(len_bytes).min(self.size_bytes());
+        let (mut at, mut jobs) = (at, Vec::new());
+        for _ in 0..MAX_PREPARED_RUNS {
+            if at.0 >= end || jobs.len() == MAX_PREPARED {
+                break;
+            }
+            let Ok((run, layer)) = self.layer_run_at(at, end - at.0) else { break };
+            if let (RunKind::Encoded, Some(layer)) = (run.kind, layer)
+                && layer.cached(at).is_none()
+            {
+                jobs.push((layer, at));
+            }
+            at = at.advance(run.len_bytes);
+        }
+        let decode = |(layer, at): (&Arc<Layer>, GuestOffset)| layer.decoded(at).map(|_| ());
+        let _met_again_by_the_reader = crew::together(jobs, decode);
+        at
     }
 
     /// Fills `buf` with the disk's bytes from `at` on. A page that cannot be read is an error and
@@ -267,25 +295,43 @@ impl View {
         if at.checked_add(len_bytes).is_none_or(|end| end.0 > size_bytes) {
             return Err(ReadError::PastEnd { at, len_bytes, size_bytes });
         }
-        let (mut rest, mut at) = (buf, at);
+        let (mut rest, mut at, mut jobs) = (buf, at, Vec::new());
         while !rest.is_empty() {
             let (run, layer) = self.layer_run_at(at, rest.len() as u64)?;
             let len = usize::try_from(run.len_bytes).unwrap_or(rest.len()).min(rest.len());
             let (part, after) = rest.split_at_mut(len);
             match (run.kind, layer) {
                 (RunKind::Data(stored), Some(layer)) => layer.read_data(part, stored.at)?,
-                (RunKind::Encoded, Some(layer)) => {
-                    let (bytes, start) = layer.decoded(at)?;
-                    let decoded = Decoded { bytes, start }.from(at);
-                    let from = decoded.get(..len).ok_or(ReadError::NotEncoded { at })?;
-                    part.copy_from_slice(from);
-                }
+                (RunKind::Encoded, Some(layer)) => match layer.cached(at) {
+                    Some(decoded) => copy_decoded(&decoded, part, at)?,
+                    None => jobs.push(Job { layer, at, part }),
+                },
                 (RunKind::Zero, _) | (_, None) => part.fill(0),
             }
             (rest, at) = (after, at.advance(run.len_bytes));
         }
-        Ok(())
+        match <[Job<'_>; 1]>::try_from(jobs) {
+            Ok([job]) => copy_decoded(&ahead::decode(job.layer, job.at)?, job.part, job.at),
+            Err(jobs) => crew::together(jobs, |Job { layer, at, part }| {
+                copy_decoded(&layer.decoded(at)?, part, at)
+            }),
+        }
     }
+}
+
+/// A part of a buffer that a cluster has to be decoded for.
+struct Job<'a> {
+    layer: &'a Arc<Layer>,
+    at: GuestOffset,
+    part: &'a mut [u8],
+}
+
+/// Fills `part` with what `decoded` has from `at` on.
+fn copy_decoded(decoded: &Decoded, part: &mut [u8], at: GuestOffset) -> Result<(), ReadError> {
+    let skip = at.0.checked_sub(decoded.start.0).and_then(|n| usize::try_from(n).ok());
+    let from = skip.and_then(|skip| decoded.bytes.get(skip..)?.get(..part.len()));
+    part.copy_from_slice(from.ok_or(ReadError::NotEncoded { at })?);
+    Ok(())
 }
 
 /// What was given must be what the image needs: a base that is not used is a mistake of whoever

@@ -46,7 +46,8 @@ mod x86_64 {
 
     // Copies rdx bytes from [rsi] to [rdi] and returns 0; after a fault, in a load, the handler
     // goes on at `_fault`, which returns how many bytes are left: at least 1. Loads of a round come
-    // before its stores, so that a fault is always one of the map's.
+    // before its stores, so that a fault is always one of the map's. The first routine is for every
+    // x86-64, the second has registers of twice the size.
     global_asm!(
         ".pushsection .text.bedplate_guarded_copy,\"ax\",@progbits",
         ".balign 64",
@@ -80,17 +81,51 @@ mod x86_64 {
         "    jnz 4b",
         "5:  xor eax, eax",
         "    ret",
+        ".size bedplate_guarded_copy, . - bedplate_guarded_copy",
+        ".balign 64",
+        ".globl bedplate_guarded_copy_avx",
+        ".hidden bedplate_guarded_copy_avx",
+        ".type bedplate_guarded_copy_avx,@function",
+        "bedplate_guarded_copy_avx:",
+        "    cmp rdx, 128",
+        "    jb 3f",
+        ".balign 16",
+        "2:  vmovups ymm0, [rsi]",
+        "    vmovups ymm1, [rsi + 32]",
+        "    vmovups ymm2, [rsi + 64]",
+        "    vmovups ymm3, [rsi + 96]",
+        "    vmovups [rdi], ymm0",
+        "    vmovups [rdi + 32], ymm1",
+        "    vmovups [rdi + 64], ymm2",
+        "    vmovups [rdi + 96], ymm3",
+        "    sub rsi, -128",
+        "    sub rdi, -128",
+        "    add rdx, -128",
+        "    cmp rdx, 128",
+        "    jae 2b",
+        "    vzeroupper",
+        "3:  test rdx, rdx",
+        "    jz 5f",
+        "4:  mov al, [rsi]",
+        "    mov [rdi], al",
+        "    inc rsi",
+        "    inc rdi",
+        "    dec rdx",
+        "    jnz 4b",
+        "5:  xor eax, eax",
+        "    ret",
         ".globl bedplate_guarded_copy_fault",
         ".hidden bedplate_guarded_copy_fault",
         "bedplate_guarded_copy_fault:",
         "    mov rax, rdx",
         "    ret",
-        ".size bedplate_guarded_copy, . - bedplate_guarded_copy",
+        ".size bedplate_guarded_copy_avx, . - bedplate_guarded_copy_avx",
         ".popsection",
     );
 
     unsafe extern "C" {
         fn bedplate_guarded_copy(to: *mut u8, from: *const u8, len: usize) -> usize;
+        fn bedplate_guarded_copy_avx(to: *mut u8, from: *const u8, len: usize) -> usize;
         fn bedplate_guarded_copy_fault();
     }
 
@@ -108,10 +143,14 @@ mod x86_64 {
         }
         // SAFETY: reading the counter has no effect; every x86-64 has it.
         let start = unsafe { _rdtsc() };
+        let routine = match std::arch::is_x86_feature_detected!("avx") {
+            true => bedplate_guarded_copy_avx,
+            false => bedplate_guarded_copy,
+        };
         // SAFETY: the routine writes `to.len()` bytes at `to` at most, and reads as many at `from`,
         // which the caller keeps mapped. A SIGBUS in a load ends it with a count above 0. It uses
-        // only registers that a C call may change, and no stack.
-        let left = unsafe { bedplate_guarded_copy(to.as_mut_ptr(), from, to.len()) };
+        // only registers that a C call may change and this processor has, and no stack.
+        let left = unsafe { routine(to.as_mut_ptr(), from, to.len()) };
         if left > 0 {
             return Copied::Not;
         }
@@ -135,7 +174,8 @@ mod x86_64 {
         (done == 0).then(|| unsafe { before.assume_init() })
     }
 
-    /// Only loads and stores, so that it is safe at any instruction.
+    /// Only loads and stores, so that it is safe at any instruction. Both routines, and their error
+    /// exit after them, are in one section.
     extern "C" fn on_sigbus(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
         let begin = bedplate_guarded_copy as *const () as usize;
         let fault = bedplate_guarded_copy_fault as *const () as usize;

@@ -13,10 +13,12 @@ mod file;
 mod guard;
 mod resident;
 mod send;
+mod slab;
 mod table;
 
 pub use file::{FileMap, KernelSlice};
 pub use guard::Copied;
 pub use resident::Resident;
 pub use send::{MAX_PIECES, Piece, send_pieces};
+pub use slab::{CHUNK_BYTES, Slab, SlabBuf};
 pub use table::SharedTable;

@@ -26,11 +26,13 @@ use super::table::{self, Entry};
 use super::word::{self, Meaning, Span};
 use crate::image::layer::{LayerKind, LayerRun};
 use crate::image::{ImageError, ReadError};
-use crate::map::SharedTable;
+use crate::map::{SharedTable, Slab};
 use crate::units::{FileOffset, GuestOffset};
 
 /// Bytes of an L2 table that are read at once.
 const L2_READ_BYTES: usize = 64 * 1024;
+/// Smaller clusters are decoded to the heap: a slot of the slab would be mostly waste.
+const MIN_SLAB_BYTES: usize = 32 * 1024;
 
 /// A [`Codec`] and the buffer for its input.
 #[derive(Debug, Default)]
@@ -293,11 +295,12 @@ impl ClusterMap {
 
     /// Decodes the compressed cluster around `at`; ends with the cluster or with the disk.
     ///
-    /// Reads the stored bytes with pread. Decoders are shared and kept, results are not.
+    /// Reads the stored bytes with pread, and puts the result into memory from `slab`. Decoders are
+    /// shared and kept, results are not.
     ///
     /// # Errors
     /// [`ReadError::NotEncoded`], [`ReadError::Decode`], or those of [`run_at`](Self::run_at).
-    pub fn decode(&self, file: &File, at: GuestOffset) -> Result<Bytes, ReadError> {
+    pub fn decode(&self, file: &File, at: GuestOffset, slab: &Slab) -> Result<Bytes, ReadError> {
         let (cluster, start) = self.cluster_of(at);
         let unit = at.0 >> self.image.header.unit_bits();
         let packed = match self.meaning(file, unit)? {
@@ -308,12 +311,25 @@ impl ClusterMap {
             }
         };
         let mut decoder = take_decoder();
-        let decoded = self.decode_with(&mut decoder, file, packed, start);
-        give_back(decoder);
-        let mut decoded = decoded?;
         let visible = usize::try_from(self.image.visible_bytes(cluster)).unwrap_or(usize::MAX);
-        decoded.truncate(visible);
-        Ok(decoded.into())
+        let size_bytes = self.image.header.cluster_bits.size_bytes();
+        let size = usize::try_from(size_bytes).expect("at most 2 MiB");
+        let decoded = if size < MIN_SLAB_BYTES {
+            let mut bytes = vec![0; size];
+            let done = self.decode_with(&mut decoder, file, packed, start, &mut bytes);
+            bytes.truncate(visible);
+            done.map(|()| bytes.into())
+        } else {
+            slab.take(size).map_err(|e| ReadError::io(&self.path, packed.at.0, size, e)).and_then(
+                |mut buf| {
+                    self.decode_with(&mut decoder, file, packed, start, buf.bytes_mut())?;
+                    buf.truncate(visible);
+                    Ok(Bytes::from_owner(buf))
+                },
+            )
+        };
+        give_back(decoder);
+        decoded
     }
 
     fn decode_with(
@@ -322,19 +338,17 @@ impl ClusterMap {
         file: &File,
         packed: Packed,
         start: GuestOffset,
-    ) -> Result<Vec<u8>, ReadError> {
+        cluster: &mut [u8],
+    ) -> Result<(), ReadError> {
         let Decoder { codec, stored } = decoder;
         let len = usize::try_from(packed.len_bytes).expect("at most 4 MiB");
         stored.resize(len, 0);
         file.read_exact_at(stored, packed.at.0)
             .map_err(|source| ReadError::io(&self.path, packed.at.0, len, source))?;
-        let size_bytes = self.image.header.cluster_bits.size_bytes();
-        let mut cluster = vec![0; usize::try_from(size_bytes).expect("at most 2 MiB")];
-        codec.decode(self.image.header.compression, stored, &mut cluster).map_err(|fault| {
+        codec.decode(self.image.header.compression, stored, cluster).map_err(|fault| {
             let (path, what) = (self.path.clone(), fault.text());
             ReadError::Decode { path, what, at: start, stored_at: packed.at }
-        })?;
-        Ok(cluster)
+        })
     }
 }
 

@@ -32,6 +32,8 @@ struct Walk {
     /// Zeroes become holes, and data chunks; otherwise all goes into one payload.
     chunked: bool,
     open: Option<OpenChunk>,
+    /// Compressed clusters up to here were decoded together.
+    prepared: GuestOffset,
 }
 
 impl Walk {
@@ -58,7 +60,7 @@ impl<T: Transport> Session<'_, T> {
             self.batch.whole_data(at, range.len_bytes);
         }
         let left = range.len_bytes;
-        self.walk(Walk { range, at, left, sequential, chunked, open: None })
+        self.walk(Walk { range, at, left, sequential, chunked, open: None, prepared: at })
     }
 
     /// One run of zeroes from end to end, so that a single hole chunk answers it.
@@ -104,6 +106,10 @@ impl<T: Transport> Session<'_, T> {
                 }
                 RunKind::Data(stored) => self.data(&mut walk, stored, clipped),
                 RunKind::Encoded => {
+                    if len_bytes < walk.left && walk.prepared.0 <= walk.at.0 {
+                        let view = self.agreed.attachment.export().view();
+                        walk.prepared = view.prepare(walk.at, walk.left.into());
+                    }
                     if let Err(error) = self.encoded(&mut walk, clipped) {
                         return self.unreadable(&walk, &error);
                     }

@@ -1,0 +1,103 @@
+//! The threads that decode clusters ahead of, and beside, those who read them.
+//!
+//! Why: a cluster takes a hundred times as long to decode as to copy, and clusters do not depend on
+//! each other: whoever wants several should have all cores at work.
+//! How: one pool for the process, with a thread less than there are cores: who reads decodes too.
+//! Jobs are taken one by one from one queue, so that nobody waits for a share of somebody else.
+//! Never: outgrows the cores, or is started before anything is compressed.
+//! Start at [`together`].
+
+use std::sync::{LazyLock, Mutex, PoisonError};
+
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+static POOL: LazyLock<Option<ThreadPool>> = LazyLock::new(|| {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let pool = ThreadPoolBuilder::new()
+        .num_threads(cores.saturating_sub(1).max(1))
+        .thread_name(|n| format!("decode-{n}"))
+        .build();
+    pool.inspect_err(|error| tracing::warn!(%error, "clusters are decoded on one core")).ok()
+});
+
+/// Does all `jobs`, on this thread and on those of the pool.
+///
+/// # Errors
+/// The first error that was met; jobs that were not begun by then are left undone.
+pub(super) fn together<J: Send, E: Send>(
+    jobs: Vec<J>,
+    work: impl Fn(J) -> Result<(), E> + Sync,
+) -> Result<(), E> {
+    let helpers = match (jobs.len(), &*POOL) {
+        (0 | 1, _) | (_, None) => None,
+        (count, Some(pool)) => Some((pool, pool.current_num_threads().min(count - 1))),
+    };
+    let (queue, failed) = (Mutex::new(jobs.into_iter()), Mutex::new(None));
+    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let run = || {
+        while let Some(job) = next() {
+            if let Err(error) = work(job) {
+                failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                while next().is_some() {}
+            }
+        }
+    };
+    match helpers {
+        None => run(),
+        Some((pool, count)) => pool.in_place_scope(|scope| {
+            for _ in 0..count {
+                scope.spawn(|_| run());
+            }
+            run();
+        }),
+    }
+    failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+}
+
+/// Does `work` some time, on the pool.
+pub(super) fn later(work: impl FnOnce() + Send + 'static) {
+    if let Some(pool) = &*POOL {
+        pool.spawn(work);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    #[test]
+    fn every_job_is_done_once() {
+        for count in [0_u64, 1, 2, 1000] {
+            let sum = AtomicU64::new(0);
+            let done = together((0..count).collect(), |n| {
+                sum.fetch_add(n + 1, Ordering::Relaxed);
+                Ok::<_, ()>(())
+            });
+            assert_eq!((done, sum.into_inner()), (Ok(()), count * (count + 1) / 2));
+        }
+    }
+
+    #[test]
+    fn an_error_ends_it_and_is_the_result() {
+        let done = AtomicU64::new(0);
+        let result = together((0..10_000).collect(), |n| {
+            done.fetch_add(1, Ordering::Relaxed);
+            if n == 5 { Err("five") } else { Ok(()) }
+        });
+        assert_eq!(result, Err("five"));
+        assert!(done.into_inner() < 10_000);
+    }
+
+    #[test]
+    fn jobs_may_borrow() {
+        let mut bytes = vec![0_u8; 1000];
+        let jobs: Vec<&mut [u8]> = bytes.chunks_mut(7).collect();
+        together(jobs, |part| {
+            part.fill(1);
+            Ok::<_, ()>(())
+        })
+        .unwrap();
+        assert!(bytes.iter().all(|&byte| byte == 1));
+    }
+}
