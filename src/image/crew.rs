@@ -11,10 +11,16 @@ use std::sync::{LazyLock, Mutex, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+/// Cores of this machine that this process may use, asked for once: the answer is in files.
+pub(super) fn cores() -> usize {
+    static CORES: LazyLock<usize> =
+        LazyLock::new(|| std::thread::available_parallelism().map_or(1, usize::from));
+    *CORES
+}
+
 static POOL: LazyLock<Option<ThreadPool>> = LazyLock::new(|| {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let pool = ThreadPoolBuilder::new()
-        .num_threads(cores.saturating_sub(1).max(1))
+        .num_threads(cores().saturating_sub(1).max(1))
         .thread_name(|n| format!("decode-{n}"))
         .build();
     pool.inspect_err(|error| tracing::warn!(%error, "clusters are decoded on one core")).ok()

@@ -16,6 +16,7 @@ use bytes::Bytes;
 use quick_cache::sync::{Cache, DefaultLifecycle};
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
 
+use super::crew;
 use crate::map::Slab;
 use crate::units::{GuestOffset, MIB};
 
@@ -86,7 +87,7 @@ impl DecodedCache {
     /// A cache that holds up to `capacity_bytes` of clusters; with 0 it keeps nothing.
     #[must_use]
     pub fn new(capacity_bytes: u64) -> Arc<Self> {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let cores = crew::cores();
         let shards = usize::try_from(capacity_bytes / MIN_SHARD_BYTES).unwrap_or(usize::MAX);
         // Typical clusters are 64 KiB; the estimate only sizes the index.
         let items = usize::try_from(capacity_bytes / (64 * 1024)).unwrap_or(usize::MAX).max(1);

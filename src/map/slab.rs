@@ -158,9 +158,11 @@ impl Mapping {
                 unsafe { rustix::mm::munmap(from.cast(), len) }?;
             }
         }
-        // SAFETY: advice on our own range that changes no content.
-        let _hint_only =
-            unsafe { rustix::mm::madvise(base.cast(), CHUNK_BYTES, Advice::LinuxHugepage) };
+        for advice in [Advice::LinuxHugepage, Advice::LinuxPopulateWrite] {
+            // Populated now: two threads that touch one huge page first would both make one.
+            // SAFETY: advice on our own range that changes no content.
+            let _hint_only = unsafe { rustix::mm::madvise(base.cast(), CHUNK_BYTES, advice) };
+        }
         NonNull::new(base).map(|base| Self { base }).ok_or(io::ErrorKind::OutOfMemory.into())
     }
 }

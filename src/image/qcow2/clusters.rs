@@ -3,19 +3,21 @@
 //! Why: a lookup is on the way of every read, from many threads and (through the memfd) from
 //! other processes; foreign entries must have been judged by then.
 //! How: words as in `word`, one for each unit (a cluster, or a subcluster where an image has them);
-//! the first touch of a span reads its L2 table with pread and fills in its words, and the span word is set last (release). Two threads that fill one span write the
+//! the first touch of one reads a page of its L2 table with pread and fills in those words, and the span word is set last (release). Two threads that fill one span write the
 //! same words, so nobody waits. Memory is at most the size of the L2 tables in the file.
 //! Never: takes a lock to look up, or reads compressed bytes from the map.
 //! Start at [`ClusterMap::run_at`].
 
 use std::fs::File;
+use std::num::NonZeroU64;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{LazyLock, Mutex};
 
 use bytes::Bytes;
+use rustix::fs::Advice;
 
 use super::codec::Codec;
 use super::entry::{Limits, Packed};
@@ -24,13 +26,14 @@ use super::header::Header;
 use super::open::Image;
 use super::table::{self, Entry};
 use super::word::{self, Meaning, Span};
+use crate::image::crew;
 use crate::image::layer::{LayerKind, LayerRun};
 use crate::image::{ImageError, ReadError};
 use crate::map::{SharedTable, Slab};
 use crate::units::{FileOffset, GuestOffset};
 
-/// Bytes of an L2 table that are read at once.
-const L2_READ_BYTES: usize = 64 * 1024;
+/// Bytes of an L2 table that are read at once: a page, so that opening stays instant.
+const L2_READ_BYTES: usize = 4096;
 /// Smaller clusters are decoded to the heap: a slot of the slab would be mostly waste.
 const MIN_SLAB_BYTES: usize = 32 * 1024;
 
@@ -129,18 +132,18 @@ impl ClusterMap {
             }
             Meaning::Data(stored_at) => {
                 let expected = word::data(stored_at) + (1 << bits);
-                next = self.extend(next, end, |n| expected + (n << bits));
+                next = self.extend(file, next, end, |n| expected + (n << bits));
                 LayerKind::Data(stored_at.advance(at.0 - (unit << bits)))
             }
             Meaning::Zero => {
-                next = self.extend(next, end, |_| word::ZERO);
+                next = self.extend(file, next, end, |_| word::ZERO);
                 LayerKind::Zero
             }
             Meaning::Beneath => {
-                next = self.extend(next, end, |_| word::BENEATH);
+                next = self.extend(file, next, end, |_| word::BENEATH);
                 LayerKind::Beneath
             }
-            Meaning::Damaged => return Err(self.damage(file, unit)),
+            Meaning::Damaged | Meaning::Unknown => return Err(self.damage(file, unit)),
         };
         let end = end.min(next << bits);
         Ok(LayerRun { kind, len_bytes: end - at.0 })
@@ -148,7 +151,7 @@ impl ClusterMap {
 
     /// The first unit from `next` on whose word is not as `expected`, which is given the distance
     /// from `next`. Does not look further than guest byte `end`.
-    fn extend(&self, next: u64, end: u64, expected: impl Fn(u64) -> u64) -> u64 {
+    fn extend(&self, file: &File, next: u64, end: u64, expected: impl Fn(u64) -> u64) -> u64 {
         let last = end.div_ceil(1 << self.image.header.unit_bits());
         let mut unit = next;
         while unit < last {
@@ -159,7 +162,11 @@ impl ClusterMap {
                 Known::Words(words) => {
                     let limit = usize::try_from(last - unit).unwrap_or(usize::MAX);
                     for word in words.iter().take(limit) {
-                        if word.load(Ordering::Relaxed) != expected(unit - next) {
+                        let mut found = word.load(Ordering::Relaxed);
+                        if found == word::UNKNOWN && self.fill(file, unit).is_ok() {
+                            found = word.load(Ordering::Relaxed);
+                        }
+                        if found != expected(unit - next) {
                             return unit;
                         }
                         unit += 1;
@@ -167,7 +174,7 @@ impl ClusterMap {
                 }
             }
         }
-        unit
+        unit.min(last)
     }
 
     /// The span of `unit`: its number, and its units.
@@ -202,54 +209,68 @@ impl ClusterMap {
         match self.span(index) {
             Span::Empty => Known::EmptyUpTo(units.end),
             Span::Unread(_) => Known::Unread,
-            Span::Filled(_) => Known::Words(self.words(unit..units.end)),
+            Span::Begun(_) => Known::Words(self.words(unit..units.end)),
         }
     }
 
     fn meaning(&self, file: &File, unit: u64) -> Result<Meaning, ReadError> {
-        let (index, units) = self.span_of(unit);
-        match self.span(index) {
-            Span::Empty => return Ok(word::meaning(self.empty, self.image.header.cluster_bits)),
-            Span::Unread(table) => self.fill(file, table, index, units)?,
-            Span::Filled(_) => {}
+        let bits = self.image.header.cluster_bits;
+        let (index, _) = self.span_of(unit);
+        if self.span(index) == Span::Empty {
+            return Ok(word::meaning(self.empty, bits));
         }
-        let word = self.words(unit..unit + 1).first().map(|w| w.load(Ordering::Relaxed));
-        Ok(word::meaning(word.unwrap_or_default(), self.image.header.cluster_bits))
+        let mut found = self.word(unit);
+        if found == word::UNKNOWN {
+            self.fill(file, unit)?;
+            found = self.word(unit);
+        }
+        Ok(word::meaning(found, bits))
     }
 
-    /// Reads the L2 table of a span and fills in its words; the span word is set last.
+    fn word(&self, unit: u64) -> u64 {
+        self.words(unit..unit + 1).first().map_or(0, |word| word.load(Ordering::Relaxed))
+    }
+
+    /// Reads the part of an L2 table around `unit`, and fills in its words. The kernel is asked for
+    /// all of the table when the first part of it is read.
     #[cold]
-    fn fill(
-        &self,
-        file: &File,
-        table: FileOffset,
-        index: usize,
-        units: Range<u64>,
-    ) -> Result<(), ReadError> {
+    fn fill(&self, file: &File, unit: u64) -> Result<(), ReadError> {
         let (limits, header) = (self.image.limits(), &self.image.header);
-        let words = self.words(units.clone());
-        let in_cluster = 1 << header.units_in_cluster_bits();
-        let entry_bytes = usize::try_from(header.l2_entry_bytes()).unwrap_or(usize::MAX);
-        let total = words.len().div_ceil(in_cluster) * entry_bytes;
-        let mut buffer = vec![0; L2_READ_BYTES.min(total)];
-        let (mut at, mut cluster) = (table.0, units.start >> header.units_in_cluster_bits());
-        for words in words.chunks(L2_READ_BYTES / entry_bytes * in_cluster) {
-            let len = words.len().div_ceil(in_cluster) * entry_bytes;
-            let bytes = buffer.get_mut(..len).expect("a part is at most the buffer");
-            file.read_exact_at(bytes, at)
-                .map_err(|source| ReadError::io(&self.path, at, len, source))?;
-            for (words, entry) in words.chunks(in_cluster).zip(table::entries(header, bytes)) {
-                self.fill_cluster(words, entry, cluster, &limits);
-                cluster += 1;
-            }
-            at += len as u64;
+        let (index, span) = self.span_of(unit);
+        let (Span::Unread(table) | Span::Begun(table)) = self.span(index) else { return Ok(()) };
+        let (in_cluster_bits, entry_bytes) =
+            (header.units_in_cluster_bits(), header.l2_entry_bytes());
+        let first = span.start >> in_cluster_bits;
+        let clusters = (span.end - span.start).div_ceil(1 << in_cluster_bits);
+        let per_read = L2_READ_BYTES as u64 / entry_bytes;
+        let start = ((unit >> in_cluster_bits) - first) / per_read * per_read;
+        let count = per_read.min(clusters - start);
+        if self.span(index) == Span::Unread(table) {
+            let len = NonZeroU64::new(clusters * entry_bytes);
+            let _hint_only = rustix::fs::fadvise(file, table.0, len, Advice::WillNeed);
+            self.span_word(index).store(Span::Begun(table).to_word(), Ordering::Release);
         }
-        self.span_word(index).store(Span::Filled(table).to_word(), Ordering::Release);
+        let mut buffer = [0; L2_READ_BYTES];
+        let len = usize::try_from(count * entry_bytes).unwrap_or(0);
+        let (bytes, _) = buffer.split_at_mut(len.min(L2_READ_BYTES));
+        let at = table.0 + start * entry_bytes;
+        file.read_exact_at(bytes, at)
+            .map_err(|source| ReadError::io(&self.path, at, len, source))?;
+        let units = (first + start) << in_cluster_bits;
+        let words = self.words(units..span.end.min(units + (count << in_cluster_bits)));
+        let clusters = words.chunks(1 << in_cluster_bits).zip(table::entries(header, bytes));
+        for (cluster, (words, entry)) in (first + start..).zip(clusters) {
+            self.fill_cluster(words, entry, cluster, &limits);
+        }
         Ok(())
     }
 
     /// Sets the words of one cluster; the disk's last one may have fewer than its units.
     fn fill_cluster(&self, words: &[AtomicU64], entry: Entry, cluster: u64, limits: &Limits<'_>) {
+        if entry.is_empty() {
+            words.iter().for_each(|word| word.store(self.empty, Ordering::Relaxed));
+            return;
+        }
         let unit_bits = self.image.header.unit_bits();
         let Ok(runs) = self.image.judge(entry, cluster, limits) else {
             // The reason is found again when the cluster is read.
@@ -270,7 +291,7 @@ impl ClusterMap {
     fn damage(&self, file: &File, unit: u64) -> ReadError {
         let header = &self.image.header;
         let (index, units) = self.span_of(unit);
-        let (Span::Filled(table) | Span::Unread(table)) = self.span(index) else {
+        let (Span::Begun(table) | Span::Unread(table)) = self.span(index) else {
             return self.changed(FileOffset(0), 0);
         };
         let in_span = (unit - units.start) >> header.units_in_cluster_bits();
@@ -305,7 +326,7 @@ impl ClusterMap {
         let unit = at.0 >> self.image.header.unit_bits();
         let packed = match self.meaning(file, unit)? {
             Meaning::Encoded(packed) => packed.clamp(self.image.file_len_bytes),
-            Meaning::Damaged => return Err(self.damage(file, unit)),
+            Meaning::Damaged | Meaning::Unknown => return Err(self.damage(file, unit)),
             Meaning::Data(_) | Meaning::Zero | Meaning::Beneath => {
                 return Err(ReadError::NotEncoded { at });
             }
@@ -358,10 +379,8 @@ fn take_decoder() -> Decoder {
 }
 
 fn give_back(decoder: Decoder) {
-    static CORES: LazyLock<usize> =
-        LazyLock::new(|| std::thread::available_parallelism().map_or(1, usize::from));
     let mut idle = IDLE_DECODERS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    if idle.len() < *CORES {
+    if idle.len() < crew::cores() {
         idle.push(decoder);
     }
 }

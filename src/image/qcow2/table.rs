@@ -59,6 +59,11 @@ impl Entry {
         })
     }
 
+    /// True if nothing is stored, by the plainest entry there is.
+    pub(super) fn is_empty(self) -> bool {
+        self.raw == 0 && self.bitmap.unwrap_or_default() == 0
+    }
+
     /// True if bits are set that must not be and change nothing.
     pub(super) fn is_odd(self) -> bool {
         let odd = match self.bitmap {

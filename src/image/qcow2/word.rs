@@ -10,8 +10,8 @@
 //! | span word | meaning |
 //! |---|---|
 //! | 0 | no L2 table: nothing of the span is stored, its words are never touched |
-//! | L2 table's file offset, bit 0 | the cluster words are not filled in yet |
-//! | L2 table's file offset, bit 1 | the cluster words are filled in |
+//! | L2 table's file offset, bit 0 | nothing of the table was read yet |
+//! | L2 table's file offset, bit 1 | some of it was: words that are not 0 are filled in |
 //!
 //! | cluster word | meaning |
 //! |---|---|
@@ -31,6 +31,8 @@ const KIND_BITS: u64 = 511;
 const ENCODED: u64 = 1 << 63;
 const DESCRIPTOR: u64 = (1 << 62) - 1;
 const DATA: u64 = 1;
+/// The word of a unit that is not filled in.
+pub(super) const UNKNOWN: u64 = 0;
 /// The word of a zero cluster.
 pub(super) const ZERO: u64 = 2;
 /// The word of a cluster whose L2 entry is damaged.
@@ -38,17 +40,17 @@ pub(super) const DAMAGED: u64 = 3;
 /// The word of what is not stored here, in an image with a backing file.
 pub(super) const BENEATH: u64 = 4;
 const SPAN_UNREAD: u64 = 1;
-const SPAN_FILLED: u64 = 2;
+const SPAN_BEGUN: u64 = 2;
 
 /// What a span word says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Span {
     /// No L2 table: nothing is stored.
     Empty,
-    /// The L2 table at this place has not been read.
+    /// Nothing of the L2 table at this place was read.
     Unread(FileOffset),
-    /// The cluster words are filled in from the L2 table at this place.
-    Filled(FileOffset),
+    /// Words are filled in from the L2 table at this place, where they are not 0.
+    Begun(FileOffset),
 }
 
 impl Span {
@@ -56,7 +58,7 @@ impl Span {
         match self {
             Self::Empty => 0,
             Self::Unread(at) => at.0 | SPAN_UNREAD,
-            Self::Filled(at) => at.0 | SPAN_FILLED,
+            Self::Begun(at) => at.0 | SPAN_BEGUN,
         }
     }
 
@@ -64,7 +66,7 @@ impl Span {
         let at = FileOffset(word & !KIND_BITS);
         match word & KIND_BITS {
             SPAN_UNREAD => Self::Unread(at),
-            SPAN_FILLED => Self::Filled(at),
+            SPAN_BEGUN => Self::Begun(at),
             _only_zero_is_left => Self::Empty,
         }
     }
@@ -79,8 +81,9 @@ pub(super) enum Meaning {
     Beneath,
     /// Not clamped to the file's length.
     Encoded(Packed),
-    /// Damaged, or (never in a filled span) not filled in.
     Damaged,
+    /// Not filled in.
+    Unknown,
 }
 
 /// The word of the first unit of a judged run, and what is added for each that follows; `raw` is
@@ -108,7 +111,8 @@ pub(super) fn meaning(word: u64, bits: ClusterBits) -> Meaning {
         DATA => Meaning::Data(FileOffset(word & !KIND_BITS)),
         ZERO => Meaning::Zero,
         BENEATH => Meaning::Beneath,
-        _damaged_or_not_filled => Meaning::Damaged,
+        _ if word == 0 => Meaning::Unknown,
+        _damaged => Meaning::Damaged,
     }
 }
 
@@ -125,7 +129,7 @@ mod tests {
         assert_eq!(meaning(of_run(Cluster::Unallocated, 0, 16, ZERO).0, bits), Meaning::Zero);
         let beneath = of_run(Cluster::Unallocated, 0, 16, BENEATH).0;
         assert_eq!(meaning(beneath, bits), Meaning::Beneath);
-        assert_eq!(meaning(0, bits), Meaning::Damaged);
+        assert_eq!(meaning(0, bits), Meaning::Unknown);
         assert_eq!(meaning(DAMAGED, bits), Meaning::Damaged);
         let raw = 0xffff_ffff_0123_4567;
         let packed = Packed::of_entry(raw, bits);
@@ -137,8 +141,7 @@ mod tests {
 
     #[test]
     fn span_words_round_trip() {
-        for span in [Span::Empty, Span::Unread(FileOffset(512)), Span::Filled(FileOffset(1 << 55))]
-        {
+        for span in [Span::Empty, Span::Unread(FileOffset(512)), Span::Begun(FileOffset(1 << 55))] {
             assert_eq!(Span::of_word(span.to_word()), span);
         }
     }

@@ -25,6 +25,8 @@ use crate::Result;
 
 /// What bedplate may keep decoded: all of the image that `tools/bench` makes.
 const CACHE_BYTES: u64 = 512 << 20;
+/// What it keeps by default.
+const CACHE_BYTES_BY_DEFAULT: u64 = 64 << 20;
 /// A future that is not ready after this many polls waits for something that never comes.
 const MOST_POLLS: u32 = 1 << 20;
 
@@ -76,6 +78,42 @@ impl Kind {
             }
             Self::Pread => Box::new(File::open(path)?),
         })
+    }
+
+    /// Opens the image with nothing read of it, in a process that is in use: the memory that
+    /// bedplate may keep decoded (here as much as it does by default) is full of another image.
+    /// Others keep nothing, or what they keep is small.
+    pub fn open_in_use(self, path: &Path) -> Result<Box<dyn Reader>> {
+        let Self::Bedplate = self else { return self.open(path) };
+        let cache = DecodedCache::new(CACHE_BYTES_BY_DEFAULT);
+        let open = || -> Result<View> {
+            Ok(View::open_with_cache(Sealed::open_path(path)?, None, cache.clone())?)
+        };
+        let other = open()?;
+        let mut buf = vec![0; 1 << 20];
+        let mut at = 0;
+        while at < View::size_bytes(&other) {
+            let len = usize::try_from(View::size_bytes(&other) - at)?.min(buf.len());
+            View::read_at(&other, buf.get_mut(..len).unwrap_or_default(), GuestOffset(at))?;
+            at += len as u64;
+        }
+        Ok(Box::new(InUse { view: open()?, _other: other }))
+    }
+}
+
+/// A view, and the one whose clusters were in the cache before.
+struct InUse {
+    view: View,
+    _other: View,
+}
+
+impl Reader for InUse {
+    fn size_bytes(&self) -> u64 {
+        self.view.size_bytes()
+    }
+
+    fn read_at(&mut self, buf: &mut [u8], at: u64) -> Result<()> {
+        Ok(self.view.read_at(buf, GuestOffset(at))?)
     }
 }
 

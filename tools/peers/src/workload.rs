@@ -32,7 +32,7 @@ pub enum Workload {
     Random4K,
     /// 1 MiB after 1 MiB, after everything was read once.
     Sequential1M,
-    /// 1 MiB after 1 MiB, once, with nothing mapped, decoded or looked up before.
+    /// 1 MiB after 1 MiB, once, with nothing of the image mapped, decoded or looked up before.
     First1M,
     /// Open, read the first 4 KiB, close.
     Open,
@@ -114,7 +114,7 @@ pub fn run(kind: Kind, path: &Path, workload: Workload, limit: Limit) -> Result<
             clocks.stop(ops, bytes, xxh3)
         }
         Workload::First1M => {
-            let mut reader = kind.open(path)?;
+            let mut reader = kind.open_in_use(path)?;
             let clocks = Clocks::start()?;
             let mut ops = 0;
             let bytes = pass(reader.as_mut(), |_| {
