@@ -18,6 +18,7 @@ use prometheus_client::registry::Registry;
 use super::App;
 use super::error::ApiError;
 use super::handlers::blocking;
+use crate::image::DecodedCache;
 use crate::manager::{DiskStatus, ImageStatus};
 
 type Labels = Vec<(&'static str, String)>;
@@ -61,6 +62,14 @@ pub(super) async fn scrape(State(app): State<App>) -> Result<impl IntoResponse, 
     let help = "Kernel threads (iou-wrk) that now do this process's io_uring calls for it: more \
                 than a few during transfers means that direct writes are not asynchronous";
     gauge(&mut registry, "uring_kernel_workers", help, count(kernel_workers()));
+
+    let cache = DecodedCache::process_wide();
+    let decodes = Counter::<u64>::default();
+    decodes.inc_by(cache.decodes());
+    registry.register("decoded_clusters", "Compressed clusters decoded for readers", decodes);
+    let help = "Bytes of decoded clusters that are kept for readers";
+    let held = i64::try_from(cache.held_bytes()).unwrap_or(i64::MAX);
+    gauge(&mut registry, "decoded_bytes", help, held);
 
     add_images(&mut registry, &app, &images);
     add_disks(&mut registry, &disks);

@@ -1,0 +1,124 @@
+//! Many replicas read one compressed image: each cluster is decoded once, for all of them.
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+mod nbd_support;
+mod qcow2_common;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Barrier};
+
+use bedplate::disk::Sealed;
+use bedplate::image::{DecodedCache, View, inspect};
+use bedplate::units::GuestOffset;
+use nbd_support::{MIB, TestServer};
+use qcow2_common::{Random, have_qemu, qemu_bytes, run};
+use tempfile::TempDir;
+
+const REPLICAS: u64 = 16;
+
+/// Text that compresses, of a length that leaves the last cluster short.
+fn compressed(dir: &Path, kind: &str) -> PathBuf {
+    let (raw, image) = (dir.join("disk.raw"), dir.join("disk.qcow2"));
+    let mut random = Random(4);
+    let bytes: Vec<u8> = (0..12 * MIB + 512).map(|_| random.next().to_le_bytes()[0] & 15).collect();
+    std::fs::write(&raw, bytes).unwrap();
+    let options = format!("compression_type={kind}");
+    let (from, to) = (raw.to_str().unwrap(), image.to_str().unwrap());
+    run("qemu-img", &["convert", "-q", "-c", "-f", "raw", "-O", "qcow2", "-o", &options, from, to]);
+    image
+}
+
+fn compressed_clusters(image: &Path) -> u64 {
+    let file = std::fs::File::open(image).unwrap();
+    let terms = bedplate::image::qcow2::Terms::default();
+    inspect(&file, image, None, &terms).unwrap().clusters.unwrap().compressed
+}
+
+#[test]
+fn sixteen_replicas_over_nbd_decode_each_cluster_once() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let image = compressed(dir.path(), "zstd");
+    let (want, count) = (qemu_bytes(&image).unwrap(), compressed_clusters(&image));
+    assert!(count > 180, "{count} clusters are compressed");
+    let server = TestServer::start();
+    server.add_file("disk", &image);
+    let before = DecodedCache::process_wide().decodes();
+    let together = Barrier::new(usize::try_from(REPLICAS).unwrap());
+    std::thread::scope(|scope| {
+        for replica in 0..REPLICAS {
+            let (server, want, together) = (&server, &want, &together);
+            scope.spawn(move || {
+                let mut wire = server.connect();
+                wire.go("disk", true);
+                together.wait();
+                // Half of them forward, in pieces of all sizes, half here and there.
+                let mut random = Random(replica);
+                let mut at = 0;
+                while at < want.len() {
+                    let len = [4096, 65_536, 300_000, MIB][random.index(4)].min(want.len() - at);
+                    let from =
+                        if replica % 2 == 0 { at } else { random.index(want.len() - len + 1) };
+                    let got = wire.read_structured(0, from as u64, u32::try_from(len).unwrap());
+                    assert!(got == want[from..from + len], "{len} bytes at {from}");
+                    at += len;
+                }
+            });
+        }
+    });
+    assert_eq!(DecodedCache::process_wide().decodes() - before, count);
+}
+
+#[test]
+fn memory_for_sixteen_readers_is_that_for_one_and_bounded() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let image = compressed(dir.path(), "zlib");
+    let want = qemu_bytes(&image).unwrap();
+    let held = |readers: u64, capacity: u64| {
+        let cache = DecodedCache::new(capacity);
+        let sealed = Sealed::open_path(&image).unwrap();
+        let view = View::open_with_cache(sealed, None, Arc::clone(&cache)).unwrap();
+        std::thread::scope(|scope| {
+            for reader in 0..readers {
+                let (view, want) = (&view, &want);
+                scope.spawn(move || {
+                    let mut random = Random(reader);
+                    for _ in 0..400 {
+                        let at = random.index(want.len() - 70_000);
+                        let mut part = vec![0; 70_000];
+                        view.read_at(&mut part, GuestOffset(at as u64)).unwrap();
+                        assert!(part == want[at..at + 70_000]);
+                    }
+                });
+            }
+        });
+        cache.held_bytes()
+    };
+    assert!(held(REPLICAS, 64 << 20) <= want.len() as u64 + (1 << 20), "all of it, once");
+    assert!(held(REPLICAS, 4 << 20) <= 4 << 20, "no more than it may");
+}
+
+#[test]
+fn a_forward_reader_of_small_pieces_finds_the_next_clusters_decoded() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let image = compressed(dir.path(), "zlib");
+    let (want, count) = (qemu_bytes(&image).unwrap(), compressed_clusters(&image));
+    let cache = DecodedCache::new(64 << 20);
+    let sealed = Sealed::open_path(&image).unwrap();
+    let view = View::open_with_cache(sealed, None, Arc::clone(&cache)).unwrap();
+    for (at, want) in (0..).step_by(4096).zip(want.chunks(4096)) {
+        let mut part = vec![0; want.len()];
+        view.read_at(&mut part, GuestOffset(at)).unwrap();
+        assert!(part == want, "byte {at}");
+    }
+    drop(view);
+    assert_eq!(cache.decodes(), count, "ahead or not, each once");
+}
