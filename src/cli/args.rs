@@ -187,6 +187,9 @@ pub struct RunArgs {
     /// What to make of a QCOW2 source: a copy as it is, or of the guest's disk, sparse
     #[arg(long, default_value = "as-is", value_name = "LAYOUT")]
     pub layout: Layout,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type")]
+    pub stands: StandsArgs,
     /// Directory where images are kept; made if it isn't there [default: bedplate in the XDG data
     /// directory]
     #[arg(long, value_name = "DIR")]
@@ -250,6 +253,7 @@ A configuration file has these keys; only disks is needed:
   sink = \"auto\"                       # auto, uring, threads or uncached
   max_transfers = 8
   rate_limit = 100000000              # bytes per second, all transfers together
+  decoded_cache = 268435456           # bytes kept of decoded clusters of compressed images
   default_export = \"debian-12\"        # what NBD clients get who name none
   allow_loopback = false              # may sources be on this host itself?
   allow_addresses = [\"169.254.7.0/24\"] # networks that are allowed whatever they are

@@ -40,6 +40,7 @@ pub(super) async fn run(args: RunArgs, global: &Global, output: &Output) -> Resu
     let (expected, format) = (&args.expected, args.format);
     let mut request = create::request(&url, Some(name.to_string()), expected, format, args.layout)?;
     request.access = args.access.by_reference()?;
+    args.stands.put_into(&mut request);
     let known: Result<Image, _> = client.post("/v1/images", &request).await;
     // An image that isn't ours (its name was taken) is left as it is.
     let ours = known.is_ok();

@@ -39,6 +39,9 @@ pub struct Config {
     pub max_transfers: Option<usize>,
     /// Bytes per second at most, of all transfers together. Default: no limit.
     pub rate_limit: Option<u64>,
+    /// Bytes of decoded clusters that are kept in memory for readers of compressed images. Default: a
+    /// 64th of the memory, but 64 MiB at least and 512 MiB at most.
+    pub decoded_cache: Option<u64>,
     /// The image that NBD clients get who name none. Default: the only one, if there is only one.
     pub default_export: Option<ImageName>,
     /// Sources on this host's loopback addresses may be fetched from. Default: no.

@@ -21,6 +21,7 @@ use tokio::sync::watch;
 
 use crate::catalog::{Catalog, Embedded};
 use crate::control::{App, AppParts, HttpCounters, Served, peer, server};
+use crate::image::DecodedCache;
 use crate::manager::{Backend, Manager, Node};
 use crate::names::ImageName;
 use crate::serve::{self, Exports, nbd};
@@ -76,6 +77,11 @@ impl Daemon {
         backend: Arc<dyn Backend>,
     ) -> Result<DaemonHandle, DaemonError> {
         let first = config.disks.first().ok_or(DaemonError::NoDisk)?;
+        if let Some(bytes) = config.decoded_cache
+            && !DecodedCache::set_process_capacity(bytes)
+        {
+            tracing::warn!(bytes, "decoded_cache: in use already; as it was set first");
+        }
         let control_socket = config.control_socket()?;
         let nbd_socket = config.nbd_socket()?;
         let catalog: Arc<dyn Catalog> = Arc::new(open_catalog(first).await?);

@@ -10,7 +10,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, OnceLock};
 
 use bytes::Bytes;
 use quick_cache::sync::{Cache, DefaultLifecycle};
@@ -20,8 +20,13 @@ use super::crew;
 use crate::map::Slab;
 use crate::units::{GuestOffset, MIB};
 
-/// Bytes that the process-wide cache may hold.
-const DEFAULT_CAPACITY_BYTES: u64 = 64 * MIB;
+/// What the process-wide cache may hold unless it is said: this part of the memory, within these
+/// bounds.
+const PART_OF_MEMORY: u64 = 64;
+const LEAST_CAPACITY_BYTES: u64 = 64 * MIB;
+const MOST_CAPACITY_BYTES: u64 = 512 * MIB;
+/// Set by [`DecodedCache::set_process_capacity`].
+static PROCESS_CAPACITY_BYTES: OnceLock<u64> = OnceLock::new();
 /// What a shard must hold at least, so that a cluster of the largest size (2 MiB) is kept.
 const MIN_SHARD_BYTES: u64 = 8 * MIB;
 /// Memory that an entry costs beside its cluster, roughly.
@@ -111,11 +116,24 @@ impl DecodedCache {
         })
     }
 
-    /// The cache that views use unless they are given another: 64 MiB for the whole process.
+    /// What the cache of the process may hold, from the next first use on. False if it was set, or
+    /// is in use, already.
+    pub fn set_process_capacity(capacity_bytes: u64) -> bool {
+        PROCESS_CAPACITY_BYTES.set(capacity_bytes).is_ok()
+    }
+
+    /// The cache that views use unless they are given another: one for the whole process, of a 64th
+    /// of the memory, but 64 MiB at least and 512 MiB at most.
     #[must_use]
     pub fn process_wide() -> Arc<Self> {
-        static SHARED: LazyLock<Arc<DecodedCache>> =
-            LazyLock::new(|| DecodedCache::new(DEFAULT_CAPACITY_BYTES));
+        static SHARED: LazyLock<Arc<DecodedCache>> = LazyLock::new(|| {
+            let by_default = || {
+                let system = rustix::system::sysinfo();
+                let memory = system.totalram.saturating_mul(system.mem_unit.into());
+                (memory / PART_OF_MEMORY).clamp(LEAST_CAPACITY_BYTES, MOST_CAPACITY_BYTES)
+            };
+            DecodedCache::new(*PROCESS_CAPACITY_BYTES.get_or_init(by_default))
+        });
         Arc::clone(&SHARED)
     }
 
@@ -213,13 +231,13 @@ mod tests {
 
     #[test]
     fn it_stays_below_its_limit_and_keeps_the_largest_clusters() {
-        let cache = DecodedCache::new(DEFAULT_CAPACITY_BYTES);
+        let cache = DecodedCache::new(LEAST_CAPACITY_BYTES);
         let cluster = Bytes::from(vec![0; 2 << 20]);
         for n in 0..100 {
             cache.get_or_decode(key(n), || Ok::<_, Infallible>(cluster.clone())).unwrap();
-            assert!(cache.held_bytes() <= DEFAULT_CAPACITY_BYTES);
+            assert!(cache.held_bytes() <= LEAST_CAPACITY_BYTES);
         }
-        assert!(cache.held_bytes() > DEFAULT_CAPACITY_BYTES / 4);
+        assert!(cache.held_bytes() > LEAST_CAPACITY_BYTES / 4);
         cache.forget_view(1);
         assert_eq!(cache.held_bytes(), 0);
     }

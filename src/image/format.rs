@@ -69,7 +69,7 @@ pub fn detect(first_bytes: &[u8]) -> Format {
 /// Serving a VMDK or a gzip file as a raw disk is allowed (its bytes are its bytes) and nearly
 /// always a mistake, so an inspection says it.
 pub(super) fn looks_like(first_bytes: &[u8]) -> Option<&'static str> {
-    const MAGICS: [(usize, &[u8], &str); 10] = [
+    const MAGICS: [(usize, &[u8], &str); 11] = [
         (0, &QCOW2_MAGIC, "QCOW2"),
         (0, b"KDMV", "VMDK"),
         (0, b"# Disk DescriptorFile", "VMDK descriptor"),
@@ -77,6 +77,7 @@ pub(super) fn looks_like(first_bytes: &[u8]) -> Option<&'static str> {
         (0, b"conectix", "VHD"),
         (0x40, &[0x7f, 0x10, 0xda, 0xbe], "VDI"),
         (0, b"QED\0", "QED"),
+        (0, b"LUKS\xba\xbe", "LUKS (encrypted: only who has the key can read it)"),
         (0, &[0x1f, 0x8b], "gzip"),
         (0, &[0xfd, b'7', b'z', b'X', b'Z', 0], "xz"),
         (0, &[0x28, 0xb5, 0x2f, 0xfd], "zstd"),

@@ -13,6 +13,47 @@
 //! The rule: the bytes of `qemu-img convert -O raw` on every image that `qemu-img check` calls
 //! clean; an error where qemu would take bytes past the end of the file for zeroes, or where a
 //! limit of this reader is passed. Odd and harmless (dirty bit, reserved bits) is read and noted.
+//!
+//! # The parsers alone
+//!
+//! Nothing here needs a file: bytes from anywhere are judged, and what comes out cannot lie.
+//!
+//! ```
+//! use bedplate::image::qcow2::{Cluster, Given, Header, Image};
+//!
+//! # fn bytes() -> Vec<u8> {
+//! #     let mut file = vec![0; 5 << 16];
+//! #     let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+//! #     put(0, b"QFI\xfb\0\0\0\x03");
+//! #     put(20, &16_u32.to_be_bytes());
+//! #     put(24, &(3_u64 << 16).to_be_bytes());
+//! #     put(36, &1_u32.to_be_bytes());
+//! #     put(40, &0x2_0000_u64.to_be_bytes());
+//! #     put(48, &0x1_0000_u64.to_be_bytes());
+//! #     put(56, &1_u32.to_be_bytes());
+//! #     put(96, &4_u32.to_be_bytes());
+//! #     put(100, &104_u32.to_be_bytes());
+//! #     put(0x2_0000, &0x3_0000_u64.to_be_bytes());
+//! #     put(0x3_0000, &0x4_0000_u64.to_be_bytes());
+//! #     file
+//! # }
+//! let file: Vec<u8> = bytes();
+//! let part = |range: std::ops::Range<u64>| &file[range.start as usize..range.end as usize];
+//! let header = Header::parse(part(0..65_536), file.len() as u64, Given::default()).unwrap();
+//! let l1 = part(header.l1_needed());
+//! let image = Image::from_l1(header.clone(), file.len() as u64, l1, "disk.qcow2".as_ref())?;
+//! let mut stored = Vec::new();
+//! for table in image.tables() {
+//!     let Some(range) = table.stored.clone() else { continue };
+//!     image.decode_table(&table, part(range), "disk.qcow2".as_ref(), &mut |units, meaning| {
+//!         if let Cluster::Data(at) = meaning {
+//!             stored.push((units.start << header.unit_bits(), at.0));
+//!         }
+//!     })?;
+//! }
+//! assert_eq!(stored, [(0, 0x4_0000)], "guest byte 0 is at byte 0x40000 of the file");
+//! # Ok::<_, bedplate::image::ImageError>(())
+//! ```
 
 mod check;
 mod clusters;
