@@ -13,7 +13,9 @@ use clap_complete::Shell;
 
 use super::args_access::AccessArgs;
 use super::args_digest::DigestArgs;
-use super::args_steer::{CancelArgs, PauseArgs, ResumeArgs, SetArgs, SettingsArgs, WatchArgs};
+use super::args_steer::{
+    CancelArgs, CleanupArgs, PauseArgs, ResumeArgs, SetArgs, SettingsArgs, WatchArgs,
+};
 use super::args_upload::UploadArgs;
 use super::args_view::{CatArgs, ExportArgs, InspectArgs, StandsArgs};
 use super::exit::Exit;
@@ -124,7 +126,9 @@ pub enum Command {
     Resume(ResumeArgs),
     /// Stop fetching an image and remove what has arrived
     Cancel(CancelArgs),
-    /// Set an image's rate or priority
+    /// Remove an image's copies on chosen disks
+    Cleanup(CleanupArgs),
+    /// Set an image's rate, priority or least number of copies
     Set(SetArgs),
     /// Show or change what holds for all transfers
     Settings(SettingsArgs),
@@ -252,6 +256,7 @@ A configuration file has these keys; only disks is needed:
   control_gids = [64055]
   sink = \"auto\"                       # auto, uring, threads or uncached
   max_transfers = 8
+  cleanup_wait_minutes = 60           # that a copy stays which nobody uses; -1: for ever
   rate_limit = 100000000              # bytes per second, all transfers together
   decoded_cache = 268435456           # bytes kept of decoded clusters of compressed images
   default_export = \"debian-12\"        # what NBD clients get who name none

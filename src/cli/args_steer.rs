@@ -41,6 +41,23 @@ pub struct CancelArgs {
     pub name: ImageName,
 }
 
+/// Arguments of `cleanup`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+All of them go, or none: refused (exit code 3) with the reason if a copy is in use, or too few would
+be left. Copies that nobody uses go by themselves after a while; see `bedplate settings`.
+
+Examples:
+  bedplate cleanup debian-12 --disk 0b7c2f6e-…
+  bedplate cleanup debian-12 --disk UUID --disk UUID")]
+pub struct CleanupArgs {
+    /// The image
+    pub name: ImageName,
+    /// Disk whose copy goes; may be given several times
+    #[arg(long, value_name = "UUID", required = true)]
+    pub disk: Vec<String>,
+}
+
 /// Arguments of `set`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -53,22 +70,27 @@ pub struct SetArgs {
     /// The image
     pub name: ImageName,
     /// Bytes per second at most, of each copy
-    #[arg(long, value_parser = parse_bytes, value_name = "SIZE", required_unless_present = "priority")]
+    #[arg(long, value_parser = parse_bytes, value_name = "SIZE",
+          required_unless_present_any = ["priority", "min_copies"])]
     pub rate: Option<u64>,
     /// -100 to 100: of images that wait for their turn, higher ones come first
     #[arg(long, allow_negative_numbers = true, value_name = "NUMBER")]
     pub priority: Option<i32>,
+    /// Copies that stay although nobody uses them
+    #[arg(long, value_name = "NUMBER")]
+    pub min_copies: Option<u32>,
 }
 
 /// Arguments of `settings`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Without options, prints what holds for all transfers. Changes hold until the daemon ends; its
-configuration file has the same as `rate_limit` and `max_transfers`.
+configuration file has the same as `rate_limit`, `max_transfers` and `cleanup_wait_minutes`.
 
 Examples:
   bedplate settings
-  bedplate settings --rate 100M --max-transfers 4")]
+  bedplate settings --rate 100M --max-transfers 4
+  bedplate settings --cleanup-wait 240")]
 pub struct SettingsArgs {
     /// Bytes per second at most, of all transfers together; 0 is no limit
     #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
@@ -76,6 +98,9 @@ pub struct SettingsArgs {
     /// Transfers at the same time; those that run go on
     #[arg(long, value_name = "NUMBER")]
     pub max_transfers: Option<u64>,
+    /// Minutes that a copy stays which nobody uses; 0: none, -1: for ever
+    #[arg(long, allow_negative_numbers = true, value_name = "MINUTES")]
+    pub cleanup_wait: Option<i64>,
 }
 
 /// Arguments of `watch`.

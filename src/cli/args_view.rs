@@ -102,7 +102,7 @@ pub struct InspectArgs {
     pub access: AccessArgs,
 }
 
-/// What an image of the daemon's stands on, and what is read of it.
+/// What an image of the daemon's stands on, what is read of it, and how much of it stays.
 #[derive(Clone, Debug, Default, Args)]
 pub struct StandsArgs {
     /// Image of the daemon's that is its backing file; the name in the file is not looked at
@@ -111,11 +111,15 @@ pub struct StandsArgs {
     /// Readers get the disk as it was at this internal snapshot, by ID or name
     #[arg(long, value_name = "SNAPSHOT")]
     pub snapshot: Option<String>,
+    /// Copies that stay although nobody uses them [default: 1]
+    #[arg(long, value_name = "NUMBER")]
+    pub min_copies: Option<u32>,
 }
 
 impl StandsArgs {
     pub(super) fn put_into(&self, request: &mut CreateImage) {
         request.base = self.base.as_ref().map(ToString::to_string);
         request.snapshot.clone_from(&self.snapshot);
+        request.min_copies = self.min_copies;
     }
 }

@@ -67,6 +67,7 @@ pub(super) fn request(
         layout: (layout != Layout::default()).then(|| layout.to_string()),
         base: None,
         snapshot: None,
+        min_copies: None,
         disks: Vec::new(),
     })
 }

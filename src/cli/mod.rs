@@ -95,6 +95,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         | Command::Pause(_)
         | Command::Resume(_)
         | Command::Cancel(_)
+        | Command::Cleanup(_)
         | Command::Set(_)
         | Command::Settings(_)
         | Command::Watch(_)
@@ -120,6 +121,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
             Command::Pause(args) => steer::pause(&args, &global, output).await,
             Command::Resume(args) => steer::resume(&args, &global, output).await,
             Command::Cancel(args) => steer::cancel(&args, &global, output).await,
+            Command::Cleanup(args) => steer::clean_up(&args, &global, output).await,
             Command::Set(args) => steer::set(&args, &global, output).await,
             Command::Settings(args) => steer::settings(&args, &global, output).await,
             Command::Watch(args) => watch::run(&args, &global, output).await,

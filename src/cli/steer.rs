@@ -6,12 +6,12 @@
 use serde::Serialize;
 
 use super::args::Global;
-use super::args_steer::{CancelArgs, PauseArgs, ResumeArgs, SetArgs, SettingsArgs};
+use super::args_steer::{CancelArgs, CleanupArgs, PauseArgs, ResumeArgs, SetArgs, SettingsArgs};
 use super::exit::CliError;
 use super::get;
 use super::output::Output;
 use crate::control::client::Client;
-use crate::control::types::{ChangeSettings, Image, Settings, SteerImage};
+use crate::control::types::{ChangeSettings, CleanUp, Image, Settings, SteerImage};
 use crate::names::ImageName;
 use crate::units::human_bytes;
 
@@ -37,6 +37,7 @@ pub(super) async fn set(args: &SetArgs, global: &Global, output: &Output) -> Res
     let change = SteerImage {
         priority: args.priority,
         rate_limit_bytes_per_s: args.rate,
+        min_copies: args.min_copies,
         ..SteerImage::default()
     };
     change_image(&args.name, change, global, output).await
@@ -64,6 +65,17 @@ pub(super) async fn cancel(
     show(&image, output)
 }
 
+pub(super) async fn clean_up(
+    args: &CleanupArgs,
+    global: &Global,
+    output: &Output,
+) -> Result<(), CliError> {
+    let client = Client::new(&global.socket());
+    let target = format!("/v1/images/{}/cleanup", args.name);
+    let image: Image = client.post(&target, &CleanUp { disks: args.disk.clone() }).await?;
+    show(&image, output)
+}
+
 /// The body of a request that needs none.
 #[derive(Serialize)]
 struct Nothing {}
@@ -88,8 +100,11 @@ pub(super) async fn settings(
     output: &Output,
 ) -> Result<(), CliError> {
     let client = Client::new(&global.socket());
-    let change =
-        ChangeSettings { rate_limit_bytes_per_s: args.rate, max_transfers: args.max_transfers };
+    let change = ChangeSettings {
+        rate_limit_bytes_per_s: args.rate,
+        max_transfers: args.max_transfers,
+        cleanup_wait_minutes: args.cleanup_wait,
+    };
     let settings: Settings = match change == ChangeSettings::default() {
         true => client.get("/v1/settings").await?,
         false => client.patch("/v1/settings", &change).await?,
@@ -102,5 +117,11 @@ pub(super) async fn settings(
         rate => format!("{}/s", human_bytes(rate)),
     };
     output.line(&format!("rate           {rate}"))?;
-    output.line(&format!("max transfers  {}", settings.max_transfers))
+    output.line(&format!("max transfers  {}", settings.max_transfers))?;
+    let wait = match settings.cleanup_wait_minutes {
+        ..0 => "never".to_owned(),
+        0 => "at once".to_owned(),
+        minutes => format!("after {minutes} min without use"),
+    };
+    output.line(&format!("cleanup        {wait}"))
 }

@@ -85,6 +85,7 @@ pub(super) async fn run(
         layout: None,
         base: None,
         snapshot: None,
+        min_copies: None,
         disks: Vec::new(),
     };
     args.stands.put_into(&mut request);

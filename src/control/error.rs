@@ -89,6 +89,17 @@ impl From<ManagerError> for ApiError {
             ManagerError::IsABase { .. } => {
                 (StatusCode::CONFLICT, "in-use", "delete the images that stand on it first")
             }
+            ManagerError::NoSuchCopy { .. } => {
+                (StatusCode::NOT_FOUND, "not-found", "`bedplate get NAME` shows its copies")
+            }
+            ManagerError::CopyInUse { .. } => {
+                (StatusCode::CONFLICT, "in-use", "no copy was removed; leave that disk out")
+            }
+            ManagerError::TooFewCopies { .. } => (
+                StatusCode::CONFLICT,
+                "in-use",
+                "no copy was removed; delete the image to remove the last ones",
+            ),
             ManagerError::TooManyBases { .. } => (
                 StatusCode::UNPROCESSABLE_ENTITY,
                 "refused-source",

@@ -4,6 +4,8 @@
 //! Never: decide; each is a few lines.
 //! Start at [`super::routes::table`].
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
@@ -14,7 +16,7 @@ use super::body::Body;
 use super::error::ApiError;
 use super::inspection::Inspection;
 use super::types::{
-    Attachment, Attachments, ChangeSettings, CreateAttachment, CreateImage, Disks, Doctor,
+    Attachment, Attachments, ChangeSettings, CleanUp, CreateAttachment, CreateImage, Disks, Doctor,
     FetchImage, Health, Image, Images, Settings, SteerImage,
 };
 use super::wire;
@@ -27,6 +29,8 @@ use crate::names::{DiskUuid, ImageName, ImageUuid};
 
 /// Mirrors that an image may have.
 const MAX_MIRRORS: usize = 16;
+/// Ten years.
+const MAX_CLEANUP_MINUTES: u64 = 5_256_000;
 /// Transfers at the same time that may be set.
 const MAX_TRANSFERS: std::ops::RangeInclusive<usize> = 1..=1000;
 
@@ -121,6 +125,7 @@ fn new_image(body: &CreateImage) -> Answer<NewImage> {
         layout: layout.unwrap_or_default(),
         base,
         snapshot: body.snapshot.clone(),
+        min_copies: body.min_copies.unwrap_or_default(),
         expected: Box::new(expected(body)?),
         declared_format,
         disks: disks?,
@@ -175,6 +180,7 @@ pub(super) async fn steer_image(
         paused: body.paused,
         priority: body.priority,
         rate_bytes_per_s: body.rate_limit_bytes_per_s,
+        min_copies: body.min_copies,
     };
     let image = app.manager.steer(ImageName::parse(&name)?, change).await?;
     Ok(show(&app, &image))
@@ -188,8 +194,22 @@ pub(super) async fn cancel_image(
     Ok((StatusCode::ACCEPTED, show(&app, &image)).into_response())
 }
 
-pub(super) async fn get_settings(State(app): State<App>) -> Json<Settings> {
-    Json(wire::settings(app.backend.settings()))
+pub(super) async fn clean_up_image(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    Body(body): Body<CleanUp>,
+) -> Answer<Response> {
+    if body.disks.is_empty() {
+        return Err(ApiError::bad_request("disks: give at least one"));
+    }
+    let disks: Result<Vec<_>, _> = body.disks.iter().map(|d| DiskUuid::parse(d)).collect();
+    let image = app.manager.clean_up(ImageName::parse(&name)?, disks?).await?;
+    Ok((StatusCode::ACCEPTED, show(&app, &image)).into_response())
+}
+
+pub(super) async fn get_settings(State(app): State<App>) -> Answer<Json<Settings>> {
+    let wait = app.manager.read(crate::manager::World::cleanup_wait).await?;
+    Ok(Json(wire::settings(app.backend.settings(), wait)))
 }
 
 pub(super) async fn change_settings(
@@ -205,8 +225,30 @@ pub(super) async fn change_settings(
     if let Some(rate) = body.rate_limit_bytes_per_s {
         settings.rate_bytes_per_s = (rate > 0).then_some(rate);
     }
+    let wait = match body.cleanup_wait_minutes {
+        None => app.manager.read(crate::manager::World::cleanup_wait).await?,
+        Some(minutes) => {
+            let wait = cleanup_wait(minutes)?;
+            app.manager.set_cleanup_wait(wait).await?;
+            wait
+        }
+    };
     app.backend.set_settings(settings);
-    Ok(Json(wire::settings(settings)))
+    Ok(Json(wire::settings(settings, wait)))
+}
+
+/// -1 is for ever.
+fn cleanup_wait(minutes: i64) -> Answer<Option<Duration>> {
+    match u64::try_from(minutes) {
+        Ok(minutes) if minutes <= MAX_CLEANUP_MINUTES => {
+            Ok(Some(Duration::from_secs(minutes * 60)))
+        }
+        Err(_) if minutes == -1 => Ok(None),
+        Ok(_) | Err(_) => {
+            let text = format!("cleanup_wait_minutes: give 0 to {MAX_CLEANUP_MINUTES}, or -1");
+            Err(ApiError::bad_request(text))
+        }
+    }
 }
 
 pub(super) async fn delete_image(

@@ -95,6 +95,9 @@ pub struct Copy {
     pub refused: bool,
     /// Why it failed, or what is worth knowing; may be empty.
     pub message: String,
+    /// Since when nobody uses it, RFC 3339; `null` while somebody does.
+    #[serde(default)]
+    pub unused_since: Option<String>,
 }
 
 /// One image.
@@ -125,6 +128,9 @@ pub struct Image {
     /// The internal snapshot that readers get, by ID or name.
     #[serde(default)]
     pub snapshot: Option<String>,
+    /// Copies that stay although nobody uses them.
+    #[serde(default)]
+    pub min_copies: u32,
     /// True if nothing is fetched for now.
     #[serde(default)]
     pub paused: bool,
@@ -330,6 +336,9 @@ pub struct CreateImage {
     /// Readers get the disk as it was at this internal snapshot, by ID or name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<String>,
+    /// Copies that stay although nobody uses them; default 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_copies: Option<u32>,
     /// Disks on which to bring it in at once; default none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<String>,
@@ -363,6 +372,9 @@ pub struct SteerImage {
     /// Bytes per second at most, of each copy; 0 is no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_limit_bytes_per_s: Option<u64>,
+    /// Copies that stay although nobody uses them; 0 counts as 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_copies: Option<u32>,
 }
 
 /// Answer of `/v1/settings`: what holds for all transfers, until the daemon ends.
@@ -372,6 +384,8 @@ pub struct Settings {
     pub rate_limit_bytes_per_s: u64,
     /// Transfers at the same time; further ones wait.
     pub max_transfers: u64,
+    /// Minutes that a copy stays which nobody uses; -1: for ever.
+    pub cleanup_wait_minutes: i64,
 }
 
 /// Body of `PATCH /v1/settings`: what is absent stays as it is.
@@ -384,6 +398,17 @@ pub struct ChangeSettings {
     /// 1 to 1000 transfers at the same time; those that run go on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_transfers: Option<u64>,
+    /// Minutes that a copy stays which nobody uses; 0: none, -1: for ever.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cleanup_wait_minutes: Option<i64>,
+}
+
+/// Body of `POST /v1/images/{name}/cleanup`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CleanUp {
+    /// The disks whose copies go: all of them or none.
+    pub disks: Vec<String>,
 }
 
 /// Body of `POST /v1/images/{name}/fetch`; may be absent.

@@ -5,6 +5,7 @@
 //! Start at [`image`].
 
 use std::path::Path;
+use std::time::Duration;
 
 use super::types::{Attachment, Copy, Digests, Disk, Event, Image, Nbd, Settings};
 use crate::manager::{
@@ -29,6 +30,7 @@ pub(crate) fn image(status: &ImageStatus, nbd_socket: &Path) -> Image {
         layout: record.layout.to_string(),
         base: record.base.as_ref().map(ToString::to_string),
         snapshot: record.snapshot.clone(),
+        min_copies: record.min_copies.max(1),
         paused: record.steering.paused,
         priority: record.steering.priority,
         rate_limit_bytes_per_s: record.steering.rate_bytes_per_s.unwrap_or(0),
@@ -64,6 +66,7 @@ fn copy(status: &CopyStatus) -> Copy {
         retries: progress.retries,
         refused: status.refused,
         message: status.message.clone(),
+        unused_since: status.unused_since_unix_s.map(rfc3339),
     }
 }
 
@@ -98,10 +101,12 @@ pub(crate) fn disk(status: &DiskStatus) -> Disk {
 }
 
 /// What holds for all transfers, for the wire.
-pub(crate) fn settings(settings: NodeSettings) -> Settings {
+pub(crate) fn settings(settings: NodeSettings, cleanup_wait: Option<Duration>) -> Settings {
+    let minutes = cleanup_wait.map(|wait| i64::try_from(wait.as_secs() / 60).unwrap_or(i64::MAX));
     Settings {
         rate_limit_bytes_per_s: settings.rate_bytes_per_s.unwrap_or(0),
         max_transfers: settings.max_transfers as u64,
+        cleanup_wait_minutes: minutes.unwrap_or(-1),
     }
 }
 

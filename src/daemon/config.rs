@@ -7,12 +7,13 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
 
 use super::{CONTROL_SOCKET, DaemonError, NBD_SOCKET, sockets};
 use crate::fetch::{AddressPolicy, Trust};
-use crate::manager::NodeOptions;
+use crate::manager::{CLEANUP_WAIT, NodeOptions};
 use crate::names::ImageName;
 
 /// What a daemon is told.
@@ -39,6 +40,9 @@ pub struct Config {
     pub max_transfers: Option<usize>,
     /// Bytes per second at most, of all transfers together. Default: no limit.
     pub rate_limit: Option<u64>,
+    /// Minutes that a copy stays which nobody uses, if enough copies are left; -1: for ever.
+    /// Default: 60; a person's own process removes nothing.
+    pub cleanup_wait_minutes: Option<i64>,
     /// Bytes of decoded clusters that are kept in memory for readers of compressed images. Default: a
     /// 64th of the memory, but 64 MiB at least and 512 MiB at most.
     pub decoded_cache: Option<u64>,
@@ -126,6 +130,23 @@ impl Config {
             options.policy.trust = Trust::Clients { secrets_dir: self.secrets_dir.clone() };
         }
         Ok(options)
+    }
+
+    /// How long a copy stays that nobody uses; `None` for ever.
+    ///
+    /// # Errors
+    /// [`DaemonError::BadSetting`].
+    pub fn cleanup_wait(&self) -> Result<Option<Duration>, DaemonError> {
+        match self.cleanup_wait_minutes.map(u64::try_from) {
+            None if self.personal => Ok(None),
+            None => Ok(Some(CLEANUP_WAIT)),
+            Some(Ok(minutes)) => Ok(Some(Duration::from_secs(minutes.saturating_mul(60)))),
+            Some(Err(_)) if self.cleanup_wait_minutes == Some(-1) => Ok(None),
+            Some(Err(_)) => {
+                let rule = "give minutes, or -1".to_owned();
+                Err(DaemonError::BadSetting { key: "cleanup_wait_minutes", rule })
+            }
+        }
     }
 
     /// Where the control socket is to be.

@@ -82,6 +82,7 @@ impl Daemon {
         {
             tracing::warn!(bytes, "decoded_cache: in use already; as it was set first");
         }
+        let cleanup_wait = config.cleanup_wait()?;
         let control_socket = config.control_socket()?;
         let nbd_socket = config.nbd_socket()?;
         let catalog: Arc<dyn Catalog> = Arc::new(open_catalog(first).await?);
@@ -101,6 +102,9 @@ impl Daemon {
             }
         };
 
+        if manager.set_cleanup_wait(cleanup_wait).await.is_err() {
+            tracing::warn!("the manager ended at once");
+        }
         let (closing, watch_closing) = watch::channel(false);
         let disks = config.disks.clone();
         let app = App::new(AppParts {

@@ -11,7 +11,7 @@
 use super::backend::Link;
 use super::error::ManagerError;
 use super::records::ImageRecord;
-use super::world::{Image, Touched, World};
+use super::world::{Copy, Image, Touched, World};
 use crate::image::MAX_LAYERS;
 use crate::names::{DiskUuid, ImageName};
 
@@ -41,7 +41,7 @@ impl World {
         for record in self.records_from(name) {
             let image = self.images.get(&record.name);
             let copy = image.and_then(|image| image.copies.get(disk));
-            let sealed = copy.filter(|copy| copy.state.is_sealed());
+            let sealed = copy.filter(|copy| copy.state.is_sealed() && !copy.cancelled);
             let (Some(image), Some(_)) = (image, sealed) else {
                 let why = copy.filter(|copy| copy.refused).map(|copy| copy.message.as_str());
                 return Err(match why {
@@ -93,7 +93,8 @@ impl World {
     pub(super) fn chains_of(&self, name: &ImageName) -> Chains {
         let mut chains = Chains::default();
         let Some(image) = self.images.get(name) else { return chains };
-        for (disk, _) in image.copies.iter().filter(|(_, copy)| copy.state.is_sealed()) {
+        let sealed = |(_, copy): &(_, &Copy)| copy.state.is_sealed() && !copy.cancelled;
+        for (disk, _) in image.copies.iter().filter(sealed) {
             match self.chain_on(name, disk) {
                 Ok(chain) => chains.whole.push((disk.clone(), chain)),
                 Err(why) => chains.waiting.push((disk.clone(), why)),

@@ -2,11 +2,6 @@
 
 use super::*;
 
-fn create_on(image: &str, base: &str) -> Command {
-    let Command::Create(new) = create(image) else { panic!() };
-    Command::Create(NewImage { base: Some(name(base)), ..new })
-}
-
 /// `top` on `middle` on `bottom`, none of them fetched.
 fn chain_of_three() -> Node {
     let mut node = Node::new();

@@ -45,6 +45,8 @@ pub struct NewImage {
     pub expected: Box<Expected>,
     /// Format, if the user says it.
     pub declared_format: Option<Format>,
+    /// Copies that stay although nobody uses them; 0 counts as 1.
+    pub min_copies: u32,
     /// Disks on which to bring it in at once; usually none (rule 1).
     pub disks: Vec<DiskUuid>,
     /// Seconds since 1970, UTC.
@@ -78,6 +80,10 @@ pub enum Command {
     Steer(ImageName, SteeringChange),
     /// Stop its unfinished transfers and remove what has arrived of them.
     Cancel(ImageName),
+    /// Remove its copies on these disks, all of them or none.
+    CleanUp(ImageName, Vec<DiskUuid>),
+    /// How long copies that nobody uses stay from now on; `None` for ever.
+    SetCleanupWait(Option<Duration>),
     /// Remove it and its copies.
     Delete {
         /// Which.
@@ -123,6 +129,11 @@ impl World {
             }
             Command::Steer(name, change) => self.steer(name, change, &mut touched)?,
             Command::Cancel(name) => self.cancel(name, &mut touched)?,
+            Command::CleanUp(name, disks) => self.clean_up(name, &disks, &mut touched)?,
+            Command::SetCleanupWait(wait) => {
+                self.set_cleanup_wait(wait);
+                Outcome::Done
+            }
             Command::Delete { name, sessions } => self.delete(name, sessions, &mut touched)?,
             Command::Attach(new) => self.attach(new, &mut touched)?,
             Command::Detach(id) => {
@@ -172,6 +183,7 @@ impl World {
                 declared_format: new.declared_format,
                 facts: None,
                 disks: std::collections::BTreeMap::new(),
+                min_copies: new.min_copies,
                 deleting: false,
                 created_unix_s: new.created_unix_s,
             };

@@ -6,6 +6,7 @@
 //! Start at [`Manager::start`].
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::{broadcast, mpsc, oneshot};
 
@@ -163,6 +164,29 @@ impl Manager {
             Answer::Image(image, _) => Ok(*image),
             Answer::Attachment(..) | Answer::Done => Err(ManagerError::Stopping),
         }
+    }
+
+    /// Removes an image's copies on these disks, all of them or none.
+    ///
+    /// # Errors
+    /// [`ManagerError`] with the first disk whose copy has to stay, and why; nothing was changed.
+    pub async fn clean_up(
+        &self,
+        name: ImageName,
+        disks: Vec<DiskUuid>,
+    ) -> Result<ImageStatus, ManagerError> {
+        match self.command(Command::CleanUp(name, disks)).await? {
+            Answer::Image(image, _) => Ok(*image),
+            Answer::Attachment(..) | Answer::Done => Err(ManagerError::Stopping),
+        }
+    }
+
+    /// Says how long copies that nobody uses stay from now on; `None` for ever.
+    ///
+    /// # Errors
+    /// [`ManagerError::Stopping`].
+    pub async fn set_cleanup_wait(&self, wait: Option<Duration>) -> Result<(), ManagerError> {
+        self.command(Command::SetCleanupWait(wait)).await.map(|_| ())
     }
 
     /// Begins to delete an image. `None` if it is gone already.

@@ -33,6 +33,15 @@ pub enum ManagerError {
     /// Too many images would stand on each other.
     #[error("image {name}: at most {most} images may stand on each other")]
     TooManyBases { name: ImageName, most: usize },
+    /// No such copy.
+    #[error("image {name}: has no copy on disk {disk}")]
+    NoSuchCopy { name: ImageName, disk: DiskUuid },
+    /// A copy is in use.
+    #[error("image {name}: the copy on disk {disk} stays: {why}")]
+    CopyInUse { name: ImageName, disk: DiskUuid, why: &'static str },
+    /// Too few copies would be left.
+    #[error("image {name}: the copy on disk {disk} stays: at least {least} must be left")]
+    TooFewCopies { name: ImageName, disk: DiskUuid, least: u32 },
     /// The image is being deleted.
     #[error("image {name}: being deleted")]
     BeingDeleted { name: ImageName },

@@ -9,6 +9,7 @@
 
 pub mod backend;
 mod chain;
+mod cleanup;
 mod command;
 mod driver;
 mod error;
@@ -34,6 +35,7 @@ pub use backend::{
     Backend, BackendError, Cancel, CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy,
     FoundState, Link, NodeSettings, Phase, Progress, Report, Reporter, WorkerEvent, WorkerHandle,
 };
+pub use cleanup::CLEANUP_WAIT;
 pub use command::{Command, NewAttachment, NewImage, Outcome, READER_MAX_LEN};
 pub use driver::{Exporter, Manager, Object, Subscription, Told};
 pub use error::ManagerError;

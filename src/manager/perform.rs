@@ -22,6 +22,7 @@ use super::error::ManagerError;
 use super::records::{AttachmentRecord, ImageRecord};
 use super::world::{Action, Change, Event, World};
 use crate::catalog::{Catalog, CatalogError, Expect, Kind, Revision, list_as, put_as};
+use crate::names::ImageName;
 
 /// Changes that a slow watcher may be behind before it is told and dropped.
 const CHANGES: usize = 1024;
@@ -146,11 +147,23 @@ impl Driver {
         {
             self.workers.remove(copy);
         }
+        self.see_sessions();
         let actions = self.world.step(self.now(), event);
         if let Err(error) = self.save_first(&actions).await {
             tracing::error!(error = %crate::fetch::one_line(&error), "a record is not stored; the next change tries");
         }
         self.perform(actions);
+    }
+
+    /// What is exported may be cleaned up only if nobody is connected, at this moment.
+    fn see_sessions(&mut self) {
+        let names: Vec<ImageName> = self.world.exported().cloned().collect();
+        let count = |name: ImageName| {
+            let sessions = self.exporter.sessions(&name);
+            (name, sessions)
+        };
+        let sessions = names.into_iter().map(count).collect();
+        self.world.see_sessions(sessions);
     }
 
     async fn look_at_disks(&mut self) {
@@ -187,6 +200,7 @@ impl Driver {
         if let Command::Delete { name, sessions } = &mut command {
             *sessions = self.exporter.sessions(name);
         }
+        self.see_sessions();
         let before = self.world.clone();
         let (outcome, actions) = self.world.command(self.now(), command)?;
         if let Err(error) = self.save_first(&actions).await {

@@ -62,6 +62,9 @@ pub struct Want {
     /// Why the last try was refused for good; it isn't tried again until somebody asks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<String>,
+    /// Nobody has used the copy since then, in seconds since 1970, UTC.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unused_since_unix_s: Option<u64>,
 }
 
 /// One image: where it comes from, what is expected of it, where it is wanted.
@@ -107,6 +110,9 @@ pub struct ImageRecord {
     /// The disks on which a copy is wanted.
     #[serde(default)]
     pub disks: BTreeMap<DiskUuid, Want>,
+    /// Copies that stay although nobody uses them; 0 counts as 1.
+    #[serde(default)]
+    pub min_copies: u32,
     /// Being deleted: copies go first, then this record.
     #[serde(default)]
     pub deleting: bool,

@@ -27,6 +27,8 @@ pub struct CopyStatus {
     pub refused: bool,
     /// Why it failed, or what is worth knowing; may be empty.
     pub message: String,
+    /// Since when nobody uses it, in seconds since 1970; `None` while somebody does.
+    pub unused_since_unix_s: Option<u64>,
 }
 
 /// One image, as it is now. Its `Debug` shows the source redacted.
@@ -91,7 +93,11 @@ impl World {
     fn image_status(&self, image: &Image) -> ImageStatus {
         ImageStatus {
             record: image.record.clone(),
-            copies: image.copies.iter().map(|(disk, copy)| copy_status(disk, copy)).collect(),
+            copies: image
+                .copies
+                .iter()
+                .map(|(disk, copy)| copy_status(image, disk, copy))
+                .collect(),
             attachments: self.attachments_of(&image.record.name).count(),
             exported: matches!(image.export, Export::Open(_)),
         }
@@ -103,7 +109,7 @@ impl World {
     }
 }
 
-fn copy_status(disk: &DiskUuid, copy: &Copy) -> CopyStatus {
+fn copy_status(image: &Image, disk: &DiskUuid, copy: &Copy) -> CopyStatus {
     CopyStatus {
         disk: disk.clone(),
         worker: copy.worker_name.clone(),
@@ -112,5 +118,6 @@ fn copy_status(disk: &DiskUuid, copy: &Copy) -> CopyStatus {
         info: copy.info.clone(),
         refused: copy.refused,
         message: copy.message.clone(),
+        unused_since_unix_s: image.record.disks.get(disk).and_then(|d| d.unused_since_unix_s),
     }
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use super::command::Outcome;
 use super::error::ManagerError;
-use super::world::{Action, Copy, CopyState, Image, Touched, Worker, World};
+use super::world::{Action, Copy, CopyState, Export, Image, Touched, Worker, World};
 use crate::names::{DiskUuid, ImageName};
 
 /// Lowest and highest priority of an image.
@@ -26,6 +26,8 @@ pub struct SteeringChange {
     pub priority: Option<i32>,
     /// Bytes per second at most; 0 is no limit.
     pub rate_bytes_per_s: Option<u64>,
+    /// Copies that stay although nobody uses them.
+    pub min_copies: Option<u32>,
 }
 
 impl World {
@@ -50,7 +52,9 @@ impl World {
             steering.rate_bytes_per_s = (rate > 0).then_some(rate);
         }
         let now = *steering;
-        if now == before {
+        let least = change.min_copies.unwrap_or(image.record.min_copies);
+        let same_least = std::mem::replace(&mut image.record.min_copies, least) == least;
+        if now == before && same_least {
             return Ok(Outcome::Image(name, false));
         }
         touched.actions.push(Action::SaveImage(Box::new(image.record.clone())));
@@ -111,8 +115,19 @@ impl World {
 pub(super) fn step(now: Duration, image: &mut Image, disk: &DiskUuid, touched: &mut Touched) {
     let (id, paused) = (image.copy_id(disk), image.record.steering.paused);
     let Some(copy) = image.copies.get_mut(disk) else { return };
-    if copy.state.is_sealed() || !(paused || copy.cancelled) {
+    if !copy.cancelled && (copy.state.is_sealed() || !paused) {
         return;
+    }
+    // A complete copy that goes is closed first; nobody reads it.
+    if copy.cancelled && copy.state.is_sealed() {
+        match &image.export {
+            Export::Opening(on) if on == disk => return,
+            Export::Open(on) if on == disk => {
+                image.export = Export::Closed;
+                touched.actions.push(Action::Withdraw(image.record.name.clone()));
+            }
+            Export::Opening(_) | Export::Open(_) | Export::Closed => {}
+        }
     }
     match copy.worker {
         Worker::Running(number) => {

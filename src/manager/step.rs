@@ -209,6 +209,9 @@ impl World {
     }
 
     fn reconcile(&mut self, now: Duration, name: &ImageName, touched: &mut Touched) {
+        if self.images.get(name).is_some_and(|image| !image.record.deleting) {
+            self.clean_up_step(now, name, touched);
+        }
         let chains = self.chains_of(name);
         let Some(image) = self.images.get_mut(name) else { return };
         if image.record.deleting {

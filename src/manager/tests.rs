@@ -57,11 +57,17 @@ fn create_from(image: &str, url: &str) -> Command {
         layout: Layout::AsIs,
         base: None,
         snapshot: None,
+        min_copies: 0,
         expected: Box::default(),
         declared_format: None,
         disks: Vec::new(),
         created_unix_s: 1,
     })
+}
+
+fn create_on(image: &str, base: &str) -> Command {
+    let Command::Create(new) = create(image) else { panic!() };
+    Command::Create(NewImage { base: Some(name(base)), ..new })
 }
 
 fn create_upload(image: &str, bytes: u64) -> Command {
@@ -506,7 +512,11 @@ fn a_rate_and_a_priority_reach_the_worker_and_are_bounded() {
     let mut node = Node::new();
     node.command(create("a")).unwrap();
     node.command(attach("a", Some(0), "vm")).unwrap();
-    let change = SteeringChange { rate_bytes_per_s: Some(7), priority: Some(5), paused: None };
+    let change = SteeringChange {
+        rate_bytes_per_s: Some(7),
+        priority: Some(5),
+        ..SteeringChange::default()
+    };
     let (_, actions) = node.world.command(node.now, steer(change)).unwrap();
     let told = Steering { rate_bytes_per_s: Some(7), priority: 5, paused: false };
     assert!(actions.contains(&Action::Steer(node.only_worker(), told)), "{actions:?}");
@@ -592,13 +602,14 @@ fn a_copy_that_is_wanted_again_while_it_is_cancelled_begins_anew() {
 
 /// One move of the world around the manager; numbers choose among what is possible.
 fn random_move(node: &mut Node, kind: u8, pick: usize) {
-    let image = ["a", "b"][pick % 2];
+    let image = ["a", "b", "top"][pick % 3];
     let running: Vec<CopyId> = node.running.keys().cloned().collect();
     let publishing: Vec<CopyId> = node.publishing.iter().cloned().collect();
     let removing: Vec<CopyId> = node.removing.iter().cloned().collect();
     let attached: Vec<AttachmentId> = node.attachments.keys().cloned().collect();
     let some = |list: &[CopyId]| list.get(pick % list.len().max(1)).cloned();
     match kind {
+        0 if image == "top" => drop(node.command(create_on(image, "a"))),
         0 => drop(node.command(create(image))),
         1 => drop(node.command(attach(image, Some(pick % 3), ["", "vm"][pick % 2]))),
         2 => drop(node.command(Command::Fetch(name(image), Some(disk(pick % 3))))),
@@ -645,8 +656,17 @@ fn random_move(node: &mut Node, kind: u8, pick: usize) {
                 paused: Some(kind == 14),
                 priority: Some(i32::try_from(pick % 5).unwrap()),
                 rate_bytes_per_s: Some(pick as u64 % 3),
+                ..SteeringChange::default()
             };
             drop(node.command(Command::Steer(name(image), change)));
+        }
+        17 => {
+            let on = [disk(pick % 3), disk(pick / 3 % 3)];
+            drop(node.command(Command::CleanUp(name(image), on[..1 + pick % 2].to_vec())));
+        }
+        18 => {
+            let wait = (!pick.is_multiple_of(5)).then(|| Duration::from_secs(pick as u64));
+            node.command(Command::SetCleanupWait(wait)).unwrap();
         }
         _ => node.event(Event::Tick),
     }
@@ -657,7 +677,7 @@ proptest! {
 
     #[test]
     fn any_order_of_events_keeps_the_rules_and_converges(
-        moves in proptest::collection::vec((0u8..17, 0usize..1000), 0..80)
+        moves in proptest::collection::vec((0u8..20, 0usize..1000), 0..80)
     ) {
         let mut node = Node::new();
         for (kind, pick) in moves {
@@ -668,7 +688,8 @@ proptest! {
             prop_assert!(!image.record.deleting);
             for copy in &image.copies {
                 let paused = image.record.steering.paused && copy.state == CopyState::Pending;
-                let settled = copy.state == CopyState::Ready || copy.refused || paused;
+                let waits = copy.message.contains("its base");
+                let settled = copy.state == CopyState::Ready || copy.refused || paused || waits;
                 prop_assert!(settled, "{copy:?}");
             }
         }
@@ -680,3 +701,6 @@ proptest! {
 
 #[path = "chain_tests.rs"]
 mod chain;
+
+#[path = "cleanup_tests.rs"]
+mod cleanup;

@@ -279,6 +279,12 @@ pub struct World {
     pub(super) attachments: BTreeMap<AttachmentId, Attachment>,
     pub(super) disks: Vec<DiskStatus>,
     pub(super) generation: u64,
+    /// When the daemon started, in seconds since 1970.
+    pub(super) started_unix_s: u64,
+    /// How long a copy that nobody uses stays; `None` for ever.
+    pub(super) cleanup_wait: Option<Duration>,
+    /// Sessions that are open on exported images.
+    pub(super) sessions: BTreeMap<ImageName, usize>,
 }
 
 /// What a change has touched, until it is told at the end.
@@ -301,7 +307,7 @@ impl World {
         found: Vec<FoundCopy>,
         now_unix_s: u64,
     ) -> (Self, Vec<Action>) {
-        let mut world = Self { disks, ..Self::default() };
+        let mut world = Self { disks, started_unix_s: now_unix_s, ..Self::default() };
         world.images = images.into_iter().map(|r| (r.name.clone(), Image::new(r))).collect();
         for record in attachments {
             let attachment = Attachment { announced: AttachmentState::Waiting, record };
@@ -334,6 +340,7 @@ impl World {
                 declared_format: None,
                 facts: None,
                 disks: BTreeMap::new(),
+                min_copies: 0,
                 deleting: false,
                 created_unix_s: now_unix_s,
             };
@@ -359,7 +366,10 @@ impl World {
                 if let Some(fault) = differs(known, &info.facts()) {
                     (copy.state, copy.refused) = (CopyState::Failed, true);
                     copy.message.clone_from(&fault);
-                    image.record.disks.insert(disk, Want { refused: Some(fault) });
+                    image
+                        .record
+                        .disks
+                        .insert(disk, Want { refused: Some(fault), ..Want::default() });
                 } else {
                     copy.state = CopyState::ReadyForTransfer;
                     copy.info = Some(info);
@@ -381,7 +391,8 @@ impl World {
     #[must_use]
     pub fn next_wake(&self) -> Option<Duration> {
         let copies = self.images.values().flat_map(|i| i.copies.values());
-        copies.filter(|c| c.worker == Worker::Idle && !c.removing).filter_map(|c| c.retry_at).min()
+        let idle = copies.filter(|c| c.worker == Worker::Idle && !c.removing);
+        idle.filter_map(|c| c.retry_at).chain(self.clean_up_due()).min()
     }
 
     pub(super) fn disk(&self, uuid: &DiskUuid) -> Option<&DiskStatus> {

@@ -31,11 +31,17 @@ impl Daemon {
 
     /// `bedplate serve` in `dir`, with more lines in its configuration.
     pub fn start_in(dir: tempfile::TempDir, config: &str) -> Self {
-        let disk = dir.path().join("disk");
-        std::fs::create_dir_all(&disk).unwrap();
+        Self::start_on(dir, &["disk"], config)
+    }
+
+    /// `bedplate serve` on these disks in `dir`, with more lines in its configuration.
+    pub fn start_on(dir: tempfile::TempDir, disks: &[&str], config: &str) -> Self {
+        let disks: Vec<PathBuf> = disks.iter().map(|disk| dir.path().join(disk)).collect();
+        disks.iter().for_each(|disk| std::fs::create_dir_all(disk).unwrap());
+        let disk = disks[0].clone();
         let file = dir.path().join("bedplate.toml");
         // The sources of the tests are on this host.
-        let config = format!("disks = [{disk:?}]\nallow_loopback = true\n{config}");
+        let config = format!("disks = {disks:?}\nallow_loopback = true\n{config}");
         std::fs::write(&file, config).unwrap();
         let mut command = Command::new(BEDPLATE);
         command.args(["serve", "-vv", "--config"]).arg(&file);

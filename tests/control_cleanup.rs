@@ -1,0 +1,121 @@
+//! Copies that nobody uses go, by hand and by themselves; those in use stay.
+
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+mod control_support;
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use control_support::{Daemon, raw_image, stderr, stdout};
+use serde_json::{Value, json};
+
+fn ok(daemon: &Daemon, args: &[&str]) -> String {
+    let output = daemon.cli(args);
+    assert!(output.status.success(), "{args:?}: {}", stderr(&output));
+    stdout(&output)
+}
+
+/// A daemon with an image on both of its disks, whose UUIDs come with it.
+fn two_disks(config: &str) -> (Daemon, [String; 2]) {
+    let daemon = Daemon::start_on(tempfile::tempdir().unwrap(), &["one", "two"], config);
+    let file = daemon.dir.path().join("golden.img");
+    raw_image(&file, 1 << 20);
+    let disks = daemon.get("/v1/disks");
+    let uuid = |n: usize| disks["disks"][n]["uuid"].as_str().unwrap().to_owned();
+    let uuids = [uuid(0), uuid(1)];
+    for disk in &uuids {
+        ok(&daemon, &["create", file.to_str().unwrap(), "--disk", disk, "--wait"]);
+    }
+    (daemon, uuids)
+}
+
+fn copies(image: &Value) -> Vec<String> {
+    let copies = image["copies"].as_array().unwrap();
+    copies.iter().map(|copy| copy["disk"].as_str().unwrap().to_owned()).collect()
+}
+
+fn files(daemon: &Daemon) -> Vec<PathBuf> {
+    let folders = ["one", "two"].map(|disk| daemon.dir.path().join(disk).join("backing-images"));
+    folders
+        .iter()
+        .flat_map(|dir| std::fs::read_dir(dir).unwrap())
+        .map(|e| e.unwrap().path())
+        .collect()
+}
+
+/// Waits for the event after which the image has so many copies.
+fn until_copies(daemon: &Daemon, count: usize) -> Value {
+    let done = |event: &Value| {
+        event["object"]["name"] == "golden" && copies(&event["object"]).len() == count
+    };
+    daemon.events_until("", done).pop().unwrap()["object"].clone()
+}
+
+#[test]
+fn by_hand_a_copy_goes_with_its_files_and_the_other_is_served() {
+    let (daemon, [one, two]) = two_disks("");
+    assert_eq!(files(&daemon).len(), 2);
+    let both = daemon.cli(&["cleanup", "golden", "--disk", &one, "--disk", &two]);
+    assert_eq!(both.status.code(), Some(3), "{}", stderr(&both));
+    assert!(stderr(&both).contains("at least 1 must be left"), "{}", stderr(&both));
+    ok(&daemon, &["cleanup", "golden", "--disk", &one]);
+    let image = until_copies(&daemon, 1);
+    assert_eq!(copies(&image), std::slice::from_ref(&two));
+    assert_eq!(files(&daemon).len(), 1);
+    let uri = ok(&daemon, &["attach", "golden"]);
+    let size = Command::new("nbdinfo").args(["--size", uri.trim()]).output().unwrap();
+    assert_eq!(stdout(&size).trim(), (1 << 20).to_string());
+    let last = daemon.cli(&["cleanup", "golden", "--disk", &two]);
+    assert!(stderr(&last).contains("has attachments"), "{}", stderr(&last));
+}
+
+#[test]
+fn a_copy_goes_by_itself_but_not_while_a_client_is_connected() {
+    let (daemon, _) = two_disks("");
+    // A client without an attachment, connected until its input ends.
+    let uri = daemon.get("/v1/images/golden")["nbd"]["uri"].as_str().unwrap().to_owned();
+    let served = daemon.get("/v1/images/golden");
+    let mut client = Command::new("nbdkit")
+        .args(["-f", "-U", "-", "nbd", &format!("uri={uri}"), "--run"])
+        .arg("nbdinfo --size $uri; cat")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    let mut output = std::io::BufReader::new(client.stdout.take().unwrap());
+    std::io::BufRead::read_line(&mut output, &mut line).unwrap();
+    assert_eq!(line.trim(), (1 << 20).to_string());
+    assert_eq!(
+        ok(&daemon, &["settings", "--cleanup-wait", "0", "--json"]).matches(":0").count(),
+        2
+    );
+    let left = until_copies(&daemon, 1);
+    // Of the two the one that is being read is left.
+    drop(client.stdin.take());
+    client.wait().unwrap();
+    assert_eq!(copies(&left).len(), 1);
+    assert_eq!(left["nbd"], served["nbd"]);
+    assert_eq!(files(&daemon).len(), 1);
+}
+
+#[test]
+fn the_wait_is_configured_shown_and_changed_and_nonsense_is_refused() {
+    let (daemon, _) = two_disks("cleanup_wait_minutes = 90\n");
+    let settings = |daemon: &Daemon| daemon.get("/v1/settings")["cleanup_wait_minutes"].clone();
+    assert_eq!(settings(&daemon), 90);
+    assert!(ok(&daemon, &["settings"]).contains("after 90 min without use"));
+    assert!(ok(&daemon, &["settings", "--cleanup-wait", "-1"]).contains("cleanup        never"));
+    assert_eq!(settings(&daemon), -1);
+    for bad in [-2, 5_256_001] {
+        let body = json!({ "cleanup_wait_minutes": bad }).to_string();
+        assert_eq!(daemon.curl("PATCH", "/v1/settings", Some(&body)).0, 400, "{bad}");
+    }
+    let image = daemon.get("/v1/images/golden");
+    assert!(image["copies"][0]["unused_since"].is_string(), "{image}");
+    ok(&daemon, &["attach", "golden", "--reader", "vm"]);
+    let image = daemon.get("/v1/images/golden");
+    let unused = |n: usize| image["copies"][n]["unused_since"].is_null();
+    assert!(unused(0) || unused(1), "{image}");
+}
