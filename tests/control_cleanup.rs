@@ -114,6 +114,11 @@ fn the_wait_is_configured_shown_and_changed_and_nonsense_is_refused() {
     }
     let image = daemon.get("/v1/images/golden");
     assert!(image["copies"][0]["unused_since"].is_string(), "{image}");
+    let workers = ok(&daemon, &["ps"]);
+    for copy in image["copies"].as_array().unwrap() {
+        let name = format!("golden-{}", &copy["disk"].as_str().unwrap()[..8]);
+        assert!(workers.lines().any(|line| line.starts_with(&name) && line.contains("ready")));
+    }
     ok(&daemon, &["attach", "golden", "--reader", "vm"]);
     let image = daemon.get("/v1/images/golden");
     let unused = |n: usize| image["copies"][n]["unused_since"].is_null();

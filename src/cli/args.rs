@@ -112,6 +112,8 @@ pub enum Command {
     Upload(UploadArgs),
     /// List images
     List(ListArgs),
+    /// List the workers: one for each copy
+    Ps(PsArgs),
     /// Show one image
     Get(GetArgs),
     /// Delete an image and its copies
@@ -333,6 +335,11 @@ pub struct CreateArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  bedplate list\n  bedplate list --json | jq -r .name")]
 pub struct ListArgs {}
+
+/// Arguments of `ps`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  bedplate ps\n  bedplate ps --json | jq -r .worker")]
+pub struct PsArgs {}
 
 /// Arguments of `get`.
 #[derive(Debug, Args)]

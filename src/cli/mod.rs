@@ -33,6 +33,7 @@ mod list;
 mod man;
 mod output;
 mod progress;
+mod ps;
 mod pull;
 mod run;
 mod serve;
@@ -88,6 +89,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         | Command::Create(_)
         | Command::Upload(_)
         | Command::List(_)
+        | Command::Ps(_)
         | Command::Get(_)
         | Command::Delete(_)
         | Command::Attach(_)
@@ -114,6 +116,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
             Command::Create(args) => create::run(&args, &global, output).await,
             Command::Upload(args) => upload::run(&args, &global, output).await,
             Command::List(_) => list::run(&global, output).await,
+            Command::Ps(_) => ps::run(&global, output).await,
             Command::Get(args) => get::run(&args, &global, output).await,
             Command::Delete(args) => delete::run(&args, &global, output).await,
             Command::Attach(args) => attach::run(&args, &global, output).await,
