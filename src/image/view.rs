@@ -84,6 +84,8 @@ pub struct Opening<'a> {
 pub struct View {
     /// The image, its backing file, that one's backing file; at least one.
     layers: Vec<Arc<Layer>>,
+    /// Kept open, so that whoever opens the base by itself shares its layers.
+    _base: Option<Arc<View>>,
 }
 
 impl View {
@@ -133,7 +135,13 @@ impl View {
         if layers.len() > MAX_LAYERS {
             return Err(ImageError::TooManyLayers { path, most: MAX_LAYERS });
         }
-        Ok(Self { layers })
+        Ok(Self { layers, _base: None })
+    }
+
+    /// The same view, which keeps `base` open as long as it lives.
+    #[must_use]
+    pub fn keeping(self, base: Option<Arc<View>>) -> Self {
+        Self { _base: base, ..self }
     }
 
     fn top(&self) -> &Layer {

@@ -311,7 +311,10 @@ impl Backend for Node {
             let shared = self.views.find(link);
             let opened = match shared {
                 Some(open) => open,
-                None => Arc::new(self.open_on(link, view.as_deref())?),
+                None => {
+                    let opened = self.open_on(link, view.as_deref())?;
+                    Arc::new(opened.keeping(view))
+                }
             };
             self.views.keep(link, &opened);
             view = Some(opened);
