@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod blocks_common;
 mod control_support;
 mod qcow2_common;
 
@@ -72,7 +73,8 @@ fn many_faults_are_counted_and_a_few_are_listed() {
 fn what_is_no_image_is_said_so() {
     let dir = TempDir::new().unwrap();
     let cases = [
-        ("vmdk", &b"KDMV\x01\0\0\0"[..], 0, "looks like VMDK"),
+        ("qed", &b"QED\0\x01\0\0\0"[..], 0, "looks like QED"),
+        ("vmdk", b"KDMV\x01\0\0\0", 1, "file length"),
         ("gz", &[0x1f, 0x8b, 8, 0][..], 0, "looks like gzip"),
         ("empty", b"", 1, "empty"),
         ("cut.qcow2", b"QFI\xfb\0\0\0\x03", 1, "file length"),
@@ -85,6 +87,28 @@ fn what_is_no_image_is_said_so() {
     let missing = dir.path().join("missing");
     let output = bedplate(&["inspect", missing.to_str().unwrap()]);
     assert_eq!(code(&output), Some(4), "{}", stderr(&output));
+}
+
+#[test]
+fn images_of_other_hypervisors_are_read() {
+    for (name, image, disk) in blocks_common::all() {
+        let dir = TempDir::new().unwrap();
+        let path = write(dir.path(), "image", &image.bytes);
+        let path = path.to_str().unwrap();
+        let format = image.format.to_string();
+        let output = bedplate(&["cat", path, "--format", &format]);
+        assert!(output.stdout == disk, "{name}: {}", stderr(&output));
+        let (code, found) = inspect(Path::new(path));
+        if name == "vhd_fixed" {
+            // Its bytes are the disk's; only its owner can say that the footer is none of it.
+            assert_eq!((code, &found["format"]), (Some(0), &"raw".into()));
+            assert_eq!(found["verdict"], "repairable", "{found}");
+            continue;
+        }
+        assert_eq!((code, &found["format"]), (Some(0), &format.as_str().into()), "{found}");
+        let cat = bedplate(&["cat", path]);
+        assert!(cat.stdout == disk, "{name}: {}", stderr(&cat));
+    }
 }
 
 #[test]

@@ -155,6 +155,12 @@ pub enum FormatArg {
     Raw,
     /// QEMU's copy-on-write format
     Qcow2,
+    /// VMware's, in one file: monolithicSparse or streamOptimized
+    Vmdk,
+    /// Virtual PC's, fixed or dynamic
+    Vhd,
+    /// Hyper-V's, fixed or dynamic
+    Vhdx,
 }
 
 impl From<FormatArg> for Format {
@@ -162,6 +168,9 @@ impl From<FormatArg> for Format {
         match format {
             FormatArg::Raw => Self::Raw,
             FormatArg::Qcow2 => Self::Qcow2,
+            FormatArg::Vmdk => Self::Vmdk,
+            FormatArg::Vhd => Self::Vhd,
+            FormatArg::Vhdx => Self::Vhdx,
         }
     }
 }

@@ -19,7 +19,7 @@ pub struct Inspection {
     pub findings: Vec<Finding>,
     /// Further damaged table entries, like those in `findings`.
     pub more_faults: u64,
-    /// `raw` or `qcow2`.
+    /// `raw`, `qcow2`, `vmdk`, `vhd` or `vhdx`.
     pub format: Option<String>,
     /// Length of the disk that a guest sees.
     pub virtual_size_bytes: Option<u64>,

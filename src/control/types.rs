@@ -145,7 +145,7 @@ pub struct Image {
     /// URL of the file of digests that has the image's, without userinfo and query values.
     #[serde(default)]
     pub checksum_url: Option<String>,
-    /// `raw` or `qcow2`: found, or else declared.
+    /// `raw`, `qcow2`, `vmdk`, `vhd` or `vhdx`: found, or else declared.
     pub format: Option<String>,
     /// Size of the disk that a guest sees.
     pub virtual_size_bytes: Option<u64>,
@@ -323,7 +323,7 @@ pub struct CreateImage {
     /// URL of a file of digests that has the file's, as a vendor's SHA256SUMS.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checksum_url: Option<String>,
-    /// `raw` or `qcow2`; default: look.
+    /// `raw`, `qcow2`, `vmdk`, `vhd` or `vhdx`; default: look.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<String>,
     /// `as-is` (default), or `raw`: a QCOW2 source is expanded as it arrives.

@@ -9,7 +9,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::Format;
-use super::qcow2::{BackingFormat, Fault, FaultKind};
+use super::fault::{Fault, FaultKind};
+use super::qcow2::BackingFormat;
 use crate::units::{FileOffset, GuestOffset};
 
 /// What a caller can do about an error.

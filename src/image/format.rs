@@ -1,7 +1,8 @@
 //! Which format a file has, by its content.
 //!
 //! Why: a name or a declaration may be wrong; the first bytes decide.
-//! How: the magic number of QCOW2, and those of containers that people take for raw disks.
+//! How: the magic numbers of what is served, and those of containers that people take for raw disks.
+//! A fixed VHD begins with the disk, so it is one only if its owner says so.
 //! Never: looks at a file name.
 //! Start at [`detect`].
 
@@ -22,13 +23,19 @@ pub const PROBE_LEN_BYTES: usize = 512;
 pub enum Format {
     /// The file is the disk, byte for byte.
     Raw,
-    /// QEMU's copy-on-write format, versions 2 and 3, without a backing file.
+    /// QEMU's copy-on-write format, versions 2 and 3.
     Qcow2,
+    /// VMware's, of one file with sparse or compressed grains.
+    Vmdk,
+    /// Virtual PC's, fixed or dynamic.
+    Vhd,
+    /// Hyper-V's, fixed or dynamic.
+    Vhdx,
 }
 
 /// A format's name that is not one of ours.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("image format {found:?} is not known; use raw or qcow2")]
+#[error("image format {found:?} is not known; use raw, qcow2, vmdk, vhd or vhdx")]
 pub struct UnknownFormat {
     /// The text as given, cut to 80 characters.
     pub found: String,
@@ -39,6 +46,9 @@ impl fmt::Display for Format {
         f.pad(match self {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
+            Self::Vmdk => "vmdk",
+            Self::Vhd => "vhd",
+            Self::Vhdx => "vhdx",
         })
     }
 }
@@ -50,18 +60,32 @@ impl FromStr for Format {
         match text {
             "raw" => Ok(Self::Raw),
             "qcow2" => Ok(Self::Qcow2),
+            "vmdk" => Ok(Self::Vmdk),
+            "vhd" => Ok(Self::Vhd),
+            "vhdx" => Ok(Self::Vhdx),
             _ => Err(UnknownFormat { found: text.chars().take(80).collect() }),
         }
     }
 }
 
-/// The format of a file that begins with `first_bytes` (4 are enough), by content alone.
+/// The format of a file that begins with `first_bytes` (21 are enough), by content alone.
 ///
 /// A QCOW2 magic with a version that we cannot read is still [`Format::Qcow2`]: refusing it is
-/// right, serving its tables as a raw disk is not.
+/// right, serving its tables as a raw disk is not. So is a VMDK of a kind that is not served. A
+/// fixed VHD, whose footer is at its end, is [`Format::Raw`] here.
 #[must_use]
 pub fn detect(first_bytes: &[u8]) -> Format {
-    if first_bytes.starts_with(&QCOW2_MAGIC) { Format::Qcow2 } else { Format::Raw }
+    const MAGICS: [(&[u8], Format); 7] = [
+        (&QCOW2_MAGIC, Format::Qcow2),
+        (b"KDMV", Format::Vmdk),
+        (b"COWD", Format::Vmdk),
+        (b"# Disk DescriptorFile", Format::Vmdk),
+        (&[0xbe, 0xba, 0xfe, 0xca, 0, 0, 0, 0], Format::Vmdk),
+        (b"conectix", Format::Vhd),
+        (b"vhdxfile", Format::Vhdx),
+    ];
+    let found = MAGICS.iter().find(|(magic, _)| first_bytes.starts_with(magic));
+    found.map_or(Format::Raw, |&(_, format)| format)
 }
 
 /// What else a file that counts as raw looks like, in words; `None` for a plain disk.
@@ -96,6 +120,12 @@ mod tests {
     fn content_decides_the_format() {
         assert_eq!(detect(b"QFI\xfb\0\0\0\x03"), Format::Qcow2);
         assert_eq!(detect(b"QFI\xfb\0\0\0\x09"), Format::Qcow2);
+        assert_eq!(detect(b"KDMV\x01"), Format::Vmdk);
+        assert_eq!(detect(b"COWD"), Format::Vmdk);
+        assert_eq!(detect(b"# Disk DescriptorFile\n"), Format::Vmdk);
+        assert_eq!(detect(b"# Disk"), Format::Raw);
+        assert_eq!(detect(b"conectix"), Format::Vhd);
+        assert_eq!(detect(b"vhdxfile"), Format::Vhdx);
         assert_eq!(detect(b"QFI"), Format::Raw);
         assert_eq!(detect(b""), Format::Raw);
         assert_eq!(detect(&[0; 512]), Format::Raw);
@@ -103,12 +133,12 @@ mod tests {
 
     #[test]
     fn names_round_trip() {
-        for format in [Format::Raw, Format::Qcow2] {
+        for format in [Format::Raw, Format::Qcow2, Format::Vmdk, Format::Vhd, Format::Vhdx] {
             assert_eq!(format.to_string().parse(), Ok(format));
             let json = serde_json::to_string(&format).unwrap();
             assert_eq!(json, format!("\"{format}\""));
         }
-        assert!("vmdk".parse::<Format>().is_err());
+        assert!("vdi".parse::<Format>().is_err());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::path::Path;
 
 use super::format::{PROBE_LEN_BYTES, looks_like};
 use super::qcow2::{self, Compression};
-use super::{Format, ImageError, detect};
+use super::{Format, ImageError, blocks, detect};
 
 /// What a file is. `clusters` is known only after a full check.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,17 +26,17 @@ pub struct Info {
     pub file_size_bytes: u64,
     /// Bytes of the file that occupy disk space (`st_blocks * 512`).
     pub allocated_bytes: u64,
-    /// QCOW2 only: bytes of one cluster.
+    /// Bytes of one cluster, grain or block; not of a raw disk or a fixed VHD.
     pub cluster_size_bytes: Option<u64>,
     /// QCOW2 only: 2 (`compat=0.10`) or 3 (`compat=1.1`).
     pub qcow2_version: Option<u32>,
-    /// QCOW2 only: how compressed clusters, if there are any, are compressed.
+    /// QCOW2 and VMDK only: how compressed clusters, if there are any, are compressed.
     pub compression: Option<Compression>,
     /// QCOW2 only: true if clusters have subclusters (extended L2 entries).
     pub extended_l2: Option<bool>,
     /// QCOW2 only: number of internal snapshots.
     pub snapshots: Option<u32>,
-    /// QCOW2 only, and only from [`inspect`]: guest clusters by kind.
+    /// Only from [`inspect`], and where there are clusters: how many of each kind.
     pub clusters: Option<ClusterCounts>,
     /// Oddities that change no byte, in words: dirty bit, reserved bits, looks like a VMDK.
     pub notes: Vec<String>,
@@ -69,12 +69,21 @@ pub fn inspect(
 ) -> Result<Info, ImageError> {
     let mut info = identify(file, path, declared)?;
     let not_needed = |what| Err(ImageError::NotNeeded { path: path.to_owned(), what });
-    if info.format == Format::Raw {
-        return match terms {
-            qcow2::Terms { backing: true, .. } => not_needed("a base"),
-            qcow2::Terms { snapshot: Some(_), .. } => not_needed("a snapshot"),
-            _nothing_given => Ok(info),
-        };
+    if info.format != Format::Qcow2 {
+        match terms {
+            qcow2::Terms { backing: true, .. } => return not_needed("a base"),
+            qcow2::Terms { snapshot: Some(_), .. } => return not_needed("a snapshot"),
+            _nothing_given => {}
+        }
+        if let Some(image) = blocks::Image::open(file, path, info.format, info.file_size_bytes)? {
+            image.describe(&mut info);
+            let tally = image.tally(file, path)?;
+            if let Some(&fault) = tally.faults().first() {
+                return Err(ImageError::fault(path, fault));
+            }
+            image.count(&tally, &mut info);
+        }
+        return Ok(info);
     }
     let open = |terms| qcow2::Image::open(file, path, info.file_size_bytes, terms);
     if terms.snapshot.is_some() {
@@ -100,10 +109,13 @@ pub fn peek(file: &File, path: &Path, declared: Option<Format>) -> Result<Info, 
         let terms = qcow2::Terms { backing: true, ..qcow2::Terms::default() };
         qcow2::Image::open(file, path, info.file_size_bytes, &terms)?.describe(&mut info);
     }
+    if let Some(image) = blocks::Image::open(file, path, info.format, info.file_size_bytes)? {
+        image.describe(&mut info);
+    }
     Ok(info)
 }
 
-/// What the first bytes and the file's inode say; the QCOW2 fields are not filled in yet.
+/// What the first bytes and the file's inode say; the fields of formats are not filled in yet.
 pub(super) fn identify(
     file: &File,
     path: &Path,
@@ -116,11 +128,24 @@ pub(super) fn identify(
     let first_bytes = read_up_to(file, PROBE_LEN_BYTES, path)?;
     let mut info = Info::of_head(&first_bytes, meta.len(), path, declared)?;
     info.allocated_bytes = meta.blocks().saturating_mul(512);
+    if info.format == Format::Raw && ends_as_vhd(file, meta.len()) {
+        let note =
+            "served as a raw disk, but it ends like a fixed VHD; declare it vhd if it is one";
+        info.notes.push(note.to_owned());
+    }
     Ok(info)
 }
 
+/// True if the file ends with the footer of a VHD. One that cannot be read does not: the data there
+/// will say so.
+fn ends_as_vhd(file: &File, len_bytes: u64) -> bool {
+    let mut last = [0; 512];
+    let at = len_bytes.checked_sub(512);
+    at.is_some_and(|at| file.read_exact_at(&mut last, at).is_ok()) && blocks::is_vhd_footer(&last)
+}
+
 impl Info {
-    /// What the first bytes of a file of this length say; the QCOW2 fields are not filled in yet,
+    /// What the first bytes of a file of this length say; the fields of formats are not filled in yet,
     /// and all of the file counts as allocated. `path` is for messages.
     ///
     /// # Errors
@@ -133,7 +158,9 @@ impl Info {
     ) -> Result<Self, ImageError> {
         let found = detect(first_bytes);
         let format = declared.unwrap_or(found);
-        if format == Format::Qcow2 && found != Format::Qcow2 {
+        // A fixed VHD begins with the disk.
+        let may_be = (format, found) == (Format::Vhd, Format::Raw);
+        if format != Format::Raw && found != format && !may_be {
             return Err(ImageError::FormatMismatch {
                 path: path.to_owned(),
                 declared: format,

@@ -15,7 +15,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::qcow2::{Fault, Image, Snapshot, Tally, Terms};
-use super::{Class, Format, ImageError, Info, info};
+use super::{Class, Format, ImageError, Info, blocks, info};
 
 /// What can be done with an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -84,6 +84,14 @@ impl Inspection {
         if info.format == Format::Raw {
             return Ok(Self::of_raw(info));
         }
+        match blocks::Image::open(file, path, info.format, info.file_size_bytes) {
+            Ok(None) => {}
+            Ok(Some(image)) => {
+                let tally = image.tally(file, path)?;
+                return Ok(Self::of_blocks(info, &image, &tally));
+            }
+            Err(error) => return Self::refused(Some(info), error),
+        }
         let opened = Image::open(file, path, info.file_size_bytes, terms)
             .and_then(|image| image.snapshots(file, path).map(|list| (image, list)));
         let (image, snapshots) = match opened {
@@ -103,6 +111,14 @@ impl Inspection {
     #[must_use]
     pub fn of_raw(info: Info) -> Self {
         Self::new(info, Vec::new(), &Tally::default())
+    }
+
+    /// Of a VMDK, VHD or VHDX image whose table was read.
+    #[must_use]
+    pub fn of_blocks(mut info: Info, image: &blocks::Image, tally: &Tally) -> Self {
+        image.describe(&mut info);
+        image.count(tally, &mut info);
+        Self::new(info, Vec::new(), tally)
     }
 
     /// Of an image whose header, snapshots and tables were read, from wherever.

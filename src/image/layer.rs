@@ -15,7 +15,7 @@ use std::sync::Arc;
 use super::ahead::Forward;
 use super::decoded::Key;
 use super::raw::HoleMap;
-use super::{Decoded, DecodedCache, Format, ImageError, Info, ReadError, qcow2};
+use super::{Decoded, DecodedCache, Format, ImageError, Info, ReadError, blocks, qcow2};
 use crate::disk::Sealed;
 use crate::map::{Copied, FileMap, Resident};
 use crate::units::{FileOffset, GuestOffset};
@@ -48,6 +48,28 @@ pub(in crate::image) struct LayerRun {
 enum Tables {
     Raw(HoleMap),
     Qcow2(Box<qcow2::ClusterMap>),
+    Blocks(Box<blocks::BlockMap>),
+}
+
+impl Tables {
+    /// A VMDK, VHD or VHDX image's; a fixed VHD is a raw disk with something after it.
+    fn of_blocks(
+        file: &File,
+        path: &Path,
+        info: &mut Info,
+        len_bytes: u64,
+    ) -> Result<Self, ImageError> {
+        let Some(image) = blocks::Image::open(file, path, info.format, len_bytes)? else {
+            return Ok(Self::Raw(HoleMap::of_file(file, len_bytes)));
+        };
+        image.describe(info);
+        match image.layout() {
+            None => Ok(Self::Raw(HoleMap::of_file(file, info.virtual_size_bytes))),
+            Some(layout) => {
+                Ok(Self::Blocks(Box::new(blocks::BlockMap::new(layout.clone(), path)?)))
+            }
+        }
+    }
 }
 
 /// A sealed file and what it says.
@@ -80,7 +102,9 @@ impl Layer {
         // The length at which the file was sealed counts, should it differ by now.
         let len_bytes = sealed.len_bytes().min(info.file_size_bytes);
         let tables = match info.format {
-            Format::Raw => Tables::Raw(HoleMap::of_file(file, len_bytes)),
+            Format::Raw | Format::Vmdk | Format::Vhd | Format::Vhdx => {
+                Tables::of_blocks(file, path, &mut info, len_bytes)?
+            }
             Format::Qcow2 => {
                 let image = qcow2::Image::open(file, path, len_bytes, terms)?;
                 image.describe(&mut info);
@@ -130,7 +154,7 @@ impl Layer {
 
     pub(super) fn cluster_map(&self) -> Option<&qcow2::ClusterMap> {
         match &self.tables {
-            Tables::Raw(_) => None,
+            Tables::Raw(_) | Tables::Blocks(_) => None,
             Tables::Qcow2(clusters) => Some(clusters),
         }
     }
@@ -166,42 +190,51 @@ impl Layer {
                 Ok(LayerRun { kind, len_bytes: end - at.0 })
             }
             Tables::Qcow2(clusters) => clusters.run_at(self.sealed.file(), at, end),
+            Tables::Blocks(blocks) => blocks.run_at(self.sealed.file(), at, end),
         }
     }
 
-    /// The first byte of the cluster around `at`, and the one after its last; QCOW2 only.
+    /// The cluster, grain or block around `at`: its number and its first byte; of a raw disk none.
+    fn cluster_of(&self, at: GuestOffset) -> Option<(u64, GuestOffset)> {
+        match &self.tables {
+            Tables::Raw(_) => None,
+            Tables::Qcow2(clusters) => Some(clusters.cluster_of(at)),
+            Tables::Blocks(blocks) => Some(blocks.block_of(at)),
+        }
+    }
+
+    /// The first byte of the cluster around `at`, and the one after its last; of a raw disk none.
     pub(super) fn cluster_around(&self, at: GuestOffset) -> Option<(u64, u64)> {
-        let clusters = self.cluster_map()?;
-        let (_, start) = clusters.cluster_of(at);
-        let size = clusters.header().cluster_bits.size_bytes();
+        let (_, start) = self.cluster_of(at)?;
+        let size = self.info.cluster_size_bytes?;
         Some((start.0, (start.0 + size).min(self.size_bytes())))
     }
 
     /// The decoded cluster around `at` and where it begins, if it is in the cache.
     pub(super) fn cached(&self, at: GuestOffset) -> Option<Decoded> {
-        let (cluster, start) = self.cluster_map()?.cluster_of(at);
+        let (cluster, start) = self.cluster_of(at)?;
         let bytes = self.cache.get(Key { view: self.id, cluster })?;
         Some(Decoded { bytes, start })
     }
 
     /// The decoded cluster around `at` and where it begins.
     pub(super) fn decoded(&self, at: GuestOffset) -> Result<Decoded, ReadError> {
-        match &self.tables {
-            Tables::Raw(_) => Err(ReadError::NotEncoded { at }),
-            Tables::Qcow2(clusters) => {
-                let (cluster, start) = clusters.cluster_of(at);
-                let key = Key { view: self.id, cluster };
-                let slab = self.cache.slab();
-                let decode = || clusters.decode(self.sealed.file(), at, slab);
-                Ok(Decoded { bytes: self.cache.get_or_decode(key, decode)?, start })
-            }
-        }
+        let not_encoded = || ReadError::NotEncoded { at };
+        let (cluster, start) = self.cluster_of(at).ok_or_else(not_encoded)?;
+        let (file, slab) = (self.sealed.file(), self.cache.slab());
+        let decode = || match &self.tables {
+            Tables::Raw(_) => Err(not_encoded()),
+            Tables::Qcow2(clusters) => clusters.decode(file, at, slab),
+            Tables::Blocks(blocks) => blocks.decode(file, at, slab),
+        };
+        let key = Key { view: self.id, cluster };
+        Ok(Decoded { bytes: self.cache.get_or_decode(key, decode)?, start })
     }
 }
 
 impl Drop for Layer {
     fn drop(&mut self) {
-        if self.info.format == Format::Qcow2 {
+        if !matches!(self.tables, Tables::Raw(_)) {
             self.cache.forget_view(self.id);
         }
     }

@@ -6,18 +6,22 @@
 //! [`View`] resolves guest ranges to runs (data in a file, zeroes, a compressed cluster) without
 //! locks, through an image and the backing files that it was given. Foreign numbers are judged once, where they are decoded, and nowhere after.
 //! Never: opens a path that it found inside an image, writes, uses the network, or trusts a length.
-//! Start at [`View::open`] and [`inspect`]; the QCOW2 format is in [`qcow2`].
+//! Start at [`View::open`] and [`inspect`]; the QCOW2 format is in [`qcow2`],
+//! VMDK, VHD and VHDX are in [`blocks`].
 
 mod ahead;
+pub mod blocks;
 mod crew;
 mod decoded;
 mod error;
+mod fault;
 mod format;
 mod info;
 mod inspection;
 mod layer;
 pub mod qcow2;
 mod raw;
+mod tally;
 mod view;
 
 pub use decoded::{Decoded, DecodedCache};

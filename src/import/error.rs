@@ -2,7 +2,7 @@
 
 use crate::disk::DiskError;
 use crate::fetch::{Class, FetchError, one_line};
-use crate::image::{self, ImageError, ReadError};
+use crate::image::{self, Format, ImageError, ReadError};
 
 /// Why a source cannot be imported.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +37,14 @@ pub enum ImportError {
         /// The source, redacted.
         url: String,
     },
+    /// An image of a format that is served, and not expanded.
+    #[error("{url}: a {format} image cannot be expanded as it arrives; bring it in as it is")]
+    NotExpanded {
+        /// The source, redacted.
+        url: String,
+        /// By its first bytes.
+        format: Format,
+    },
     /// A stage behind has stopped; never seen outside.
     #[error("the writer has stopped")]
     Stopped,
@@ -55,9 +63,10 @@ impl ImportError {
             Self::Image(error) => of_image(error.class()),
             Self::Decode(error) => of_image(error.class()),
             Self::Disk(error) if error.may_retry() => Class::Retry,
-            Self::Disk(_) | Self::TooManyClusters { .. } | Self::PackedQcow2 { .. } => {
-                Class::Refuse
-            }
+            Self::Disk(_)
+            | Self::TooManyClusters { .. }
+            | Self::PackedQcow2 { .. }
+            | Self::NotExpanded { .. } => Class::Refuse,
             Self::Stopped => Class::Retry,
         }
     }
@@ -71,7 +80,7 @@ impl ImportError {
                 matches!(error, FetchError::Digest { .. } | FetchError::TooMuch { .. })
             }
             Self::Image(_) | Self::Decode(_) => self.class() == Class::Refuse,
-            Self::PackedQcow2 { .. } => true,
+            Self::PackedQcow2 { .. } | Self::NotExpanded { .. } => true,
             Self::Disk(_) | Self::TooManyClusters { .. } | Self::Stopped => false,
         }
     }

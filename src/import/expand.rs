@@ -32,8 +32,8 @@ const WHOLE_ENTRIES: usize = 8 << 20;
 /// Before the tag of the source's version: such bytes are not the source's own.
 const TAG_PREFIX: &str = "raw:";
 
-/// Brings what `source` names into `filling` as a raw disk. A source that is no QCOW2 image is
-/// brought in as it is. The digests are those of the raw disk; those that `source` expects are of
+/// Brings what `source` names into `filling` as a raw disk. A raw source is brought in as it is, one
+/// of another format than QCOW2 is refused. The digests are those of the raw disk; those that `source` expects are of
 /// its own bytes, and proved on the way.
 ///
 /// # Errors
@@ -49,9 +49,15 @@ pub(super) async fn expand(
         Ok(opened) => opened,
         Err(error) => return Err(error.into()),
     };
-    if detect(&head) != Format::Qcow2 {
-        let fetched = transfer(engine, source, filling, progress).await?;
-        return not_packed(filling, source).map(|()| fetched);
+    match detect(&head) {
+        Format::Qcow2 => {}
+        Format::Raw => {
+            let fetched = transfer(engine, source, filling, progress).await?;
+            return not_packed(filling, source).map(|()| fetched);
+        }
+        format @ (Format::Vmdk | Format::Vhd | Format::Vhdx) => {
+            return Err(ImportError::NotExpanded { url: source.url.to_string(), format });
+        }
     }
     let name = source.url.file_path().unwrap_or_else(|| source.url.to_string().into());
     let image = open_image(&file, head, Given::default(), &name).await?;
@@ -81,14 +87,17 @@ pub(super) async fn expand(
     work.run(filling).await
 }
 
-/// A QCOW2 image inside a compressed stream cannot be expanded, and is no raw disk.
+/// An image inside a compressed stream cannot be expanded, and is no raw disk.
 fn not_packed(filling: &Filling, source: &Source) -> Result<(), ImportError> {
-    let mut head = [0; 4];
+    let mut head = [0; 64];
     let read = filling.file().read_at(&mut head, 0);
     read.map_err(|e| DiskError::io("read", &filling.path(), e))?;
     match detect(&head) {
         Format::Raw => Ok(()),
         Format::Qcow2 => Err(ImportError::PackedQcow2 { url: source.url.to_string() }),
+        format @ (Format::Vmdk | Format::Vhd | Format::Vhdx) => {
+            Err(ImportError::NotExpanded { url: source.url.to_string(), format })
+        }
     }
 }
 

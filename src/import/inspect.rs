@@ -8,6 +8,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::blocks;
 use super::error::ImportError;
 use super::expand::open_image;
 use super::tables;
@@ -42,6 +43,12 @@ pub async fn inspect_source(
     };
     if info.format == Format::Raw {
         return Ok(Inspection::of_raw(info));
+    }
+    match blocks::read_image(&file, info.format, &name).await {
+        Ok(None) => {}
+        Ok(Some((image, tally))) => return Ok(Inspection::of_blocks(info, &image, &tally)),
+        Err(ImportError::Image(error)) => return Ok(Inspection::refused(Some(info), error)?),
+        Err(error) => return Err(error),
     }
     let read = read_image(&file, head, terms, &name).await;
     match read {

@@ -11,6 +11,7 @@
 //! or fetches for what is durable.
 //! Start at [`import`], [`pull()`] for a plain file, or [`inspect_source`].
 
+mod blocks;
 mod clusters;
 mod error;
 mod expand;

@@ -38,7 +38,7 @@ pub(super) async fn read_batch(
     while next < tables.len() && plan.entries.len() < most_entries {
         let most = most_entries - plan.entries.len();
         let group = group_from(tables, next, first, most, image.header().units_in_cluster_bits());
-        let parts = read_group(file, &tables[group.clone()]).await?;
+        let parts = read_group(file, stored(&tables[group.clone()])).await?;
         for table in &tables[group.clone()] {
             add(image, table, &parts, plan, name)?;
         }
@@ -74,10 +74,14 @@ fn group_from(
 }
 
 /// Parts of the source, ascending, with their places.
-type Parts = Vec<(u64, Vec<u8>)>;
+pub(super) type Parts = Vec<(u64, Vec<u8>)>;
 
-async fn read_group(file: &SourceFile<'_>, tables: &[L2Table]) -> Result<Parts, FetchError> {
-    let mut stored: Vec<_> = tables.iter().filter_map(|table| table.stored.clone()).collect();
+/// Reads what is `stored` of some tables, several parts at a time.
+pub(super) async fn read_group(
+    file: &SourceFile<'_>,
+    stored: impl Iterator<Item = Option<Range<u64>>>,
+) -> Result<Parts, FetchError> {
+    let mut stored: Vec<_> = stored.flatten().collect();
     stored.sort_unstable_by_key(|range| range.start);
     let mut parts: Vec<Range<u64>> = Vec::new();
     for range in stored {
@@ -104,18 +108,22 @@ pub(super) async fn tally(file: &SourceFile<'_>, image: &Image) -> Result<Tally,
     let (mut tally, mut next) = (Tally::default(), 0);
     while next < tables.len() {
         let group = group_from(&tables, next, 0, usize::MAX, 0);
-        let parts = read_group(file, &tables[group.clone()]).await?;
+        let parts = read_group(file, stored(&tables[group.clone()])).await?;
         for table in &tables[group.clone()] {
-            image.tally_table(table, bytes_of(table, &parts), &mut tally);
+            image.tally_table(table, bytes_of(&table.stored, &parts), &mut tally);
         }
         next = group.end;
     }
     Ok(tally)
 }
 
+fn stored(tables: &[L2Table]) -> impl Iterator<Item = Option<Range<u64>>> {
+    tables.iter().map(|table| table.stored.clone())
+}
+
 /// The bytes of a table, of which `parts` has all; none of one that is not stored.
-fn bytes_of<'a>(table: &L2Table, parts: &'a Parts) -> &'a [u8] {
-    let Some(stored) = &table.stored else { return &[] };
+pub(super) fn bytes_of<'a>(stored: &Option<Range<u64>>, parts: &'a Parts) -> &'a [u8] {
+    let Some(stored) = stored else { return &[] };
     let index = parts.partition_point(|(start, _)| *start <= stored.start) - 1;
     let (start, bytes) = &parts[index];
     let within = |at: u64| usize::try_from(at - start).unwrap_or(usize::MAX);
@@ -133,7 +141,7 @@ fn add(
         plan.add_zeroes(table.first_cluster, table.clusters);
         return Ok(());
     }
-    let bytes = bytes_of(table, parts);
+    let bytes = bytes_of(&table.stored, parts);
     image.decode_table(table, bytes, name, &mut |units, meaning| plan.add(units, meaning))?;
     Ok(())
 }

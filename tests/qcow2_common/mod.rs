@@ -34,9 +34,14 @@ pub fn run(tool: &str, args: &[&str]) -> Output {
 
 /// `qemu-img convert` to raw: the bytes, or `None` if qemu refuses the image or fails to read it.
 pub fn qemu_bytes(image: &Path) -> Option<Vec<u8>> {
+    qemu_bytes_as(image, "qcow2")
+}
+
+/// As [`qemu_bytes`], of a format by qemu's name for it.
+pub fn qemu_bytes_as(image: &Path, format: &str) -> Option<Vec<u8>> {
     let raw = image.with_extension("raw");
     let (from, to) = (image.to_str().unwrap(), raw.to_str().unwrap());
-    let args = ["convert", "-q", "-f", "qcow2", "-O", "raw", from, to];
+    let args = ["convert", "-q", "-f", format, "-O", "raw", from, to];
     let output = Command::new("qemu-img").args(args).output().unwrap();
     let bytes = output.status.success().then(|| std::fs::read(&raw).unwrap());
     let _may_not_exist = std::fs::remove_file(&raw);

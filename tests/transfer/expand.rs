@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
+use crate::blocks_common;
 use crate::control_support::Daemon;
 use crate::fault_server::{Cut, FaultServer, Reply, Request};
 use crate::{content, engine, sha256};
@@ -388,4 +389,37 @@ fn a_source_is_inspected_by_its_tables_alone() {
     assert_eq!(of_file, found, "the same of the file as of the URL");
     let fetched = server.sent();
     assert!(fetched < image.len() as u64 / 4, "{fetched} of {} bytes fetched", image.len());
+}
+
+#[test]
+fn another_format_is_inspected_by_its_table_and_not_expanded() {
+    for (name, image, _) in blocks_common::all() {
+        let temp = tempfile::tempdir().unwrap();
+        let local = temp.path().join("image");
+        std::fs::write(&local, &image.bytes).unwrap();
+        let served = image.bytes.clone();
+        let server = FaultServer::start(move |request| Reply::ranged(request, &served, ETAG));
+        let inspect = |target: &str| {
+            let format = image.format.to_string();
+            let output = Command::new(env!("CARGO_BIN_EXE_bedplate"))
+                .args(["inspect", target, "--format", &format, "--json"])
+                .output()
+                .unwrap();
+            serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
+        };
+        let found = inspect(&format!("{}/image", server.url));
+        assert_eq!(
+            (&found["verdict"], &found["format"]),
+            (&"ok".into(), &image.format.to_string().into())
+        );
+        assert_eq!(found, inspect(local.to_str().unwrap()), "{name}: as the file");
+        if name == "vhd_fixed" {
+            continue;
+        }
+        let engine = engine(temp.path(), Choice::Auto);
+        let error = expand(&engine, &server, temp.path(), Expect::default()).unwrap_err();
+        assert_eq!(error.class(), Class::Refuse, "{name}: {error}");
+        assert!(error.to_string().contains("cannot be expanded"), "{name}: {error}");
+        assert!(output(temp.path()).is_empty(), "{name}");
+    }
 }

@@ -3,6 +3,8 @@
 #![expect(clippy::cast_possible_truncation, reason = "test files are small")]
 
 mod bad_input;
+#[path = "../blocks_common/mod.rs"]
+mod blocks_common;
 #[path = "../control_support/mod.rs"]
 mod control_support;
 mod crash;

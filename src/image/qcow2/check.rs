@@ -11,11 +11,12 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::entry::{Cluster, Limits};
-use super::fault::{EntryFault, Fault};
 use super::header::Header;
 use super::open::Image;
 use super::table::{self, Entry, UnitRuns};
-use crate::image::{ClusterCounts, ImageError, Info};
+use crate::image::fault::{EntryFault, Fault};
+use crate::image::tally::Tally;
+use crate::image::{ImageError, Info};
 use crate::units::FileOffset;
 
 /// An L2 table of an image.
@@ -32,41 +33,6 @@ pub struct L2Table {
 /// A run of units and its meaning, or why an entry has none.
 type Judged = Result<(Range<u64>, Cluster), Fault>;
 
-/// Faults that are kept of one image.
-const MAX_FAULTS: usize = 20;
-
-/// What all entries of an image's L2 tables say together.
-#[derive(Clone, Debug, Default)]
-pub struct Tally {
-    counts: ClusterCounts,
-    odd_entries: u64,
-    faults: Vec<Fault>,
-    faults_total: u64,
-}
-
-impl Tally {
-    /// The first damaged entries.
-    #[must_use]
-    pub fn faults(&self) -> &[Fault] {
-        &self.faults
-    }
-
-    /// How many entries are damaged.
-    #[must_use]
-    pub fn faults_total(&self) -> u64 {
-        self.faults_total
-    }
-
-    /// Puts the counts, and what is odd, into `info`.
-    pub fn describe(&self, info: &mut Info) {
-        if self.odd_entries > 0 {
-            let count = self.odd_entries;
-            info.notes.push(format!("{count} L2 entries have reserved bits set; ignored"));
-        }
-        info.clusters = Some(self.counts);
-    }
-}
-
 impl Image {
     /// Judges every L2 entry that the disk needs; counts clusters into `info`.
     ///
@@ -78,7 +44,7 @@ impl Image {
             file.read_exact_at(bytes, range.start)
                 .map_err(|source| ImageError::read(path, range.start, len, source))
         })?;
-        if let Some(&fault) = tally.faults.first() {
+        if let Some(&fault) = tally.faults().first() {
             return Err(ImageError::fault(path, fault));
         }
         tally.describe(info);
@@ -118,8 +84,7 @@ impl Image {
             return;
         }
         let (mut data, mut compressed, mut last) = (0, 0, None);
-        let Tally { counts, odd_entries, faults, faults_total } = tally;
-        *odd_entries += self.judge_table(table, bytes, &mut |judged| match judged {
+        let odd_entries = self.judge_table(table, bytes, &mut |judged| match judged {
             Ok((units, Cluster::Data(_))) => {
                 // A cluster counts as data if any of its subclusters is.
                 let cluster = units.start >> in_cluster;
@@ -128,13 +93,10 @@ impl Image {
             }
             Ok((_, Cluster::Compressed(_))) => compressed += 1,
             Ok((_, Cluster::Zero | Cluster::Unallocated)) => {}
-            Err(fault) => {
-                *faults_total += 1;
-                if faults.len() < MAX_FAULTS {
-                    faults.push(fault);
-                }
-            }
+            Err(fault) => tally.add_fault(fault),
         });
+        tally.odd_entries += odd_entries;
+        let counts = &mut tally.counts;
         counts.data += data;
         counts.compressed += compressed;
         counts.zero += table.clusters - data - compressed;

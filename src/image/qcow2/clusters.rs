@@ -21,12 +21,12 @@ use rustix::fs::Advice;
 
 use super::codec::Codec;
 use super::entry::{Limits, Packed};
-use super::fault::EntryFault;
 use super::header::Header;
 use super::open::Image;
 use super::table::{self, Entry};
 use super::word::{self, Meaning, Span};
 use crate::image::crew;
+use crate::image::fault::EntryFault;
 use crate::image::layer::{LayerKind, LayerRun};
 use crate::image::{ImageError, ReadError};
 use crate::map::{SharedTable, Slab};
@@ -39,9 +39,9 @@ const MIN_SLAB_BYTES: usize = 32 * 1024;
 
 /// A [`Codec`] and the buffer for its input.
 #[derive(Debug, Default)]
-struct Decoder {
-    codec: Codec,
-    stored: Vec<u8>,
+pub(in crate::image) struct Decoder {
+    pub(in crate::image) codec: Codec,
+    pub(in crate::image) stored: Vec<u8>,
 }
 
 /// Decoders that nobody uses just now; at most one per core is kept.
@@ -373,12 +373,14 @@ impl ClusterMap {
     }
 }
 
-fn take_decoder() -> Decoder {
+/// A decoder that nobody else uses.
+pub(in crate::image) fn take_decoder() -> Decoder {
     let mut idle = IDLE_DECODERS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     idle.pop().unwrap_or_default()
 }
 
-fn give_back(decoder: Decoder) {
+/// Keeps a decoder for the next one who wants to decode.
+pub(in crate::image) fn give_back(decoder: Decoder) {
     let mut idle = IDLE_DECODERS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     if idle.len() < crew::cores() {
         idle.push(decoder);

@@ -10,6 +10,7 @@
 use std::fmt;
 
 use flate2::{Decompress, FlushDecompress};
+use libdeflater::DecompressionError;
 use zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective};
 
 use super::header::Compression;
@@ -25,6 +26,12 @@ pub enum CodecFault {
     BadDeflate,
     /// The deflate stream ends before the cluster is full.
     ShortDeflate,
+    /// The bytes are no zlib stream, or its checksum is not that of what it holds.
+    BadZlib,
+    /// The zlib stream holds less than it must.
+    ShortZlib,
+    /// The zlib stream holds more than the cluster.
+    LongZlib,
     /// The bytes are no zstd frame.
     BadZstd,
     /// The zstd frames end before the cluster is full.
@@ -40,6 +47,9 @@ impl CodecFault {
         match self {
             Self::BadDeflate => "damaged deflate stream",
             Self::ShortDeflate => "deflate stream ends early",
+            Self::BadZlib => "damaged zlib stream",
+            Self::ShortZlib => "zlib stream ends early",
+            Self::LongZlib => "zlib stream longer than the block",
             Self::BadZstd => "damaged zstd frame",
             Self::ShortZstd => "zstd frames end early",
             Self::LongZstd => "zstd frame longer than the cluster",
@@ -91,6 +101,25 @@ impl Codec {
                 Ok(_) | Err(_) => self.inflate(stored, cluster),
             },
             Compression::Zstd => self.unzstd(stored, cluster),
+        }
+    }
+
+    /// Decodes a whole zlib stream (RFC 1950, with its checksum) of at least `least_bytes` to the
+    /// start of `block`. After an error `block` holds anything.
+    ///
+    /// # Errors
+    /// [`CodecFault`]: the stream is damaged, or its length is wrong.
+    pub fn unzlib(
+        &mut self,
+        stored: &[u8],
+        block: &mut [u8],
+        least_bytes: usize,
+    ) -> Result<(), CodecFault> {
+        match self.deflate.zlib_decompress(stored, block) {
+            Ok(len) if len >= least_bytes => Ok(()),
+            Ok(_shorter) => Err(CodecFault::ShortZlib),
+            Err(DecompressionError::InsufficientSpace) => Err(CodecFault::LongZlib),
+            Err(DecompressionError::BadData) => Err(CodecFault::BadZlib),
         }
     }
 

@@ -8,8 +8,8 @@
 
 use std::ops::Range;
 
-use super::fault::EntryFault;
 use super::header::{ClusterBits, SUBCLUSTER_COUNT_BITS};
+use crate::image::fault::EntryFault;
 use crate::units::FileOffset;
 
 const COPIED: u64 = 1 << 63;

@@ -7,9 +7,9 @@
 
 use zerocopy::FromBytes;
 
-use super::fault::Fault;
 use super::header::Given;
 use super::raw::RawExtension;
+use crate::image::fault::Fault;
 
 const END: u32 = 0;
 const BACKING_FORMAT: u32 = 0xe279_2aca;

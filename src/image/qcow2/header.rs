@@ -9,8 +9,8 @@ use std::fmt;
 use std::ops::Range;
 
 use super::extension::{self, BackingFormat};
-use super::fault::Fault;
 use super::raw::{RawHeader, RawHeaderV3, V2_LEN, V3_MIN_LEN};
+use crate::image::fault::Fault;
 use crate::units::{MIB, TIB};
 
 const MAGIC: u32 = 0x5146_49fb;

@@ -60,7 +60,6 @@ mod clusters;
 mod codec;
 mod entry;
 mod extension;
-mod fault;
 mod header;
 mod open;
 mod raw;
@@ -68,14 +67,16 @@ mod snapshot;
 mod table;
 mod word;
 
-pub use check::{L2Table, Tally};
+pub use super::fault::{EntryFault, Fault, FaultKind};
+pub use super::tally::Tally;
+pub use check::L2Table;
 pub use clusters::ClusterMap;
+pub(in crate::image) use clusters::{Decoder, give_back, take_decoder};
 pub use codec::{Codec, CodecFault};
 pub use entry::{
     Cluster, Extended, Limits, Packed, Subclusters, decode_extended_l2, decode_l1, decode_l2,
 };
 pub use extension::BackingFormat;
-pub use fault::{EntryFault, Fault, FaultKind};
 pub use header::{ClusterBits, Compression, Given, Header};
 pub use open::{Image, Terms};
 pub use snapshot::Snapshot;

@@ -13,9 +13,9 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::entry::{Limits, decode_l1};
-use super::fault::{EntryFault, Fault};
 use super::header::{self, Given, Header};
 use super::snapshot::{self, Snapshot, TableError};
+use crate::image::fault::{EntryFault, Fault};
 use crate::image::info::read_up_to;
 use crate::image::{ImageError, Info};
 use crate::units::FileOffset;

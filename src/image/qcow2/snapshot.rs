@@ -12,9 +12,9 @@ use std::io::{self, Read};
 
 use zerocopy::FromBytes;
 
-use super::fault::Fault;
 use super::header::{Header, check_l1, check_size};
 use super::raw::RawSnapshot;
+use crate::image::fault::Fault;
 use crate::units::MIB;
 
 /// Largest table that qemu reads.

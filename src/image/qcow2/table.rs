@@ -13,8 +13,8 @@ use super::entry::{
     Cluster, Extended, Limits, Subclusters, check_external, decode_extended_l2, decode_l2,
     reserved_extended_bits, reserved_l2_bits,
 };
-use super::fault::EntryFault;
 use super::header::Header;
+use crate::image::fault::EntryFault;
 
 /// An entry as it is stored, in host byte order.
 #[derive(Clone, Copy, Debug)]

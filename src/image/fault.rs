@@ -43,7 +43,7 @@ pub struct EntryFault {
 }
 
 impl EntryFault {
-    pub(super) const fn new(field: &'static str, found: u64, need: &'static str) -> Self {
+    pub(in crate::image) const fn new(field: &'static str, found: u64, need: &'static str) -> Self {
         Self { field, found, need }
     }
 
@@ -56,11 +56,16 @@ impl EntryFault {
 }
 
 impl Fault {
-    pub(super) fn malformed(field: &'static str, at: u64, found: u64, need: &'static str) -> Self {
+    pub(in crate::image) fn malformed(
+        field: &'static str,
+        at: u64,
+        found: u64,
+        need: &'static str,
+    ) -> Self {
         Self { kind: FaultKind::Malformed, field, at: FileOffset(at), found, need }
     }
 
-    pub(super) fn unsupported(
+    pub(in crate::image) fn unsupported(
         field: &'static str,
         at: u64,
         found: u64,

@@ -1,0 +1,258 @@
+//! What every block is, decided when it is first touched.
+//!
+//! Why: a lookup is on the way of every read, from many threads; foreign entries must have been
+//! judged by then.
+//! How: one word for each block. The first touch of one reads a page of the table and fills in all
+//! of its words; two threads that fill one page write the same words, so nobody waits. What a span
+//! that is not stored would have is never written, so memory is at most twice the table's.
+//! Never: takes a lock to look up, or reads compressed bytes from the map.
+//! Start at [`BlockMap::run_at`].
+//!
+//! | word | meaning |
+//! |---|---|
+//! | 0 | not filled in |
+//! | file offset, bit 0 | data |
+//! | 2 | zero |
+//! | 3 | the entry is damaged: read it again for the reason |
+//! | file offset, bit 2 | a compressed grain |
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+
+use super::layout::{Block, GRAIN_MARKER_BYTES, Layout, Page};
+use crate::image::fault::EntryFault;
+use crate::image::layer::{LayerKind, LayerRun};
+use crate::image::qcow2::{Decoder, give_back, take_decoder};
+use crate::image::{ImageError, ReadError};
+use crate::map::{SharedTable, Slab};
+use crate::units::{FileOffset, GuestOffset};
+
+/// Offsets are multiples of 512, which leaves these bits for the kind.
+const KIND_BITS: u64 = 511;
+const UNKNOWN: u64 = 0;
+const DATA: u64 = 1;
+const ZERO: u64 = 2;
+const DAMAGED: u64 = 3;
+const ENCODED: u64 = 4;
+/// Blocks that one run is made of at most: whoever asks for all of a disk should not fill in all.
+const MAX_RUN_BLOCKS: u64 = 1 << 15;
+/// Smaller grains are decoded to the heap: a slot of the slab would be mostly waste.
+const MIN_SLAB_BYTES: usize = 32 * 1024;
+
+/// A checked layout, and what is known of its blocks.
+#[derive(Debug)]
+pub struct BlockMap {
+    layout: Layout,
+    table: SharedTable,
+    path: PathBuf,
+}
+
+impl BlockMap {
+    /// A map with nothing filled in. `path` is for messages.
+    ///
+    /// # Errors
+    /// [`ImageError::Map`] if the host refuses the memory.
+    pub fn new(layout: Layout, path: &Path) -> Result<Self, ImageError> {
+        let words = layout.blocks();
+        let table = SharedTable::new("bedplate-blocks", words).map_err(|source| {
+            let (path, len_bytes) = (path.to_owned(), words * 8);
+            ImageError::Map { path, what: "the block map", len_bytes, source }
+        })?;
+        Ok(Self { layout, table, path: path.to_owned() })
+    }
+
+    /// Where the entries are.
+    #[must_use]
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The block around `at`: its number and its first byte.
+    #[must_use]
+    pub fn block_of(&self, at: GuestOffset) -> (u64, GuestOffset) {
+        let block = at.0 >> self.layout.block_bits;
+        (block, GuestOffset(block << self.layout.block_bits))
+    }
+
+    /// The run that begins at `at` and ends at guest byte `end` at the latest; `at < end <=` the
+    /// disk's size.
+    ///
+    /// # Errors
+    /// The entry of `at` is damaged, or could not be read.
+    pub(in crate::image) fn run_at(
+        &self,
+        file: &File,
+        at: GuestOffset,
+        end: u64,
+    ) -> Result<LayerRun, ReadError> {
+        let bits = self.layout.block_bits;
+        let (block, start) = self.block_of(at);
+        let word = self.word(file, block)?;
+        let (kind, next) = match word & KIND_BITS {
+            DATA => {
+                let expected = |n| word + (n << bits);
+                let stored = FileOffset((word & !KIND_BITS) + (at.0 - start.0));
+                (LayerKind::Data(stored), self.extend(file, block, end, expected))
+            }
+            ZERO => (LayerKind::Zero, self.extend(file, block, end, |_| ZERO)),
+            ENCODED => (LayerKind::Encoded, block + 1),
+            _damaged => return Err(self.damage(file, block)),
+        };
+        let end = end.min(next << bits);
+        Ok(LayerRun { kind, len_bytes: end - at.0 })
+    }
+
+    /// The first block after `first` whose word is not as `expected`, which is given the distance
+    /// from `first`. Does not look further than guest byte `end`, nor very far.
+    fn extend(&self, file: &File, first: u64, end: u64, expected: impl Fn(u64) -> u64) -> u64 {
+        let last = end.div_ceil(self.layout.block_bytes()).min(first + MAX_RUN_BLOCKS);
+        let same =
+            |&block: &u64| self.word(file, block).is_ok_and(|word| word == expected(block - first));
+        (first + 1..last).find(|block| !same(block)).unwrap_or(last)
+    }
+
+    /// The word of `block`, filled in.
+    fn word(&self, file: &File, block: u64) -> Result<u64, ReadError> {
+        let word = self.slot(block);
+        match word.load(Ordering::Relaxed) {
+            UNKNOWN => {}
+            known => return Ok(known),
+        }
+        let page = self.layout.page_of(block);
+        if page.stored.is_none() {
+            return Ok(ZERO);
+        }
+        self.fill(file, &page)?;
+        Ok(word.load(Ordering::Relaxed))
+    }
+
+    fn slot(&self, block: u64) -> &AtomicU64 {
+        let words = self.table.words();
+        usize::try_from(block)
+            .ok()
+            .and_then(|index| words.get(index))
+            .expect("every block has a word")
+    }
+
+    #[cold]
+    fn fill(&self, file: &File, page: &Page) -> Result<(), ReadError> {
+        let bytes = self.read_page(file, page)?;
+        for (block, (_, judged)) in (page.first_block..).zip(self.layout.judge_page(page, &bytes)) {
+            let word = match judged {
+                Ok(Block::Data(at)) => at.0 | DATA,
+                Ok(Block::Zero) => ZERO,
+                Ok(Block::Encoded(at)) => at.0 | ENCODED,
+                // The reason is found again when the block is read.
+                Err(_) => DAMAGED,
+            };
+            self.slot(block).store(word, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn read_page(&self, file: &File, page: &Page) -> Result<Vec<u8>, ReadError> {
+        let stored = page.stored.clone().unwrap_or_default();
+        let len = usize::try_from(stored.end - stored.start).unwrap_or(usize::MAX);
+        let mut bytes = vec![0; len];
+        file.read_exact_at(&mut bytes, stored.start)
+            .map_err(|source| ReadError::io(&self.path, stored.start, len, source))?;
+        Ok(bytes)
+    }
+
+    /// Why the entry of `block` is damaged: reads and judges it once more.
+    #[cold]
+    fn damage(&self, file: &File, block: u64) -> ReadError {
+        let page = self.layout.page_of(block);
+        let bytes = match self.read_page(file, &page) {
+            Ok(bytes) => bytes,
+            Err(error) => return error,
+        };
+        let index = usize::try_from(block - page.first_block).unwrap_or(usize::MAX);
+        let fault = match self.layout.judge_page(&page, &bytes).nth(index) {
+            Some((at, Err(fault))) => fault.at(at),
+            Some((_, Ok(_))) | None => {
+                let start = page.stored.as_ref().map_or(0, |stored| stored.start);
+                EntryFault::new("table entry", 0, "a file that nobody changes while it is open")
+                    .at(FileOffset(start))
+            }
+        };
+        ReadError::fault(&self.path, fault)
+    }
+
+    /// Decodes the compressed grain around `at`; ends with the block or with the disk.
+    ///
+    /// # Errors
+    /// [`ReadError::NotEncoded`], [`ReadError::Decode`], or those of [`run_at`](Self::run_at).
+    pub fn decode(&self, file: &File, at: GuestOffset, slab: &Slab) -> Result<Bytes, ReadError> {
+        let (block, start) = self.block_of(at);
+        let word = self.word(file, block)?;
+        let stored_at = match word & KIND_BITS {
+            ENCODED => FileOffset(word & !KIND_BITS),
+            DAMAGED => return Err(self.damage(file, block)),
+            _another_kind => return Err(ReadError::NotEncoded { at }),
+        };
+        let grain = Grain { at: stored_at, start, visible_bytes: self.layout.visible_bytes(block) };
+        let size = usize::try_from(self.layout.block_bytes()).expect("a grain is at most 2 MiB");
+        let visible = usize::try_from(grain.visible_bytes).unwrap_or(size);
+        let mut decoder = take_decoder();
+        let decoded = if size < MIN_SLAB_BYTES {
+            let mut bytes = vec![0; size];
+            let done = self.decode_with(&mut decoder, file, &grain, &mut bytes);
+            bytes.truncate(visible);
+            done.map(|()| bytes.into())
+        } else {
+            slab.take(size).map_err(|e| ReadError::io(&self.path, stored_at.0, size, e)).and_then(
+                |mut buf| {
+                    self.decode_with(&mut decoder, file, &grain, buf.bytes_mut())?;
+                    buf.truncate(visible);
+                    Ok(Bytes::from_owner(buf))
+                },
+            )
+        };
+        give_back(decoder);
+        decoded
+    }
+
+    fn decode_with(
+        &self,
+        decoder: &mut Decoder,
+        file: &File,
+        grain: &Grain,
+        block: &mut [u8],
+    ) -> Result<(), ReadError> {
+        let Grain { at: stored_at, start: at, visible_bytes } = *grain;
+        let damaged = |what| ReadError::Decode { path: self.path.clone(), what, at, stored_at };
+        let read = |bytes: &mut [u8], at| {
+            let len = bytes.len();
+            file.read_exact_at(bytes, at)
+                .map_err(|source| ReadError::io(&self.path, at, len, source))
+        };
+        let mut marker = [0; 12];
+        read(&mut marker, stored_at.0)?;
+        let [.., a, b, c, d] = marker;
+        let len_bytes = u64::from(u32::from_le_bytes([a, b, c, d]));
+        if len_bytes == 0 || len_bytes > 2 * self.layout.block_bytes() {
+            return Err(damaged("grain marker with a length of 0, or of more than two grains"));
+        }
+        let from = stored_at.0 + GRAIN_MARKER_BYTES;
+        if from + len_bytes > self.layout.file_len_bytes {
+            return Err(damaged("compressed data that ends past the file"));
+        }
+        let Decoder { codec, stored } = decoder;
+        stored.resize(usize::try_from(len_bytes).expect("at most 4 MiB"), 0);
+        read(stored, from)?;
+        let least = usize::try_from(visible_bytes).unwrap_or(usize::MAX);
+        codec.unzlib(stored, block, least).map_err(|fault| damaged(fault.text()))
+    }
+}
+
+/// A compressed block: where it is, on the disk and in the file, and how much of it is needed.
+struct Grain {
+    at: FileOffset,
+    start: GuestOffset,
+    visible_bytes: u64,
+}
