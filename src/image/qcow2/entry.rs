@@ -18,6 +18,8 @@ const READS_AS_ZERO: u64 = 1 << 0;
 /// Bits 9 to 55: the offset in L1 entries and in entries of standard clusters.
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 const SECTOR_BYTES: u64 = 512;
+/// Where the bitmap of an extended entry begins in it.
+const BITMAP_AT: u64 = 8;
 /// Subclusters of a cluster.
 const SUBCLUSTERS: u32 = 1 << SUBCLUSTER_COUNT_BITS;
 
@@ -134,13 +136,15 @@ fn is_allocated(raw: u64, limits: &Limits<'_>) -> bool {
 ///
 /// # Errors
 /// `raw` is an entry of the cluster at guest byte `start` that names another place, or a stream.
-pub(super) fn check_external(raw: u64, start: u64) -> Result<(), EntryFault> {
+pub(super) fn check_external(raw: u64, start: u64, extended: bool) -> Result<(), EntryFault> {
     let offset = raw & OFFSET;
+    // The zero flag is none with subclusters.
+    let flags = if extended { COPIED } else { COPIED | READS_AS_ZERO };
     if raw & COMPRESSED != 0 {
         let need = "no compressed cluster with an external data file";
         return Err(EntryFault::new("L2 entry", raw, need));
     }
-    let is_named = offset != 0 || raw & (COPIED | READS_AS_ZERO) == COPIED;
+    let is_named = offset != 0 || raw & flags == COPIED;
     if is_named && offset != start {
         let need = "the guest's own offset, as the data file is external";
         return Err(EntryFault::new("data cluster offset", offset, need));
@@ -242,11 +246,11 @@ pub fn decode_extended_l2(
     let unit_bits = limits.bits.get().saturating_sub(SUBCLUSTER_COUNT_BITS);
     if stored != 0 && !is_allocated(raw, limits) {
         let need = "no subcluster stored where no cluster is";
-        return Err(EntryFault::new("subcluster bitmap", bitmap, need));
+        return Err(EntryFault::new("subcluster bitmap", bitmap, need).behind(BITMAP_AT));
     }
     if stored & zero != 0 {
         let need = "no subcluster both stored and zero";
-        return Err(EntryFault::new("subcluster bitmap", bitmap, need));
+        return Err(EntryFault::new("subcluster bitmap", bitmap, need).behind(BITMAP_AT));
     }
     if stored == 0 {
         check_aligned("preallocated cluster offset", offset, limits.bits)?;
@@ -303,10 +307,26 @@ fn check_cluster(
     Ok(())
 }
 
-/// Bits of an L1 entry that must be 0 and change nothing.
+/// Bits of an L1 entry that must be 0 and change nothing; the copied flag is one where no table is.
 #[must_use]
 pub(super) fn reserved_l1_bits(raw: u64) -> u64 {
-    raw & !(OFFSET | COPIED)
+    match raw & OFFSET {
+        0 => raw,
+        _table => raw & !(OFFSET | COPIED),
+    }
+}
+
+/// True if an entry that was judged and is zero, or compressed, names a place past the file's end:
+/// nothing is read there, and no writer makes it.
+#[must_use]
+pub(super) fn names_what_is_missing(raw: u64, limits: &Limits<'_>) -> bool {
+    let len_bytes = limits.file_len_bytes;
+    if raw & COMPRESSED != 0 {
+        let packed = Packed::of_entry(raw, limits.bits);
+        return packed.at.0 + packed.len_bytes >= len_bytes + limits.bits.size_bytes();
+    }
+    // A stored one was judged, and external data has rules of its own.
+    limits.data_len_bytes.is_none() && raw & OFFSET >= len_bytes
 }
 
 /// Bits of an extended L2 entry that must be 0 and change nothing: the zero flag is one of them,

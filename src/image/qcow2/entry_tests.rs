@@ -228,6 +228,49 @@ fn the_last_stored_subcluster_ends_inside_the_file() {
 }
 
 #[test]
+fn a_fault_in_the_bitmap_is_said_of_the_bitmap() {
+    for (raw, bitmap, at) in
+        [(0, 1, 0x1008), (0x50000, 0x1_0000_0001, 0x1008), (0x50200, 1, 0x1000)]
+    {
+        let fault = decode_extended(raw, bitmap).unwrap_err().at(FileOffset(0x1000));
+        assert_eq!(fault.at, FileOffset(at));
+    }
+}
+
+#[test]
+fn external_data_is_at_the_guest_s_own_offset() {
+    let (zero, start) = (READS_AS_ZERO, 0x20000);
+    for extended in [false, true] {
+        assert!(check_external(COPIED | start, start, extended).is_ok());
+        assert!(check_external(COPIED, 0, extended).is_ok());
+        assert!(check_external(0, start, extended).is_ok(), "unallocated");
+        assert!(check_external(COPIED, start, extended).is_err(), "offset 0 is a place");
+        assert!(check_external(COMPRESSED, start, extended).is_err());
+    }
+    assert!(check_external(COPIED | zero, start, false).is_ok(), "zero, without a place");
+    assert!(check_external(COPIED | zero, start, true).is_err(), "no zero flag with subclusters");
+}
+
+#[test]
+fn zero_and_compressed_entries_may_name_what_is_missing() {
+    let bits = ClusterBits::new(16).unwrap();
+    let (l1, len) = (0x30000..0x30010, FILE_LEN);
+    let limits = Limits {
+        version: 3,
+        bits,
+        file_len_bytes: len,
+        l1: &l1,
+        l2_tables: &[],
+        data_len_bytes: None,
+    };
+    let missing = |raw| names_what_is_missing(raw, &limits);
+    assert!(!missing(READS_AS_ZERO) && !missing(READS_AS_ZERO | (len - 0x10000)));
+    assert!(missing(READS_AS_ZERO | len));
+    let sectors = |count: u64| COMPRESSED | count << 54 | (len - 512);
+    assert!(!missing(sectors(0)) && !missing(sectors(127)) && missing(sectors(128)));
+}
+
+#[test]
 fn a_compressed_entry_has_no_subclusters() {
     let raw = COMPRESSED | 0x50123;
     let Ok(runs) = decode_extended(raw, u64::MAX) else { panic!() };
