@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::entry::{Cluster, Limits};
+use super::entry::{self, Cluster, Limits};
 use super::fault::{EntryFault, Fault};
 use super::header::Header;
 use super::open::Image;
@@ -35,11 +35,20 @@ type Judged = Result<(Range<u64>, Cluster), Fault>;
 /// Faults that are kept of one image.
 const MAX_FAULTS: usize = 20;
 
+/// Entries that are read although something is odd about them.
+#[derive(Clone, Copy, Debug, Default)]
+struct Odd {
+    /// With bits set that must not be.
+    bits: u64,
+    /// That name a place past the file's end where nothing is read.
+    places: u64,
+}
+
 /// What all entries of an image's L2 tables say together.
 #[derive(Clone, Debug, Default)]
 pub struct Tally {
     counts: ClusterCounts,
-    odd_entries: u64,
+    odd: Odd,
     faults: Vec<Fault>,
     faults_total: u64,
 }
@@ -59,9 +68,13 @@ impl Tally {
 
     /// Puts the counts, and what is odd, into `info`.
     pub fn describe(&self, info: &mut Info) {
-        if self.odd_entries > 0 {
-            let count = self.odd_entries;
-            info.notes.push(format!("{count} L2 entries have reserved bits set; ignored"));
+        let Odd { bits, places } = self.odd;
+        if bits > 0 {
+            info.notes.push(format!("{bits} L2 entries have reserved bits set; ignored"));
+        }
+        if places > 0 {
+            let what = "L2 entries name places past the file's end where nothing is read";
+            info.notes.push(format!("{places} {what}"));
         }
         info.clusters = Some(self.counts);
     }
@@ -118,8 +131,8 @@ impl Image {
             return;
         }
         let (mut data, mut compressed, mut last) = (0, 0, None);
-        let Tally { counts, odd_entries, faults, faults_total } = tally;
-        *odd_entries += self.judge_table(table, bytes, &mut |judged| match judged {
+        let Tally { counts, odd, faults, faults_total } = tally;
+        let found = self.judge_table(table, bytes, &mut |judged| match judged {
             Ok((units, Cluster::Data(_))) => {
                 // A cluster counts as data if any of its subclusters is.
                 let cluster = units.start >> in_cluster;
@@ -135,6 +148,8 @@ impl Image {
                 }
             }
         });
+        odd.bits += found.bits;
+        odd.places += found.places;
         counts.data += data;
         counts.compressed += compressed;
         counts.zero += table.clusters - data - compressed;
@@ -172,26 +187,28 @@ impl Image {
         first.map_or(Ok(()), |fault| Err(ImageError::fault(path, fault)))
     }
 
-    /// Judges all entries of one L2 table; returns how many have reserved bits set, which changes
-    /// nothing.
-    fn judge_table(&self, table: &L2Table, bytes: &[u8], each: &mut dyn FnMut(Judged)) -> u64 {
-        let (limits, mut odd_entries) = (self.limits(), 0);
+    /// Judges all entries of one L2 table; returns how many are odd, which changes nothing.
+    fn judge_table(&self, table: &L2Table, bytes: &[u8], each: &mut dyn FnMut(Judged)) -> Odd {
+        let (limits, mut odd) = (self.limits(), Odd::default());
         let (in_cluster, entry_bytes) =
             (self.header.units_in_cluster_bits(), self.header.l2_entry_bytes());
         let table_at = table.stored.as_ref().map_or(0, |stored| stored.start);
         for (index, entry) in (0_u64..).zip(table::entries(&self.header, bytes)) {
             let cluster = table.first_cluster + index;
             let at = FileOffset(table_at + entry_bytes * index);
-            odd_entries += u64::from(entry.is_odd());
+            odd.bits += u64::from(entry.is_odd());
             let first = cluster << in_cluster;
             match self.judge(entry, cluster, &limits) {
-                Ok(judged) => judged.each(|units, meaning| {
-                    each(Ok((first + units.start..first + units.end, meaning)));
-                }),
+                Ok(judged) => {
+                    odd.places += u64::from(entry::names_what_is_missing(entry.raw, &limits));
+                    judged.each(|units, meaning| {
+                        each(Ok((first + units.start..first + units.end, meaning)));
+                    });
+                }
                 Err(fault) => each(Err(fault.at(at))),
             }
         }
-        odd_entries
+        odd
     }
 
     /// What `entry` says of the units of `cluster`.
