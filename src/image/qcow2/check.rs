@@ -159,7 +159,7 @@ impl Image {
     pub fn tables(&self) -> impl Iterator<Item = L2Table> {
         let (l2_bits, entry_bytes) = (self.header.l2_bits(), self.header.l2_entry_bytes());
         let (total, per_table) = (self.header.clusters(), 1_u64 << l2_bits);
-        (0..).step_by(1 << l2_bits).zip(&self.l1).map(move |(first_cluster, &at)| {
+        (0..).step_by(1 << l2_bits).zip(self.l1.iter()).map(move |(first_cluster, at)| {
             let clusters = per_table.min(total - first_cluster);
             let stored = (at != 0).then(|| at..at + entry_bytes * clusters);
             L2Table { first_cluster, clusters, stored }

@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use super::fault::EntryFault;
 use super::header::{ClusterBits, SUBCLUSTER_COUNT_BITS};
+use super::places::L2Tables;
 use crate::units::FileOffset;
 
 const COPIED: u64 = 1 << 63;
@@ -34,8 +35,8 @@ pub struct Limits<'a> {
     pub file_len_bytes: u64,
     /// The L1 table's place.
     pub l1: &'a Range<u64>,
-    /// The places of all L2 tables, ascending.
-    pub l2_tables: &'a [u64],
+    /// The places of all L2 tables.
+    pub l2_tables: &'a L2Tables,
     /// Length of the external data file; `None`: data is in the file itself.
     pub data_len_bytes: Option<u64>,
 }
@@ -167,7 +168,7 @@ fn check_data(
         return Ok(());
     }
     check_cluster(field, offset, len_bytes, limits)?;
-    if limits.l2_tables.binary_search(&offset).is_ok() {
+    if limits.l2_tables.contains(offset) {
         return Err(EntryFault::new(field, offset, "not an L2 table"));
     }
     Ok(())
@@ -272,8 +273,7 @@ fn decode_packed(raw: u64, limits: &Limits<'_>) -> Result<Packed, EntryFault> {
         return Err(EntryFault::new(field, at, "inside the file"));
     }
     // Only the first byte: the sector count is known to be too high in sound images.
-    let cluster = at & !limits.bits.offset_mask();
-    if limits.l1.contains(&at) || limits.l2_tables.binary_search(&cluster).is_ok() {
+    if limits.l1.contains(&at) || limits.l2_tables.contains(at) {
         return Err(EntryFault::new(field, at, "not in an L1 or L2 table"));
     }
     Ok(packed.clamp(limits.file_len_bytes))

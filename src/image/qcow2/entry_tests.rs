@@ -15,7 +15,7 @@ fn decode_in(version: u32, raw: u64) -> Result<Cluster, EntryFault> {
         bits,
         file_len_bytes: FILE_LEN,
         l1: &(0x30000..0x30010),
-        l2_tables: &[0x40000, 0x60000],
+        l2_tables: &L2Tables::of([0x40000, 0x60000].into_iter(), bits),
         data_len_bytes: None,
     };
     decode_l2(raw, CLUSTER, &limits)
@@ -82,7 +82,7 @@ fn the_last_cluster_may_end_in_the_file_where_the_disk_ends() {
         bits: ClusterBits::new(16).unwrap(),
         file_len_bytes: 0x50200,
         l1: &(0x30000..0x30010),
-        l2_tables: &[],
+        l2_tables: &L2Tables::of([].into_iter(), ClusterBits::new(16).unwrap()),
         data_len_bytes: None,
     };
     assert_eq!(decode_l2(0x50000, 512, &limits), Ok(Cluster::Data(FileOffset(0x50000))));
@@ -139,7 +139,7 @@ proptest! {
     ) {
         let l1 = 0x30000..0x30010;
         let limits =
-            Limits { version, bits, file_len_bytes: len, l1: &l1, l2_tables: &[0x20_0000], data_len_bytes: None };
+            Limits { version, bits, file_len_bytes: len, l1: &l1, l2_tables: &L2Tables::of([0x20_0000].into_iter(), bits), data_len_bytes: None };
         for raw in [raw, raw & mask, raw & OFFSET & !bits.offset_mask()] {
             match decode_l2(raw, bits.size_bytes(), &limits) {
                 Ok(Cluster::Data(at)) => {
@@ -167,7 +167,7 @@ fn decode_extended(raw: u64, bitmap: u64) -> Result<Vec<(Range<u32>, Cluster)>, 
         bits,
         file_len_bytes: FILE_LEN,
         l1: &(0x30000..0x30010),
-        l2_tables: &[0x40000, 0x60000],
+        l2_tables: &L2Tables::of([0x40000, 0x60000].into_iter(), bits),
         data_len_bytes: None,
     };
     Ok(match decode_extended_l2(raw, bitmap, CLUSTER, &limits)? {
@@ -218,7 +218,7 @@ fn the_last_stored_subcluster_ends_inside_the_file() {
             bits: ClusterBits::new(16).unwrap(),
             file_len_bytes: len,
             l1: &(0x30000..0x30010),
-            l2_tables: &[],
+            l2_tables: &L2Tables::of([].into_iter(), ClusterBits::new(16).unwrap()),
             data_len_bytes: None,
         };
         decode_extended_l2(raw, bitmap, CLUSTER, &limits)
@@ -260,7 +260,7 @@ fn zero_and_compressed_entries_may_name_what_is_missing() {
         bits,
         file_len_bytes: len,
         l1: &l1,
-        l2_tables: &[],
+        l2_tables: &L2Tables::of([].into_iter(), bits),
         data_len_bytes: None,
     };
     let missing = |raw| names_what_is_missing(raw, &limits);
