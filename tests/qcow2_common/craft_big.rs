@@ -84,6 +84,8 @@ pub struct Plan {
     pub external: bool,
     pub size_bytes: u64,
     pub refcount_order: u32,
+    /// True if there is a bitmap, of nothing.
+    pub bitmap: bool,
     /// L1 entries that the disk does not need.
     pub spare_l1: usize,
     pub disk: Vec<(u64, Piece)>,
@@ -148,6 +150,7 @@ impl Plan {
             external: false,
             size_bytes,
             refcount_order: 4,
+            bitmap: false,
             spare_l1: 0,
             disk: Vec::new(),
             snapshots: Vec::new(),
@@ -170,7 +173,8 @@ impl Plan {
         let mut site = Site::new(self);
         let (l1_at, l1_entries) = site.disk(&self.disk, &[]);
         let snapshots_at = site.snapshots();
-        site.header(l1_at, l1_entries, snapshots_at);
+        let bitmaps = if self.bitmap { Some(site.bitmap()) } else { None };
+        site.header(l1_at, l1_entries, snapshots_at, bitmaps);
         site.refcounts();
         if self.external {
             site.built.data.resize(n(self.size_bytes), 0);
@@ -357,6 +361,10 @@ impl<'a> Site<'a> {
         self.owner = 0;
         let table: usize = plan.snapshots.iter().map(snapshot_bytes).sum();
         let table_at = self.alloc(table.div_ceil(plan.cluster()));
+        // A longer table would still be in the file.
+        let room = (2048_usize).div_ceil(plan.cluster());
+        self.alloc(room);
+        self.refs.iter_mut().rev().take(room).for_each(|refs| *refs = 0);
         let mut at = table_at;
         for (snap, (l1_at, l1_entries)) in plan.snapshots.iter().zip(tables) {
             let head = [
@@ -387,11 +395,34 @@ impl<'a> Site<'a> {
         table_at
     }
 
-    fn header(&mut self, l1_at: usize, l1_entries: usize, snapshots_at: usize) {
+    /// A bitmap's table of one zero, and the directory that names it: the extension's data.
+    fn bitmap(&mut self) -> Vec<u8> {
+        let (table_at, directory_at) = (self.alloc(1), self.alloc(1));
+        // Table, its length, flags, type, granularity, bytes of the name and of extra data, name.
+        self.put(directory_at, table_at as u64, 8);
+        let rest = [(8, 1, 4), (12, 0, 4), (16, 1, 1), (17, 20, 1), (18, 1, 2), (20, 0, 4)];
+        for (offset, value, len) in rest {
+            self.put(directory_at + offset, value, len);
+        }
+        self.put(directory_at + 24, u64::from(b'b'), 1);
+        let (count, reserved) = (1_u32.to_be_bytes(), [0; 4]);
+        let place = [32_u64.to_be_bytes(), (directory_at as u64).to_be_bytes()].concat();
+        [&count[..], &reserved, &place].concat()
+    }
+
+    fn header(
+        &mut self,
+        l1_at: usize,
+        l1_entries: usize,
+        snapshots_at: usize,
+        bitmaps: Option<Vec<u8>>,
+    ) {
         let plan = self.plan;
         let (start, mut ext) = (if plan.version == 2 { V2_LEN } else { plan.header_len }, vec![]);
         let (mut at, mut names) = (start, vec![]);
-        for (magic, data) in plan.extensions.iter().chain([&(0, Vec::new())]) {
+        let bitmaps: Vec<_> = bitmaps.map(|data| (BITMAPS, data)).into_iter().collect();
+        let end = [(0, Vec::new())];
+        for (magic, data) in plan.extensions.iter().chain(&bitmaps).chain(&end) {
             names.push((Part::ExtensionType, "extension type", at));
             names.push((Part::ExtensionLength, "extension length", at + 4));
             ext.extend(magic.to_be_bytes());

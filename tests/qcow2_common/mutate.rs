@@ -18,12 +18,14 @@ pub struct Sample {
     pub base: Option<Vec<u8>>,
     /// The snapshot that is read.
     pub snapshot: Option<&'static str>,
+    /// Its number; 0 is the disk as it is now.
+    pub owner: usize,
 }
 
 fn sample(name: &'static str, plan: &Plan) -> Sample {
     let built = plan.build();
     let base = plan.backing.map(|_| content(99, n(plan.size_bytes) * 3 / 4 / 512 * 512));
-    Sample { name, built, cluster: 1 << plan.cluster_bits, base, snapshot: None }
+    Sample { name, built, cluster: 1 << plan.cluster_bits, base, snapshot: None, owner: 0 }
 }
 
 fn standard() -> Vec<(u64, Piece)> {
@@ -109,22 +111,28 @@ pub fn samples() -> Vec<Sample> {
         snapshots: vec![Snap { disk: then[..2].to_vec(), ..snap("7", "x", 24) }],
         ..ext.clone()
     };
-    let of = |snapshot, sample: Sample, name| Sample { snapshot: Some(snapshot), name, ..sample };
+    let marked = Plan { bitmap: true, features: [0, 0, 1], ..plain.clone() };
+    // Of the other disks only the header and the snapshot table, which lead to this one's.
+    let of = |snapshot, owner, mut sample: Sample, name| {
+        sample.built.fields.retain(|f| f.owner == owner || f.part < Part::L1);
+        Sample { snapshot: Some(snapshot), name, owner, ..sample }
+    };
     vec![
         sample("v3", &v3),
         sample("v2", &v2),
         sample("zstd, odd bits", &odd),
         sample("extended", &ext),
         sample("104 bytes of header", &old),
+        sample("bitmaps", &marked),
         sample("base", &over),
         sample("base, v2", &over_v2),
         sample("base, extended, zstd", &over_ext),
         sample("external", &external),
         sample("external, extended", &external_ext),
         sample("snapshots", &shots),
-        of("1", sample("", &shots), "snapshot 1"),
-        of("a-long-name-of-a-snapshot", sample("", &shots), "snapshot 2"),
-        of("x", sample("", &ext_shots), "snapshot, extended"),
+        of("1", 1, sample("", &shots), "snapshot 1"),
+        of("a-long-name-of-a-snapshot", 2, sample("", &shots), "snapshot 2"),
+        of("x", 1, sample("", &ext_shots), "snapshot, extended"),
     ]
 }
 
@@ -165,39 +173,54 @@ pub fn edges(sample: &Sample, field: &Field) -> Vec<u64> {
         let flags: &[u64] = if is_entry { &[0, COPIED, COMPRESSED, 1, COPIED | 1] } else { &[0] };
         all.extend(flags.iter().map(|flag| place | flag));
     }
-    match field.part {
-        Part::L1 | Part::L2 => {
-            let sectors = 0x3fff_ffff_ffff_ffff << (70 - cluster.trailing_zeros());
-            let offsets = (old & !sectors, len - 1, cluster - 1);
-            all.extend([old | sectors, COMPRESSED | sectors & !COPIED | offsets.1]);
-            all.extend([
-                offsets.0,
-                COMPRESSED | offsets.2,
-                COMPRESSED | len,
-                COMPRESSED | (len - 1),
-            ]);
-            all.extend([0x00ff_ffff_ffff_fe00, COPIED | (len - cluster / 2), COPIED, COPIED | 1]);
-        }
-        Part::Bitmap => {
-            all.extend([
-                u64::from(u32::MAX),
-                u64::from(u32::MAX) << 32,
-                1 << 31 | 1 << 63,
-                1 << 31,
-            ]);
-            all.extend([0x5555_5555, 0xaaaa_aaaa_5555_5555, 0x5555_5555_5555_5555, 0x8000_0001]);
-        }
-        Part::ExtensionType => {
-            let known = [BACKING_FORMAT, BITMAPS, DATA_FILE_NAME, ENCRYPTION_HEADER, FEATURE_NAMES];
-            all.extend(known.map(u64::from));
-        }
-        Part::Header | Part::ExtensionLength | Part::Snapshot => {}
-    }
+    all.extend(special(sample, field));
     all.iter_mut().for_each(|value| *value &= max);
     all.sort_unstable();
     all.dedup();
     all.retain(|&value| value != old);
     all
+}
+
+/// The edges that only a field of this kind has.
+pub fn special(sample: &Sample, field: &Field) -> Vec<u64> {
+    let old = get(&sample.built.bytes, field.at, field.len);
+    let (len, cluster) = (sample.built.bytes.len() as u64, sample.cluster as u64);
+    let low = u64::from(u32::MAX);
+    match field.part {
+        Part::L1 | Part::L2 => {
+            let sectors = 0x3fff_ffff_ffff_ffff << (70 - cluster.trailing_zeros()) & !(3 << 62);
+            vec![
+                COPIED,
+                COPIED | 1,
+                old | 1,
+                old ^ COPIED,
+                old | sectors,
+                old & !sectors,
+                COMPRESSED | sectors | (len - 1),
+                COMPRESSED | (len - 1),
+                COMPRESSED | len,
+                COMPRESSED | (cluster - 1),
+                0x00ff_ffff_ffff_fe00,
+                COPIED | (len - cluster / 2),
+                1 | len,
+            ]
+        }
+        Part::Bitmap => vec![
+            low,
+            low << 32,
+            1 << 31 | 1 << 63,
+            1 << 31,
+            0x5555_5555,
+            0xaaaa_aaaa_5555_5555,
+            0x5555_5555_5555_5555,
+            0x8000_0001,
+        ],
+        Part::ExtensionType => {
+            let known = [BACKING_FORMAT, BITMAPS, DATA_FILE_NAME, ENCRYPTION_HEADER, FEATURE_NAMES];
+            known.map(u64::from).to_vec()
+        }
+        Part::Header | Part::ExtensionLength | Part::Snapshot => Vec::new(),
+    }
 }
 
 /// Where an image's structures are, by a reading of its own that believes everything.
@@ -279,6 +302,13 @@ impl Chart {
         Self { cluster, entry_bytes, l1, l2_tables, extensions, snapshots }
     }
 
+    /// The length of the disk when this snapshot was taken, in whole sectors.
+    pub fn disk_size(&self, bytes: &[u8], owner: usize) -> u64 {
+        let at = usize::try_from(self.snapshots[owner - 1]).unwrap();
+        let size_at = if get(bytes, at + 36, 4) >= 16 { at + 48 } else { 24 };
+        get(bytes, size_at, 8) & !511
+    }
+
     /// Whether a field of this name can be at `at`.
     pub fn has(&self, name: &str, at: u64) -> bool {
         let entry_of = |shift: u64| {
@@ -356,7 +386,7 @@ pub fn explains(field: &Field, name: &str, at: u64) -> bool {
 }
 
 /// What this reader refuses and qemu reads, and why.
-const LIBERTIES: [(&str, &str); 14] = [
+const LIBERTIES: [(&str, &str); 15] = [
     ("a table inside the file", "qemu takes what is past the file's end for zeroes"),
     ("a cluster inside the file", "the same"),
     ("inside the file", "the same"),
@@ -369,6 +399,10 @@ const LIBERTIES: [(&str, &str); 14] = [
     ("at most 16 TiB", "the largest disk"),
     ("at least 512", "a disk of no bytes is nothing to serve"),
     ("a multiple of 8 from 104 to the cluster size", "qemu does not look at the lowest bits"),
+    (
+        "0, as no backing file was given",
+        "a name is not looked at, not even whether it is empty: qemu ends it at a zero byte",
+    ),
     ("no external data file", "a name of another file is refused even where it is not used"),
     ("bit 1 clear (no raw external data file)", "the same"),
 ];
