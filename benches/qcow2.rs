@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use bedplate::disk::Sealed;
-use bedplate::image::qcow2::{ClusterBits, Codec, Compression, Limits, decode_l2};
+use bedplate::image::qcow2::{ClusterBits, Codec, Compression, L2Tables, Limits, decode_l2};
 use bedplate::image::{DecodedCache, View};
 use bedplate::units::GuestOffset;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
@@ -52,7 +52,7 @@ fn positions() -> impl Iterator<Item = GuestOffset> {
 
 fn entries(c: &mut Criterion) {
     let bits = ClusterBits::new(16).unwrap();
-    let tables: Vec<u64> = (1000..1080).map(|n| n << 16).collect();
+    let tables = L2Tables::of((1000..1080).map(|n| n << 16), bits);
     let limits = Limits {
         version: 3,
         bits,

@@ -8,7 +8,9 @@ use std::sync::{Arc, LazyLock};
 
 use bedplate::disk::Sealed;
 use bedplate::image::qcow2::Terms;
-use bedplate::image::qcow2::{Cluster, ClusterBits, Limits, decode_l1, decode_l2};
+use bedplate::image::qcow2::{
+    Cluster, ClusterBits, Extended, L2Tables, Limits, decode_extended_l2, decode_l1, decode_l2,
+};
 use bedplate::image::{DecodedCache, Format, RunKind, View, inspect};
 use bedplate::units::GuestOffset;
 use libfuzzer_sys::fuzz_target;
@@ -25,7 +27,7 @@ fn decode_entries(data: &[u8]) {
         for bits in [9, 12, 16, 21].into_iter().filter_map(ClusterBits::new) {
             let (len, size) = (1_u64 << 40, bits.size_bytes());
             let l1 = 3 * size..3 * size + 64;
-            let tables = [5 * size];
+            let tables = L2Tables::of([5 * size].into_iter(), bits);
             let limits =
                 Limits { version: 3, bits, file_len_bytes: len, l1: &l1, l2_tables: &tables, data_len_bytes: None };
             match decode_l2(raw, size, &limits) {
@@ -36,6 +38,52 @@ fn decode_entries(data: &[u8]) {
                 Ok(Cluster::Zero | Cluster::Unallocated) | Err(_) => {}
             }
             let _no_panic = decode_l1(raw, &limits);
+        }
+    }
+}
+
+/// Pairs of words as extended entries: all 32 subclusters have one meaning each, inside the file.
+fn decode_extended_entries(data: &[u8]) {
+    let (entries, _) = data.as_chunks::<16>();
+    for entry in entries.iter().take(64) {
+        let word = |at: usize| u64::from_be_bytes(entry[at..at + 8].try_into().unwrap());
+        let (raw, bitmap) = (word(0), word(8));
+        for bits in [14, 16, 21].into_iter().filter_map(ClusterBits::new) {
+            let (len, size) = (1_u64 << 40, bits.size_bytes());
+            let unit = size / 32;
+            let l1 = 3 * size..3 * size + 64;
+            let tables = L2Tables::of([5 * size].into_iter(), bits);
+            for data_len_bytes in [None, Some(7 * size + 512)] {
+                let limits = Limits {
+                    version: 3,
+                    bits,
+                    file_len_bytes: len,
+                    l1: &l1,
+                    l2_tables: &tables,
+                    data_len_bytes,
+                };
+                let end = data_len_bytes.unwrap_or(len);
+                let mut next = 0;
+                match decode_extended_l2(raw, bitmap, size, &limits) {
+                    Err(_) => continue,
+                    Ok(Extended::Compressed(packed)) => {
+                        assert!(packed.at.0 + packed.len_bytes <= len);
+                        continue;
+                    }
+                    Ok(Extended::Split(parts)) => {
+                        for (range, meaning) in parts.runs() {
+                            assert!(range.start == next && range.end > next && range.end <= 32);
+                            if let Cluster::Data(at) = meaning {
+                                assert!(at.0 % unit == 0 && at.0 / size != 5 || data_len_bytes.is_some());
+                                assert!(at.0 + unit * u64::from(range.end - range.start) <= end);
+                                assert!(bitmap >> range.start & 1 == 1);
+                            }
+                            next = range.end;
+                        }
+                    }
+                }
+                assert_eq!(next, 32);
+            }
         }
     }
 }
@@ -60,6 +108,7 @@ fn read(view: &View, from: u64, to: u64) -> bool {
 
 fuzz_target!(|data: &[u8]| {
     decode_entries(data);
+    decode_extended_entries(data);
     if data.is_empty() {
         return;
     }

@@ -36,6 +36,8 @@ pub struct Fault {
 pub struct EntryFault {
     /// The part of the entry that is at fault.
     pub field: &'static str,
+    /// Its first byte, counted from the entry's.
+    pub offset: u64,
     /// Its value.
     pub found: u64,
     /// What would be accepted.
@@ -44,13 +46,19 @@ pub struct EntryFault {
 
 impl EntryFault {
     pub(in crate::image) const fn new(field: &'static str, found: u64, need: &'static str) -> Self {
-        Self { field, found, need }
+        Self { field, offset: 0, found, need }
+    }
+
+    /// The same, of a part that begins `offset` bytes behind the entry's first.
+    pub(in crate::image) const fn behind(self, offset: u64) -> Self {
+        Self { offset, ..self }
     }
 
     /// The fault of the entry at `at` in the file.
     #[must_use]
     pub fn at(self, at: FileOffset) -> Fault {
-        let Self { field, found, need } = self;
+        let Self { field, offset, found, need } = self;
+        let at = FileOffset(at.0.saturating_add(offset));
         Fault { kind: FaultKind::Malformed, field, at, found, need }
     }
 }

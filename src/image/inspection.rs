@@ -110,7 +110,7 @@ impl Inspection {
     /// Of a file that is the disk.
     #[must_use]
     pub fn of_raw(info: Info) -> Self {
-        Self::new(info, Vec::new(), &Tally::default())
+        Self::new(info, Vec::new(), &Tally::default(), Vec::new())
     }
 
     /// Of a VMDK, VHD or VHDX image whose table was read.
@@ -118,7 +118,7 @@ impl Inspection {
     pub fn of_blocks(mut info: Info, image: &blocks::Image, tally: &Tally) -> Self {
         image.describe(&mut info);
         image.count(tally, &mut info);
-        Self::new(info, Vec::new(), tally)
+        Self::new(info, Vec::new(), tally, Vec::new())
     }
 
     /// Of an image whose header, snapshots and tables were read, from wherever.
@@ -131,7 +131,14 @@ impl Inspection {
     ) -> Self {
         image.describe(&mut info);
         tally.describe(&mut info);
-        Self::new(info, snapshots, tally)
+        let damaged = snapshots.iter().filter_map(|snapshot| {
+            let fault = image.header().check_snapshot(snapshot, info.file_size_bytes).err()?;
+            let text = format!("snapshot {:?} cannot be served: {}", snapshot.id, words_of(&fault));
+            let (field, at) = (Some(fault.field), Some(fault.at.0));
+            Some(Finding { verdict: Verdict::Repairable, text, field, at })
+        });
+        let damaged = damaged.collect();
+        Self::new(info, snapshots, tally, damaged)
     }
 
     /// Of a file that is not read any further, for this reason.
@@ -156,8 +163,9 @@ impl Inspection {
         })
     }
 
-    fn new(mut info: Info, snapshots: Vec<Snapshot>, tally: &Tally) -> Self {
+    fn new(mut info: Info, snapshots: Vec<Snapshot>, tally: &Tally, damaged: Vec<Finding>) -> Self {
         let mut findings: Vec<Finding> = tally.faults().iter().map(of_fault).collect();
+        findings.extend(damaged);
         findings.extend(std::mem::take(&mut info.notes).into_iter().map(|text| Finding {
             verdict: Verdict::Repairable,
             text,
@@ -171,11 +179,15 @@ impl Inspection {
 }
 
 fn of_fault(fault: &Fault) -> Finding {
-    let Fault { kind: _, field, at, found, need } = *fault;
     Finding {
         verdict: Verdict::Refused,
-        text: format!("{field} at byte {at} is {found:#x}, need {need}"),
-        field: Some(field),
-        at: Some(at.0),
+        text: words_of(fault),
+        field: Some(fault.field),
+        at: Some(fault.at.0),
     }
+}
+
+fn words_of(fault: &Fault) -> String {
+    let Fault { kind: _, field, at, found, need } = *fault;
+    format!("{field} at byte {at} is {found:#x}, need {need}")
 }

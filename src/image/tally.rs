@@ -11,11 +11,20 @@ use super::{ClusterCounts, Info};
 /// Faults that are kept of one image.
 const MAX_FAULTS: usize = 20;
 
+/// Entries that are read although something is odd about them.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Odd {
+    /// With bits set that must not be.
+    pub(super) bits: u64,
+    /// That name a place past the file's end where nothing is read.
+    pub(super) places: u64,
+}
+
 /// What all table entries of an image say together.
 #[derive(Clone, Debug, Default)]
 pub struct Tally {
     pub(super) counts: ClusterCounts,
-    pub(super) odd_entries: u64,
+    pub(super) odd: Odd,
     faults: Vec<Fault>,
     faults_total: u64,
 }
@@ -42,9 +51,13 @@ impl Tally {
 
     /// Puts the counts, and what is odd, into `info`.
     pub fn describe(&self, info: &mut Info) {
-        if self.odd_entries > 0 {
-            let count = self.odd_entries;
-            info.notes.push(format!("{count} L2 entries have reserved bits set; ignored"));
+        let Odd { bits, places } = self.odd;
+        if bits > 0 {
+            info.notes.push(format!("{bits} L2 entries have reserved bits set; ignored"));
+        }
+        if places > 0 {
+            let what = "L2 entries name places past the file's end where nothing is read";
+            info.notes.push(format!("{places} {what}"));
         }
         info.clusters = Some(self.counts);
     }

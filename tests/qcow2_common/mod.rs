@@ -2,6 +2,8 @@
 #![allow(dead_code, reason = "each test binary uses its part of this module")]
 
 pub mod craft;
+pub mod craft_big;
+pub mod mutate;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -10,12 +10,12 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::entry::{Cluster, Limits};
+use super::entry::{self, Cluster, Limits};
 use super::header::Header;
 use super::open::Image;
 use super::table::{self, Entry, UnitRuns};
 use crate::image::fault::{EntryFault, Fault};
-use crate::image::tally::Tally;
+use crate::image::tally::{Odd, Tally};
 use crate::image::{ImageError, Info};
 use crate::units::FileOffset;
 
@@ -84,7 +84,7 @@ impl Image {
             return;
         }
         let (mut data, mut compressed, mut last) = (0, 0, None);
-        let odd_entries = self.judge_table(table, bytes, &mut |judged| match judged {
+        let found = self.judge_table(table, bytes, &mut |judged| match judged {
             Ok((units, Cluster::Data(_))) => {
                 // A cluster counts as data if any of its subclusters is.
                 let cluster = units.start >> in_cluster;
@@ -95,7 +95,8 @@ impl Image {
             Ok((_, Cluster::Zero | Cluster::Unallocated)) => {}
             Err(fault) => tally.add_fault(fault),
         });
-        tally.odd_entries += odd_entries;
+        tally.odd.bits += found.bits;
+        tally.odd.places += found.places;
         let counts = &mut tally.counts;
         counts.data += data;
         counts.compressed += compressed;
@@ -106,7 +107,7 @@ impl Image {
     pub fn tables(&self) -> impl Iterator<Item = L2Table> {
         let (l2_bits, entry_bytes) = (self.header.l2_bits(), self.header.l2_entry_bytes());
         let (total, per_table) = (self.header.clusters(), 1_u64 << l2_bits);
-        (0..).step_by(1 << l2_bits).zip(&self.l1).map(move |(first_cluster, &at)| {
+        (0..).step_by(1 << l2_bits).zip(self.l1.iter()).map(move |(first_cluster, at)| {
             let clusters = per_table.min(total - first_cluster);
             let stored = (at != 0).then(|| at..at + entry_bytes * clusters);
             L2Table { first_cluster, clusters, stored }
@@ -134,26 +135,28 @@ impl Image {
         first.map_or(Ok(()), |fault| Err(ImageError::fault(path, fault)))
     }
 
-    /// Judges all entries of one L2 table; returns how many have reserved bits set, which changes
-    /// nothing.
-    fn judge_table(&self, table: &L2Table, bytes: &[u8], each: &mut dyn FnMut(Judged)) -> u64 {
-        let (limits, mut odd_entries) = (self.limits(), 0);
+    /// Judges all entries of one L2 table; returns how many are odd, which changes nothing.
+    fn judge_table(&self, table: &L2Table, bytes: &[u8], each: &mut dyn FnMut(Judged)) -> Odd {
+        let (limits, mut odd) = (self.limits(), Odd::default());
         let (in_cluster, entry_bytes) =
             (self.header.units_in_cluster_bits(), self.header.l2_entry_bytes());
         let table_at = table.stored.as_ref().map_or(0, |stored| stored.start);
         for (index, entry) in (0_u64..).zip(table::entries(&self.header, bytes)) {
             let cluster = table.first_cluster + index;
             let at = FileOffset(table_at + entry_bytes * index);
-            odd_entries += u64::from(entry.is_odd());
+            odd.bits += u64::from(entry.is_odd());
             let first = cluster << in_cluster;
             match self.judge(entry, cluster, &limits) {
-                Ok(judged) => judged.each(|units, meaning| {
-                    each(Ok((first + units.start..first + units.end, meaning)));
-                }),
+                Ok(judged) => {
+                    odd.places += u64::from(entry::names_what_is_missing(entry.raw, &limits));
+                    judged.each(|units, meaning| {
+                        each(Ok((first + units.start..first + units.end, meaning)));
+                    });
+                }
                 Err(fault) => each(Err(fault.at(at))),
             }
         }
-        odd_entries
+        odd
     }
 
     /// What `entry` says of the units of `cluster`.

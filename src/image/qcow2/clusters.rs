@@ -76,18 +76,20 @@ impl ClusterMap {
     pub fn new(mut image: Image, path: &Path) -> Result<Self, ImageError> {
         // Taken apart here: the place of an L2 table is in its span word from now on.
         let l1 = std::mem::take(&mut image.l1);
-        let words = l1.len() as u64 + image.header.units();
+        let spans = l1.len();
+        let words = spans as u64 + image.header.units();
         let table = SharedTable::new("bedplate-clusters", words).map_err(|source| {
             let (path, len_bytes) = (path.to_owned(), words * 8);
             ImageError::Map { path, what: "the cluster map", len_bytes, source }
         })?;
-        for (word, &at) in table.words().iter().zip(&l1) {
-            if at != 0 {
+        let mut words = table.words().iter();
+        l1.take(|at| {
+            if let Some(word) = words.next().filter(|_| at != 0) {
                 word.store(Span::Unread(FileOffset(at)).to_word(), Ordering::Release);
             }
-        }
+        });
         let empty = if image.header.backing { word::BENEATH } else { word::ZERO };
-        Ok(Self { image, table, spans: l1.len(), empty, path: path.to_owned() })
+        Ok(Self { image, table, spans, empty, path: path.to_owned() })
     }
 
     /// The map itself, to be handed to a reader in another process; see `word` for its layout.

@@ -9,6 +9,7 @@
 use std::ops::Range;
 
 use super::header::{ClusterBits, SUBCLUSTER_COUNT_BITS};
+use super::places::L2Tables;
 use crate::image::fault::EntryFault;
 use crate::units::FileOffset;
 
@@ -18,6 +19,8 @@ const READS_AS_ZERO: u64 = 1 << 0;
 /// Bits 9 to 55: the offset in L1 entries and in entries of standard clusters.
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 const SECTOR_BYTES: u64 = 512;
+/// Where the bitmap of an extended entry begins in it.
+const BITMAP_AT: u64 = 8;
 /// Subclusters of a cluster.
 const SUBCLUSTERS: u32 = 1 << SUBCLUSTER_COUNT_BITS;
 
@@ -32,8 +35,8 @@ pub struct Limits<'a> {
     pub file_len_bytes: u64,
     /// The L1 table's place.
     pub l1: &'a Range<u64>,
-    /// The places of all L2 tables, ascending.
-    pub l2_tables: &'a [u64],
+    /// The places of all L2 tables.
+    pub l2_tables: &'a L2Tables,
     /// Length of the external data file; `None`: data is in the file itself.
     pub data_len_bytes: Option<u64>,
 }
@@ -134,13 +137,15 @@ fn is_allocated(raw: u64, limits: &Limits<'_>) -> bool {
 ///
 /// # Errors
 /// `raw` is an entry of the cluster at guest byte `start` that names another place, or a stream.
-pub(super) fn check_external(raw: u64, start: u64) -> Result<(), EntryFault> {
+pub(super) fn check_external(raw: u64, start: u64, extended: bool) -> Result<(), EntryFault> {
     let offset = raw & OFFSET;
+    // The zero flag is none with subclusters.
+    let flags = if extended { COPIED } else { COPIED | READS_AS_ZERO };
     if raw & COMPRESSED != 0 {
         let need = "no compressed cluster with an external data file";
         return Err(EntryFault::new("L2 entry", raw, need));
     }
-    let is_named = offset != 0 || raw & (COPIED | READS_AS_ZERO) == COPIED;
+    let is_named = offset != 0 || raw & flags == COPIED;
     if is_named && offset != start {
         let need = "the guest's own offset, as the data file is external";
         return Err(EntryFault::new("data cluster offset", offset, need));
@@ -163,7 +168,7 @@ fn check_data(
         return Ok(());
     }
     check_cluster(field, offset, len_bytes, limits)?;
-    if limits.l2_tables.binary_search(&offset).is_ok() {
+    if limits.l2_tables.contains(offset) {
         return Err(EntryFault::new(field, offset, "not an L2 table"));
     }
     Ok(())
@@ -242,11 +247,11 @@ pub fn decode_extended_l2(
     let unit_bits = limits.bits.get().saturating_sub(SUBCLUSTER_COUNT_BITS);
     if stored != 0 && !is_allocated(raw, limits) {
         let need = "no subcluster stored where no cluster is";
-        return Err(EntryFault::new("subcluster bitmap", bitmap, need));
+        return Err(EntryFault::new("subcluster bitmap", bitmap, need).behind(BITMAP_AT));
     }
     if stored & zero != 0 {
         let need = "no subcluster both stored and zero";
-        return Err(EntryFault::new("subcluster bitmap", bitmap, need));
+        return Err(EntryFault::new("subcluster bitmap", bitmap, need).behind(BITMAP_AT));
     }
     if stored == 0 {
         check_aligned("preallocated cluster offset", offset, limits.bits)?;
@@ -268,8 +273,7 @@ fn decode_packed(raw: u64, limits: &Limits<'_>) -> Result<Packed, EntryFault> {
         return Err(EntryFault::new(field, at, "inside the file"));
     }
     // Only the first byte: the sector count is known to be too high in sound images.
-    let cluster = at & !limits.bits.offset_mask();
-    if limits.l1.contains(&at) || limits.l2_tables.binary_search(&cluster).is_ok() {
+    if limits.l1.contains(&at) || limits.l2_tables.contains(at) {
         return Err(EntryFault::new(field, at, "not in an L1 or L2 table"));
     }
     Ok(packed.clamp(limits.file_len_bytes))
@@ -303,10 +307,26 @@ fn check_cluster(
     Ok(())
 }
 
-/// Bits of an L1 entry that must be 0 and change nothing.
+/// Bits of an L1 entry that must be 0 and change nothing; the copied flag is one where no table is.
 #[must_use]
 pub(super) fn reserved_l1_bits(raw: u64) -> u64 {
-    raw & !(OFFSET | COPIED)
+    match raw & OFFSET {
+        0 => raw,
+        _table => raw & !(OFFSET | COPIED),
+    }
+}
+
+/// True if an entry that was judged and is zero, or compressed, names a place past the file's end:
+/// nothing is read there, and no writer makes it.
+#[must_use]
+pub(super) fn names_what_is_missing(raw: u64, limits: &Limits<'_>) -> bool {
+    let len_bytes = limits.file_len_bytes;
+    if raw & COMPRESSED != 0 {
+        let packed = Packed::of_entry(raw, limits.bits);
+        return packed.at.0 + packed.len_bytes >= len_bytes + limits.bits.size_bytes();
+    }
+    // A stored one was judged, and external data has rules of its own.
+    limits.data_len_bytes.is_none() && raw & OFFSET >= len_bytes
 }
 
 /// Bits of an extended L2 entry that must be 0 and change nothing: the zero flag is one of them,

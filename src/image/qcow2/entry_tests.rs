@@ -15,7 +15,7 @@ fn decode_in(version: u32, raw: u64) -> Result<Cluster, EntryFault> {
         bits,
         file_len_bytes: FILE_LEN,
         l1: &(0x30000..0x30010),
-        l2_tables: &[0x40000, 0x60000],
+        l2_tables: &L2Tables::of([0x40000, 0x60000].into_iter(), bits),
         data_len_bytes: None,
     };
     decode_l2(raw, CLUSTER, &limits)
@@ -82,7 +82,7 @@ fn the_last_cluster_may_end_in_the_file_where_the_disk_ends() {
         bits: ClusterBits::new(16).unwrap(),
         file_len_bytes: 0x50200,
         l1: &(0x30000..0x30010),
-        l2_tables: &[],
+        l2_tables: &L2Tables::of([].into_iter(), ClusterBits::new(16).unwrap()),
         data_len_bytes: None,
     };
     assert_eq!(decode_l2(0x50000, 512, &limits), Ok(Cluster::Data(FileOffset(0x50000))));
@@ -139,7 +139,7 @@ proptest! {
     ) {
         let l1 = 0x30000..0x30010;
         let limits =
-            Limits { version, bits, file_len_bytes: len, l1: &l1, l2_tables: &[0x20_0000], data_len_bytes: None };
+            Limits { version, bits, file_len_bytes: len, l1: &l1, l2_tables: &L2Tables::of([0x20_0000].into_iter(), bits), data_len_bytes: None };
         for raw in [raw, raw & mask, raw & OFFSET & !bits.offset_mask()] {
             match decode_l2(raw, bits.size_bytes(), &limits) {
                 Ok(Cluster::Data(at)) => {
@@ -167,7 +167,7 @@ fn decode_extended(raw: u64, bitmap: u64) -> Result<Vec<(Range<u32>, Cluster)>, 
         bits,
         file_len_bytes: FILE_LEN,
         l1: &(0x30000..0x30010),
-        l2_tables: &[0x40000, 0x60000],
+        l2_tables: &L2Tables::of([0x40000, 0x60000].into_iter(), bits),
         data_len_bytes: None,
     };
     Ok(match decode_extended_l2(raw, bitmap, CLUSTER, &limits)? {
@@ -218,13 +218,56 @@ fn the_last_stored_subcluster_ends_inside_the_file() {
             bits: ClusterBits::new(16).unwrap(),
             file_len_bytes: len,
             l1: &(0x30000..0x30010),
-            l2_tables: &[],
+            l2_tables: &L2Tables::of([].into_iter(), ClusterBits::new(16).unwrap()),
             data_len_bytes: None,
         };
         decode_extended_l2(raw, bitmap, CLUSTER, &limits)
     };
     assert!(limits_end(FILE_LEN - 0x8000, 0xffff).is_ok());
     assert!(limits_end(FILE_LEN - 0x8000, 0x1_ffff).is_err());
+}
+
+#[test]
+fn a_fault_in_the_bitmap_is_said_of_the_bitmap() {
+    for (raw, bitmap, at) in
+        [(0, 1, 0x1008), (0x50000, 0x1_0000_0001, 0x1008), (0x50200, 1, 0x1000)]
+    {
+        let fault = decode_extended(raw, bitmap).unwrap_err().at(FileOffset(0x1000));
+        assert_eq!(fault.at, FileOffset(at));
+    }
+}
+
+#[test]
+fn external_data_is_at_the_guest_s_own_offset() {
+    let (zero, start) = (READS_AS_ZERO, 0x20000);
+    for extended in [false, true] {
+        assert!(check_external(COPIED | start, start, extended).is_ok());
+        assert!(check_external(COPIED, 0, extended).is_ok());
+        assert!(check_external(0, start, extended).is_ok(), "unallocated");
+        assert!(check_external(COPIED, start, extended).is_err(), "offset 0 is a place");
+        assert!(check_external(COMPRESSED, start, extended).is_err());
+    }
+    assert!(check_external(COPIED | zero, start, false).is_ok(), "zero, without a place");
+    assert!(check_external(COPIED | zero, start, true).is_err(), "no zero flag with subclusters");
+}
+
+#[test]
+fn zero_and_compressed_entries_may_name_what_is_missing() {
+    let bits = ClusterBits::new(16).unwrap();
+    let (l1, len) = (0x30000..0x30010, FILE_LEN);
+    let limits = Limits {
+        version: 3,
+        bits,
+        file_len_bytes: len,
+        l1: &l1,
+        l2_tables: &L2Tables::of([].into_iter(), bits),
+        data_len_bytes: None,
+    };
+    let missing = |raw| names_what_is_missing(raw, &limits);
+    assert!(!missing(READS_AS_ZERO) && !missing(READS_AS_ZERO | (len - 0x10000)));
+    assert!(missing(READS_AS_ZERO | len));
+    let sectors = |count: u64| COMPRESSED | count << 54 | (len - 512);
+    assert!(!missing(sectors(0)) && !missing(sectors(127)) && missing(sectors(128)));
 }
 
 #[test]

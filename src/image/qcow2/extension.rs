@@ -7,16 +7,19 @@
 
 use zerocopy::FromBytes;
 
-use super::header::Given;
-use super::raw::RawExtension;
+use super::header::{ClusterBits, Given};
+use super::raw::{RawBitmaps, RawExtension};
 use crate::image::fault::Fault;
 
 const END: u32 = 0;
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 const DATA_FILE_NAME: u32 = 0x4441_5441;
 const ENCRYPTION_HEADER: u32 = 0x0537_be77;
+const BITMAPS: u32 = 0x2385_2875;
 /// The longest name of a backing format that qemu takes.
 const MAX_BACKING_FORMAT_LEN: u64 = 15;
+const MAX_BITMAPS: u32 = 65_535;
+const MAX_BITMAP_DIRECTORY_BYTES: u64 = 1024 * 65_535;
 
 /// What an image says of the format of its backing file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,12 +38,21 @@ pub(super) struct Extensions {
     pub(super) backing_format: Option<BackingFormat>,
 }
 
+/// What extensions are judged by.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rules {
+    pub(super) bits: ClusterBits,
+    pub(super) given: Given,
+    /// True if the bitmaps of the image are said to be up to date, so that qemu reads them.
+    pub(super) bitmaps: bool,
+}
+
 /// Reads the extensions in `area`, which begins at byte `at` of the file and ends with the
 /// header's cluster, or before the name of a backing file.
 ///
 /// # Errors
 /// An extension that runs out of the area, or one that we do not serve.
-pub(super) fn read(area: &[u8], at: u64, given: Given) -> Result<Extensions, Fault> {
+pub(super) fn read(area: &[u8], at: u64, rules: Rules) -> Result<Extensions, Fault> {
     let (mut rest, mut at) = (area, at);
     let mut found = Extensions::default();
     while let Ok((head, data)) = RawExtension::read_from_prefix(rest) {
@@ -52,7 +64,7 @@ pub(super) fn read(area: &[u8], at: u64, given: Given) -> Result<Extensions, Fau
         }
         match magic {
             END => return Ok(found),
-            DATA_FILE_NAME if !given.data => {
+            DATA_FILE_NAME if !rules.given.data => {
                 let need = "no external data file";
                 return Err(Fault::unsupported("extension data file name", at, magic.into(), need));
             }
@@ -72,6 +84,7 @@ pub(super) fn read(area: &[u8], at: u64, given: Given) -> Result<Extensions, Fau
                     _another => BackingFormat::Other,
                 });
             }
+            BITMAPS => check_bitmaps(data, len_bytes, at, rules)?,
             _known_or_not => {}
         }
         let padded = len_bytes.next_multiple_of(8);
@@ -79,7 +92,41 @@ pub(super) fn read(area: &[u8], at: u64, given: Given) -> Result<Extensions, Fau
         rest = usize::try_from(padded).ok().and_then(|n| data.get(n..)).unwrap_or_default();
         at += size_of::<RawExtension>() as u64 + padded;
     }
-    Ok(found)
+    // As qemu: what is left before the name of a backing file is another extension, cut off.
+    match rest.len() as u64 {
+        0 => Ok(found),
+        left => Err(Fault::malformed("extension type", at, left, "room for 8 bytes, or none left")),
+    }
+}
+
+/// Bitmaps are nothing to a reader; an extension that qemu refuses is refused all the same. The
+/// directory that it names is not read.
+fn check_bitmaps(data: &[u8], len_bytes: u64, at: u64, rules: Rules) -> Result<(), Fault> {
+    let need = "24, as for bitmaps";
+    let wrong_len = Err(Fault::malformed("extension length", at + 4, len_bytes, need));
+    let Ok((raw, _)) = RawBitmaps::read_from_prefix(data) else { return wrong_len };
+    if len_bytes != size_of::<RawBitmaps>() as u64 {
+        return wrong_len;
+    }
+    if !rules.bitmaps {
+        return Ok(());
+    }
+    let bad = |field, offset, found, need| Err(Fault::malformed(field, at + offset, found, need));
+    let (count, reserved) = (raw.nb_bitmaps.get(), raw.reserved.get());
+    let (size, directory) = (raw.directory_size.get(), raw.directory_offset.get());
+    if !(1..=MAX_BITMAPS).contains(&count) {
+        return bad("bitmaps count", 8, count.into(), "1 to 65535");
+    }
+    if reserved != 0 {
+        return bad("bitmaps reserved", 12, reserved.into(), "0");
+    }
+    if size == 0 || size > MAX_BITMAP_DIRECTORY_BYTES {
+        return bad("bitmaps directory size", 16, size, "1 byte to 64 MiB");
+    }
+    if directory & rules.bits.offset_mask() != 0 {
+        return bad("bitmaps directory offset", 24, directory, "a multiple of the cluster size");
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -88,7 +135,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn check_all(area: &[u8], at: u64) -> Result<(), Fault> {
-        read(area, at, Given::default()).map(|_| ())
+        let bits = ClusterBits::new(16).unwrap();
+        read(area, at, Rules { bits, given: Given::default(), bitmaps: true }).map(|_| ())
     }
 
     fn extension(magic: u32, data: &[u8]) -> Vec<u8> {
@@ -124,6 +172,35 @@ mod tests {
         assert_eq!(check_all(&area, 0).unwrap_err().field, "extension length");
         area[4..8].fill(0xff);
         assert_eq!(check_all(&area, 0).unwrap_err().found, 0xffff_ffff);
+    }
+
+    #[test]
+    fn what_is_too_short_for_an_extension_is_refused_as_qemu_does() {
+        let area = [extension(7, b"12345"), vec![0; 4]].concat();
+        let fault = check_all(&area, 112).unwrap_err();
+        assert_eq!((fault.field, fault.at.0, fault.found), ("extension type", 128, 4));
+    }
+
+    #[test]
+    fn bitmaps_that_qemu_refuses_are_refused() {
+        let bitmaps = |count: u32, reserved: u32, size: u64, at: u64| {
+            let words = [count.to_be_bytes(), reserved.to_be_bytes()].concat();
+            let quads = [size.to_be_bytes(), at.to_be_bytes()].concat();
+            extension(BITMAPS, &[words, quads].concat())
+        };
+        assert_eq!(check_all(&bitmaps(1, 0, 32, 0x10000), 112), Ok(()));
+        for (area, field, at) in [
+            (bitmaps(0, 0, 32, 0x10000), "bitmaps count", 120),
+            (bitmaps(65_536, 0, 32, 0x10000), "bitmaps count", 120),
+            (bitmaps(1, 1, 32, 0x10000), "bitmaps reserved", 124),
+            (bitmaps(1, 0, 0, 0x10000), "bitmaps directory size", 128),
+            (bitmaps(1, 0, 1 << 26, 0x10000), "bitmaps directory size", 128),
+            (bitmaps(1, 0, 32, 0x10001), "bitmaps directory offset", 136),
+            (extension(BITMAPS, &[0; 16]), "extension length", 116),
+        ] {
+            let fault = check_all(&area, 112).unwrap_err();
+            assert_eq!((fault.field, fault.at.0), (field, at));
+        }
     }
 
     #[test]

@@ -160,19 +160,24 @@ impl Header {
         let features = Features::read(&raw, first_cluster, bits)?;
         let compression = features.check(bits, given)?;
         let extended_l2 = features.incompatible & EXTENDED_L2 != 0;
-        let name = check_other_files(&raw, bits, given)?;
+        let backing = check_other_files(&raw, bits, given)?;
         let size_bytes = check_size("size", 24, raw.size.get())?;
         check_refcount_table(&raw, bits)?;
         check_snapshots(&raw, bits)?;
         let l2_bits = l2_bits(bits, extended_l2);
         let table = (raw.l1_table_offset.get(), raw.l1_size.get());
-        let (l1, l1_entries) =
-            check_l1(table, (40, 36), bits, l2_bits, size_bytes, file_len_bytes)?;
+        // As qemu: the table must reach the size as it is stored, not rounded.
+        let sizes = (size_bytes, raw.size.get());
+        let (l1, l1_entries) = check_l1(table, (40, 36), bits, l2_bits, sizes, file_len_bytes)?;
         let within = |n: u64| usize::try_from(n).unwrap_or(usize::MAX).min(first_cluster.len());
-        // Extensions end where the name of a backing file begins.
-        let end = name.unwrap_or(bits.size_bytes());
-        let area = first_cluster.get(within(features.header_len)..within(end));
-        let extensions = extension::read(area.unwrap_or_default(), features.header_len, given)?;
+        // Extensions end where the name of a backing file begins, also an empty name.
+        let end = match raw.backing_file_offset.get() {
+            0 => bits.size_bytes(),
+            at => at,
+        };
+        let area = first_cluster.get(within(features.header_len)..within(end)).unwrap_or_default();
+        let rules = extension::Rules { bits, given, bitmaps: features.autoclear & 1 != 0 };
+        let extensions = extension::read(area, features.header_len, rules)?;
         let mut notes = features.notes();
         if raw.size.get() != size_bytes {
             notes.push("the size is no multiple of 512; rounded down, as qemu does");
@@ -185,7 +190,7 @@ impl Header {
             l1_entries,
             compression,
             extended_l2,
-            backing: name.is_some(),
+            backing,
             backing_format: extensions.backing_format,
             external_data: features.incompatible & EXTERNAL_DATA != 0,
             snapshots_at: raw.snapshots_offset.get(),
@@ -352,20 +357,15 @@ impl Features {
     }
 }
 
-/// Where the name of the backing file is, if there is one.
-fn check_other_files(
-    raw: &RawHeader,
-    bits: ClusterBits,
-    given: Given,
-) -> Result<Option<u64>, Fault> {
-    let need = "0, as no backing file was given";
+/// Whether there is a backing file. A name of no bytes is none, and its length says nothing while
+/// its offset is 0.
+fn check_other_files(raw: &RawHeader, bits: ClusterBits, given: Given) -> Result<bool, Fault> {
     let at = raw.backing_file_offset.get();
     let len_bytes = u64::from(raw.backing_file_size.get());
-    if at != 0 && !given.backing {
+    let backing = at != 0 && len_bytes != 0;
+    if backing && !given.backing {
+        let need = "0, as no backing file was given";
         return Err(Fault::unsupported("backing_file_offset", 8, at, need));
-    }
-    if len_bytes != 0 && at == 0 {
-        return Err(Fault::unsupported("backing_file_size", 16, len_bytes, need));
     }
     if at > bits.size_bytes() {
         return Err(Fault::malformed("backing_file_offset", 8, at, "in the header's cluster"));
@@ -378,7 +378,7 @@ fn check_other_files(
         let found = raw.crypt_method.get().into();
         return Err(Fault::unsupported("crypt_method", 32, found, "0 (no encryption)"));
     }
-    Ok((at != 0).then_some(at))
+    Ok(backing)
 }
 
 /// The disk's size in bytes, which is the field `field` at byte `at` of the file.
@@ -413,17 +413,24 @@ fn check_snapshots(raw: &RawHeader, bits: ClusterBits) -> Result<(), Fault> {
         return Err(Fault::malformed("nb_snapshots", 60, count.into(), "at most 65536"));
     }
     let len_bytes = u64::from(count) * SNAPSHOT_ENTRY_BYTES;
-    check_offset("snapshots_offset", 64, raw.snapshots_offset.get(), len_bytes, bits)
+    let offset = raw.snapshots_offset.get();
+    check_offset("snapshots_offset", 64, offset, len_bytes, bits)?;
+    if count > 0 && offset < bits.size_bytes() {
+        let need = "past the header's cluster";
+        return Err(Fault::malformed("snapshots_offset", 64, offset, need));
+    }
+    Ok(())
 }
 
 /// An L1 table and what the disk needs of it. `table` is its offset and its number of entries,
-/// `places` where those two are in the file.
+/// `places` where those two are in the file; `sizes` are the disk's size that is shown, and the one
+/// that is stored.
 pub(super) fn check_l1(
     table: (u64, u32),
     places: (u64, u64),
     bits: ClusterBits,
     l2_bits: u32,
-    size_bytes: u64,
+    sizes: (u64, u64),
     file_len_bytes: u64,
 ) -> Result<(Range<u64>, u64), Fault> {
     let (offset, entries) = (table.0, u64::from(table.1));
@@ -432,8 +439,9 @@ pub(super) fn check_l1(
     if len_bytes > MAX_L1_BYTES {
         return refuse_size("a table of at most 32 MiB");
     }
-    let needed = size_bytes.div_ceil(bits.size_bytes() << l2_bits);
-    if entries < needed {
+    let span_bytes = bits.size_bytes() << l2_bits;
+    let (needed, wanted) = (sizes.0.div_ceil(span_bytes), sizes.1.div_ceil(span_bytes));
+    if entries < wanted {
         return refuse_size("enough entries for the disk's size");
     }
     let refuse_place = |need| Err(Fault::malformed("l1_table_offset", places.0, offset, need));

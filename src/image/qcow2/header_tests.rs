@@ -101,8 +101,31 @@ fn cluster_sizes_are_512_bytes_to_2_mib() {
 
 #[test]
 fn a_backing_file_is_refused() {
-    refused("backing_file_offset", 8, &u64be(112));
-    assert_eq!(refused("backing_file_size", 16, &u32be(7)).kind, FaultKind::Unsupported);
+    let mut bytes = with(8, &u64be(112));
+    // A name of no bytes is none, and the length of no name says nothing.
+    assert!(!parse(&bytes).unwrap().backing);
+    assert!(!parse(&with(16, &u32be(7))).unwrap().backing);
+    bytes[16..20].copy_from_slice(&u32be(7));
+    let fault = parse(&bytes).unwrap_err();
+    assert_eq!(
+        (fault.field, fault.at.0, fault.kind),
+        ("backing_file_offset", 8, FaultKind::Unsupported)
+    );
+}
+
+#[test]
+fn the_l1_table_reaches_the_size_as_it_is_stored() {
+    // qemu rounds the size down for the disk, and not for the table that maps it.
+    assert_eq!(parse(&with(24, &u64be(GIB))).unwrap().l1_entries, 2);
+    let fault = parse(&with(24, &u64be(GIB + 1))).unwrap_err();
+    assert_eq!((fault.field, fault.at.0), ("l1_size", 36));
+}
+
+#[test]
+fn a_snapshot_table_is_not_in_the_header() {
+    refused("snapshots_offset", 64, &u64be(1));
+    let fault = parse(&with(60, &u32be(1))).unwrap_err();
+    assert_eq!((fault.field, fault.need), ("snapshots_offset", "past the header's cluster"));
 }
 
 #[test]
@@ -200,7 +223,9 @@ fn a_refcount_table_has_qemus_limits_and_may_be_outside_the_file() {
 
 #[test]
 fn snapshots_are_ignored_within_qemus_limits() {
-    assert_eq!(parse(&with(60, &u32be(65_536))).unwrap().snapshots, 65_536);
+    let mut bytes = with(60, &u32be(65_536));
+    bytes[64..72].copy_from_slice(&u64be(0x10000));
+    assert_eq!(parse(&bytes).unwrap().snapshots, 65_536);
     refused("nb_snapshots", 60, &u32be(65_537));
     refused("nb_snapshots", 60, &u32be(0x7fff_ffff));
     refused("snapshots_offset", 64, &u64be(1));

@@ -62,6 +62,7 @@ mod entry;
 mod extension;
 mod header;
 mod open;
+mod places;
 mod raw;
 mod snapshot;
 mod table;
@@ -79,4 +80,5 @@ pub use entry::{
 pub use extension::BackingFormat;
 pub use header::{ClusterBits, Compression, Given, Header};
 pub use open::{Image, Terms};
+pub use places::L2Tables;
 pub use snapshot::Snapshot;

@@ -14,6 +14,7 @@ use std::path::Path;
 
 use super::entry::{Limits, decode_l1};
 use super::header::{self, Given, Header};
+use super::places::{L1, L2Tables};
 use super::snapshot::{self, Snapshot, TableError};
 use crate::image::fault::{EntryFault, Fault};
 use crate::image::info::read_up_to;
@@ -22,6 +23,8 @@ use crate::units::FileOffset;
 
 /// Enough for the header and the extensions of nearly every image.
 const FIRST_READ_BYTES: usize = 4096;
+/// Bytes of the L1 table that are read at once.
+const L1_READ_BYTES: usize = 256 * 1024;
 /// Bytes of the snapshot table that are read at once.
 const TABLE_READ_BYTES: usize = 64 * 1024;
 /// Snapshots that are listed at most.
@@ -34,10 +37,10 @@ pub struct Image {
     pub(super) file_len_bytes: u64,
     /// Length of the external data file, if one was given.
     data_len_bytes: Option<u64>,
-    /// For each L1 entry that the disk needs, the place of its L2 table; 0 for none.
-    pub(super) l1: Vec<u64>,
-    /// The same places, ascending, without the zeroes.
-    pub(super) l2_tables: Vec<u64>,
+    /// Its entries, as far as the disk needs them.
+    pub(super) l1: L1,
+    /// The same places, to be searched.
+    pub(super) l2_tables: L2Tables,
     /// Number of L1 entries with reserved bits set.
     pub(super) odd_l1_entries: u64,
 }
@@ -86,11 +89,17 @@ impl Image {
             header = header.of_snapshot(&snapshot, file_len_bytes).map_err(refused)?;
         }
         let Range { start, end } = header.l1_needed();
-        let len = usize::try_from(end - start).expect("an L1 table is <= 32 MiB");
-        let mut bytes = vec![0; len];
-        file.read_exact_at(&mut bytes, start)
-            .map_err(|source| ImageError::read(path, start, len, source))?;
-        Self::new(header, file_len_bytes, terms.data_len_bytes, &bytes, path)
+        let mut image = Self::without_l1(header, file_len_bytes, terms.data_len_bytes);
+        let mut buffer =
+            vec![0; L1_READ_BYTES.min(usize::try_from(end - start).unwrap_or(L1_READ_BYTES))];
+        for at in (start..end).step_by(L1_READ_BYTES) {
+            let len = usize::try_from(end - at).unwrap_or(L1_READ_BYTES).min(L1_READ_BYTES);
+            let bytes = buffer.get_mut(..len).expect("at most the buffer");
+            file.read_exact_at(bytes, at)
+                .map_err(|source| ImageError::read(path, at, len, source))?;
+            image.take_l1(bytes, path)?;
+        }
+        image.with_l2_tables(path)
     }
 
     /// From a checked header and the bytes of [`Header::l1_needed`], wherever they came from.
@@ -104,27 +113,22 @@ impl Image {
         l1_bytes: &[u8],
         path: &Path,
     ) -> Result<Self, ImageError> {
-        Self::new(header, file_len_bytes, None, l1_bytes, path)
+        let mut image = Self::without_l1(header, file_len_bytes, None);
+        image.take_l1(l1_bytes, path)?;
+        image.with_l2_tables(path)
     }
 
-    fn new(
-        header: Header,
-        file_len_bytes: u64,
-        data_len_bytes: Option<u64>,
-        l1_bytes: &[u8],
-        path: &Path,
-    ) -> Result<Self, ImageError> {
-        let mut image = Self {
-            header,
-            file_len_bytes,
-            data_len_bytes,
-            l1: Vec::new(),
-            l2_tables: Vec::new(),
-            odd_l1_entries: 0,
-        };
-        image.take_l1(l1_bytes, path)?;
-        image.refuse_shared_l2_tables(path)?;
-        Ok(image)
+    fn without_l1(header: Header, file_len_bytes: u64, data_len_bytes: Option<u64>) -> Self {
+        let l2_tables = L2Tables::of(std::iter::empty(), header.cluster_bits);
+        let l1 = L1::default();
+        Self { header, file_len_bytes, data_len_bytes, l1, l2_tables, odd_l1_entries: 0 }
+    }
+
+    fn with_l2_tables(mut self, path: &Path) -> Result<Self, ImageError> {
+        let places = self.l1.iter().filter(|&at| at != 0);
+        self.l2_tables = L2Tables::of(places, self.header.cluster_bits);
+        self.refuse_shared_l2_tables(path)?;
+        Ok(self)
     }
 
     /// The internal snapshots, the oldest first; at most [`MAX_LISTED`] of them.
@@ -163,30 +167,25 @@ impl Image {
         }
     }
 
+    /// Takes the next L1 entries.
     fn take_l1(&mut self, bytes: &[u8], path: &Path) -> Result<(), ImageError> {
         let (entries, _none) = bytes.as_chunks();
-        self.l1.reserve_exact(entries.len());
-        for (index, &entry) in entries.iter().enumerate() {
+        for &entry in entries {
             let raw = u64::from_be_bytes(entry);
             let table = decode_l1(raw, &self.limits())
-                .map_err(|fault| self.l1_error(path, index, fault))?;
+                .map_err(|fault| self.l1_error(path, self.l1.len(), fault))?;
             self.odd_l1_entries += u64::from(super::entry::reserved_l1_bits(raw) != 0);
             self.l1.push(table.map_or(0, |at| at.0));
         }
-        self.l2_tables = self.l1.iter().copied().filter(|&at| at != 0).collect();
-        self.l2_tables.sort_unstable();
         Ok(())
     }
 
     /// Two L1 entries with one L2 table: no writer makes that, and it would let a small file fill
     /// a map of any size.
     fn refuse_shared_l2_tables(&self, path: &Path) -> Result<(), ImageError> {
-        let twice = self.l2_tables.windows(2).find_map(|pair| match pair {
-            [a, b] if a == b => Some(*a),
-            _different => None,
-        });
-        let Some(table) = twice else { return Ok(()) };
-        let index = self.l1.iter().rposition(|&at| at == table).unwrap_or(0);
+        let Some(table) = self.l2_tables.twice() else { return Ok(()) };
+        let same = self.l1.iter().enumerate().filter(|&(_, at)| at == table);
+        let index = same.last().map_or(0, |(index, _)| index);
         let fault = EntryFault::new("L2 table offset", table, "one L1 entry for each L2 table");
         Err(self.l1_error(path, index, fault))
     }

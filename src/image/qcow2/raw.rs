@@ -50,6 +50,16 @@ pub(super) struct RawExtension {
     pub(super) len_bytes: U32,
 }
 
+/// The data of the bitmaps extension.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+pub(super) struct RawBitmaps {
+    pub(super) nb_bitmaps: U32,
+    pub(super) reserved: U32,
+    pub(super) directory_size: U64,
+    pub(super) directory_offset: U64,
+}
+
 /// The fixed part of an entry of the snapshot table; extra data, ID and name follow.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
@@ -79,7 +89,7 @@ const _: () = assert!(offset_of!(RawHeader, snapshots_offset) == 64);
 const _: () = assert!(size_of::<RawHeaderV3>() == 40 && align_of::<RawHeaderV3>() == 1);
 const _: () = assert!(V3_MIN_LEN == 104);
 const _: () = assert!(V2_LEN + offset_of!(RawHeaderV3, refcount_order) == 96);
-const _: () = assert!(size_of::<RawExtension>() == 8);
+const _: () = assert!(size_of::<RawExtension>() == 8 && size_of::<RawBitmaps>() == 24);
 const _: () = assert!(size_of::<RawSnapshot>() == 40 && align_of::<RawSnapshot>() == 1);
 const _: () = assert!(offset_of!(RawSnapshot, extra_data_size) == 36);
 

@@ -128,6 +128,15 @@ fn entry(reader: &mut Counted<impl Read>) -> Result<Snapshot, TableError> {
 }
 
 impl Header {
+    /// Whether the disk as it was when `snapshot` was taken can be opened: its size and its L1
+    /// table's place, not what is in that table.
+    ///
+    /// # Errors
+    /// The field at fault.
+    pub fn check_snapshot(&self, snapshot: &Snapshot, file_len_bytes: u64) -> Result<(), Fault> {
+        self.of_snapshot(snapshot, file_len_bytes).map(|_| ())
+    }
+
     /// The header of the disk as it was when `snapshot` was taken.
     ///
     /// # Errors
@@ -142,8 +151,9 @@ impl Header {
         let size_bytes = check_size("snapshot disk size", size_at, size)?;
         let table = (snapshot.l1_at, snapshot.l1_entries);
         let places = (snapshot.at, snapshot.at + 8);
+        let (bits, l2_bits) = (self.cluster_bits, self.l2_bits());
         let (l1, l1_entries) =
-            check_l1(table, places, self.cluster_bits, self.l2_bits(), size_bytes, file_len_bytes)?;
+            check_l1(table, places, bits, l2_bits, (size_bytes, size), file_len_bytes)?;
         Ok(Self { size_bytes, l1, l1_entries, ..self.clone() })
     }
 }

@@ -47,7 +47,7 @@ impl Entry {
         limits: &Limits<'_>,
     ) -> Result<UnitRuns, EntryFault> {
         if limits.data_len_bytes.is_some() {
-            check_external(self.raw, start)?;
+            check_external(self.raw, start, self.bitmap.is_some())?;
         }
         let Some(bitmap) = self.bitmap else {
             return decode_l2(self.raw, visible_bytes, limits).map(|one| UnitRuns::One(1, one));

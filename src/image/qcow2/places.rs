@@ -1,0 +1,131 @@
+//! The places of an image's L1 and L2 tables, in little memory.
+//!
+//! Why: an L1 table may have four million entries, and a stranger chooses how many: what is kept of
+//! them must stay below 64 MiB, the cluster map included.
+//! How: L1 entries are kept in parts, which are let go one by one while a cluster map is filled
+//! from them. The places that entries are held against are sorted cluster numbers of 6 bytes.
+//! Never: keeps an offset that was not judged.
+//! Start at [`L2Tables::contains`].
+
+use super::header::ClusterBits;
+
+/// Bytes of a cluster number: an offset has 56 bits, a cluster at least 512 bytes.
+const NUMBER_BYTES: usize = 6;
+/// L1 entries that are kept in one piece.
+const PART_ENTRIES: usize = 1 << 16;
+
+/// Where the L2 tables of an image are, to be searched.
+#[derive(Clone, Debug)]
+pub struct L2Tables {
+    bits: ClusterBits,
+    /// Ascending, big-endian.
+    numbers: Vec<[u8; NUMBER_BYTES]>,
+}
+
+impl L2Tables {
+    /// These places, in any order, each a multiple of the cluster size below 2^56.
+    #[must_use]
+    pub fn of(places: impl Iterator<Item = u64> + Clone, bits: ClusterBits) -> Self {
+        let mut numbers = Vec::new();
+        numbers.reserve_exact(places.clone().count());
+        numbers.extend(places.map(|at| number(at, bits)));
+        numbers.sort_unstable();
+        Self { bits, numbers }
+    }
+
+    /// True if there is an L2 table in the cluster around `offset`.
+    #[must_use]
+    pub fn contains(&self, offset: u64) -> bool {
+        self.numbers.binary_search(&number(offset, self.bits)).is_ok()
+    }
+
+    /// A place that is there twice.
+    pub(super) fn twice(&self) -> Option<u64> {
+        let pair = self.numbers.windows(2).find(|pair| pair.first() == pair.last())?;
+        let mut bytes = [0; 8];
+        bytes.last_chunk_mut::<NUMBER_BYTES>()?.copy_from_slice(pair.first()?);
+        Some(u64::from_be_bytes(bytes) << self.bits.get())
+    }
+}
+
+/// The number of the cluster around `offset`; of what is past 2^57 only the low bits count.
+fn number(offset: u64, bits: ClusterBits) -> [u8; NUMBER_BYTES] {
+    let bytes = (offset >> bits.get()).to_be_bytes();
+    *bytes.last_chunk().expect("6 of 8 bytes")
+}
+
+/// For each L1 entry that the disk needs, the place of its L2 table; 0 for none.
+#[derive(Debug, Default)]
+pub(super) struct L1 {
+    parts: Vec<Vec<u64>>,
+    len: usize,
+}
+
+impl L1 {
+    pub(super) fn push(&mut self, at: u64) {
+        if self.len.is_multiple_of(PART_ENTRIES) {
+            self.parts.push(Vec::new());
+        }
+        if let Some(part) = self.parts.last_mut() {
+            part.push(at);
+            self.len += 1;
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = u64> + Clone {
+        self.parts.iter().flatten().copied()
+    }
+
+    /// Gives each entry to `each`; a part is let go when all of it was given.
+    pub(super) fn take(self, mut each: impl FnMut(u64)) {
+        for part in self.parts {
+            part.into_iter().for_each(&mut each);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_place_that_is_there_twice_is_found() {
+        let bits = ClusterBits::new(9).unwrap();
+        let last = 0x00ff_ffff_ffff_fe00;
+        assert_eq!(L2Tables::of([last, 512, 1024].into_iter(), bits).twice(), None);
+        assert_eq!(L2Tables::of([last, 512, last].into_iter(), bits).twice(), Some(last));
+    }
+
+    #[test]
+    fn entries_come_out_in_order() {
+        for count in [0, 1, PART_ENTRIES, PART_ENTRIES + 1] {
+            let (mut l1, want) = (L1::default(), 0..count as u64);
+            want.clone().for_each(|at| l1.push(at));
+            assert!(l1.iter().eq(want.clone()) && l1.len() == count);
+            let mut got = Vec::new();
+            l1.take(|at| got.push(at));
+            assert!(got.into_iter().eq(want));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_put_in_is_found_and_nothing_else(
+            clusters in proptest::collection::btree_set(0_u64..1 << 35, 0..50),
+            other in 0_u64..1 << 35,
+            bits in 9_u32..=21,
+        ) {
+            let places = clusters.iter().map(|n| n << bits);
+            let tables = L2Tables::of(places.clone(), ClusterBits::new(bits).unwrap());
+            for at in places {
+                prop_assert!(tables.contains(at) && tables.contains(at + (1 << bits) - 1));
+            }
+            prop_assert_eq!(tables.contains(other << bits), clusters.contains(&other));
+        }
+    }
+}

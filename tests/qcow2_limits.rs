@@ -1,0 +1,293 @@
+//! Opening an image costs bounded memory and bounded reads, whatever the file says.
+//!
+//! A test of its own binary: its allocator counts what is held.
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+mod qcow2_common;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use bedplate::disk::Sealed;
+use bedplate::image::qcow2::Terms;
+use bedplate::image::{DecodedCache, Format, Inspection, Opening, Verdict, View, peek};
+use qcow2_common::craft::Crafted;
+use qcow2_common::craft_big::{Built, Piece, Plan, Snap};
+use qcow2_common::mutate::samples;
+use qcow2_common::write;
+use tempfile::TempDir;
+
+const MIB: usize = 1 << 20;
+/// Most that an image may cost while it is opened, or inspected: its L1 table and what is made of it.
+const MOST_BYTES: usize = 64 * MIB;
+/// Read beside header, L1 table and snapshot table: a buffer's worth.
+const MORE_READ_BYTES: u64 = 1 << 20;
+
+/// The system's allocator, which counts.
+struct Counting;
+
+static HELD: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+/// The counters are the process's: one measurement at a time.
+static TURN: Mutex<()> = Mutex::new(());
+
+// SAFETY: every call is handed on as it came; counting allocates nothing.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        let held = HELD.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
+        PEAK.fetch_max(held, Ordering::Relaxed);
+        // SAFETY: the caller's promise is the same.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, place: *mut u8, layout: Layout) {
+        HELD.fetch_sub(layout.size(), Ordering::Relaxed);
+        // SAFETY: `place` came from `alloc` above, so from the system, with this layout.
+        unsafe { System.dealloc(place, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+fn turn() -> MutexGuard<'static, ()> {
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Bytes that this process has asked the kernel to read, from files and all else.
+fn read_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/io").unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("rchar: ")).unwrap();
+    line.parse().unwrap()
+}
+
+/// What `work` held at most, and how much it read, beside its result.
+fn cost<T>(work: impl FnOnce() -> T) -> (usize, u64, T) {
+    let (held, read) = (HELD.load(Ordering::Relaxed), read_bytes());
+    PEAK.store(held, Ordering::Relaxed);
+    let result = work();
+    let peak = PEAK.load(Ordering::Relaxed) - held;
+    (peak, read_bytes() - read, result)
+}
+
+/// Bytes that a view's shared table holds: untouched pages are none.
+fn shared_bytes(view: &View) -> usize {
+    view.cluster_map().map_or(0, |map| {
+        let memory = File::from(map.table().fd().try_clone_to_owned().unwrap());
+        usize::try_from(memory.metadata().unwrap().blocks() * 512).unwrap()
+    })
+}
+
+/// What an image is opened with.
+#[derive(Default)]
+struct Given<'a> {
+    snapshot: Option<&'a str>,
+    base: Option<&'a Path>,
+    data: Option<&'a Path>,
+    /// Not inspected whole: it has too many L2 tables for that.
+    header_only: bool,
+}
+
+/// Opens and inspects `path` and asserts the bounds; whether it opened.
+fn bounded(path: &Path, given: &Given<'_>, what: &str) -> bool {
+    let sealed = |path: &Path| Sealed::open_path(path).unwrap();
+    let cache = || Some(DecodedCache::new(1 << 20));
+    let base = given.base.map(|base| View::open(sealed(base), Some(Format::Raw)).unwrap());
+    let tables_bytes = tables_bytes(&std::fs::File::open(path).unwrap());
+    let opening = || Opening {
+        declared: Some(Format::Qcow2),
+        snapshot: given.snapshot,
+        base: base.as_ref(),
+        data: given.data.map(sealed),
+        cache: cache(),
+    };
+    // What is made once in a process is no cost of this image.
+    drop(View::open_as(sealed(path), opening()));
+    let before = HELD.load(Ordering::Relaxed);
+    let (peak, read, view) = cost(|| View::open_as(sealed(path), opening()));
+    // The L1 table is let go part by part while the shared table is filled from it.
+    let kept = HELD.load(Ordering::Relaxed) - before + view.as_ref().map_or(0, shared_bytes);
+    assert!(peak.max(kept) < MOST_BYTES, "{what}: opening holds {peak}, then {kept} bytes");
+    assert!(read <= tables_bytes + MORE_READ_BYTES, "{what}: {read} bytes read, {tables_bytes}");
+    let opened = view.is_ok();
+    drop(view);
+    let terms = Terms {
+        snapshot: given.snapshot,
+        backing: base.is_some(),
+        data_len_bytes: given.data.map(|data| data.metadata().unwrap().len()),
+    };
+    let file = File::open(path).unwrap();
+    if given.header_only {
+        // All that an inspection holds beside this is one L2 table.
+        let (peak, _, info) = cost(|| peek(&file, path, Some(Format::Qcow2)));
+        assert!(peak + 2 * MIB < MOST_BYTES && info.is_ok(), "{what}: reading holds {peak} bytes");
+        return opened;
+    }
+    let inspect = || Inspection::of_file(&file, path, Some(Format::Qcow2), &terms);
+    let (peak, _, inspection) = cost(inspect);
+    assert!(peak < MOST_BYTES, "{what}: inspecting holds {peak} bytes");
+    assert!(opened || inspection.unwrap().verdict == Verdict::Refused, "{what}");
+    opened
+}
+
+/// Header, L1 table and snapshot table as the header has them, or as much as there is of them.
+fn tables_bytes(file: &File) -> u64 {
+    let mut head = [0; 72];
+    let _may_be_shorter = file.read_at(&mut head, 0).unwrap();
+    let word = |at: usize| u64::from(u32::from_be_bytes(head[at..at + 4].try_into().unwrap()));
+    let quad = |at: usize| u64::from_be_bytes(head[at..at + 8].try_into().unwrap());
+    let len = file.metadata().unwrap().len();
+    let snapshots = if word(60) == 0 { 0 } else { len.saturating_sub(quad(64)).min(64 << 20) };
+    // Of a snapshot's L1 table the size is in the snapshot table; no limit is larger than this.
+    (1 << word(20).min(21)) + (8 * word(36)).min(32 << 20).min(len) + snapshots
+}
+
+#[test]
+fn each_seed_of_the_fuzzer_and_each_sample_opens_within_bounds() {
+    let _turn = turn();
+    let dir = TempDir::new().unwrap();
+    let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds");
+    let (mut opened, mut count) = (0, 0);
+    for folder in ["qcow2_header", "qcow2_tables", "qcow2_inspect"] {
+        for entry in seeds.join(folder).read_dir().unwrap() {
+            let path = entry.unwrap().path();
+            opened += u64::from(bounded(&path, &Given::default(), &path.display().to_string()));
+            count += 1;
+        }
+    }
+    assert!(count >= 12 && opened >= 6, "{opened} of {count}");
+    let image = write(dir.path(), "image.qcow2", &Crafted::new().bytes);
+    assert!(bounded(&image, &Given::default(), "crafted"));
+    for sample in samples() {
+        let image = write(dir.path(), sample.name, &sample.built.bytes);
+        let base = sample.base.map(|bytes| write(dir.path(), "base.raw", &bytes));
+        let data = &sample.built.data;
+        let data = (!data.is_empty()).then(|| write(dir.path(), "data.raw", data));
+        let given = Given {
+            snapshot: sample.snapshot,
+            base: base.as_deref(),
+            data: data.as_deref(),
+            ..Given::default()
+        };
+        assert!(bounded(&image, &given, sample.name), "{}", sample.name);
+    }
+}
+
+/// A sparse file that begins with `built`.
+fn sparse(dir: &Path, built: &Built, len_bytes: u64) -> (PathBuf, File) {
+    let path = write(dir, "image.qcow2", &built.bytes);
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_len(len_bytes).unwrap();
+    (path, file)
+}
+
+fn put64(file: &File, at: u64, value: u64) {
+    file.write_all_at(&value.to_be_bytes(), at).unwrap();
+}
+
+fn put32(file: &File, at: u64, value: u32) {
+    file.write_all_at(&value.to_be_bytes(), at).unwrap();
+}
+
+/// An L1 table of 32 MiB in which each entry names an L2 table of its own, the last one first.
+#[test]
+fn the_largest_l1_table_of_distinct_l2_tables_opens_within_bounds() {
+    let _turn = turn();
+    let dir = TempDir::new().unwrap();
+    let (cluster, entries) = (512_u64, 4 << 20);
+    let (l1_at, tables_at) = (1 << 20, 64 << 20);
+    let plan = Plan::new(9, entries * (cluster / 8) * cluster);
+    let built = Plan { size_bytes: 512, ..plan.clone() }.build();
+    let (path, file) = sparse(dir.path(), &built, tables_at + entries * cluster);
+    put64(&file, 24, plan.size_bytes);
+    put64(&file, 40, l1_at);
+    put32(&file, 36, u32::try_from(entries).unwrap());
+    let l1: Vec<u8> = (0..entries)
+        .rev()
+        .flat_map(|index| (1 << 63 | (tables_at + index * cluster)).to_be_bytes())
+        .collect();
+    file.write_all_at(&l1, l1_at).unwrap();
+    drop(l1);
+    assert!(bounded(&path, &Given { header_only: true, ..Given::default() }, "32 MiB of L1"));
+}
+
+#[test]
+fn the_largest_disks_open_within_bounds() {
+    let _turn = turn();
+    let dir = TempDir::new().unwrap();
+    for (bits, extended, opens) in [
+        (9, false, false),
+        (14, true, true),
+        (16, false, true),
+        (21, true, true),
+        (21, false, true),
+    ] {
+        let size = 16_u64 << 40;
+        let cluster = 1_u64 << bits;
+        let plan = Plan { extended, size_bytes: 512, ..Plan::new(bits, 512) };
+        let span = cluster * cluster / if extended { 16 } else { 8 };
+        let entries = size / span;
+        let (path, file) = sparse(dir.path(), &plan.build(), (1 << 26) + 8 * entries);
+        put64(&file, 24, size);
+        put32(&file, 36, u32::try_from(entries).unwrap());
+        put64(&file, 40, 1 << 26);
+        let what = format!("16 TiB in clusters of 2^{bits}, subclusters {extended}");
+        assert_eq!(bounded(&path, &Given::default(), &what), opens, "{what}");
+    }
+}
+
+#[test]
+fn the_largest_snapshot_tables_open_within_bounds() {
+    let _turn = turn();
+    let dir = TempDir::new().unwrap();
+    let snap = Snap { id: "1", name: "one", extra_bytes: 24, disk: vec![(0, Piece::Data(1))] };
+    let plan =
+        Plan { snapshots: vec![snap], disk: vec![(1, Piece::Data(2))], ..Plan::new(9, 4096) };
+    let built = plan.build();
+    let table_at = 1 << 20;
+    for (count, extra, id, name, opens) in [
+        (65_536, 16_u32, 1_u64, 3_u64, true),
+        (65_536, 0, 0, 0, true),
+        (65_536, 1024, 0, 0, false),
+        (1000, 1024, 255, 60_000, true),
+        (1100, 1024, 60_000, 60_000, false),
+        (65_537, 0, 0, 0, false),
+    ] {
+        let (path, file) = sparse(dir.path(), &built, 256 << 20);
+        put32(&file, 60, count);
+        put64(&file, 64, table_at);
+        let mut at = table_at;
+        for _ in 0..count.min(70_000) {
+            let mut head = [0; 40];
+            head[12..16].copy_from_slice(&u32::try_from(id << 16 | name).unwrap().to_be_bytes());
+            head[36..40].copy_from_slice(&extra.to_be_bytes());
+            file.write_all_at(&head, at).unwrap();
+            // A name that is no text grows when it is made text.
+            file.write_all_at(
+                &[0xff; 300][..usize::try_from(name.min(300)).unwrap()],
+                at + 40 + u64::from(extra) + id,
+            )
+            .unwrap();
+            at += (40 + u64::from(extra) + id + name).next_multiple_of(8);
+        }
+        let what = format!("{count} snapshots of {extra}, {id}, {name}");
+        assert_eq!(bounded(&path, &Given::default(), &what), opens, "{what}");
+        let last = Given { snapshot: Some("none of these"), ..Given::default() };
+        assert!(!bounded(&path, &last, &what));
+    }
+}
+
+#[test]
+fn a_header_full_of_extensions_opens_within_bounds() {
+    let _turn = turn();
+    let dir = TempDir::new().unwrap();
+    let empty = |magic: u32| (magic, Vec::new());
+    let extensions = (1..=(2 << 20) / 8 - 15).map(empty).collect();
+    let plan = Plan { extensions, ..Plan::new(21, 2 << 20) };
+    let image = write(dir.path(), "image.qcow2", &plan.build().bytes);
+    assert!(bounded(&image, &Given::default(), "2 MiB of extensions"));
+}
