@@ -212,7 +212,7 @@ impl<'a> Bench<'a> {
         verdict_is_right(&reading, &named, what);
         self.count("images");
         let decisive = self.sample.snapshot.is_none() && fields.iter().any(decides);
-        if !ask && !(decisive && reading.bytes().is_some()) {
+        if !(ask || decisive && reading.bytes().is_some()) {
             return;
         }
         self.count("asked about");
