@@ -23,7 +23,7 @@ use crate::units::{FileOffset, GuestOffset};
 /// Files that a view may be made of: an image and its backing files.
 pub const MAX_LAYERS: usize = 16;
 /// Clusters that [`View::prepare`] decodes at a time: 2 MiB of the usual size.
-pub const MAX_PREPARED: usize = 32;
+const MAX_PREPARED: usize = 32;
 /// Runs that it looks at.
 const MAX_PREPARED_RUNS: usize = 1024;
 
@@ -271,7 +271,7 @@ impl View {
     }
 
     /// Decodes what is compressed in `[at, at + len)` and not in the cache, on all cores, as far as
-    /// [`MAX_PREPARED`] clusters; returns how far that is. Errors are met again by who reads.
+    /// 32 clusters; returns how far that is. Errors are met again by who reads.
     pub fn prepare(&self, at: GuestOffset, len_bytes: u64) -> GuestOffset {
         let end = at.0.saturating_add(len_bytes).min(self.size_bytes());
         let (mut at, mut jobs) = (at, Vec::new());

@@ -132,7 +132,7 @@ impl FileMap {
     }
 
     /// Copies the bytes from `at` on into `buf`, with no system call. What is not in memory is read
-    /// from the disk, page by page: meant for ranges that [`Resident`] holds.
+    /// from the disk, page by page: meant for ranges that [`super::Resident`] holds.
     pub fn copy_to(&self, buf: &mut [u8], at: FileOffset) -> Copied {
         let Some(start) = self.checked_start(at, buf.len()) else { return Copied::Not };
         let from = self.base.as_ptr().cast::<u8>().cast_const().wrapping_add(start);

@@ -186,7 +186,7 @@ impl BlockMap {
     /// Decodes the compressed grain around `at`; ends with the block or with the disk.
     ///
     /// # Errors
-    /// [`ReadError::NotEncoded`], [`ReadError::Decode`], or those of [`run_at`](Self::run_at).
+    /// [`ReadError::NotEncoded`], [`ReadError::Decode`], or those of `run_at`.
     pub fn decode(&self, file: &File, at: GuestOffset, slab: &Slab) -> Result<Bytes, ReadError> {
         let (block, start) = self.block_of(at);
         let word = self.word(file, block)?;

@@ -6,7 +6,7 @@
 //! what every block is, filled in from the table page by page as blocks are touched.
 //! Never: opens a file that an image names, applies a log, or gives zeroes for bytes that are
 //! missing from the file. What needs another file (a parent, a further extent) is refused.
-//! Start at [`Image::parse`], [`Layout::judge`] and [`BlockMap::run_at`].
+//! Start at [`Image::parse`], [`Layout::judge`] and `BlockMap::run_at`.
 //! Formats: VMware "Virtual Disk Format 5.0", Microsoft "Virtual Hard Disk Image Format
 //! Specification", and MS-VHDX.
 //!

@@ -322,7 +322,7 @@ impl ClusterMap {
     /// shared and kept, results are not.
     ///
     /// # Errors
-    /// [`ReadError::NotEncoded`], [`ReadError::Decode`], or those of [`run_at`](Self::run_at).
+    /// [`ReadError::NotEncoded`], [`ReadError::Decode`], or those of `run_at`.
     pub fn decode(&self, file: &File, at: GuestOffset, slab: &Slab) -> Result<Bytes, ReadError> {
         let (cluster, start) = self.cluster_of(at);
         let unit = at.0 >> self.image.header.unit_bits();

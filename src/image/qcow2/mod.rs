@@ -7,7 +7,7 @@
 //! every guest cluster is, in shared memory, filled from one L2 table at a time.
 //! Never: opens a backing or data file (what an image needs beside itself, the caller has and
 //! gives), reads refcounts, or gives zeroes for bytes that are missing from the file.
-//! Start at [`Header::parse`], [`decode_l2`] and [`ClusterMap::run_at`].
+//! Start at [`Header::parse`], [`decode_l2`] and `ClusterMap::run_at`.
 //! Format: qemu `docs/interop/qcow2.rst`.
 //!
 //! The rule: the bytes of `qemu-img convert -O raw` on every image that `qemu-img check` calls

@@ -28,7 +28,7 @@ const L1_READ_BYTES: usize = 256 * 1024;
 /// Bytes of the snapshot table that are read at once.
 const TABLE_READ_BYTES: usize = 64 * 1024;
 /// Snapshots that are listed at most.
-pub const MAX_LISTED: usize = 1000;
+const MAX_LISTED: usize = 1000;
 
 /// A checked header and L1 table.
 #[derive(Debug)]
@@ -131,7 +131,7 @@ impl Image {
         Ok(self)
     }
 
-    /// The internal snapshots, the oldest first; at most [`MAX_LISTED`] of them.
+    /// The internal snapshots, the oldest first; at most 1000 of them.
     ///
     /// # Errors
     /// As [`open`](Self::open).
@@ -211,7 +211,7 @@ impl Read for ReadFrom<'_> {
 }
 
 impl Header {
-    /// The internal snapshots, the oldest first; at most [`MAX_LISTED`] of them. `table` reads from
+    /// The internal snapshots, the oldest first; at most 1000 of them. `table` reads from
     /// the snapshot table's first byte on; `path` is for messages.
     ///
     /// # Errors
