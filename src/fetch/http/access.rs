@@ -378,4 +378,17 @@ mod tests {
         let Some(Authorization::Basic(user, password)) = found else { panic!("no credentials") };
         assert_eq!((user.as_str(), password.as_str()), ("bob", "p@ss"));
     }
+
+    /// Found by the fuzzer: parsed without care, this number was another one after a round trip.
+    #[test]
+    fn a_number_of_a_newer_version_comes_back_the_same() {
+        let text = r#"{"newer":5555555555555555.55555555555555555555555555559312e20}"#;
+        let long =
+            r#"{"newer":55555555555555555555555555555555555555555555.555555555555555559312}"#;
+        for text in [text, long] {
+            let access: Access = serde_json::from_str(text).unwrap();
+            let kept = serde_json::to_string(&access).unwrap();
+            assert_eq!(serde_json::from_str::<Access>(&kept).unwrap(), access);
+        }
+    }
 }
