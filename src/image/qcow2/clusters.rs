@@ -3,8 +3,10 @@
 //! Why: a lookup is on the way of every read, from many threads and (through the memfd) from
 //! other processes; foreign entries must have been judged by then.
 //! How: words as in `word`, one for each unit (a cluster, or a subcluster where an image has them);
-//! the first touch of one reads a page of its L2 table with pread and fills in those words, and the span word is set last (release). Two threads that fill one span write the
-//! same words, so nobody waits. Memory is at most the size of the L2 tables in the file.
+//! the first touch of one reads a page of its L2 table with pread and fills in those words, and
+//! the span word is set last (release). Two threads that fill one span write the same words, so
+//! nobody waits. Memory is at most the size of the L2 tables in the file, or with subclusters 16
+//! times that: 8 bytes for each subcluster.
 //! Never: takes a lock to look up, or reads compressed bytes from the map.
 //! Start at [`ClusterMap::run_at`].
 
