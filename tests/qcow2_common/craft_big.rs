@@ -425,6 +425,10 @@ impl<'a> Site<'a> {
         for (magic, data) in plan.extensions.iter().chain(&bitmaps).chain(&end) {
             names.push((Part::ExtensionType, "extension type", at));
             names.push((Part::ExtensionLength, "extension length", at + 4));
+            if *magic == BITMAPS {
+                // The others lead to a directory, which this reader does not look at.
+                names.push((Part::ExtensionLength, "bitmaps reserved", at + 12));
+            }
             ext.extend(magic.to_be_bytes());
             ext.extend(u32::try_from(data.len()).unwrap().to_be_bytes());
             ext.extend(data);

@@ -59,7 +59,6 @@ fn subclusters() -> Vec<(u64, Piece)> {
 }
 
 /// One image for each mix of features that readers tell apart.
-#[expect(clippy::too_many_lines, reason = "one list, of which each line is an image")]
 pub fn samples() -> Vec<Sample> {
     let plain = Plan { disk: standard(), ..Plan::new(12, 16 * 4096) };
     let names = (FEATURE_NAMES, [vec![0, 0], vec![b'd'; 46]].concat());
@@ -104,21 +103,8 @@ pub fn samples() -> Vec<Sample> {
         disk: not_packed(standard()),
         ..Plan::new(12, 8 * 4096)
     };
-    let then = vec![(0, Piece::Shared(0)), (1, Piece::Data(20)), (69, Piece::Data(21))];
-    let snap = |id, name, extra_bytes| Snap { id, name, extra_bytes, disk: then.clone() };
-    let snaps = vec![snap("1", "one", 24), snap("2", "a-long-name-of-a-snapshot", 16)];
-    let shots = Plan { disk: several, snapshots: snaps, ..Plan::new(9, 141 * 512) };
-    let ext_shots = Plan {
-        snapshots: vec![Snap { disk: then[..2].to_vec(), ..snap("7", "x", 24) }],
-        ..ext.clone()
-    };
     let marked = Plan { bitmap: true, features: [0, 0, 1], ..plain.clone() };
-    // Of the other disks only the header and the snapshot table, which lead to this one's.
-    let of = |snapshot, owner, mut sample: Sample, name| {
-        sample.built.fields.retain(|f| f.owner == owner || f.part < Part::L1);
-        Sample { snapshot: Some(snapshot), name, owner, ..sample }
-    };
-    vec![
+    let mut all = vec![
         sample("v3", &v3),
         sample("v2", &v2),
         sample("zstd, odd bits", &odd),
@@ -130,6 +116,27 @@ pub fn samples() -> Vec<Sample> {
         sample("base, extended, zstd", &over_ext),
         sample("external", &external),
         sample("external, extended", &external_ext),
+    ];
+    all.extend(snapshot_samples(several, &ext));
+    all
+}
+
+/// Images with snapshots, and the snapshots in them.
+fn snapshot_samples(several: Vec<(u64, Piece)>, ext: &Plan) -> Vec<Sample> {
+    let then = vec![(0, Piece::Shared(0)), (1, Piece::Data(20)), (69, Piece::Data(21))];
+    let snap = |id, name, extra_bytes| Snap { id, name, extra_bytes, disk: then.clone() };
+    let snaps = vec![snap("1", "one", 24), snap("2", "a-long-name-of-a-snapshot", 16)];
+    let shots = Plan { disk: several, snapshots: snaps, ..Plan::new(9, 141 * 512) };
+    let ext_shots = Plan {
+        snapshots: vec![Snap { disk: then[..2].to_vec(), ..snap("7", "x", 24) }],
+        ..ext.clone()
+    };
+    // Of the other disks only the header and the snapshot table, which lead to this one's.
+    let of = |snapshot, owner, mut sample: Sample, name| {
+        sample.built.fields.retain(|f| f.owner == owner || f.part < Part::L1);
+        Sample { snapshot: Some(snapshot), name, owner, ..sample }
+    };
+    vec![
         sample("snapshots", &shots),
         of("1", 1, sample("", &shots), "snapshot 1"),
         of("a-long-name-of-a-snapshot", 2, sample("", &shots), "snapshot 2"),
