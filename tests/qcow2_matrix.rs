@@ -4,14 +4,14 @@
 mod qcow2_common;
 
 use std::fs::File;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use bedplate::disk::Sealed;
 use bedplate::image::qcow2::Terms;
 use bedplate::image::{MAX_LAYERS, Opening, RunKind, View, inspect};
 use bedplate::units::GuestOffset;
-use qcow2_common::{Random, all_bytes, assert_same, have_qemu, open, qemu_bytes, run};
+use qcow2_common::{Random, all_bytes, assert_same, have_qemu, open, qemu_bytes, raw_disk, run};
 use tempfile::TempDir;
 
 const CLUSTER_SIZES: [u64; 8] = [512, 1024, 4096, 16_384, 65_536, 262_144, 1_048_576, 2_097_152];
@@ -139,27 +139,6 @@ fn every_preallocation_with_writes_on_top() {
             }
         }
     }
-}
-
-/// A raw disk with text, random bytes, zeroes and holes.
-fn raw_disk(dir: &Path, size: u64, random: &mut Random) -> PathBuf {
-    let path = dir.join("disk.raw");
-    let file = File::create(&path).unwrap();
-    file.set_len(size).unwrap();
-    let mut at = 0;
-    while at < size {
-        let len = (random.below(size.min(1 << 20) / 8 + 1) + 1).min(size - at);
-        let bytes: Vec<u8> = match random.below(3) {
-            0 => Vec::new(),
-            1 => (0..len)
-                .map(|n| b"the quick brown fox\n"[usize::try_from(n % 20).unwrap()])
-                .collect(),
-            _ => (0..len).map(|_| random.next().to_le_bytes()[0]).collect(),
-        };
-        file.write_all_at(&bytes, at).unwrap();
-        at += len;
-    }
-    path
 }
 
 #[test]

@@ -34,10 +34,11 @@ pub(super) fn together<J: Send, E: Send>(
     jobs: Vec<J>,
     work: impl Fn(J) -> Result<(), E> + Sync,
 ) -> Result<(), E> {
-    let helpers = match (jobs.len(), &*POOL) {
-        (0 | 1, _) | (_, None) => None,
-        (count, Some(pool)) => Some((pool, pool.current_num_threads().min(count - 1))),
-    };
+    // A lone job is this thread's own; the pool is not even started for it.
+    if jobs.len() < 2 {
+        return jobs.into_iter().try_for_each(work);
+    }
+    let count = jobs.len() - 1;
     let (queue, failed) = (Mutex::new(jobs.into_iter()), Mutex::new(None));
     let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
     let run = || {
@@ -48,10 +49,10 @@ pub(super) fn together<J: Send, E: Send>(
             }
         }
     };
-    match helpers {
+    match &*POOL {
         None => run(),
-        Some((pool, count)) => pool.in_place_scope(|scope| {
-            for _ in 0..count {
+        Some(pool) => pool.in_place_scope(|scope| {
+            for _ in 0..pool.current_num_threads().min(count) {
                 scope.spawn(|_| run());
             }
             run();
@@ -82,6 +83,17 @@ mod tests {
             });
             assert_eq!((done, sum.into_inner()), (Ok(()), count * (count + 1) / 2));
         }
+    }
+
+    #[test]
+    fn a_lone_job_is_done_on_this_thread() {
+        let done_on = Mutex::new(None);
+        let done = together(vec![()], |()| {
+            *done_on.lock().unwrap() = Some(std::thread::current().id());
+            Err::<(), _>("its own error")
+        });
+        assert_eq!(done, Err("its own error"));
+        assert_eq!(done_on.into_inner().unwrap(), Some(std::thread::current().id()));
     }
 
     #[test]

@@ -100,19 +100,10 @@ impl ImageError {
     /// The field at fault and its first byte, if a field is.
     #[must_use]
     pub fn place(&self) -> Option<(&'static str, FileOffset)> {
-        match self {
-            Self::Malformed { field, at, .. } | Self::Unsupported { field, at, .. } => {
-                Some((field, *at))
-            }
-            Self::FormatMismatch { .. }
-            | Self::NoSnapshot { .. }
-            | Self::NotNeeded { .. }
-            | Self::BaseFormat { .. }
-            | Self::TooManyLayers { .. }
-            | Self::Empty { .. }
-            | Self::Read { .. }
-            | Self::Map { .. } => None,
+        if let Self::Malformed { field, at, .. } | Self::Unsupported { field, at, .. } = self {
+            return Some((field, *at));
         }
+        None
     }
 
     /// True if the image would be taken with its backing file.

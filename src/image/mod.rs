@@ -13,6 +13,7 @@ mod ahead;
 pub mod blocks;
 mod crew;
 mod decoded;
+mod decoder;
 mod error;
 mod fault;
 mod format;

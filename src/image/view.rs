@@ -318,12 +318,11 @@ impl View {
             }
             (rest, at) = (after, at.advance(run.len_bytes));
         }
-        match <[Job<'_>; 1]>::try_from(jobs) {
-            Ok([job]) => copy_decoded(&ahead::decode(job.layer, job.at)?, job.part, job.at),
-            Err(jobs) => crew::together(jobs, |Job { layer, at, part }| {
-                copy_decoded(&layer.decoded(at)?, part, at)
-            }),
-        }
+        let is_lone = jobs.len() == 1;
+        crew::together(jobs, |Job { layer, at, part }| {
+            let decoded = if is_lone { ahead::decode(layer, at) } else { layer.decoded(at) };
+            copy_decoded(&decoded?, part, at)
+        })
     }
 }
 

@@ -47,7 +47,7 @@ mod x86_64 {
     // Copies rdx bytes from [rsi] to [rdi] and returns 0; after a fault, in a load, the handler
     // goes on at `_fault`, which returns how many bytes are left: at least 1. Loads of a round come
     // before its stores, so that a fault is always one of the map's. The first routine is for every
-    // x86-64, the second has registers of twice the size.
+    // x86-64; the second has registers of twice the size, and ends in the first.
     global_asm!(
         ".pushsection .text.bedplate_guarded_copy,\"ax\",@progbits",
         ".balign 64",
@@ -104,16 +104,8 @@ mod x86_64 {
         "    cmp rdx, 128",
         "    jae 2b",
         "    vzeroupper",
-        "3:  test rdx, rdx",
-        "    jz 5f",
-        "4:  mov al, [rsi]",
-        "    mov [rdi], al",
-        "    inc rsi",
-        "    inc rdi",
-        "    dec rdx",
-        "    jnz 4b",
-        "5:  xor eax, eax",
-        "    ret",
+        // What is left is less than a round.
+        "3:  jmp bedplate_guarded_copy",
         ".globl bedplate_guarded_copy_fault",
         ".hidden bedplate_guarded_copy_fault",
         "bedplate_guarded_copy_fault:",
@@ -141,8 +133,7 @@ mod x86_64 {
         if BEFORE.get_or_init(install).is_none() {
             return Copied::Not;
         }
-        // SAFETY: reading the counter has no effect; every x86-64 has it.
-        let start = unsafe { _rdtsc() };
+        let start = cycles();
         let routine = match std::arch::is_x86_feature_detected!("avx") {
             true => bedplate_guarded_copy_avx,
             false => bedplate_guarded_copy,
@@ -154,10 +145,14 @@ mod x86_64 {
         if left > 0 {
             return Copied::Not;
         }
-        // SAFETY: as above, a counter.
-        let took = unsafe { _rdtsc() }.wrapping_sub(start);
+        let took = cycles().wrapping_sub(start);
         let most = SLOW_CYCLES + SLOW_CYCLES_PER_BYTE * to.len() as u64;
         if took > most { Copied::Slow } else { Copied::Fast }
+    }
+
+    fn cycles() -> u64 {
+        // SAFETY: the counter is in every x86-64, and reading it changes nothing.
+        unsafe { _rdtsc() }
     }
 
     fn install() -> Option<libc::sigaction> {

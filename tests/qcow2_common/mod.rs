@@ -141,3 +141,25 @@ pub fn write(dir: &Path, name: &str, bytes: &[u8]) -> PathBuf {
     File::create(&path).unwrap().write_all_at(bytes, 0).unwrap();
     path
 }
+
+/// A raw disk with text, random bytes, zeroes and holes.
+pub fn raw_disk(dir: &Path, size: u64, random: &mut Random) -> PathBuf {
+    let path = dir.join("disk.raw");
+    let file = File::create(&path).unwrap();
+    file.set_len(size).unwrap();
+    let mut at = 0;
+    while at < size {
+        let len = (random.below(size.min(1 << 20) / 4 + 1) + 1).min(size - at);
+        let bytes: Vec<u8> = match random.below(4) {
+            0 => Vec::new(),
+            1 => (0..len)
+                .map(|n| b"the quick brown fox\n"[usize::try_from(n % 20).unwrap()])
+                .collect(),
+            2 => vec![0; usize::try_from(len).unwrap()],
+            _ => (0..len).map(|_| random.next().to_le_bytes()[0]).collect(),
+        };
+        file.write_all_at(&bytes, at).unwrap();
+        at += len;
+    }
+    path
+}

@@ -24,9 +24,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 
 use super::layout::{Block, GRAIN_MARKER_BYTES, Layout, Page};
+use crate::image::decoder::{self, Decoder};
 use crate::image::fault::EntryFault;
 use crate::image::layer::{LayerKind, LayerRun};
-use crate::image::qcow2::{Decoder, give_back, take_decoder};
 use crate::image::{ImageError, ReadError};
 use crate::map::{SharedTable, Slab};
 use crate::units::{FileOffset, GuestOffset};
@@ -40,8 +40,6 @@ const DAMAGED: u64 = 3;
 const ENCODED: u64 = 4;
 /// Blocks that one run is made of at most: whoever asks for all of a disk should not fill in all.
 const MAX_RUN_BLOCKS: u64 = 1 << 15;
-/// Smaller grains are decoded to the heap: a slot of the slab would be mostly waste.
-const MIN_SLAB_BYTES: usize = 32 * 1024;
 
 /// A checked layout, and what is known of its blocks.
 #[derive(Debug)]
@@ -198,23 +196,9 @@ impl BlockMap {
         let grain = Grain { at: stored_at, start, visible_bytes: self.layout.visible_bytes(block) };
         let size = usize::try_from(self.layout.block_bytes()).expect("a grain is at most 2 MiB");
         let visible = usize::try_from(grain.visible_bytes).unwrap_or(size);
-        let mut decoder = take_decoder();
-        let decoded = if size < MIN_SLAB_BYTES {
-            let mut bytes = vec![0; size];
-            let done = self.decode_with(&mut decoder, file, &grain, &mut bytes);
-            bytes.truncate(visible);
-            done.map(|()| bytes.into())
-        } else {
-            slab.take(size).map_err(|e| ReadError::io(&self.path, stored_at.0, size, e)).and_then(
-                |mut buf| {
-                    self.decode_with(&mut decoder, file, &grain, buf.bytes_mut())?;
-                    buf.truncate(visible);
-                    Ok(Bytes::from_owner(buf))
-                },
-            )
-        };
-        give_back(decoder);
-        decoded
+        decoder::decode(slab, size, visible, |decoder, cluster| {
+            self.decode_with(decoder, file, &grain, cluster)
+        })
     }
 
     fn decode_with(

@@ -14,19 +14,17 @@ use std::num::NonZeroU64;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use rustix::fs::Advice;
 
-use super::codec::Codec;
 use super::entry::{Limits, Packed};
 use super::header::Header;
 use super::open::Image;
 use super::table::{self, Entry};
 use super::word::{self, Meaning, Span};
-use crate::image::crew;
+use crate::image::decoder::{self, Decoder};
 use crate::image::fault::EntryFault;
 use crate::image::layer::{LayerKind, LayerRun};
 use crate::image::{ImageError, ReadError};
@@ -35,18 +33,6 @@ use crate::units::{FileOffset, GuestOffset};
 
 /// Bytes of an L2 table that are read at once: a page, so that opening stays instant.
 const L2_READ_BYTES: usize = 4096;
-/// Smaller clusters are decoded to the heap: a slot of the slab would be mostly waste.
-const MIN_SLAB_BYTES: usize = 32 * 1024;
-
-/// A [`Codec`] and the buffer for its input.
-#[derive(Debug, Default)]
-pub(in crate::image) struct Decoder {
-    pub(in crate::image) codec: Codec,
-    pub(in crate::image) stored: Vec<u8>,
-}
-
-/// Decoders that nobody uses just now; at most one per core is kept.
-static IDLE_DECODERS: Mutex<Vec<Decoder>> = Mutex::new(Vec::new());
 
 /// A checked image and its cluster map.
 #[derive(Debug)]
@@ -334,26 +320,12 @@ impl ClusterMap {
                 return Err(ReadError::NotEncoded { at });
             }
         };
-        let mut decoder = take_decoder();
         let visible = usize::try_from(self.image.visible_bytes(cluster)).unwrap_or(usize::MAX);
         let size_bytes = self.image.header.cluster_bits.size_bytes();
         let size = usize::try_from(size_bytes).expect("at most 2 MiB");
-        let decoded = if size < MIN_SLAB_BYTES {
-            let mut bytes = vec![0; size];
-            let done = self.decode_with(&mut decoder, file, packed, start, &mut bytes);
-            bytes.truncate(visible);
-            done.map(|()| bytes.into())
-        } else {
-            slab.take(size).map_err(|e| ReadError::io(&self.path, packed.at.0, size, e)).and_then(
-                |mut buf| {
-                    self.decode_with(&mut decoder, file, packed, start, buf.bytes_mut())?;
-                    buf.truncate(visible);
-                    Ok(Bytes::from_owner(buf))
-                },
-            )
-        };
-        give_back(decoder);
-        decoded
+        decoder::decode(slab, size, visible, |decoder, cluster| {
+            self.decode_with(decoder, file, packed, start, cluster)
+        })
     }
 
     fn decode_with(
@@ -373,19 +345,5 @@ impl ClusterMap {
             let (path, what) = (self.path.clone(), fault.text());
             ReadError::Decode { path, what, at: start, stored_at: packed.at }
         })
-    }
-}
-
-/// A decoder that nobody else uses.
-pub(in crate::image) fn take_decoder() -> Decoder {
-    let mut idle = IDLE_DECODERS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    idle.pop().unwrap_or_default()
-}
-
-/// Keeps a decoder for the next one who wants to decode.
-pub(in crate::image) fn give_back(decoder: Decoder) {
-    let mut idle = IDLE_DECODERS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    if idle.len() < crew::cores() {
-        idle.push(decoder);
     }
 }

@@ -72,7 +72,6 @@ pub use super::fault::{EntryFault, Fault, FaultKind};
 pub use super::tally::Tally;
 pub use check::L2Table;
 pub use clusters::ClusterMap;
-pub(in crate::image) use clusters::{Decoder, give_back, take_decoder};
 pub use codec::{Codec, CodecFault};
 pub use entry::{
     Cluster, Extended, Limits, Packed, Subclusters, decode_extended_l2, decode_l1, decode_l2,

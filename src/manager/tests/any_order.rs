@@ -1,0 +1,104 @@
+//! Any order of commands, events, failures and restarts: the rules hold, and the world converges.
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// One move of the world around the manager; numbers choose among what is possible.
+fn random_move(node: &mut Node, kind: u8, pick: usize) {
+    let image = ["a", "b", "top"][pick % 3];
+    let running: Vec<CopyId> = node.running.keys().cloned().collect();
+    let publishing: Vec<CopyId> = node.publishing.iter().cloned().collect();
+    let removing: Vec<CopyId> = node.removing.iter().cloned().collect();
+    let attached: Vec<AttachmentId> = node.attachments.keys().cloned().collect();
+    let some = |list: &[CopyId]| list.get(pick % list.len().max(1)).cloned();
+    match kind {
+        0 if image == "top" => drop(node.command(create_on(image, "a"))),
+        0 => drop(node.command(create(image))),
+        1 => drop(node.command(attach(image, Some(pick % 3), ["", "vm"][pick % 2]))),
+        2 => drop(node.command(Command::Fetch(name(image), Some(disk(pick % 3))))),
+        3 => drop(node.command(Command::Delete { name: name(image), sessions: pick / 7 % 2 })),
+        4 if !attached.is_empty() => {
+            node.command(Command::Detach(attached[pick % attached.len()].clone())).unwrap();
+        }
+        5 | 6 => {
+            let Some(id) = some(&running) else { return };
+            let events = [
+                WorkerEvent::Started,
+                WorkerEvent::Progress(Progress { bytes_done: 7, ..Progress::default() }),
+                WorkerEvent::Ready(info(4096)),
+                WorkerEvent::Ready(info(5000)),
+                failed(FailureClass::Retry),
+                failed(FailureClass::Refuse),
+            ];
+            node.report(&id, events[pick % events.len()].clone());
+        }
+        7 => {
+            if let Some(id) = some(&running) {
+                node.end(&id);
+            }
+        }
+        8 | 9 => {
+            let Some(id) = some(&publishing) else { return };
+            let results = [
+                Ok(()),
+                Err((FailureClass::Retry, "no".to_owned())),
+                Err((FailureClass::Refuse, "no".to_owned())),
+            ];
+            node.published(&id, results[pick % results.len()].clone());
+        }
+        10 => {
+            if let Some(id) = some(&removing) {
+                node.removed(&id, pick.is_multiple_of(3));
+            }
+        }
+        11 => node.wait(Duration::from_secs(pick as u64 % 400)),
+        12 => node.restart(),
+        13 => drop(node.command(Command::Cancel(name(image)))),
+        14 | 15 => {
+            let change = SteeringChange {
+                paused: Some(kind == 14),
+                priority: Some(i32::try_from(pick % 5).unwrap()),
+                rate_bytes_per_s: Some(pick as u64 % 3),
+                ..SteeringChange::default()
+            };
+            drop(node.command(Command::Steer(name(image), change)));
+        }
+        17 => {
+            let on = [disk(pick % 3), disk(pick / 3 % 3)];
+            drop(node.command(Command::CleanUp(name(image), on[..1 + pick % 2].to_vec())));
+        }
+        18 => {
+            let wait = (!pick.is_multiple_of(5)).then(|| Duration::from_secs(pick as u64));
+            node.command(Command::SetCleanupWait(wait)).unwrap();
+        }
+        _ => node.event(Event::Tick),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    #[test]
+    fn any_order_of_events_keeps_the_rules_and_converges(
+        moves in proptest::collection::vec((0u8..20, 0usize..1000), 0..80)
+    ) {
+        let mut node = Node::new();
+        for (kind, pick) in moves {
+            random_move(&mut node, kind, pick);
+        }
+        node.settle();
+        for image in node.world.images() {
+            prop_assert!(!image.record.deleting);
+            for copy in &image.copies {
+                let paused = image.record.steering.paused && copy.state == CopyState::Pending;
+                let waits = copy.message.contains("its base");
+                let settled = copy.state == CopyState::Ready || copy.refused || paused || waits;
+                prop_assert!(settled, "{copy:?}");
+            }
+        }
+        let saved: Vec<_> = node.images.values().cloned().collect();
+        let world: Vec<_> = node.world.images().into_iter().map(|i| i.record).collect();
+        prop_assert_eq!(saved, world, "the catalog is what the world is");
+    }
+}

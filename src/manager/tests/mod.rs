@@ -1,0 +1,299 @@
+//! The rules of the lifecycle as tables, and as invariants under any order of events.
+//!
+//! Here is what all of them share: commands, and a node that panics when it is asked for something
+//! forbidden.
+
+mod any_order;
+mod chain;
+mod cleanup;
+mod rules;
+mod steering;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use super::*;
+use crate::names::{DiskUuid, ImageName, ImageUuid};
+
+const DISKS: [&str; 3] = ["aaaaaaaa-1111-2222", "bbbbbbbb-1111-2222", "aaaaaaaa-3333-4444"];
+
+fn disk(n: usize) -> DiskUuid {
+    DiskUuid::parse(DISKS[n]).unwrap()
+}
+
+fn name(text: &str) -> ImageName {
+    ImageName::parse(text).unwrap()
+}
+
+fn disk_status(n: usize) -> DiskStatus {
+    DiskStatus {
+        uuid: disk(n),
+        path: format!("/disks/{n}").into(),
+        total_bytes: 1 << 40,
+        free_bytes: 1 << 39,
+        reserved_bytes: 0,
+        sink: "threads".to_owned(),
+        healthy: true,
+        message: String::new(),
+    }
+}
+
+fn info(size_bytes: u64) -> CopyInfo {
+    CopyInfo {
+        format: Format::Raw,
+        virtual_size_bytes: size_bytes,
+        size_bytes,
+        stored_bytes: size_bytes,
+        digests: format!("sha256:{}", "a".repeat(64)).parse().unwrap(),
+        etag: None,
+    }
+}
+
+fn create(image: &str) -> Command {
+    create_from(image, &format!("http://h/{image}"))
+}
+
+fn create_from(image: &str, url: &str) -> Command {
+    Command::Create(NewImage {
+        name: name(image),
+        uuid: ImageUuid::random().unwrap(),
+        source: Some(SourceUrl::parse(url).unwrap()),
+        upload_bytes: None,
+        access: Box::default(),
+        mirrors: Vec::new(),
+        layout: Layout::AsIs,
+        base: None,
+        snapshot: None,
+        min_copies: 0,
+        expected: Box::default(),
+        declared_format: None,
+        disks: Vec::new(),
+        created_unix_s: 1,
+    })
+}
+
+fn create_on(image: &str, base: &str) -> Command {
+    let Command::Create(new) = create(image) else { panic!() };
+    Command::Create(NewImage { base: Some(name(base)), ..new })
+}
+
+fn create_upload(image: &str, bytes: u64) -> Command {
+    let Command::Create(new) = create(image) else { panic!() };
+    Command::Create(NewImage { source: None, upload_bytes: Some(bytes), ..new })
+}
+
+fn attach(image: &str, on: Option<usize>, reader: &str) -> Command {
+    Command::Attach(NewAttachment {
+        id: AttachmentId::random().unwrap(),
+        image: name(image),
+        disk: on.map(disk),
+        reader: reader.to_owned(),
+        created_unix_s: 1,
+    })
+}
+
+/// A node that does what the world asks, and panics when it asks for something forbidden.
+#[derive(Default)]
+struct Node {
+    world: World,
+    now: Duration,
+    images: BTreeMap<ImageName, ImageRecord>,
+    attachments: BTreeMap<AttachmentId, AttachmentRecord>,
+    running: BTreeMap<CopyId, u64>,
+    /// Everything that was started, in order.
+    tasks: Vec<CopyTask>,
+    stopping: BTreeSet<CopyId>,
+    files: BTreeMap<CopyId, Option<CopyInfo>>,
+    removing: BTreeSet<CopyId>,
+    publishing: BTreeSet<CopyId>,
+    exported: BTreeMap<ImageName, CopyId>,
+}
+
+impl Node {
+    fn new() -> Self {
+        let mut node = Self::default();
+        node.restart();
+        node
+    }
+
+    /// The daemon dies and starts again: only records and files are left.
+    fn restart(&mut self) {
+        self.running.clear();
+        self.stopping.clear();
+        self.removing.clear();
+        self.publishing.clear();
+        self.exported.clear();
+        let found = self.files.iter().map(|(id, info)| FoundCopy {
+            id: id.clone(),
+            state: match info {
+                Some(info) => FoundState::Ready(info.clone()),
+                None => FoundState::Filling { bytes_present: 0, bytes_total: None },
+            },
+        });
+        let (world, actions) = World::restore(
+            self.images.values().cloned().collect(),
+            self.attachments.values().cloned().collect(),
+            (0..DISKS.len()).map(disk_status).collect(),
+            found.collect(),
+            1,
+        );
+        self.world = world;
+        self.perform(actions);
+        self.event(Event::Tick);
+    }
+
+    fn command(&mut self, command: Command) -> Result<Outcome, ManagerError> {
+        let (outcome, actions) = self.world.command(self.now, command)?;
+        self.perform(actions);
+        Ok(outcome)
+    }
+
+    fn event(&mut self, event: Event) {
+        let actions = self.world.step(self.now, event);
+        self.perform(actions);
+    }
+
+    fn perform(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::SaveImage(record) => {
+                    if let Some(old) = self.images.insert(record.name.clone(), (*record).clone()) {
+                        assert_eq!(old.uuid, record.uuid, "a uuid never changes");
+                    }
+                }
+                Action::ForgetImage(name) => {
+                    assert!(self.images.remove(&name).is_some_and(|r| r.deleting));
+                    assert!(!self.files.keys().any(|id| id.image == name), "files go first");
+                    assert!(
+                        !self.attachments.values().any(|a| a.image == name),
+                        "not while in use"
+                    );
+                }
+                Action::SaveAttachment(record) => {
+                    self.attachments.insert(record.id.clone(), record);
+                }
+                Action::ForgetAttachment(id) => assert!(self.attachments.remove(&id).is_some()),
+                Action::Start(task, number) => {
+                    let record = &self.images[&task.id.image];
+                    assert!(!record.steering.paused, "nothing is fetched while paused");
+                    assert_eq!(record.steering, task.steering);
+                    assert!(record.disks.contains_key(&task.id.disk), "recorded before it starts");
+                    assert!(!record.deleting && !self.removing.contains(&task.id));
+                    assert!(self.running.insert(task.id.clone(), number).is_none(), "one worker");
+                    self.files.entry(task.id.clone()).or_insert(None);
+                    self.tasks.push(*task);
+                }
+                Action::Cancel(id) => {
+                    assert!(self.running.contains_key(&id) && self.stopping.insert(id));
+                }
+                Action::Steer(id, steering) => {
+                    assert!(self.running.contains_key(&id));
+                    assert_eq!(self.images[&id.image].steering, steering, "recorded first");
+                }
+                Action::Remove(id) => {
+                    let record = &self.images[&id.image];
+                    let unwanted = record.deleting || !record.disks.contains_key(&id.disk);
+                    assert!(unwanted || self.wanted_again(&id), "only what nobody wants");
+                    assert!(!self.running.contains_key(&id));
+                    let read =
+                        self.attachments.values().any(|a| a.image == id.image && a.disk == id.disk);
+                    assert!(!read || self.wanted_again(&id), "not while somebody waits for it");
+                    assert!(!self.exported.values().any(|open| *open == id), "not while exported");
+                    assert!(!self.publishing.contains(&id) && self.removing.insert(id));
+                }
+                Action::Publish(chain) => {
+                    let id = chain[0].copy.clone();
+                    let whole = |link: &Link| self.files[&link.copy].is_some();
+                    assert!(chain.iter().all(whole), "only on sealed copies");
+                    assert!(self.files[&id].is_some(), "only a sealed copy is published");
+                    assert!(!self.exported.contains_key(&id.image));
+                    assert!(self.publishing.insert(id), "once");
+                }
+                Action::Withdraw(name) => assert!(self.exported.remove(&name).is_some()),
+                Action::Announce(_) => {}
+            }
+        }
+    }
+
+    /// A cancelled copy that is asked for again before its files are gone: they go first.
+    fn wanted_again(&self, id: &CopyId) -> bool {
+        let copy = self.world.images.get(&id.image).and_then(|i| i.copies.get(&id.disk));
+        copy.is_some_and(|copy| copy.cancelled)
+    }
+
+    fn report(&mut self, id: &CopyId, event: WorkerEvent) {
+        if let WorkerEvent::Ready(info) = &event {
+            self.files.insert(id.clone(), Some(info.clone()));
+        }
+        let ends = matches!(event, WorkerEvent::Ready(_) | WorkerEvent::Failed { .. });
+        let generation = self.running[id];
+        self.event(Event::Worker(Report { copy: id.clone(), generation, event: Some(event) }));
+        if ends {
+            self.end(id);
+        }
+    }
+
+    fn end(&mut self, id: &CopyId) {
+        self.stopping.remove(id);
+        let generation = self.running.remove(id).unwrap();
+        self.event(Event::Worker(Report { copy: id.clone(), generation, event: None }));
+    }
+
+    fn published(&mut self, id: &CopyId, result: Result<(), (FailureClass, String)>) {
+        self.publishing.remove(id);
+        if result.is_ok() {
+            self.exported.insert(id.image.clone(), id.clone());
+        }
+        self.event(Event::Published(id.clone(), result));
+    }
+
+    fn removed(&mut self, id: &CopyId, ok: bool) {
+        self.removing.remove(id);
+        if ok {
+            self.files.remove(id);
+        }
+        let result = if ok { Ok(()) } else { Err("busy".to_owned()) };
+        self.event(Event::Removed(id.clone(), result));
+    }
+
+    fn wait(&mut self, wait: Duration) {
+        self.now += wait;
+        self.event(Event::Tick);
+    }
+
+    /// Everything goes well from now on, until nothing is left to do.
+    fn settle(&mut self) {
+        for _ in 0..1000 {
+            if let Some(id) = self.running.keys().next().cloned() {
+                if self.stopping.contains(&id) {
+                    self.end(&id);
+                } else {
+                    self.report(&id, WorkerEvent::Ready(info(4096)));
+                }
+            } else if let Some(id) = self.publishing.iter().next().cloned() {
+                self.published(&id, Ok(()));
+            } else if let Some(id) = self.removing.iter().next().cloned() {
+                self.removed(&id, true);
+            } else if let Some(at) = self.world.next_wake() {
+                self.wait(at.saturating_sub(self.now));
+            } else {
+                return;
+            }
+        }
+        panic!("does not converge");
+    }
+
+    fn state(&self, image: &str, on: usize) -> Option<CopyState> {
+        let image = self.world.image(&name(image))?;
+        image.copies.iter().find(|c| c.disk == disk(on)).map(|c| c.state)
+    }
+
+    fn only_worker(&self) -> CopyId {
+        assert_eq!(self.running.len(), 1);
+        self.running.keys().next().unwrap().clone()
+    }
+}
+
+fn failed(class: FailureClass) -> WorkerEvent {
+    WorkerEvent::Failed { class, message: "no".to_owned(), cleaned: class == FailureClass::Refuse }
+}

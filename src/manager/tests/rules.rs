@@ -1,0 +1,189 @@
+//! The rules of the lifecycle, one test each.
+
+use super::*;
+
+#[test]
+fn rule_1_a_created_image_is_not_fetched() {
+    let mut node = Node::new();
+    node.command(create("a")).unwrap();
+    node.wait(Duration::from_secs(3600));
+    assert!(node.running.is_empty() && node.files.is_empty());
+}
+
+#[test]
+fn rule_2_an_attachment_waits_for_its_copy_and_then_is_ready() {
+    let mut node = Node::new();
+    node.command(create("a")).unwrap();
+    let Outcome::Attachment(id, true) = node.command(attach("a", Some(1), "vm")).unwrap() else {
+        panic!("no attachment")
+    };
+    assert_eq!(node.world.attachment(&id).unwrap().state, AttachmentState::Waiting);
+    let copy = node.only_worker();
+    assert_eq!((copy.disk.clone(), node.state("a", 1)), (disk(1), Some(CopyState::Starting)));
+    node.report(&copy, WorkerEvent::Progress(Progress { bytes_done: 5, ..Progress::default() }));
+    assert_eq!(node.state("a", 1), Some(CopyState::InProgress));
+    node.report(&copy, WorkerEvent::Ready(info(9)));
+    assert_eq!(node.state("a", 1), Some(CopyState::ReadyForTransfer));
+    assert_eq!(node.world.attachment(&id).unwrap().state, AttachmentState::Waiting);
+    node.published(&copy, Ok(()));
+    assert_eq!(node.world.attachment(&id).unwrap().state, AttachmentState::Ready);
+}
+
+#[test]
+fn rule_7_failures_back_off_and_double_to_five_minutes() {
+    let waits: Vec<u64> = (1..12).map(|n| back_off(n).as_secs()).collect();
+    assert_eq!(waits, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]);
+    let mut node = Node::new();
+    node.command(create("a")).unwrap();
+    node.command(attach("a", None, "")).unwrap();
+    for wait in [1, 2, 4] {
+        let copy = node.only_worker();
+        node.report(&copy, failed(FailureClass::Retry));
+        node.wait(Duration::from_secs(wait) - Duration::from_millis(1));
+        assert!(node.running.is_empty());
+        assert_eq!(node.state("a", 0), Some(CopyState::Failed));
+        node.wait(Duration::from_millis(1));
+    }
+    // More bytes than at the last failure: trying helps, so the wait begins anew.
+    let copy = node.only_worker();
+    node.report(&copy, WorkerEvent::Progress(Progress { bytes_done: 5, ..Progress::default() }));
+    node.report(&copy, failed(FailureClass::Retry));
+    node.wait(Duration::from_secs(1));
+    node.only_worker();
+}
+
+#[test]
+fn a_refused_copy_is_tried_again_only_by_a_new_attach_or_fetch_even_after_a_restart() {
+    for again in [attach("a", Some(0), "vm"), Command::Fetch(name("a"), None)] {
+        let mut node = Node::new();
+        node.command(create("a")).unwrap();
+        node.command(attach("a", Some(0), "vm")).unwrap();
+        let copy = node.only_worker();
+        node.report(&copy, failed(FailureClass::Refuse));
+        node.wait(Duration::from_secs(3600));
+        assert!(node.running.is_empty());
+        assert_eq!(node.world.attachments()[0].state, AttachmentState::Failed);
+        node.restart();
+        assert!(node.running.is_empty());
+        assert_eq!(node.world.attachments()[0].message, "no");
+        node.command(again).unwrap();
+        assert_eq!(node.only_worker(), copy);
+        assert_eq!(node.world.attachments()[0].state, AttachmentState::Waiting);
+        assert_eq!(node.world.attachments().len(), 1, "the same label is the same attachment");
+    }
+}
+
+#[test]
+fn rule_12_delete_is_refused_in_use_and_then_removes_files_before_the_record() {
+    let mut node = Node::new();
+    node.command(create("a")).unwrap();
+    let Outcome::Attachment(id, _) = node.command(attach("a", None, "")).unwrap() else { panic!() };
+    node.settle();
+    let delete = |sessions| Command::Delete { name: name("a"), sessions };
+    assert!(matches!(
+        node.command(delete(0)),
+        Err(ManagerError::InUse { attachments: 1, sessions: 0, .. })
+    ));
+    node.command(Command::Detach(id)).unwrap();
+    assert!(matches!(node.command(delete(2)), Err(ManagerError::InUse { sessions: 2, .. })));
+    node.command(delete(0)).unwrap();
+    assert!(matches!(node.command(attach("a", None, "")), Err(ManagerError::BeingDeleted { .. })));
+    let copy = node.removing.iter().next().unwrap().clone();
+    node.removed(&copy, false);
+    assert!(node.world.image(&name("a")).is_some(), "files are left, so the record stays");
+    node.restart();
+    node.settle();
+    assert!(node.world.images().is_empty() && node.images.is_empty() && node.files.is_empty());
+}
+
+#[test]
+fn rule_13_the_same_name_with_another_source_is_refused_without_its_secrets() {
+    let mut node = Node::new();
+    node.command(create_from("a", "https://u:pw@h/a?sig=pw")).unwrap();
+    let same = node.command(create_from("a", "https://u:pw@h/a?sig=pw")).unwrap();
+    assert_eq!(same, Outcome::Image(name("a"), false));
+    let error = node.command(create_from("a", "http://h/b")).unwrap_err();
+    assert!(matches!(error, ManagerError::OtherSource { .. }));
+    assert!(!format!("{error} {error:?}").contains("pw"));
+}
+
+#[test]
+fn rule_20_a_copy_that_differs_from_the_first_is_refused() {
+    let mut node = Node::new();
+    node.command(create("a")).unwrap();
+    node.command(Command::Fetch(name("a"), Some(disk(0)))).unwrap();
+    node.settle();
+    node.command(Command::Fetch(name("a"), Some(disk(1)))).unwrap();
+    let copy = node.only_worker();
+    node.report(&copy, WorkerEvent::Ready(info(5000)));
+    assert_eq!(node.state("a", 1), Some(CopyState::Failed));
+    assert_eq!(node.state("a", 0), Some(CopyState::Ready));
+    let image = node.world.image(&name("a")).unwrap();
+    assert!(image.copies[1].message.contains("size in bytes is 5000, an earlier copy had 4096"));
+    assert_eq!(image.record.facts.unwrap().size_bytes, 4096);
+}
+
+#[test]
+fn after_a_restart_ready_copies_are_adopted_and_unfinished_ones_start_again() {
+    let mut node = Node::new();
+    node.command(create("a")).unwrap();
+    node.command(create("b")).unwrap();
+    node.command(attach("a", Some(0), "")).unwrap();
+    node.settle();
+    node.command(attach("b", Some(1), "")).unwrap();
+    node.restart();
+    assert_eq!(node.only_worker().image, name("b"));
+    assert_eq!(node.publishing.iter().next().unwrap().image, name("a"));
+    node.settle();
+    assert!(node.world.attachments().iter().all(|a| a.state == AttachmentState::Ready));
+}
+
+#[test]
+fn a_sealed_copy_without_a_record_becomes_an_image_without_a_source() {
+    let mut node = Node::new();
+    let id = CopyId { image: name("found"), uuid: ImageUuid::parse("0a").unwrap(), disk: disk(0) };
+    node.files.insert(id, Some(info(9)));
+    node.restart();
+    node.settle();
+    assert_eq!(node.state("found", 0), Some(CopyState::Ready));
+    assert_eq!(node.images[&name("found")].source, None);
+}
+
+#[test]
+fn a_late_report_of_an_older_worker_changes_nothing() {
+    let mut node = Node::new();
+    node.command(create("a")).unwrap();
+    node.command(attach("a", None, "")).unwrap();
+    let copy = node.only_worker();
+    let old = node.running[&copy];
+    node.report(&copy, failed(FailureClass::Retry));
+    node.wait(Duration::from_secs(1));
+    assert_ne!(node.running[&copy], old);
+    let late = WorkerEvent::Ready(info(9));
+    node.event(Event::Worker(Report { copy, generation: old, event: Some(late) }));
+    assert_eq!(node.state("a", 0), Some(CopyState::Starting));
+}
+
+#[test]
+fn two_disks_with_the_same_first_8_have_workers_of_different_names() {
+    let mut node = Node::new();
+    node.command(create("a")).unwrap();
+    node.command(Command::Fetch(name("a"), Some(disk(0)))).unwrap();
+    node.command(Command::Fetch(name("a"), Some(disk(2)))).unwrap();
+    let image = node.world.image(&name("a")).unwrap();
+    let workers: Vec<_> = image.copies.iter().map(|c| c.worker.as_str()).collect();
+    assert_eq!(workers, ["a-aaaaaaaa", "a-aaaaaaaa-3333-44"]);
+}
+
+#[test]
+fn an_unhealthy_disk_gets_no_worker_until_it_is_back() {
+    let mut node = Node::new();
+    node.command(create("a")).unwrap();
+    let mut disks: Vec<_> = (0..3).map(disk_status).collect();
+    disks[0].healthy = false;
+    node.event(Event::Disks(disks));
+    node.command(attach("a", Some(0), "")).unwrap();
+    assert_eq!((node.state("a", 0), node.running.len()), (Some(CopyState::Unknown), 0));
+    node.event(Event::Disks((0..3).map(disk_status).collect()));
+    assert_eq!(node.only_worker().disk, disk(0));
+}
