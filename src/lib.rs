@@ -16,7 +16,13 @@
 //! cluster map), [`ring`] (sinks), [`serve::nbd`] (a server for any view).
 
 pub mod names;
-pub mod units;
+
+#[doc(inline)]
+pub use bedplate_map as map;
+#[doc(inline)]
+pub use bedplate_map::units;
+#[doc(inline)]
+pub use bedplate_replica as replica;
 
 pub mod catalog;
 pub mod cli;
@@ -27,6 +33,5 @@ pub mod fetch;
 pub mod image;
 pub mod import;
 pub mod manager;
-pub mod map;
 pub mod ring;
 pub mod serve;

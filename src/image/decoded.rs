@@ -25,6 +25,8 @@ use crate::units::{GuestOffset, MIB};
 const PART_OF_MEMORY: u64 = 64;
 const LEAST_CAPACITY_BYTES: u64 = 64 * MIB;
 const MOST_CAPACITY_BYTES: u64 = 512 * MIB;
+/// Room for the clusters that several readers have in hand, also of a cache that keeps nothing.
+const LEAST_ARENA_BYTES: u64 = 64 * MIB;
 /// Set by [`DecodedCache::set_process_capacity`].
 static PROCESS_CAPACITY_BYTES: OnceLock<u64> = OnceLock::new();
 /// What a shard must hold at least, so that a cluster of the largest size (2 MiB) is kept.
@@ -73,7 +75,8 @@ impl Weighter<Key, Bytes> for ByBytes {
 /// A bounded cache of decoded clusters; cheap to share, safe for any number of threads.
 pub struct DecodedCache {
     clusters: Cache<Key, Bytes, ByBytes>,
-    slab: Slab,
+    /// None if the system had none to give: all clusters are on the heap then.
+    slab: Option<Slab>,
     next_view: AtomicU64,
     decodes: AtomicU64,
 }
@@ -110,7 +113,7 @@ impl DecodedCache {
         );
         Arc::new(Self {
             clusters,
-            slab: Slab::default(),
+            slab: Slab::new((2 * capacity_bytes).max(LEAST_ARENA_BYTES)).ok(),
             next_view: AtomicU64::new(0),
             decodes: AtomicU64::new(0),
         })
@@ -149,9 +152,11 @@ impl DecodedCache {
         self.decodes.load(Ordering::Relaxed)
     }
 
-    /// Memory for what is to be decoded.
-    pub(super) fn slab(&self) -> &Slab {
-        &self.slab
+    /// Memory for what is to be decoded, which readers in other processes may map; `None` if the
+    /// system had none to give.
+    #[must_use]
+    pub fn slab(&self) -> Option<&Slab> {
+        self.slab.as_ref()
     }
 
     /// The cluster of `key`, if it is here.

@@ -7,16 +7,16 @@
 //! Never: gives a decoder to two threads, or keeps what was decoded.
 //! Start at [`decode`].
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 
 use super::qcow2::Codec;
 use super::{ReadError, crew};
-use crate::map::Slab;
+use crate::map::{SharedTable, Slab};
 
 /// Smaller clusters are decoded to the heap: a slot of the slab would be mostly waste.
-const MIN_SLAB_BYTES: usize = 32 * 1024;
+const MIN_SLAB_BYTES: usize = 4096;
 
 /// A [`Codec`] and the buffer for its input.
 #[derive(Debug, Default)]
@@ -32,21 +32,33 @@ fn idle() -> MutexGuard<'static, Vec<Decoder>> {
     IDLE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Where a decoded cluster is put.
+#[derive(Clone, Copy, Debug)]
+pub struct Room<'a> {
+    /// Memory that other processes can read.
+    pub slab: Option<&'a Slab>,
+    /// The table that tells them of what is there, and the cluster's word in it.
+    pub index: Option<(&'a Arc<SharedTable>, u64)>,
+}
+
 /// A cluster of `size` bytes as `fill` makes it; the first `visible` of them.
 ///
 /// # Errors
 /// Those of `fill`.
 pub(super) fn decode(
-    slab: &Slab,
+    room: Room<'_>,
     size: usize,
     visible: usize,
     fill: impl FnOnce(&mut Decoder, &mut [u8]) -> Result<(), ReadError>,
 ) -> Result<Bytes, ReadError> {
     let mut decoder = idle().pop().unwrap_or_default();
-    let slot = (size >= MIN_SLAB_BYTES).then(|| slab.take(size).ok()).flatten();
+    let slot = room.slab.filter(|_| size >= MIN_SLAB_BYTES).and_then(|slab| slab.take(size).ok());
     let decoded = match slot {
         Some(mut buf) => fill(&mut decoder, buf.bytes_mut()).map(|()| {
             buf.truncate(visible);
+            if let Some((table, index)) = room.index {
+                buf.publish(table, index);
+            }
             Bytes::from_owner(buf)
         }),
         None => {

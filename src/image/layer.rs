@@ -8,20 +8,18 @@
 //! Start at [`Layer::run_at`].
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use super::ahead::Forward;
 use super::decoded::Key;
+use super::decoder::Room;
 use super::raw::HoleMap;
 use super::{Decoded, DecodedCache, Format, ImageError, Info, ReadError, blocks, qcow2};
 use crate::disk::Sealed;
-use crate::map::{Copied, FileMap, Resident};
+use crate::map::format::{Header, Kind};
+use crate::map::{FileMap, MappedData, SharedTable};
 use crate::units::{FileOffset, GuestOffset};
-
-/// A longer read gains nothing from the map.
-const MAX_COPY_BYTES: usize = 4 << 20;
 
 /// How the bytes of a run of one layer are had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +50,35 @@ enum Tables {
 }
 
 impl Tables {
+    fn raw(file: &File, path: &Path, len_bytes: u64) -> Result<Self, ImageError> {
+        HoleMap::of_file(file, len_bytes).map(Self::Raw).map_err(|source| {
+            let path = path.to_owned();
+            ImageError::Map { path, what: "the map of holes", len_bytes, source }
+        })
+    }
+
+    /// What they are, for readers in other processes.
+    fn shared(&self) -> &SharedTable {
+        match self {
+            Self::Raw(holes) => holes.table(),
+            Self::Qcow2(clusters) => clusters.table(),
+            Self::Blocks(blocks) => blocks.table(),
+        }
+    }
+
+    /// A table for the places of decoded blocks, of images that have such.
+    fn decoded(&self, info: &Info) -> Option<Arc<SharedTable>> {
+        let block_bytes = info.cluster_size_bytes.filter(|_| !matches!(self, Self::Raw(_)))?;
+        let header = Header {
+            kind: Kind::Decoded,
+            unit_bits: block_bytes.checked_ilog2()?,
+            units: info.virtual_size_bytes.div_ceil(block_bytes),
+            size_bytes: info.virtual_size_bytes,
+            ..Header::EMPTY
+        };
+        SharedTable::new("bedplate-decoded-index", &header).ok().map(Arc::new)
+    }
+
     /// A VMDK, VHD or VHDX image's; a fixed VHD is a raw disk with something after it.
     fn of_blocks(
         file: &File,
@@ -60,11 +87,11 @@ impl Tables {
         len_bytes: u64,
     ) -> Result<Self, ImageError> {
         let Some(image) = blocks::Image::open(file, path, info.format, len_bytes)? else {
-            return Ok(Self::Raw(HoleMap::of_file(file, len_bytes)));
+            return Self::raw(file, path, len_bytes);
         };
         image.describe(info);
         match image.layout() {
-            None => Ok(Self::Raw(HoleMap::of_file(file, info.virtual_size_bytes))),
+            None => Self::raw(file, path, info.virtual_size_bytes),
             Some(layout) => {
                 Ok(Self::Blocks(Box::new(blocks::BlockMap::new(layout.clone(), path)?)))
             }
@@ -79,10 +106,11 @@ pub(super) struct Layer {
     /// The external data file, if there is one.
     data: Option<Sealed>,
     /// The file with the data, mapped: [`data`](Self::data_file).
-    map: FileMap,
-    resident: Resident,
+    data_map: MappedData,
     info: Info,
     tables: Tables,
+    /// Where decoded blocks are, for readers in other processes.
+    decoded: Option<Arc<SharedTable>>,
     cache: Arc<DecodedCache>,
     id: u64,
     /// Where a reader who goes forward will want the next cluster.
@@ -113,16 +141,13 @@ impl Layer {
         };
         let mapped = data.as_ref().unwrap_or(&sealed);
         let len_bytes = data.as_ref().map_or(len_bytes, Sealed::len_bytes);
-        let map = FileMap::new(mapped.file(), len_bytes).map_err(|source| ImageError::Map {
-            path: mapped.path().to_owned(),
-            what: "the file",
-            len_bytes,
-            source,
+        let data_map = MappedData::new(mapped.file(), len_bytes).map_err(|source| {
+            ImageError::Map { path: mapped.path().to_owned(), what: "the file", len_bytes, source }
         })?;
         let id = cache.register_view();
-        let resident = Resident::new(len_bytes);
+        let decoded = tables.decoded(&info);
         let forward = Forward::default();
-        Ok(Self { sealed, data, map, resident, info, tables, cache, id, forward })
+        Ok(Self { sealed, data, data_map, info, tables, decoded, cache, id, forward })
     }
 
     pub(super) fn size_bytes(&self) -> u64 {
@@ -149,7 +174,17 @@ impl Layer {
     }
 
     pub(super) fn map(&self) -> &FileMap {
-        &self.map
+        self.data_map.map()
+    }
+
+    /// What a reader in another process needs of this layer beside its data file.
+    pub(super) fn tables(&self) -> (&SharedTable, Option<&SharedTable>) {
+        (self.tables.shared(), self.decoded.as_deref())
+    }
+
+    /// Where its decoded blocks are.
+    pub(super) fn cache(&self) -> &Arc<DecodedCache> {
+        &self.cache
     }
 
     pub(super) fn cluster_map(&self) -> Option<&qcow2::ClusterMap> {
@@ -163,21 +198,9 @@ impl Layer {
     /// pread what was not, so that the disk is read ahead, and an unreadable page is an error.
     pub(super) fn read_data(&self, buf: &mut [u8], at: FileOffset) -> Result<(), ReadError> {
         let len = buf.len();
-        if len <= MAX_COPY_BYTES && self.resident.holds(at, len) {
-            match self.map.copy_to(buf, at) {
-                Copied::Fast => return Ok(()),
-                Copied::Slow => {
-                    self.resident.forget_around(at, len);
-                    return Ok(());
-                }
-                Copied::Not => {}
-            }
-        }
-        self.data_file()
-            .read_exact_at(buf, at.0)
-            .map_err(|source| ReadError::io(self.data_path(), at.0, len, source))?;
-        self.resident.note(at, len);
-        Ok(())
+        self.data_map
+            .read(self.data_file(), buf, at)
+            .map_err(|source| ReadError::io(self.data_path(), at.0, len, source))
     }
 
     /// The run that begins at `at` and ends at guest byte `end` at the latest; `at < end <=` the
@@ -221,11 +244,12 @@ impl Layer {
     pub(super) fn decoded(&self, at: GuestOffset) -> Result<Decoded, ReadError> {
         let not_encoded = || ReadError::NotEncoded { at };
         let (cluster, start) = self.cluster_of(at).ok_or_else(not_encoded)?;
-        let (file, slab) = (self.sealed.file(), self.cache.slab());
+        let index = self.decoded.as_ref().map(|table| (table, cluster));
+        let (file, room) = (self.sealed.file(), Room { slab: self.cache.slab(), index });
         let decode = || match &self.tables {
             Tables::Raw(_) => Err(not_encoded()),
-            Tables::Qcow2(clusters) => clusters.decode(file, at, slab),
-            Tables::Blocks(blocks) => blocks.decode(file, at, slab),
+            Tables::Qcow2(clusters) => clusters.decode(file, at, room),
+            Tables::Blocks(blocks) => blocks.decode(file, at, room),
         };
         let key = Key { view: self.id, cluster };
         Ok(Decoded { bytes: self.cache.get_or_decode(key, decode)?, start })

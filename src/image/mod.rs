@@ -26,8 +26,9 @@ mod tally;
 mod view;
 
 pub use decoded::{Decoded, DecodedCache};
+pub use decoder::Room;
 pub use error::{Class, ImageError, ReadError};
 pub use format::{Format, UnknownFormat, detect};
 pub use info::{ClusterCounts, Info, inspect, peek};
 pub use inspection::{Finding, Inspection, Verdict};
-pub use view::{MAX_LAYERS, Opening, Run, RunKind, Stored, View};
+pub use view::{Handout, MAX_LAYERS, Opening, Run, RunKind, Stored, View};

@@ -2,37 +2,46 @@
 //!
 //! Why: reading a hole of a sparse file fills the page cache with zeroes, once for every file.
 //! How: one bit per 64 KiB, found with SEEK_DATA and SEEK_HOLE when the file is opened: 1 MiB of
-//! memory for 500 GiB. A unit counts as a hole only if all of it is one.
+//! memory for 500 GiB, in a table that readers in other processes may map. A unit counts as a hole
+//! only if all of it is one.
 //! Never: calls a unit a hole that holds data; without SEEK_HOLE everything is data.
 //! Start at [`HoleMap::of_file`].
 
 use std::fs::File;
+use std::io;
+use std::sync::atomic::Ordering;
 
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
+use crate::map::SharedTable;
+use crate::map::format::{Header, Kind};
 use crate::units::KIB;
 
 /// Bytes that one bit speaks for.
 const UNIT_BYTES: u64 = 64 * KIB;
+const UNIT_BITS: u32 = 16;
 const BITS: u64 = u64::BITS as u64;
 
 /// Which 64 KiB units of a file hold data; fixed once built.
 #[derive(Debug)]
 pub(super) struct HoleMap {
     /// Bit `n % 64` of word `n / 64` is set if unit `n` holds data.
-    data: Box<[u64]>,
+    data: SharedTable,
 }
 
 impl HoleMap {
     /// Asks the file system where the first `len_bytes` of `file` are holes.
     ///
     /// At most two system calls per unit of data, and far fewer for files of long extents.
-    pub(super) fn of_file(file: &File, len_bytes: u64) -> Self {
-        let units = len_bytes.div_ceil(UNIT_BYTES);
-        let words =
-            usize::try_from(units.div_ceil(BITS)).expect("a file's length / 4 MiB is usize");
-        let mut map = Self { data: vec![0; words].into() };
+    ///
+    /// # Errors
+    /// The system refuses the shared memory.
+    pub(super) fn of_file(file: &File, len_bytes: u64) -> io::Result<Self> {
+        let units = len_bytes.div_ceil(UNIT_BYTES).max(1);
+        let (kind, unit_bits, size_bytes) = (Kind::Bits, UNIT_BITS, len_bytes);
+        let header = Header { kind, unit_bits, units, size_bytes, ..Header::EMPTY };
+        let map = Self { data: SharedTable::new("bedplate-holes", &header)? };
         let mut at = 0;
         while at < len_bytes {
             let (start, end) = match next_data(file, at) {
@@ -46,25 +55,33 @@ impl HoleMap {
             }
             at = (last + 1) * UNIT_BYTES;
         }
-        map
+        Ok(map)
     }
 
-    fn set(&mut self, unit: u64) {
-        if let Some(word) = self.data.get_mut(index(unit)) {
-            *word |= 1 << (unit % BITS);
+    /// The bits, for readers in other processes.
+    pub(super) fn table(&self) -> &SharedTable {
+        &self.data
+    }
+
+    fn set(&self, unit: u64) {
+        if let Some(word) = self.data.words().get(index(unit)) {
+            word.fetch_or(1 << (unit % BITS), Ordering::Relaxed);
         }
+    }
+
+    fn word(&self, unit: u64) -> Option<u64> {
+        self.data.words().get(index(unit)).map(|word| word.load(Ordering::Relaxed))
     }
 
     /// Whether byte `at` is in a hole, and the first byte after it, at most `end`, where that
     /// changes. `at < end <= ` the file's length.
     pub(super) fn run_at(&self, at: u64, end: u64) -> (bool, u64) {
         let first = at / UNIT_BYTES;
-        let is_data =
-            self.data.get(index(first)).is_none_or(|word| word >> (first % BITS) & 1 == 1);
+        let is_data = self.word(first).is_none_or(|word| word >> (first % BITS) & 1 == 1);
         let mut unit = first;
         while unit * UNIT_BYTES < end {
             // A set bit marks a unit of the other kind.
-            let word = self.data.get(index(unit)).copied().unwrap_or(u64::MAX);
+            let word = self.word(unit).unwrap_or(u64::MAX);
             let others = if is_data { !word } else { word } >> (unit % BITS);
             if others != 0 {
                 unit += u64::from(others.trailing_zeros());
@@ -100,7 +117,7 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     fn runs(file: &File, len: u64) -> Vec<(bool, u64)> {
-        let map = HoleMap::of_file(file, len);
+        let map = HoleMap::of_file(file, len).unwrap();
         let mut runs = Vec::new();
         let mut at = 0;
         while at < len {
@@ -137,7 +154,7 @@ mod tests {
     fn a_run_stops_at_the_limit_and_may_begin_inside_a_unit() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 30).unwrap();
-        let map = HoleMap::of_file(&file, 1 << 30);
+        let map = HoleMap::of_file(&file, 1 << 30).unwrap();
         assert_eq!(map.run_at(1, 1 << 30), (true, 1 << 30));
         assert_eq!(map.run_at(70_000, 70_001), (true, 70_001));
     }
@@ -145,6 +162,6 @@ mod tests {
     #[test]
     fn a_file_without_holes_to_ask_for_is_all_data() {
         let file = File::open("/proc/self/status").unwrap();
-        assert_eq!(HoleMap::of_file(&file, 200_000).run_at(5, 200_000), (false, 200_000));
+        assert_eq!(HoleMap::of_file(&file, 200_000).unwrap().run_at(5, 200_000), (false, 200_000));
     }
 }

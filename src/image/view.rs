@@ -17,7 +17,7 @@ use super::qcow2::BackingFormat;
 use super::{Decoded, DecodedCache, Format, ImageError, Info, ReadError, info, qcow2};
 use super::{ahead, crew};
 use crate::disk::Sealed;
-use crate::map::{FileMap, KernelSlice};
+use crate::map::{FileMap, KernelSlice, SharedTable};
 use crate::units::{FileOffset, GuestOffset};
 
 /// Files that a view may be made of: an image and its backing files.
@@ -77,6 +77,19 @@ pub struct Opening<'a> {
     pub data: Option<Sealed>,
     /// Where decoded clusters are kept; `None`: in the cache that the process shares.
     pub cache: Option<Arc<DecodedCache>>,
+}
+
+/// What one layer is to a reader in another process.
+#[derive(Clone, Copy, Debug)]
+pub struct Handout<'a> {
+    /// The file that its data is in.
+    pub data: &'a File,
+    /// How much of it counts, in bytes.
+    pub len_bytes: u64,
+    /// What its units are.
+    pub map: &'a SharedTable,
+    /// Where its decoded blocks are, in the slab of [`View::cache`].
+    pub decoded: Option<&'a SharedTable>,
 }
 
 /// A flat range of read-only bytes, for any number of threads.
@@ -193,6 +206,22 @@ impl View {
     #[must_use]
     pub fn data_file(&self, layer: u8) -> Option<&File> {
         self.layers.get(usize::from(layer)).map(|layer| layer.data_file())
+    }
+
+    /// What readers in other processes need to read by themselves, for each layer from the top down.
+    pub fn handouts(&self) -> impl ExactSizeIterator<Item = Handout<'_>> {
+        let cache = self.top().cache();
+        self.layers.iter().map(move |layer| {
+            let (map, decoded) = layer.tables();
+            let decoded = decoded.filter(|_| Arc::ptr_eq(cache, layer.cache()));
+            Handout { data: layer.data_file(), len_bytes: layer.map().len_bytes(), map, decoded }
+        })
+    }
+
+    /// Where the decoded clusters of this view are kept.
+    #[must_use]
+    pub fn cache(&self) -> &DecodedCache {
+        self.top().cache()
     }
 
     /// QCOW2 only: what every guest cluster is, in shared memory that a reader may map.

@@ -15,6 +15,7 @@ use std::ptr::{self, NonNull};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use super::guard::{self, Copied};
+use super::slab::CHUNK_BYTES;
 use crate::units::FileOffset;
 
 /// A whole file, mapped shared and read-only. Unmapped on drop.
@@ -100,6 +101,38 @@ impl FileMap {
         let map = Self { base, len_bytes };
         map.advise(FileOffset(0), len_bytes, Advice::Random)?;
         Ok(map)
+    }
+
+    /// Maps all of a [`Slab`](crate::Slab)'s arena of `len_bytes` so that its huge pages are huge
+    /// here, too.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn of_arena(file: &File, len_bytes: u64) -> io::Result<Self> {
+        let len_bytes = usize::try_from(len_bytes).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        let room = len_bytes.checked_add(CHUNK_BYTES).ok_or(io::ErrorKind::OutOfMemory)?;
+        // SAFETY: a fresh mapping at an address of the kernel's choice replaces nothing; it only
+        // finds a range of addresses with room for the alignment.
+        let start = unsafe {
+            let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+            rustix::mm::mmap_anonymous(ptr::null_mut(), room, ProtFlags::empty(), flags)
+        }?;
+        let start = start.cast::<u8>();
+        let before = start.align_offset(CHUNK_BYTES);
+        let base = start.wrapping_add(before);
+        let (prot, flags) = (ProtFlags::READ, MapFlags::SHARED | MapFlags::FIXED);
+        // SAFETY: replaces a part of the range just found, which nobody else knows of; its bytes are
+        // never seen as Rust memory.
+        let mapped = unsafe { rustix::mm::mmap(base.cast(), len_bytes, prot, flags, file, 0) };
+        let used = if mapped.is_ok() { len_bytes } else { 0 };
+        for (from, len) in [(start, before), (base.wrapping_add(used), room - before - used)] {
+            if len > 0 {
+                // SAFETY: both ranges are parts of what was found that nothing is mapped in.
+                unsafe { rustix::mm::munmap(from.cast(), len) }?;
+            }
+        }
+        let base = NonNull::new(mapped?).ok_or(io::ErrorKind::AddrNotAvailable)?;
+        Ok(Self { base, len_bytes })
     }
 
     /// Length of the map in bytes.
@@ -257,7 +290,7 @@ mod tests {
     #[test]
     fn a_fault_elsewhere_is_still_a_signal() {
         use std::os::unix::process::ExitStatusExt;
-        const NAME: &str = "map::file::tests::a_fault_elsewhere_is_still_a_signal";
+        const NAME: &str = "file::tests::a_fault_elsewhere_is_still_a_signal";
         if std::env::var_os("BEDPLATE_TEST_FAULT").is_some() {
             let file = file_of(&[7; 8192]);
             let map = FileMap::new(&file, 8192).unwrap();

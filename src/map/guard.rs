@@ -129,7 +129,7 @@ mod x86_64 {
     /// # Safety
     /// The range must be mapped readable for as long as this runs; what it holds, and whether its
     /// pages can be read, does not matter.
-    pub(in crate::map) unsafe fn copy(from: *const u8, to: &mut [u8]) -> Copied {
+    pub(crate) unsafe fn copy(from: *const u8, to: &mut [u8]) -> Copied {
         if BEFORE.get_or_init(install).is_none() {
             return Copied::Not;
         }

@@ -89,7 +89,7 @@ pub fn send_pieces(socket: BorrowedFd<'_>, pieces: &[Piece<'_>]) -> io::Result<u
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::map::FileMap;
+    use crate::FileMap;
     use crate::units::FileOffset;
     use std::io::{Read, Write};
     use std::os::fd::AsFd;

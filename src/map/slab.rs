@@ -1,54 +1,82 @@
-//! Memory for decoded clusters: equal slots in huge pages.
+//! Memory for decoded clusters: equal slots in huge pages, which other processes may map.
 //!
-//! Why: a cache of clusters in pages of 4 KiB spends more on address translation than on copying,
-//! and memory that an allocator gives back and takes anew is zeroed page by page each time.
-//! How: chunks of 2 MiB, aligned and advised as huge pages, each cut into slots of one power of
-//! two. A slot is one owner's until it is dropped; a chunk whose slots are all free is unmapped, but
-//! for one of each size.
-//! Never: hands out a slot twice. What an earlier owner left in a slot, the next one may see.
-//! Start at [`Slab::take`].
+//! Why: a cache of clusters in pages of 4 KiB spends more on address translation than on copying;
+//! memory that an allocator gives back and takes anew is zeroed page by page each time; and what is
+//! decoded once serves the readers of all processes.
+//! How: an arena in one memfd, which only this process may write, in chunks of a huge page, each cut
+//! into slots of one power of two. A slot is one owner's until it is dropped; a chunk whose slots are
+//! all free may be cut anew. A slot may be published: its place is in the word of a table then, with
+//! a number that never comes again, and the word is cleared before the slot is used again.
+//! Never: hands out a slot twice. What an earlier owner left in a slot, the next one may see. The
+//! arena keeps what it once had: a memfd that nobody else can write can't be punched either.
+//! Start at [`Slab::take`] and [`SlabBuf::publish`].
 
 use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::mm::{Advice, MapFlags, ProtFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
+use rustix::mm::{MapFlags, ProtFlags};
+
+use crate::SharedTable;
+use crate::format::{PLACE_BITS, PLACE_BYTES};
 
 /// Bytes of a chunk, and the largest slot: a huge page.
 pub const CHUNK_BYTES: usize = 2 << 20;
 /// Smaller slots gain nothing.
-const MIN_SLOT_BYTES: usize = 4096;
+const MIN_SLOT_BYTES: usize = PLACE_BYTES as usize;
 const SIZES: usize = (CHUNK_BYTES / MIN_SLOT_BYTES).ilog2() as usize + 1;
+/// The largest arena: what a place can name.
+const MAX_ARENA_BYTES: u64 = PLACE_BYTES << PLACE_BITS;
+/// `MADV_COLLAPSE`: makes a huge page of a range, whatever the system's setting for shared memory.
+const MADV_COLLAPSE: libc::c_int = 25;
 
-/// Slots of all sizes. Cheap to clone.
-#[derive(Clone, Default)]
+/// Slots of all sizes in one arena. Cheap to clone.
+#[derive(Clone)]
 pub struct Slab {
-    sizes: Arc<[Mutex<Chunks>; SIZES]>,
+    shared: Arc<Shared>,
 }
 
-/// The chunks of one size of slots.
+struct Shared {
+    arena: Arena,
+    chunks: Mutex<Chunks>,
+    /// Numbers publications, so that no word comes twice.
+    published: AtomicU64,
+}
+
+/// All chunks that were ever used.
 #[derive(Default)]
 struct Chunks {
-    /// `None` where one was unmapped.
-    chunks: Vec<Option<Chunk>>,
-    /// Chunks with free slots; the lowest is used first, so that others become empty.
-    open: BTreeSet<usize>,
+    chunks: Vec<Chunk>,
+    /// Chunks that are cut and have free slots, by size; the lowest is used first, so that others
+    /// become empty.
+    open: [BTreeSet<usize>; SIZES],
+    /// Chunks of which no slot is taken.
+    empty: Vec<usize>,
 }
 
+#[derive(Default)]
 struct Chunk {
-    mapping: Mapping,
     free: Vec<usize>,
 }
 
-/// A huge page's worth of memory of our own.
-struct Mapping {
+/// A memfd and our writable map of it.
+struct Arena {
     base: NonNull<u8>,
+    /// What was mapped, of which `base` is the first huge page's beginning.
+    mapped: (NonNull<u8>, usize),
+    len_bytes: usize,
+    fd: OwnedFd,
 }
 
-// SAFETY: the memory is private to this process and belongs to no thread.
-unsafe impl Send for Mapping {}
+// SAFETY: the memory belongs to no thread; who may touch which part of it is for the slots to say.
+unsafe impl Send for Arena {}
+// SAFETY: through `&self` there is only an address and a descriptor.
+unsafe impl Sync for Arena {}
 
 /// A slot, and bytes in it: the first `len` of them.
 pub struct SlabBuf {
@@ -58,6 +86,14 @@ pub struct SlabBuf {
     slot: usize,
     size: usize,
     slab: Slab,
+    published: Option<Published>,
+}
+
+/// The word that tells readers of a slot.
+struct Published {
+    table: Arc<SharedTable>,
+    index: u64,
+    word: u64,
 }
 
 // SAFETY: a slot has one owner, and its memory belongs to no thread.
@@ -67,7 +103,7 @@ unsafe impl Sync for SlabBuf {}
 
 impl fmt::Debug for Slab {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Slab").field("held_bytes", &self.held_bytes()).finish()
+        f.debug_struct("Slab").field("held_bytes", &self.held_bytes()).finish_non_exhaustive()
     }
 }
 
@@ -78,107 +114,166 @@ impl fmt::Debug for SlabBuf {
 }
 
 impl Slab {
+    /// An arena that grows up to `max_bytes`, rounded to chunks; one at least, 64 GiB at most.
+    ///
+    /// # Errors
+    /// The system is out of descriptors or address space, or has no seals (before Linux 5.1).
+    pub fn new(max_bytes: u64) -> io::Result<Self> {
+        let max_bytes = max_bytes.clamp(1, MAX_ARENA_BYTES);
+        let chunks = usize::try_from(max_bytes.div_ceil(CHUNK_BYTES as u64));
+        let chunks = chunks.map_err(|_| io::ErrorKind::InvalidInput)?;
+        let arena = Arena::new(chunks * CHUNK_BYTES)?;
+        let shared = Shared { arena, chunks: Mutex::default(), published: AtomicU64::new(1) };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
     /// A slot for `len` bytes, which hold anything.
     ///
     /// # Errors
-    /// `InvalidInput` for more than [`CHUNK_BYTES`]; the system is out of memory.
+    /// `InvalidInput` for more than [`CHUNK_BYTES`]; the arena is full, or the system is.
     pub fn take(&self, len: usize) -> io::Result<SlabBuf> {
         let slot_bytes = len.next_power_of_two().max(MIN_SLOT_BYTES);
         let size = (slot_bytes / MIN_SLOT_BYTES).ilog2() as usize;
-        let chunks = self.sizes.get(size).ok_or(io::ErrorKind::InvalidInput)?;
-        let (chunk, slot, base) = lock(chunks).take(slot_bytes)?;
-        // SAFETY: slot `slot` ends inside its chunk, which stays mapped while the slot is taken.
-        let bytes = unsafe { base.add(slot * slot_bytes) };
-        Ok(SlabBuf { bytes, len, chunk, slot, size, slab: self.clone() })
+        if size >= SIZES {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let (chunk, slot) = self.chunks().take(size, &self.shared.arena)?;
+        // SAFETY: slot `slot` ends inside chunk `chunk`, which lies inside the arena.
+        let bytes = unsafe { self.shared.arena.base.add(chunk * CHUNK_BYTES + slot * slot_bytes) };
+        Ok(SlabBuf { bytes, len, chunk, slot, size, slab: self.clone(), published: None })
     }
 
-    /// Bytes of all chunks that are mapped now.
+    /// Bytes of memory that the arena has taken so far.
     #[must_use]
     pub fn held_bytes(&self) -> u64 {
-        let mapped = |chunks: &Mutex<Chunks>| lock(chunks).chunks.iter().flatten().count();
-        self.sizes.iter().map(mapped).sum::<usize>() as u64 * CHUNK_BYTES as u64
+        self.chunks().chunks.len() as u64 * CHUNK_BYTES as u64
+    }
+
+    /// Length of the arena in bytes, most of which may be no memory yet.
+    #[must_use]
+    pub fn len_bytes(&self) -> u64 {
+        self.shared.arena.len_bytes as u64
+    }
+
+    /// The arena, to be handed to a reader, who can map and read it and nothing else.
+    #[must_use]
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.shared.arena.fd.as_fd()
+    }
+
+    /// A panic of another owner leaves the lists whole: each change is one push or pop.
+    fn chunks(&self) -> MutexGuard<'_, Chunks> {
+        self.shared.chunks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Chunks {
-    fn take(&mut self, slot_bytes: usize) -> io::Result<(usize, usize, NonNull<u8>)> {
-        let index = match self.open.first() {
-            Some(&index) => index,
-            None => self.grow(slot_bytes)?,
+    fn take(&mut self, size: usize, arena: &Arena) -> io::Result<(usize, usize)> {
+        let open = self.open.get(size).and_then(|open| open.first().copied());
+        let index = match open {
+            Some(index) => index,
+            None => self.cut(size, arena)?,
         };
-        let chunk = self.chunks.get_mut(index).and_then(Option::as_mut);
-        let chunk = chunk.expect("an open chunk is mapped");
-        let slot = chunk.free.pop().expect("an open chunk has a free slot");
-        if chunk.free.is_empty() {
-            self.open.remove(&index);
+        let free = self.chunks.get_mut(index).map(|chunk| &mut chunk.free);
+        let free = free.expect("an open chunk is there");
+        let slot = free.pop().expect("an open chunk has a free slot");
+        if free.is_empty() {
+            self.open[size].remove(&index);
         }
-        Ok((index, slot, chunk.mapping.base))
+        Ok((index, slot))
     }
 
-    fn grow(&mut self, slot_bytes: usize) -> io::Result<usize> {
-        let free = (0..CHUNK_BYTES / slot_bytes).rev().collect();
-        let chunk = Chunk { mapping: Mapping::new()?, free };
-        let gap = self.chunks.iter().position(Option::is_none);
-        let index = gap.unwrap_or(self.chunks.len());
-        match gap {
-            Some(gap) => self.chunks[gap] = Some(chunk),
-            None => self.chunks.push(Some(chunk)),
-        }
-        self.open.insert(index);
+    /// Cuts an empty chunk, or a new one, into slots of `size`.
+    fn cut(&mut self, size: usize, arena: &Arena) -> io::Result<usize> {
+        let index = match self.empty.pop() {
+            Some(index) => index,
+            None => {
+                arena.populate(self.chunks.len())?;
+                self.chunks.push(Chunk::default());
+                self.chunks.len() - 1
+            }
+        };
+        self.chunks[index].free = (0..slots_of(size)).rev().collect();
+        self.open[size].insert(index);
         Ok(index)
     }
 
-    fn give_back(&mut self, index: usize, slot: usize, slot_bytes: usize) {
-        let Some(place) = self.chunks.get_mut(index) else { return };
-        let Some(chunk) = place else { return };
+    fn give_back(&mut self, index: usize, slot: usize, size: usize) {
+        let Some(chunk) = self.chunks.get_mut(index) else { return };
         chunk.free.push(slot);
-        self.open.insert(index);
-        if chunk.free.len() == CHUNK_BYTES / slot_bytes && self.open.len() > 1 {
-            self.open.remove(&index);
-            *place = None;
+        if chunk.free.len() == slots_of(size) {
+            chunk.free = Vec::new();
+            self.open[size].remove(&index);
+            self.empty.push(index);
+        } else {
+            self.open[size].insert(index);
         }
     }
 }
 
-impl Mapping {
-    fn new() -> io::Result<Self> {
+fn slots_of(size: usize) -> usize {
+    CHUNK_BYTES / (MIN_SLOT_BYTES << size)
+}
+
+impl Arena {
+    fn new(len_bytes: usize) -> io::Result<Self> {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let fd = rustix::fs::memfd_create("bedplate-decoded", flags)?;
+        rustix::fs::ftruncate(&fd, len_bytes as u64)?;
+        let mapped_bytes = len_bytes + CHUNK_BYTES;
+        // SAFETY: a fresh mapping at an address of the kernel's choice replaces nothing; it only
+        // keeps a range of addresses, with room for the alignment.
+        let start = unsafe {
+            rustix::mm::mmap_anonymous(
+                ptr::null_mut(),
+                mapped_bytes,
+                ProtFlags::empty(),
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
+        }?;
+        let start = NonNull::new(start.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
+        let base = start.as_ptr().wrapping_add(start.as_ptr().align_offset(CHUNK_BYTES));
+        let base = NonNull::new(base).ok_or(io::ErrorKind::OutOfMemory)?;
+        let arena = Self { base, mapped: (start, mapped_bytes), len_bytes, fd };
         let prot = ProtFlags::READ | ProtFlags::WRITE;
-        // Twice the size, so that an aligned half is inside.
-        let len = 2 * CHUNK_BYTES;
-        // SAFETY: a fresh private mapping at an address of the kernel's choice replaces nothing.
-        let start =
-            unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), len, prot, MapFlags::PRIVATE) }?;
-        let before = start.cast::<u8>().align_offset(CHUNK_BYTES);
-        let base = start.cast::<u8>().wrapping_add(before);
-        let after = base.wrapping_add(CHUNK_BYTES);
-        for (from, len) in [(start.cast(), before), (after, CHUNK_BYTES - before)] {
-            if len > 0 {
-                // SAFETY: both ranges are parts of the mapping just made that nobody knows of; the
-                // aligned chunk between them stays.
-                unsafe { rustix::mm::munmap(from.cast(), len) }?;
-            }
+        let flags = MapFlags::SHARED | MapFlags::FIXED;
+        // SAFETY: replaces a part of the range just kept, which nobody else knows of; the memfd is
+        // sealed against shrinking before anybody else has it.
+        unsafe { rustix::mm::mmap(base.as_ptr().cast(), len_bytes, prot, flags, &arena.fd, 0) }?;
+        let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE | SealFlags::SEAL;
+        rustix::fs::fcntl_add_seals(&arena.fd, seals)?;
+        Ok(arena)
+    }
+
+    /// Gives chunk `index` its memory, if possible as one huge page.
+    fn populate(&self, index: usize) -> io::Result<()> {
+        let at = index * CHUNK_BYTES;
+        if at >= self.len_bytes {
+            return Err(io::ErrorKind::StorageFull.into());
         }
-        for advice in [Advice::LinuxHugepage, Advice::LinuxPopulateWrite] {
-            // Populated now: two threads that touch one huge page first would both make one.
-            // SAFETY: advice on our own range that changes no content.
-            let _hint_only = unsafe { rustix::mm::madvise(base.cast(), CHUNK_BYTES, advice) };
-        }
-        NonNull::new(base).map(|base| Self { base }).ok_or(io::ErrorKind::OutOfMemory.into())
+        // Here a lack of memory is an error; at the first touch it would be a signal.
+        let chunk = CHUNK_BYTES as u64;
+        rustix::fs::fallocate(&self.fd, FallocateFlags::empty(), at as u64, chunk)?;
+        // SAFETY: the chunk is in our own map, and its content does not change.
+        let _slower_without =
+            unsafe { libc::madvise(self.base.as_ptr().add(at).cast(), CHUNK_BYTES, MADV_COLLAPSE) };
+        Ok(())
     }
 }
 
-impl Drop for Mapping {
+impl Drop for Arena {
     fn drop(&mut self) {
-        // SAFETY: the range is that of our own chunk, and a chunk is dropped when no slot of it is
-        // taken.
-        let unmapped = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), CHUNK_BYTES) };
-        debug_assert!(unmapped.is_ok(), "munmap of our own chunk cannot fail");
+        let (start, len) = self.mapped;
+        // SAFETY: the range is that of our own mappings, and every slot holds the arena.
+        let unmapped = unsafe { rustix::mm::munmap(start.as_ptr().cast(), len) };
+        debug_assert!(unmapped.is_ok(), "munmap of our own arena cannot fail");
     }
 }
 
 impl SlabBuf {
-    /// The bytes, to be filled.
+    /// The bytes, to be filled. Not after [`publish`](Self::publish): readers would see both.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
+        debug_assert!(self.published.is_none(), "others read it already");
         // SAFETY: the slot is this owner's alone, has room for `len` bytes, and was zero or written
         // before: every byte is initialised.
         unsafe { std::slice::from_raw_parts_mut(self.bytes.as_ptr(), self.len) }
@@ -187,6 +282,30 @@ impl SlabBuf {
     /// Only the first `len` bytes count from now on.
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
+    }
+
+    /// Tells readers of `table`, by its word `index`, where the bytes are, until this is dropped.
+    /// Of several that are published for one word the last one counts.
+    pub fn publish(&mut self, table: &Arc<SharedTable>, index: u64) {
+        let slot_bytes = MIN_SLOT_BYTES << self.size;
+        let place = (self.chunk * CHUNK_BYTES + self.slot * slot_bytes) as u64 / PLACE_BYTES;
+        let number = self.slab.shared.published.fetch_add(1, Ordering::Relaxed);
+        let word = number << PLACE_BITS | place;
+        if table.set(index, word) {
+            self.published = Some(Published { table: Arc::clone(table), index, word });
+        }
+    }
+}
+
+impl Published {
+    /// No reader who looks after this takes what comes into the slot for what was there.
+    fn withdraw(&self) {
+        let word = usize::try_from(self.index).ok().and_then(|n| self.table.words().get(n));
+        if let Some(word) = word {
+            let _another_by_now =
+                word.compare_exchange(self.word, 0, Ordering::AcqRel, Ordering::Relaxed);
+        }
+        fence(Ordering::Release);
     }
 }
 
@@ -199,24 +318,24 @@ impl AsRef<[u8]> for SlabBuf {
 
 impl Drop for SlabBuf {
     fn drop(&mut self) {
-        if let Some(chunks) = self.slab.sizes.get(self.size) {
-            lock(chunks).give_back(self.chunk, self.slot, MIN_SLOT_BYTES << self.size);
+        if let Some(published) = &self.published {
+            published.withdraw();
         }
+        self.slab.chunks().give_back(self.chunk, self.slot, self.size);
     }
-}
-
-/// A panic of another owner leaves the lists whole: each change is one push or pop.
-fn lock(chunks: &Mutex<Chunks>) -> MutexGuard<'_, Chunks> {
-    chunks.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
     use super::*;
+    use crate::format::{Header, Kind, place};
 
     #[test]
     fn slots_do_not_overlap_and_come_back() {
-        let slab = Slab::default();
+        let slab = Slab::new(64 << 20).unwrap();
         let mut bufs: Vec<SlabBuf> = (0..70).map(|_| slab.take(65_536).unwrap()).collect();
         for (n, buf) in (0..).zip(&mut bufs) {
             buf.bytes_mut().fill(n);
@@ -226,12 +345,14 @@ mod tests {
         }
         assert_eq!(slab.held_bytes(), 3 * CHUNK_BYTES as u64);
         drop(bufs);
-        assert_eq!(slab.held_bytes(), CHUNK_BYTES as u64, "one is kept");
+        let other: Vec<SlabBuf> = (0..96).map(|_| slab.take(32_768).unwrap()).collect();
+        assert!(other.iter().all(|buf| buf.as_ref().len() == 32_768));
+        assert_eq!(slab.held_bytes(), 3 * CHUNK_BYTES as u64, "cut anew into other slots");
     }
 
     #[test]
     fn every_size_has_its_slots_and_a_buffer_may_be_cut() {
-        let slab = Slab::default();
+        let slab = Slab::new(64 << 20).unwrap();
         for len in [1, 512, 4096, 4097, 1 << 20, CHUNK_BYTES] {
             let mut buf = slab.take(len).unwrap();
             buf.bytes_mut().fill(9);
@@ -242,18 +363,50 @@ mod tests {
     }
 
     #[test]
-    fn a_chunk_in_the_middle_is_given_back_and_its_place_is_used_again() {
-        let slab = Slab::default();
+    fn a_chunk_in_the_middle_is_used_again_and_a_full_arena_is_an_error() {
+        let slab = Slab::new(64 << 20).unwrap();
         let mut bufs: Vec<_> = (0..5).map(|_| slab.take(CHUNK_BYTES).unwrap()).collect();
         bufs.drain(1..4);
-        assert_eq!(slab.held_bytes(), 3 * CHUNK_BYTES as u64);
         bufs.extend((0..3).map(|_| slab.take(CHUNK_BYTES).unwrap()));
         assert_eq!(slab.held_bytes(), 5 * CHUNK_BYTES as u64);
+        bufs.extend((5..32).map(|_| slab.take(CHUNK_BYTES).unwrap()));
+        assert!(slab.take(1).is_err());
+        bufs.pop();
+        assert!(slab.take(1).is_ok());
+    }
+
+    #[test]
+    fn a_published_slot_is_found_by_its_word_until_it_is_dropped() {
+        let slab = Slab::new(8 << 20).unwrap();
+        let header = Header { kind: Kind::Decoded, unit_bits: 16, units: 4, ..Header::EMPTY };
+        let table = Arc::new(SharedTable::new("test", &header).unwrap());
+        let first = slab.take(65_536).unwrap();
+        let mut buf = slab.take(65_536).unwrap();
+        buf.bytes_mut().fill(7);
+        buf.publish(&table, 3);
+        let word = table.get(3).unwrap();
+        let mut found = [0; 65_536];
+        let arena = File::from(slab.fd().try_clone_to_owned().unwrap());
+        arena.read_exact_at(&mut found, place(word).unwrap()).unwrap();
+        assert!(found.iter().all(|&byte| byte == 7));
+        assert!(arena.write_at(&[1], 0).is_err(), "nobody else writes");
+
+        let mut again = slab.take(65_536).unwrap();
+        again.publish(&table, 3);
+        drop(buf);
+        assert_ne!(table.get(3), Some(word), "the later one's");
+        assert_ne!(table.get(3), Some(0));
+        drop(again);
+        assert_eq!(table.get(3), Some(0));
+        let mut last = slab.take(65_536).unwrap();
+        last.publish(&table, 3);
+        assert_ne!(table.get(3), Some(word), "no word comes twice");
+        drop(first);
     }
 
     #[test]
     fn many_threads_take_and_give_back() {
-        let slab = Slab::default();
+        let slab = Slab::new(64 << 20).unwrap();
         std::thread::scope(|scope| {
             for n in 0..8_u8 {
                 let slab = slab.clone();
@@ -267,6 +420,6 @@ mod tests {
                 });
             }
         });
-        assert!(slab.held_bytes() <= CHUNK_BYTES as u64);
+        assert!(slab.held_bytes() <= 4 * CHUNK_BYTES as u64, "{}", slab.held_bytes());
     }
 }

@@ -8,13 +8,7 @@
 //! Never: takes a lock to look up, or reads compressed bytes from the map.
 //! Start at [`BlockMap::run_at`].
 //!
-//! | word | meaning |
-//! |---|---|
-//! | 0 | not filled in |
-//! | file offset, bit 0 | data |
-//! | 2 | zero |
-//! | 3 | the entry is damaged: read it again for the reason |
-//! | file offset, bit 2 | a compressed grain |
+//! The words are those of [`format`]; that of a compressed grain has its file offset.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -24,20 +18,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 
 use super::layout::{Block, GRAIN_MARKER_BYTES, Layout, Page};
-use crate::image::decoder::{self, Decoder};
+use crate::image::decoder::{self, Decoder, Room};
 use crate::image::fault::EntryFault;
 use crate::image::layer::{LayerKind, LayerRun};
 use crate::image::{ImageError, ReadError};
-use crate::map::{SharedTable, Slab};
+use crate::map::SharedTable;
+use crate::map::format::{self, DAMAGED, DATA, ENCODED, KIND_BITS, ZERO};
 use crate::units::{FileOffset, GuestOffset};
 
-/// Offsets are multiples of 512, which leaves these bits for the kind.
-const KIND_BITS: u64 = 511;
 const UNKNOWN: u64 = 0;
-const DATA: u64 = 1;
-const ZERO: u64 = 2;
-const DAMAGED: u64 = 3;
-const ENCODED: u64 = 4;
 /// Blocks that one run is made of at most: whoever asks for all of a disk should not fill in all.
 const MAX_RUN_BLOCKS: u64 = 1 << 15;
 
@@ -55,12 +44,24 @@ impl BlockMap {
     /// # Errors
     /// [`ImageError::Map`] if the host refuses the memory.
     pub fn new(layout: Layout, path: &Path) -> Result<Self, ImageError> {
-        let words = layout.blocks();
-        let table = SharedTable::new("bedplate-blocks", words).map_err(|source| {
-            let (path, len_bytes) = (path.to_owned(), words * 8);
+        let header = format::Header {
+            kind: format::Kind::Words,
+            unit_bits: layout.block_bits,
+            units: layout.blocks(),
+            size_bytes: layout.size_bytes,
+            ..format::Header::EMPTY
+        };
+        let table = SharedTable::new("bedplate-blocks", &header).map_err(|source| {
+            let (path, len_bytes) = (path.to_owned(), header.units * 8);
             ImageError::Map { path, what: "the block map", len_bytes, source }
         })?;
         Ok(Self { layout, table, path: path.to_owned() })
+    }
+
+    /// The map itself, for readers in other processes.
+    #[must_use]
+    pub fn table(&self) -> &SharedTable {
+        &self.table
     }
 
     /// Where the entries are.
@@ -91,13 +92,13 @@ impl BlockMap {
         let (block, start) = self.block_of(at);
         let word = self.word(file, block)?;
         let (kind, next) = match word & KIND_BITS {
+            _ if word & ENCODED != 0 => (LayerKind::Encoded, block + 1),
             DATA => {
                 let expected = |n| word + (n << bits);
                 let stored = FileOffset((word & !KIND_BITS) + (at.0 - start.0));
                 (LayerKind::Data(stored), self.extend(file, block, end, expected))
             }
             ZERO => (LayerKind::Zero, self.extend(file, block, end, |_| ZERO)),
-            ENCODED => (LayerKind::Encoded, block + 1),
             _damaged => return Err(self.damage(file, block)),
         };
         let end = end.min(next << bits);
@@ -185,18 +186,18 @@ impl BlockMap {
     ///
     /// # Errors
     /// [`ReadError::NotEncoded`], [`ReadError::Decode`], or those of `run_at`.
-    pub fn decode(&self, file: &File, at: GuestOffset, slab: &Slab) -> Result<Bytes, ReadError> {
+    pub fn decode(&self, file: &File, at: GuestOffset, room: Room<'_>) -> Result<Bytes, ReadError> {
         let (block, start) = self.block_of(at);
         let word = self.word(file, block)?;
         let stored_at = match word & KIND_BITS {
-            ENCODED => FileOffset(word & !KIND_BITS),
+            _ if word & ENCODED != 0 => FileOffset(word & !(ENCODED | KIND_BITS)),
             DAMAGED => return Err(self.damage(file, block)),
             _another_kind => return Err(ReadError::NotEncoded { at }),
         };
         let grain = Grain { at: stored_at, start, visible_bytes: self.layout.visible_bytes(block) };
         let size = usize::try_from(self.layout.block_bytes()).expect("a grain is at most 2 MiB");
         let visible = usize::try_from(grain.visible_bytes).unwrap_or(size);
-        decoder::decode(slab, size, visible, |decoder, cluster| {
+        decoder::decode(room, size, visible, |decoder, cluster| {
             self.decode_with(decoder, file, &grain, cluster)
         })
     }

@@ -24,11 +24,11 @@ use super::header::Header;
 use super::open::Image;
 use super::table::{self, Entry};
 use super::word::{self, Meaning, Span};
-use crate::image::decoder::{self, Decoder};
+use crate::image::decoder::{self, Decoder, Room};
 use crate::image::fault::EntryFault;
 use crate::image::layer::{LayerKind, LayerRun};
 use crate::image::{ImageError, ReadError};
-use crate::map::{SharedTable, Slab};
+use crate::map::{SharedTable, format};
 use crate::units::{FileOffset, GuestOffset};
 
 /// Bytes of an L2 table that are read at once: a page, so that opening stays instant.
@@ -64,9 +64,10 @@ impl ClusterMap {
         // Taken apart here: the place of an L2 table is in its span word from now on.
         let l1 = std::mem::take(&mut image.l1);
         let spans = l1.len();
-        let words = spans as u64 + image.header.units();
-        let table = SharedTable::new("bedplate-clusters", words).map_err(|source| {
-            let (path, len_bytes) = (path.to_owned(), words * 8);
+        let empty = if image.header.backing { word::BENEATH } else { word::ZERO };
+        let header = Self::table_header(&image.header, spans, empty);
+        let table = SharedTable::new("bedplate-clusters", &header).map_err(|source| {
+            let (path, len_bytes) = (path.to_owned(), header.body_words().unwrap_or(0) * 8);
             ImageError::Map { path, what: "the cluster map", len_bytes, source }
         })?;
         let mut words = table.words().iter();
@@ -75,11 +76,22 @@ impl ClusterMap {
                 word.store(Span::Unread(FileOffset(at)).to_word(), Ordering::Release);
             }
         });
-        let empty = if image.header.backing { word::BENEATH } else { word::ZERO };
         Ok(Self { image, table, spans, empty, path: path.to_owned() })
     }
 
-    /// The map itself, to be handed to a reader in another process; see `word` for its layout.
+    fn table_header(header: &Header, spans: usize, empty: u64) -> format::Header {
+        format::Header {
+            kind: format::Kind::Words,
+            unit_bits: header.unit_bits(),
+            span_bits: header.l2_bits() + header.units_in_cluster_bits(),
+            spans: spans as u64,
+            units: header.units(),
+            size_bytes: header.size_bytes,
+            empty,
+        }
+    }
+
+    /// The map itself, to be handed to a reader in another process; see [`format`] for its layout.
     #[must_use]
     pub fn table(&self) -> &SharedTable {
         &self.table
@@ -305,12 +317,12 @@ impl ClusterMap {
 
     /// Decodes the compressed cluster around `at`; ends with the cluster or with the disk.
     ///
-    /// Reads the stored bytes with pread, and puts the result into memory from `slab`. Decoders are
-    /// shared and kept, results are not.
+    /// Reads the stored bytes with pread, and puts the result where `room` says. Decoders are shared
+    /// and kept, results are not.
     ///
     /// # Errors
     /// [`ReadError::NotEncoded`], [`ReadError::Decode`], or those of `run_at`.
-    pub fn decode(&self, file: &File, at: GuestOffset, slab: &Slab) -> Result<Bytes, ReadError> {
+    pub fn decode(&self, file: &File, at: GuestOffset, room: Room<'_>) -> Result<Bytes, ReadError> {
         let (cluster, start) = self.cluster_of(at);
         let unit = at.0 >> self.image.header.unit_bits();
         let packed = match self.meaning(file, unit)? {
@@ -323,7 +335,7 @@ impl ClusterMap {
         let visible = usize::try_from(self.image.visible_bytes(cluster)).unwrap_or(usize::MAX);
         let size_bytes = self.image.header.cluster_bits.size_bytes();
         let size = usize::try_from(size_bytes).expect("at most 2 MiB");
-        decoder::decode(slab, size, visible, |decoder, cluster| {
+        decoder::decode(room, size, visible, |decoder, cluster| {
             self.decode_with(decoder, file, packed, start, cluster)
         })
     }

@@ -1,7 +1,7 @@
 //! The two kinds of words in the shared cluster map.
 //!
 //! Why: a reader in another process gets entries that were judged already, in host byte order.
-//! How: the map begins with a span word for each L2 table that the disk needs, then has a cluster
+//! How: as [`crate::map::format`] has it: a span word for each L2 table that the disk needs, then a
 //! word for each guest cluster, or for each subcluster where an image has them (the words of a
 //! compressed cluster's are all the same). Zero words are what a new map is made of.
 //! Never: holds a number that was not judged.
@@ -13,32 +13,17 @@
 //! | L2 table's file offset, bit 0 | nothing of the table was read yet |
 //! | L2 table's file offset, bit 1 | some of it was: words that are not 0 are filled in |
 //!
-//! | cluster word | meaning |
-//! |---|---|
-//! | 0 | not filled in |
-//! | file offset, bit 0 | data |
-//! | 2 | zero |
-//! | 4 | what the backing file has there |
-//! | 3 | the entry is damaged: read it again for the reason |
-//! | bit 63, entry in bits 0 to 61 | compressed |
+//! The word of a compressed cluster has its L2 entry in bits 0 to 61.
 
 use super::entry::{Cluster, Packed};
 use super::header::ClusterBits;
+pub(super) use crate::map::format::{BENEATH, DAMAGED, ZERO};
+use crate::map::format::{DATA, ENCODED, KIND_BITS};
 use crate::units::FileOffset;
 
-/// Offsets are multiples of 512, which leaves these bits for the kind.
-const KIND_BITS: u64 = 511;
-const ENCODED: u64 = 1 << 63;
 const DESCRIPTOR: u64 = (1 << 62) - 1;
-const DATA: u64 = 1;
 /// The word of a unit that is not filled in.
 pub(super) const UNKNOWN: u64 = 0;
-/// The word of a zero cluster.
-pub(super) const ZERO: u64 = 2;
-/// The word of a cluster whose L2 entry is damaged.
-pub(super) const DAMAGED: u64 = 3;
-/// The word of what is not stored here, in an image with a backing file.
-pub(super) const BENEATH: u64 = 4;
 const SPAN_UNREAD: u64 = 1;
 const SPAN_BEGUN: u64 = 2;
 

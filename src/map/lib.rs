@@ -9,16 +9,23 @@
 //! Never: hands out a `&[u8]` into a mapped file, or maps a file for writing.
 //! Start at [`FileMap`], [`send_pieces`] and [`SharedTable`].
 
+pub mod units;
+
+mod data;
 mod file;
+pub mod format;
 mod guard;
+mod protect;
 mod resident;
 mod send;
 mod slab;
 mod table;
 
+pub use data::MappedData;
 pub use file::{FileMap, KernelSlice};
 pub use guard::Copied;
+pub use protect::read_only;
 pub use resident::Resident;
 pub use send::{MAX_PIECES, Piece, send_pieces};
 pub use slab::{CHUNK_BYTES, Slab, SlabBuf};
-pub use table::SharedTable;
+pub use table::{ReadTable, SharedTable};
