@@ -16,6 +16,7 @@
 //! cluster map), [`ring`] (sinks), [`serve::nbd`] (a server for any view).
 
 pub mod names;
+pub mod peer;
 
 #[doc(inline)]
 pub use bedplate_map as map;

@@ -38,6 +38,7 @@ pub(super) async fn run(
     let daemon = Daemon::start(&config, node).await?;
     output.note(&format!("control socket: {}", daemon.control_socket().display()));
     output.note(&format!("NBD socket:     {}", daemon.nbd_socket().display()));
+    output.note(&format!("replica socket: {}", daemon.replica_socket().display()));
     signals.next().await;
     output.note("ending; what has arrived is kept");
     daemon.shutdown().await;

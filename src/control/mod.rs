@@ -3,7 +3,7 @@
 //! Why: one door, versioned (`/v1`), that `curl --unix-socket` opens as well as our own CLI does.
 //! How: one table of routes ([`routes`]), thin handlers that ask the manager, wire types of their
 //! own ([`types`]) in which no credential fits, and an event stream that begins with everything as
-//! it is. Who may come in is decided by the kernel's word on the peer ([`peer`]).
+//! it is. Who may come in is decided by the kernel's word on the peer ([`crate::peer`]).
 //! Never: does I/O on images; prints or sends a credential; lets a slow peer hold up another.
 //! Start at [`routes::table`], then [`server::Server`]; `openapi.json` describes all of it.
 
@@ -14,7 +14,6 @@ mod events;
 mod handlers;
 pub mod inspection;
 mod metrics;
-pub mod peer;
 pub mod routes;
 pub mod server;
 pub mod types;

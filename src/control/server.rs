@@ -24,8 +24,8 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use super::App;
 use super::error::ApiError;
-use super::peer::Allowed;
 use super::routes::router;
+use crate::peer::{Allowed, Peer};
 
 /// Connections at a time; more wait in the kernel's backlog.
 pub const MAX_CONNECTIONS: usize = 256;
@@ -139,7 +139,10 @@ async fn accept(
             tokio::time::sleep(Duration::from_millis(50)).await;
             continue;
         };
-        let admitted = stream.peer_cred().is_ok_and(|peer| allowed.admits(&peer));
+        let admitted = stream.peer_cred().is_ok_and(|peer| {
+            let (uid, gid, pid) = (peer.uid(), peer.gid(), peer.pid());
+            allowed.admits(Peer { uid, gid, pid })
+        });
         let (router, stopping) = (router.clone(), stopping.clone());
         connections.spawn(async move {
             let _place = place;

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::{CONTROL_SOCKET, DaemonError, NBD_SOCKET, sockets};
+use super::{CONTROL_SOCKET, DaemonError, NBD_SOCKET, REPLICA_SOCKET, sockets};
 use crate::fetch::{AddressPolicy, Trust};
 use crate::manager::{CLEANUP_WAIT, NodeOptions};
 use crate::names::ImageName;
@@ -27,6 +27,14 @@ pub struct Config {
     pub control_socket: Option<PathBuf>,
     /// Default: `<first disk>/bedplate/nbd.sock`.
     pub nbd_socket: Option<PathBuf>,
+    /// Where readers on this node attach to images. Default: `<first disk>/bedplate/replica.sock`.
+    pub replica_socket: Option<PathBuf>,
+    /// Users, besides root and the daemon's own, that may attach. Default: none.
+    #[serde(default)]
+    pub replica_uids: Vec<u32>,
+    /// Groups whose members may attach. Default: none.
+    #[serde(default)]
+    pub replica_gids: Vec<u32>,
     /// Users, besides root and the daemon's own, that may use the control socket. Default: none.
     #[serde(default)]
     pub control_uids: Vec<u32>,
@@ -163,6 +171,14 @@ impl Config {
     /// As [`Config::control_socket`].
     pub fn nbd_socket(&self) -> Result<PathBuf, DaemonError> {
         self.socket(self.nbd_socket.as_deref(), NBD_SOCKET)
+    }
+
+    /// Where the socket that readers attach at is to be.
+    ///
+    /// # Errors
+    /// As [`Config::control_socket`].
+    pub fn replica_socket(&self) -> Result<PathBuf, DaemonError> {
+        self.socket(self.replica_socket.as_deref(), REPLICA_SOCKET)
     }
 
     fn socket(&self, given: Option<&Path>, name: &str) -> Result<PathBuf, DaemonError> {

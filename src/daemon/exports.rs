@@ -48,7 +48,10 @@ impl Exporter for NodeExports {
         let view = self.backend.open_view(chain)?;
         let Some(Link { copy, .. }) = chain.first() else { return Ok(()) };
         let description = format!("{} {}, copy on disk {}", copy.image, copy.uuid, copy.disk);
-        match self.registry.add(copy.image.as_str(), view, &description) {
+        // What it stands on belongs to what its bytes are.
+        let identity: Vec<String> = chain.iter().map(identity_of).collect();
+        let identity = identity.join(" on ");
+        match self.registry.add_as(copy.image.as_str(), view, &description, &identity) {
             Ok(_) => {
                 self.choose_default();
                 Ok(())
@@ -70,5 +73,15 @@ impl Exporter for NodeExports {
 
     fn sessions(&self, image: &ImageName) -> usize {
         self.registry.in_use(image.as_str())
+    }
+}
+
+/// Whichever copy it is, the bytes are the image's: its UUID is given once, and a copy with another
+/// digest is refused.
+fn identity_of(link: &Link) -> String {
+    let Link { copy, snapshot } = link;
+    match snapshot {
+        Some(snapshot) => format!("{} {} at {snapshot}", copy.image, copy.uuid),
+        None => format!("{} {}", copy.image, copy.uuid),
     }
 }

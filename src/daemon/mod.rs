@@ -20,11 +20,12 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 use crate::catalog::{Catalog, Embedded};
-use crate::control::{App, AppParts, HttpCounters, Served, peer, server};
+use crate::control::{App, AppParts, HttpCounters, Served, server};
 use crate::image::DecodedCache;
 use crate::manager::{Backend, Manager, Node};
 use crate::names::ImageName;
-use crate::serve::{self, Exports, nbd};
+use crate::peer::Allowed;
+use crate::serve::{self, Exports, nbd, replica};
 
 pub use config::{Config, ConfigError};
 pub use error::DaemonError;
@@ -34,6 +35,8 @@ pub use sockets::{SUN_PATH_MAX, default_socket, private_socket_dir, state_dir};
 pub const CONTROL_SOCKET: &str = "control.sock";
 /// Name of the NBD socket there.
 pub const NBD_SOCKET: &str = "nbd.sock";
+/// Name of the socket that readers attach at, there.
+pub const REPLICA_SOCKET: &str = "replica.sock";
 /// Name of the catalog there.
 pub const CATALOG: &str = "catalog.redb";
 
@@ -45,13 +48,16 @@ pub struct Daemon;
 pub struct DaemonHandle {
     control: server::Server,
     manager: Manager,
-    nbd: NbdThread,
+    nbd: ServerThread,
+    replica: ServerThread,
     nbd_socket: PathBuf,
+    replica_socket: PathBuf,
     closing: watch::Sender<bool>,
 }
 
-struct NbdThread {
-    stopper: nbd::Stopper,
+/// A server on a thread of its own.
+struct ServerThread {
+    stop: Box<dyn FnOnce() + Send>,
     thread: std::thread::JoinHandle<()>,
 }
 
@@ -85,10 +91,20 @@ impl Daemon {
         let cleanup_wait = config.cleanup_wait()?;
         let control_socket = config.control_socket()?;
         let nbd_socket = config.nbd_socket()?;
+        let replica_socket = config.replica_socket()?;
         let catalog: Arc<dyn Catalog> = Arc::new(open_catalog(first).await?);
 
         let registry = Arc::new(serve::Exports::new());
         let nbd = start_nbd(&nbd_socket, registry.clone())?;
+        let allowed =
+            Allowed { uids: config.replica_uids.clone(), gids: config.replica_gids.clone() };
+        let replica = match start_replica(&replica_socket, registry.clone(), allowed) {
+            Ok(replica) => replica,
+            Err(error) => {
+                nbd.stop().await;
+                return Err(error);
+            }
+        };
         let exporter = Arc::new(exports::NodeExports::new(
             backend.clone(),
             registry.clone(),
@@ -97,6 +113,7 @@ impl Daemon {
         let manager = match Manager::start(catalog, backend.clone(), exporter).await {
             Ok(manager) => manager,
             Err(error) => {
+                replica.stop().await;
                 nbd.stop().await;
                 return Err(error.into());
             }
@@ -117,19 +134,21 @@ impl Daemon {
             http: HttpCounters::default(),
         });
         let allowed =
-            peer::Allowed { uids: config.control_uids.clone(), gids: config.control_gids.clone() };
+            Allowed { uids: config.control_uids.clone(), gids: config.control_gids.clone() };
         let control = match server::Server::bind(&control_socket, app, allowed).await {
             Ok(control) => control,
             Err(error) => {
                 manager.stop().await;
+                replica.stop().await;
                 nbd.stop().await;
                 return Err(error.into());
             }
         };
         tracing::info!(
-            control = %control_socket.display(), nbd = %nbd_socket.display(), "daemon is ready"
+            control = %control_socket.display(), nbd = %nbd_socket.display(),
+            replica = %replica_socket.display(), "daemon is ready"
         );
-        Ok(DaemonHandle { control, manager, nbd, nbd_socket, closing })
+        Ok(DaemonHandle { control, manager, nbd, replica, nbd_socket, replica_socket, closing })
     }
 }
 
@@ -146,35 +165,62 @@ impl DaemonHandle {
         &self.nbd_socket
     }
 
+    /// Where readers attach.
+    #[must_use]
+    pub fn replica_socket(&self) -> &Path {
+        &self.replica_socket
+    }
+
     /// Ends it in order: no new commands; workers stop and what they have is durable; sessions
     /// are served what they asked for and hung up; the catalog is closed.
     pub async fn shutdown(self) {
         self.closing.send_replace(true);
         self.control.shutdown().await;
         self.manager.stop().await;
+        self.replica.stop().await;
         self.nbd.stop().await;
         tracing::info!("daemon has ended");
     }
 }
 
-impl NbdThread {
+impl ServerThread {
+    fn start(
+        name: &str,
+        stop: impl FnOnce() + Send + 'static,
+        run: impl FnOnce() -> Result<(), serve::ServeError> + Send + 'static,
+    ) -> Result<Self, DaemonError> {
+        let what = name.to_owned();
+        let run = move || {
+            if let Err(error) = run() {
+                let error = crate::fetch::one_line(&error);
+                tracing::error!(%error, "the {what} server has ended");
+            }
+        };
+        let thread = std::thread::Builder::new().name(format!("{name}-accept")).spawn(run);
+        let thread = thread.map_err(|source| DaemonError::Thread { source })?;
+        Ok(Self { stop: Box::new(stop), thread })
+    }
+
     async fn stop(self) {
-        self.stopper.stop();
+        (self.stop)();
         let _panicked = tokio::task::spawn_blocking(move || self.thread.join()).await;
     }
 }
 
-fn start_nbd(socket: &Path, registry: Arc<serve::Exports>) -> Result<NbdThread, DaemonError> {
+fn start_nbd(socket: &Path, registry: Arc<Exports>) -> Result<ServerThread, DaemonError> {
     let server = nbd::Server::bind(socket, registry, nbd::Limits::default())?;
     let stopper = server.stopper();
-    let run = move || {
-        if let Err(error) = server.run() {
-            tracing::error!(error = %crate::fetch::one_line(&error), "the NBD server has ended");
-        }
-    };
-    let thread = std::thread::Builder::new().name("nbd-accept".to_owned()).spawn(run);
-    let thread = thread.map_err(|source| DaemonError::Thread { source })?;
-    Ok(NbdThread { stopper, thread })
+    ServerThread::start("nbd", move || stopper.stop(), move || server.run())
+}
+
+fn start_replica(
+    socket: &Path,
+    registry: Arc<Exports>,
+    allowed: Allowed,
+) -> Result<ServerThread, DaemonError> {
+    let server = replica::Server::bind(socket, registry, allowed, replica::Limits::default())?;
+    let stopper = server.stopper();
+    ServerThread::start("replica", move || stopper.stop(), move || server.run())
 }
 
 /// Opens the catalog of the daemon whose first disk is `disk`; makes its directory.

@@ -28,7 +28,8 @@ use crate::format::{PLACE_BITS, PLACE_BYTES};
 /// Bytes of a chunk, and the largest slot: a huge page.
 pub const CHUNK_BYTES: usize = 2 << 20;
 /// Smaller slots gain nothing.
-const MIN_SLOT_BYTES: usize = PLACE_BYTES as usize;
+const MIN_SLOT_BYTES: usize = 4096;
+const _: () = assert!(MIN_SLOT_BYTES as u64 == PLACE_BYTES);
 const SIZES: usize = (CHUNK_BYTES / MIN_SLOT_BYTES).ilog2() as usize + 1;
 /// The largest arena: what a place can name.
 const MAX_ARENA_BYTES: u64 = PLACE_BYTES << PLACE_BITS;

@@ -7,21 +7,28 @@
 //! Start at [`Exports`].
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::nbd::Socket;
+use super::replica::Handout;
 use super::{Counters, ServeError, Warmth};
 use crate::image::View;
 
 /// Longest name or description in bytes (the protocol's limit for strings).
 const MAX_TEXT_BYTES: usize = 4096;
+/// Of four bytes each, they fit into what the replica protocol has for them.
+const MAX_IDENTITY_CHARS: usize = 128;
 
 /// One view under one name.
 #[derive(Debug)]
 pub struct Export {
     name: String,
     description: String,
+    identity: String,
+    generation: u64,
     view: Arc<View>,
+    handout: OnceLock<Handout>,
     warmth: Warmth,
     counters: Counters,
     sessions: Mutex<Sessions>,
@@ -45,6 +52,23 @@ impl Export {
     #[must_use]
     pub fn description(&self) -> &str {
         &self.description
+    }
+
+    /// Which image it is: the same text for the same bytes, whichever process serves them.
+    #[must_use]
+    pub fn identity(&self) -> &str {
+        &self.identity
+    }
+
+    /// Another number for each time that an image is opened.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// What readers in other processes are given, made when the first one comes.
+    pub(super) fn handout(&self) -> &Handout {
+        self.handout.get_or_init(|| Handout::of(&self.view))
     }
 
     /// The bytes.
@@ -136,7 +160,23 @@ impl Exports {
         view: Arc<View>,
         description: &str,
     ) -> Result<Arc<Export>, ServeError> {
+        self.add_as(name, view, description, name)
+    }
+
+    /// As [`add`](Self::add), with the text by which a reader who comes back knows that it is still
+    /// the same image.
+    ///
+    /// # Errors
+    /// As [`add`](Self::add).
+    pub fn add_as(
+        &self,
+        name: &str,
+        view: Arc<View>,
+        description: &str,
+        identity: &str,
+    ) -> Result<Arc<Export>, ServeError> {
         check_text(name, name)?;
+        check_text(name, identity)?;
         check_text(name, description)?;
         if name.is_empty() {
             let rule = "the empty name means the default export; give a name and make it default";
@@ -149,6 +189,9 @@ impl Exports {
         let export = Arc::new(Export {
             name: name.to_owned(),
             description: description.to_owned(),
+            identity: identity.chars().take(MAX_IDENTITY_CHARS).collect(),
+            generation: RandomState::new().build_hasher().finish(),
+            handout: OnceLock::new(),
             warmth: Warmth::new(&view),
             view,
             counters: Counters::default(),

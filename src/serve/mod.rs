@@ -4,15 +4,18 @@
 //! How: [`Exports`] says which view has which name and who reads it now; each server is a folder
 //! that looks names up there. [`Warmth`] keeps what is known about pages in memory, for all.
 //! Never: changes a byte of an image, or opens one.
-//! Start at [`Exports`] and [`nbd::Server`].
+//! Start at [`Exports`], [`nbd::Server`] and [`replica::Server`].
 
 pub mod nbd;
+pub mod replica;
 
+mod acceptor;
 mod error;
 mod exports;
 mod stats;
 mod warmth;
 
+pub use acceptor::Stopper;
 pub use error::ServeError;
 pub use exports::{Attachment, Export, Exports};
 pub use stats::{CounterValues, Counters};

@@ -27,8 +27,8 @@ const MODE: u32 = 0o660;
 
 /// A listening socket. If it was made at a path, dropping it removes the path.
 #[derive(Debug)]
-pub(super) struct Listener {
-    pub(super) fd: OwnedFd,
+pub(in crate::serve) struct Listener {
+    pub(in crate::serve) fd: OwnedFd,
     made: Option<Made>,
 }
 
@@ -51,16 +51,16 @@ impl Listener {
     /// # Errors
     /// [`ServeError::PathTooLong`], [`ServeError::Live`], [`ServeError::NotASocket`], or
     /// [`ServeError::Socket`] for the system's reasons.
-    pub(super) fn bind(path: &Path) -> Result<Self, ServeError> {
+    pub(in crate::serve) fn bind(path: &Path, kind: SocketType) -> Result<Self, ServeError> {
         let address = address(path)?;
-        let fd = new_socket().map_err(|errno| socket_error("make a socket", path, errno))?;
+        let fd = new_socket(kind).map_err(|errno| socket_error("make a socket", path, errno))?;
         // On Linux the file gets the mode that the socket has when it is bound: no moment at
         // which everybody could connect.
         rustix::fs::fchmod(&fd, Mode::from_raw_mode(MODE))
             .map_err(|errno| socket_error("set the mode of the socket", path, errno))?;
         match rustix::net::bind(&fd, &address) {
             Err(Errno::ADDRINUSE) => {
-                remove_if_dead(path, &address)?;
+                remove_if_dead(path, &address, kind)?;
                 rustix::net::bind(&fd, &address)
             }
             other => other,
@@ -82,7 +82,7 @@ impl Listener {
     }
 
     /// Where it listens, if it was made at a path.
-    pub(super) fn path(&self) -> Option<&Path> {
+    pub(in crate::serve) fn path(&self) -> Option<&Path> {
         self.made.as_ref().map(|made| made.path.as_path())
     }
 }
@@ -107,13 +107,17 @@ fn address(path: &Path) -> Result<SocketAddrUnix, ServeError> {
     SocketAddrUnix::new(path).map_err(|errno| socket_error("use the path", path, errno))
 }
 
-fn new_socket() -> rustix::io::Result<OwnedFd> {
+fn new_socket(kind: SocketType) -> rustix::io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+    rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None)
 }
 
 /// Removes the socket of a server that is gone.
-fn remove_if_dead(path: &Path, address: &SocketAddrUnix) -> Result<(), ServeError> {
+fn remove_if_dead(
+    path: &Path,
+    address: &SocketAddrUnix,
+    kind: SocketType,
+) -> Result<(), ServeError> {
     let failed = |op, source: io::Error| ServeError::Socket { op, path: path.to_owned(), source };
     let meta = match std::fs::symlink_metadata(path) {
         Ok(meta) => meta,
@@ -123,7 +127,7 @@ fn remove_if_dead(path: &Path, address: &SocketAddrUnix) -> Result<(), ServeErro
     if !meta.file_type().is_socket() {
         return Err(ServeError::NotASocket { path: path.to_owned() });
     }
-    let probe = new_socket().map_err(|errno| failed("make a socket", errno.into()))?;
+    let probe = new_socket(kind).map_err(|errno| failed("make a socket", errno.into()))?;
     match rustix::net::connect(&probe, address) {
         Err(Errno::CONNREFUSED) => {}
         Err(Errno::NOENT) => return Ok(()),

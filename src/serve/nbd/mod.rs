@@ -22,6 +22,7 @@ mod transport;
 pub mod wire;
 
 pub use limits::{Limits, MAX_READ_BYTES, PREFERRED_BLOCK_BYTES};
+pub(in crate::serve) use listener::Listener;
 pub use server::{Server, Stopper};
 pub use session::{End, serve};
 pub use transport::{Socket, Transport};

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
-use rustix::net::SocketFlags;
+use rustix::net::{SocketFlags, SocketType};
 
 use super::listener::Listener;
 use super::session::{End, serve};
@@ -80,7 +80,7 @@ impl Server {
     /// [`ServeError`]: the path is too long, taken by a live server or by something else, or the
     /// system refuses.
     pub fn bind(path: &Path, exports: Arc<Exports>, limits: Limits) -> Result<Self, ServeError> {
-        Self::new(Listener::bind(path)?, exports, limits)
+        Self::new(Listener::bind(path, SocketType::STREAM)?, exports, limits)
     }
 
     /// Listens on the socket that a service manager passed (LISTEN_FDS); `None` if none was.

@@ -6,7 +6,7 @@
 //! Start at [`Transport`].
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -65,6 +65,12 @@ impl Socket {
         if sockopt::set_socket_send_buffer_size_force(&*self.0, bytes).is_err() {
             let _smaller_is_slower = sockopt::set_socket_send_buffer_size(&*self.0, bytes);
         }
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

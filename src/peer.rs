@@ -1,4 +1,4 @@
-//! Who may use the control socket: the kernel's word on the peer's uid and gid.
+//! Who may use a socket of the daemon: the kernel's word on the peer's uid and gid.
 //!
 //! Why: file modes alone fail with a wrong umask or a directory that was opened up.
 //! How: root, the daemon's own uid, and what the configuration names. For a group, the peer's own
@@ -6,7 +6,16 @@
 //! Never: trusts anything that the peer says.
 //! Start at [`Allowed::admits`].
 
-use tokio::net::unix::UCred;
+/// A process at the other end of a Unix socket, as it was when it connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Its effective user.
+    pub uid: u32,
+    /// Its effective group.
+    pub gid: u32,
+    /// Its number, if it can be told here.
+    pub pid: Option<i32>,
+}
 
 /// Who is let in besides root and the daemon's own user.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -20,14 +29,14 @@ pub struct Allowed {
 impl Allowed {
     /// Whether this peer may come in.
     #[must_use]
-    pub fn admits(&self, peer: &UCred) -> bool {
+    pub fn admits(&self, peer: Peer) -> bool {
         let own = rustix::process::geteuid().as_raw();
-        let uid = peer.uid();
-        if uid == 0 || uid == own || self.uids.contains(&uid) || self.gids.contains(&peer.gid()) {
+        let Peer { uid, gid, pid } = peer;
+        if uid == 0 || uid == own || self.uids.contains(&uid) || self.gids.contains(&gid) {
             return true;
         }
         !self.gids.is_empty()
-            && peer.pid().is_some_and(|pid| groups_of(pid).iter().any(|g| self.gids.contains(g)))
+            && pid.is_some_and(|pid| groups_of(pid).iter().any(|g| self.gids.contains(g)))
     }
 }
 

@@ -1,0 +1,126 @@
+//! Readers do not notice that the engine is killed and started again, and are told when the image
+//! is another one.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use bedplate::replica::{Mode, Options, Replica, ReplicaError};
+
+use crate::control_support::{Daemon, stderr};
+use crate::qcow2_common::{Random, have_qemu, run};
+
+fn socket(dir: &Path) -> PathBuf {
+    dir.join("disk/bedplate/replica.sock")
+}
+
+fn ok(daemon: &Daemon, args: &[&str]) {
+    let output = daemon.cli(args);
+    assert!(output.status.success(), "{args:?}: {}", stderr(&output));
+}
+
+/// A compressed image of bytes that are returned.
+fn packed(dir: &Path, name: &str, seed: u64) -> (PathBuf, Vec<u8>) {
+    let (raw, image) = (dir.join("raw"), dir.join(name));
+    let mut random = Random(seed);
+    let bytes: Vec<u8> = (0..16 << 20).map(|_| random.next().to_le_bytes()[0] & 15).collect();
+    std::fs::write(&raw, &bytes).unwrap();
+    let (from, to) = (raw.to_str().unwrap(), image.to_str().unwrap());
+    run("qemu-img", &["convert", "-q", "-c", "-f", "raw", "-O", "qcow2", from, to]);
+    (image, bytes)
+}
+
+#[test]
+fn readers_survive_an_engine_that_is_killed_again_and_again() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (image, bytes) = packed(dir.path(), "image.qcow2", 1);
+    // So small that readers have to ask all the time.
+    let config = "decoded_cache = 1048576";
+    let mut daemon = Daemon::start_in(dir, config);
+    ok(&daemon, &["create", image.to_str().unwrap(), "--name", "disk", "--wait"]);
+    let place = socket(daemon.dir.path());
+    let (is_over, reads) = (AtomicBool::new(false), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        for (seed, mode) in [(1, Mode::Pread), (2, Mode::Mapped), (3, Mode::Mapped)] {
+            let (place, bytes, is_over, reads) = (&place, &bytes, &is_over, &reads);
+            scope.spawn(move || {
+                let options = Options { mode, ..Options::default() };
+                let replica = Replica::attach(place, "disk", options).unwrap();
+                let first = replica.generation();
+                let mut random = Random(seed);
+                while !is_over.load(Ordering::Relaxed) {
+                    let len = random.index(100_000) + 1;
+                    let at = random.index(bytes.len() - len);
+                    let mut part = vec![0; len];
+                    replica.read_at(&mut part, at as u64).unwrap();
+                    assert!(part == bytes[at..at + len], "{len} bytes at {at}");
+                    reads.fetch_add(1, Ordering::Relaxed);
+                }
+                assert_ne!(replica.generation(), first, "it has attached anew");
+            });
+        }
+        for _ in 0..20 {
+            let before = reads.load(Ordering::Relaxed);
+            while reads.load(Ordering::Relaxed) < before + 50 {
+                std::thread::yield_now();
+            }
+            let (code, dir) = daemon.end("KILL");
+            assert_eq!(code, None);
+            daemon = Daemon::start_in(dir, config);
+        }
+        let before = reads.load(Ordering::Relaxed);
+        while reads.load(Ordering::Relaxed) < before + 50 {
+            std::thread::yield_now();
+        }
+        is_over.store(true, Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn what_was_handed_out_is_read_without_any_engine_and_the_rest_is_an_error() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (image, bytes) = packed(dir.path(), "image.qcow2", 2);
+    let daemon = Daemon::start_in(dir, "");
+    ok(&daemon, &["create", image.to_str().unwrap(), "--name", "disk", "--wait"]);
+    let options = Options { patience: std::time::Duration::from_millis(100), ..Options::default() };
+    let replica = Replica::attach(socket(daemon.dir.path()), "disk", options).unwrap();
+    let mut half = vec![0; 8 << 20];
+    replica.read_at(&mut half, 0).unwrap();
+    let (_, dir) = daemon.end("KILL");
+    half.fill(0);
+    replica.read_at(&mut half, 0).unwrap();
+    assert!(half == bytes[..8 << 20]);
+    let error = replica.read_at(&mut half[..4096], 15 << 20).unwrap_err();
+    assert!(matches!(error, ReplicaError::Engine { .. }), "{error}");
+    let daemon = Daemon::start_in(dir, "");
+    replica.read_at(&mut half[..4096], 15 << 20).unwrap();
+    assert!(half[..4096] == bytes[15 << 20..][..4096]);
+    drop(daemon);
+}
+
+#[test]
+fn another_image_of_the_same_name_is_told_and_never_read() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (first, bytes) = packed(dir.path(), "first.qcow2", 3);
+    let (second, _) = packed(dir.path(), "second.qcow2", 4);
+    let daemon = Daemon::start_in(dir, "");
+    ok(&daemon, &["create", first.to_str().unwrap(), "--name", "disk", "--wait"]);
+    let replica = Replica::attach(socket(daemon.dir.path()), "disk", Options::default()).unwrap();
+    let mut block = [0; 4096];
+    replica.read_at(&mut block, 0).unwrap();
+    ok(&daemon, &["delete", "disk"]);
+    ok(&daemon, &["create", second.to_str().unwrap(), "--name", "disk", "--wait"]);
+    let error = replica.read_at(&mut block, 12 << 20).unwrap_err();
+    assert!(matches!(error, ReplicaError::Changed { .. }), "{error}");
+    assert_eq!(error.errno(), 116, "ESTALE");
+    replica.read_at(&mut block, 0).unwrap();
+    assert!(block == bytes[..4096], "what is decoded is still the first one's, or an error");
+}
