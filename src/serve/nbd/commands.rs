@@ -183,15 +183,22 @@ impl<T: Transport> Session<'_, T> {
         }
     }
 
-    /// Starts reading what the client says it will want. A hint: errors show when it is read.
+    /// Starts reading and decoding what the client says it will want, and waits for none of it. A
+    /// hint: errors show when it is read.
     pub(super) fn cache(&mut self, range: Range) {
         let mut at = GuestOffset(range.offset);
         let mut left = range.len_bytes;
         let export = self.agreed.attachment.export();
+        let mut decoding = false;
         for _ in 0..MAX_LOOKUPS {
             let Ok(run) = self.run_at(at, left) else { return };
-            if let RunKind::Data(stored) = run.kind {
-                export.warmth().ask(export.view(), stored, run.len_bytes);
+            match run.kind {
+                RunKind::Data(stored) => export.warmth().ask(export.view(), stored, run.len_bytes),
+                RunKind::Encoded if !decoding => {
+                    export.view().will_read(at, left);
+                    decoding = true;
+                }
+                RunKind::Encoded | RunKind::Zero => {}
             }
             (at, left) = (at.advance(run.len_bytes), left - run.len_bytes);
             if left == 0 {
