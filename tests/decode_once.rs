@@ -122,3 +122,27 @@ fn a_forward_reader_of_small_pieces_finds_the_next_clusters_decoded() {
     drop(view);
     assert_eq!(cache.decodes(), count, "ahead or not, each once");
 }
+
+#[test]
+fn a_hint_over_nbd_has_clusters_decoded_before_they_are_read() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let image = compressed(dir.path(), "zlib");
+    let (want, count) = (qemu_bytes(&image).unwrap(), compressed_clusters(&image));
+    let cache = DecodedCache::new(64 << 20);
+    let sealed = Sealed::open_path(&image).unwrap();
+    let view = View::open_with_cache(sealed, None, Arc::clone(&cache)).unwrap();
+    let server = TestServer::start();
+    server.exports.add("disk", Arc::new(view), "").unwrap();
+    let mut wire = server.connect();
+    wire.go("disk", true);
+    wire.request(0, 5, 1, 0, u32::try_from(want.len()).unwrap());
+    assert_eq!(wire.chunks()[0].kind, 0);
+    while cache.decodes() < count {
+        std::thread::yield_now();
+    }
+    assert!(wire.read_structured(0, 0, u32::try_from(want.len()).unwrap()) == want);
+    assert_eq!(cache.decodes(), count, "nothing was decoded for the read");
+}

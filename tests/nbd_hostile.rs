@@ -103,7 +103,7 @@ fn malformed_options_get_an_error_and_the_session_goes_on() {
         (8, b"x", ERR_INVALID),
         (10, &Wire::meta_data("disk", &["base:allocation"]), ERR_INVALID),
         (9, &Wire::meta_data("disk", &[]), ERR_INVALID),
-        (11, b"", ERR_UNSUP),
+        (12, b"", ERR_UNSUP),
         (0xffff_ffff, &[9; 60_000], ERR_UNSUP),
     ];
     for (option, data, want) in cases {
@@ -130,12 +130,14 @@ fn metadata_contexts_follow_their_queries() {
     wire.option(8, b"");
     wire.option_reply(8);
     for (option, queries, contexts) in [
-        (9, &[][..], 1),
+        (9, &[][..], 2),
         (9, &["base:"][..], 1),
+        (9, &["bedplate:"][..], 1),
+        (9, &["bedplate:", "base:", "base:allocation"][..], 2),
         (9, &["base:allocation", "qemu:dirty-bitmap:x"][..], 1),
         (9, &["base:nothing", "noscolon"][..], 0),
         (10, &[][..], 0),
-        (10, &["base:"][..], 0),
+        (10, &["base:", "bedplate:"][..], 0),
         (10, &["base:allocation"][..], 1),
     ] {
         wire.option(option, &Wire::meta_data("disk", queries));

@@ -24,6 +24,40 @@ pub(super) struct Forward {
     next: AtomicU64,
     /// A batch is on its way.
     busy: AtomicBool,
+    /// What a reader said that it will want is being decoded.
+    hinted: AtomicBool,
+}
+
+impl Forward {
+    /// True if no hint is being followed; then [`decode_hinted`] has to be called.
+    pub(super) fn begin_hint(&self) -> bool {
+        !self.hinted.swap(true, Ordering::Acquire)
+    }
+}
+
+/// Decodes these clusters some time, when `top` has begun a hint.
+pub(super) fn decode_hinted(top: Arc<Layer>, jobs: Vec<(Arc<Layer>, GuestOffset)>) {
+    let done = Hinted(top);
+    if jobs.is_empty() {
+        return;
+    }
+    crew::beside(move || {
+        let _until_here = done;
+        for (layer, at) in jobs {
+            if layer.cached(at).is_none() {
+                let _met_again_by_the_reader = layer.decoded(at);
+            }
+        }
+    });
+}
+
+/// Ends a hint, also where its work was never begun.
+struct Hinted(Arc<Layer>);
+
+impl Drop for Hinted {
+    fn drop(&mut self) {
+        self.0.forward.hinted.store(false, Ordering::Release);
+    }
 }
 
 /// Decodes the cluster around `at`, which is not in the cache, and perhaps some after it.

@@ -68,6 +68,19 @@ pub(super) fn later(work: impl FnOnce() + Send + 'static) {
     }
 }
 
+/// Does `work` some time, on one thread beside the pool: what nobody waits for must not stand before
+/// what somebody does.
+pub(super) fn beside(work: impl FnOnce() + Send + 'static) {
+    static BESIDE: LazyLock<Option<ThreadPool>> = LazyLock::new(|| {
+        let name = |_| "decode-hint".to_owned();
+        let pool = ThreadPoolBuilder::new().num_threads(1).thread_name(name).build();
+        pool.inspect_err(|error| tracing::warn!(%error, "hints of readers are ignored")).ok()
+    });
+    if let Some(pool) = &*BESIDE {
+        pool.spawn(work);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

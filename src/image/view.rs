@@ -24,7 +24,9 @@ use crate::units::{FileOffset, GuestOffset};
 pub const MAX_LAYERS: usize = 16;
 /// Clusters that [`View::prepare`] decodes at a time: 2 MiB of the usual size.
 const MAX_PREPARED: usize = 32;
-/// Runs that it looks at.
+/// Clusters that [`View::will_read`] has decoded at a time: 16 MiB of the usual size.
+const MAX_HINTED: usize = 256;
+/// Runs that they look at.
 const MAX_PREPARED_RUNS: usize = 1024;
 
 /// A place in one of the files of a view.
@@ -302,10 +304,36 @@ impl View {
     /// Decodes what is compressed in `[at, at + len)` and not in the cache, on all cores, as far as
     /// 32 clusters; returns how far that is. Errors are met again by who reads.
     pub fn prepare(&self, at: GuestOffset, len_bytes: u64) -> GuestOffset {
+        let (jobs, until) = self.not_decoded(at, len_bytes, MAX_PREPARED);
+        let decode = |(layer, at): (&Arc<Layer>, GuestOffset)| layer.decoded(at).map(|_| ());
+        let _met_again_by_the_reader = crew::together(jobs, decode);
+        until
+    }
+
+    /// Begins to decode what is compressed in `[at, at + len)` and not in the cache, as far as 256
+    /// clusters, and does not wait for it. Only a hint: one at a time is followed, and it holds up
+    /// nobody who reads.
+    pub fn will_read(&self, at: GuestOffset, len_bytes: u64) {
+        let Some(top) = self.layers.first() else { return };
+        if top.forward.begin_hint() {
+            let (jobs, _) = self.not_decoded(at, len_bytes, MAX_HINTED);
+            let jobs = jobs.into_iter().map(|(layer, at)| (Arc::clone(layer), at)).collect();
+            ahead::decode_hinted(Arc::clone(top), jobs);
+        }
+    }
+
+    /// The compressed clusters in a range that are not in the cache, at most `max`, and how far that
+    /// is.
+    fn not_decoded(
+        &self,
+        mut at: GuestOffset,
+        len_bytes: u64,
+        max: usize,
+    ) -> (Vec<(&Arc<Layer>, GuestOffset)>, GuestOffset) {
         let end = at.0.saturating_add(len_bytes).min(self.size_bytes());
-        let (mut at, mut jobs) = (at, Vec::new());
+        let mut jobs = Vec::new();
         for _ in 0..MAX_PREPARED_RUNS {
-            if at.0 >= end || jobs.len() == MAX_PREPARED {
+            if at.0 >= end || jobs.len() == max {
                 break;
             }
             let Ok((run, layer)) = self.layer_run_at(at, end - at.0) else { break };
@@ -316,9 +344,7 @@ impl View {
             }
             at = at.advance(run.len_bytes);
         }
-        let decode = |(layer, at): (&Arc<Layer>, GuestOffset)| layer.decoded(at).map(|_| ());
-        let _met_again_by_the_reader = crew::together(jobs, decode);
-        at
+        (jobs, at)
     }
 
     /// Fills `buf` with the disk's bytes from `at` on. A page that cannot be read is an error and

@@ -303,6 +303,56 @@ impl Wire {
         self.send(&Self::request_bytes(flags, command, cookie, at, len));
     }
 
+    /// Enters the transmission phase with extended headers; returns size and transmission flags.
+    pub fn go_extended(&mut self, name: &str, contexts: &[&str]) -> (u64, u16) {
+        self.client_flags();
+        self.option(11, b"");
+        assert_eq!(self.option_reply(11), (1, vec![]));
+        if !contexts.is_empty() {
+            self.option(10, &Self::meta_data(name, contexts));
+            assert_eq!(self.option_replies(10).len(), contexts.len() + 1);
+        }
+        self.begin(name)
+    }
+
+    /// A request with an extended header; with flag 1 << 5 `len` is that of a payload.
+    pub fn extended_bytes(flags: u16, command: u16, cookie: u64, at: u64, len: u64) -> Vec<u8> {
+        let mut bytes = 0x21e4_1c71_u32.to_be_bytes().to_vec();
+        bytes.extend_from_slice(&flags.to_be_bytes());
+        bytes.extend_from_slice(&command.to_be_bytes());
+        bytes.extend_from_slice(&cookie.to_be_bytes());
+        bytes.extend_from_slice(&at.to_be_bytes());
+        bytes.extend_from_slice(&len.to_be_bytes());
+        bytes
+    }
+
+    /// Sends such a request, and takes all chunks of its reply.
+    pub fn extended(&mut self, flags: u16, command: u16, at: u64, len: u64) -> Vec<Chunk> {
+        self.send(&Self::extended_bytes(flags, command, 11, at, len));
+        self.extended_chunks(at)
+    }
+
+    /// The chunks of the reply to a request at `at`, when only one is in flight.
+    pub fn extended_chunks(&mut self, at: u64) -> Vec<Chunk> {
+        let mut chunks = Vec::new();
+        loop {
+            assert_eq!(self.take_u32(), 0x6e8a_278c);
+            let (flags, kind, cookie) = (self.take_u16(), self.take_u16(), self.take_u64());
+            assert_eq!(self.take_u64(), at, "the offset of the request");
+            let len = usize::try_from(self.take_u64()).unwrap();
+            chunks.push(Chunk { flags, kind, cookie, payload: self.take(len) });
+            if flags & 1 == 1 {
+                return chunks;
+            }
+        }
+    }
+
+    /// Reads a range with extended headers, and puts the chunks together.
+    pub fn read_extended(&mut self, flags: u16, at: u64, len: u32) -> Vec<u8> {
+        let chunks = self.extended(flags, 0, at, len.into());
+        together(&chunks, at, len)
+    }
+
     /// Head of a simple reply: error and cookie.
     pub fn simple(&mut self) -> (u32, u64) {
         assert_eq!(self.take_u32(), 0x6744_6698);
@@ -339,12 +389,9 @@ impl Wire {
     /// Reads a range with structured replies, and puts the chunks together.
     pub fn read_structured(&mut self, flags: u16, at: u64, len: u32) -> Vec<u8> {
         self.request(flags, 0, 9, at, len);
-        let mut bytes = vec![None; len as usize];
-        for chunk in self.chunks() {
-            assert_eq!(chunk.cookie, 9);
-            chunk.fill(at, &mut bytes);
-        }
-        bytes.into_iter().map(|byte| byte.expect("every byte is covered")).collect()
+        let chunks = self.chunks();
+        assert!(chunks.iter().all(|chunk| chunk.cookie == 9));
+        together(&chunks, at, len)
     }
 
     /// The error number of a simple reply or of an error chunk that ends a reply.
@@ -356,6 +403,13 @@ impl Wire {
         assert_eq!(chunk.kind, 0x8001, "{chunk:?}");
         chunk.error().0
     }
+}
+
+/// The bytes of a READ of `len` at `at`, from all its chunks.
+fn together(chunks: &[Chunk], at: u64, len: u32) -> Vec<u8> {
+    let mut bytes = vec![None; len as usize];
+    chunks.iter().for_each(|chunk| chunk.fill(at, &mut bytes));
+    bytes.into_iter().map(|byte| byte.expect("every byte is covered")).collect()
 }
 
 impl Chunk {
@@ -391,10 +445,26 @@ impl Chunk {
         (number, text(&self.payload[6..]))
     }
 
-    /// Extents of a block status: length and flags.
+    /// Extents of `base:allocation`: length and flags.
     pub fn extents(&self) -> Vec<(u32, u32)> {
-        assert_eq!((self.kind, &self.payload[..4]), (5, &1u32.to_be_bytes()[..]));
+        self.extents_of(1)
+    }
+
+    /// Extents of the context with this number: length and flags.
+    pub fn extents_of(&self, context: u32) -> Vec<(u32, u32)> {
+        assert_eq!((self.kind, &self.payload[..4]), (5, &context.to_be_bytes()[..]));
         let word = |bytes: &[u8]| u32::from_be_bytes(bytes.try_into().unwrap());
         self.payload[4..].chunks(8).map(|e| (word(&e[..4]), word(&e[4..]))).collect()
+    }
+
+    /// Extents of a status with extended headers: context, and length and flags of each.
+    pub fn extended_extents(&self) -> (u32, Vec<(u64, u64)>) {
+        assert_eq!(self.kind, 6, "{self:?}");
+        let word = |bytes: &[u8]| u64::from_be_bytes(bytes.try_into().unwrap());
+        let head = word(&self.payload[..8]);
+        let extents: Vec<_> =
+            self.payload[8..].chunks(16).map(|e| (word(&e[..8]), word(&e[8..]))).collect();
+        assert_eq!(u64::from(u32::try_from(extents.len()).unwrap()), head & 0xffff_ffff);
+        (u32::try_from(head >> 32).unwrap(), extents)
     }
 }

@@ -7,13 +7,12 @@
 //! Never: says hole for data, or touches a mapped byte.
 //! Start at [`Session::read`]. Protocol: "Request types", "Structured reply types".
 
-use zerocopy::byteorder::big_endian::U32;
-
-use super::handshake::ALLOCATION_ID;
-use super::reply::{OpenChunk, UNREADABLE};
+use super::contexts::{Context, Contexts};
+use super::reply::{Extent, OpenChunk, UNREADABLE};
 use super::session::{End, Range, Session};
+use super::style::Style;
 use super::transport::Transport;
-use super::wire::{NbdError, StatusExtent, allocation};
+use super::wire::NbdError;
 use crate::image::{ReadError, Run, RunKind, Stored};
 use crate::serve::Wanted;
 use crate::units::GuestOffset;
@@ -26,6 +25,7 @@ const LOGGED_ERRORS: u32 = 8;
 /// How far the walk over one READ has come.
 struct Walk {
     range: Range,
+    whole_bytes: u32,
     at: GuestOffset,
     left: u32,
     sequential: bool,
@@ -44,28 +44,37 @@ impl Walk {
 }
 
 impl<T: Transport> Session<'_, T> {
-    /// Answers READ. `whole` is DF: at most one content chunk.
-    pub(super) fn read(&mut self, range: Range, whole: bool) -> Result<(), End> {
+    /// Answers READ of `len_bytes`. `whole` is DF: at most one content chunk.
+    pub(super) fn read(&mut self, range: Range, len_bytes: u32, whole: bool) -> Result<(), End> {
         let sequential = self.is_sequential(&range);
         let at = GuestOffset(range.offset);
-        if range.len_bytes == 0 {
+        if len_bytes == 0 {
             self.batch.done();
             return Ok(());
         }
-        self.tally.bytes += u64::from(range.len_bytes);
-        let chunked = self.agreed.structured && (!whole || self.is_all_zero(range));
-        if !self.agreed.structured {
+        self.tally.bytes += range.len_bytes;
+        let simple = self.agreed.style == Style::Simple;
+        let chunked = !simple && (!whole || self.is_all_zero(range));
+        if simple {
             self.batch.simple_head();
         } else if !chunked {
-            self.batch.whole_data(at, range.len_bytes);
+            self.batch.whole_data(at, len_bytes);
         }
-        let left = range.len_bytes;
-        self.walk(Walk { range, at, left, sequential, chunked, open: None, prepared: at })
+        self.walk(Walk {
+            range,
+            whole_bytes: len_bytes,
+            at,
+            left: len_bytes,
+            sequential,
+            chunked,
+            open: None,
+            prepared: at,
+        })
     }
 
     /// One run of zeroes from end to end, so that a single hole chunk answers it.
     fn is_all_zero(&self, range: Range) -> bool {
-        let whole = u64::from(range.len_bytes);
+        let whole = range.len_bytes;
         self.run_at(GuestOffset(range.offset), whole)
             .is_ok_and(|run| run.kind == RunKind::Zero && run.len_bytes == whole)
     }
@@ -83,7 +92,7 @@ impl<T: Transport> Session<'_, T> {
                     return Ok(());
                 }
                 // Whole chunks may be followed by an error; half a flat payload may not.
-                self.batch.resume(walk.range.cookie, walk.chunked);
+                self.batch.resume(walk.range.asked, walk.chunked);
                 continue;
             }
             let run = match self.run_at(walk.at, u64::from(walk.left)) {
@@ -125,7 +134,7 @@ impl<T: Transport> Session<'_, T> {
         let wanted = Wanted {
             stored,
             len_bytes: len_bytes as usize,
-            whole_request_bytes: walk.range.len_bytes,
+            whole_request_bytes: walk.whole_bytes,
             sequential: walk.sequential,
         };
         let warmth = self.agreed.attachment.export().warmth();
@@ -174,15 +183,22 @@ impl<T: Transport> Session<'_, T> {
         }
     }
 
-    /// Starts reading what the client says it will want. A hint: errors show when it is read.
+    /// Starts reading and decoding what the client says it will want, and waits for none of it. A
+    /// hint: errors show when it is read.
     pub(super) fn cache(&mut self, range: Range) {
         let mut at = GuestOffset(range.offset);
-        let mut left = u64::from(range.len_bytes);
+        let mut left = range.len_bytes;
         let export = self.agreed.attachment.export();
+        let mut decoding = false;
         for _ in 0..MAX_LOOKUPS {
             let Ok(run) = self.run_at(at, left) else { return };
-            if let RunKind::Data(stored) = run.kind {
-                export.warmth().ask(export.view(), stored, run.len_bytes);
+            match run.kind {
+                RunKind::Data(stored) => export.warmth().ask(export.view(), stored, run.len_bytes),
+                RunKind::Encoded if !decoding => {
+                    export.view().will_read(at, left);
+                    decoding = true;
+                }
+                RunKind::Encoded | RunKind::Zero => {}
             }
             (at, left) = (at.advance(run.len_bytes), left - run.len_bytes);
             if left == 0 {
@@ -191,9 +207,14 @@ impl<T: Transport> Session<'_, T> {
         }
     }
 
-    /// Answers BLOCK_STATUS. `one` is REQ_ONE: a single extent.
-    pub(super) fn block_status(&mut self, range: Range, one: bool) -> Result<(), End> {
-        if !self.agreed.allocation {
+    /// Answers BLOCK_STATUS for these contexts. `one` is REQ_ONE: a single extent of each.
+    pub(super) fn block_status(
+        &mut self,
+        range: Range,
+        contexts: Contexts,
+        one: bool,
+    ) -> Result<(), End> {
+        if contexts == Contexts::NONE {
             return self.fail(NbdError::Inval, "no metadata context was selected");
         }
         if range.len_bytes == 0 {
@@ -201,18 +222,21 @@ impl<T: Transport> Session<'_, T> {
         }
         let max_extents = if one { 1 } else { self.limits.status_extents.max(1) };
         let mut extents = std::mem::take(&mut self.extents);
-        let result = self.collect_extents(range, max_extents, &mut extents);
-        match result {
-            Ok(()) => self.batch.status(ALLOCATION_ID, &extents),
-            Err((at, error)) => {
-                self.log(at, &error);
-                self.fail(
-                    NbdError::Io,
-                    "the image's tables are damaged here; see the server's log",
-                )?;
+        let mut rest = contexts.iter().peekable();
+        while let Some(context) = rest.next() {
+            extents.clear();
+            match self.collect_extents(range, context, max_extents, &mut extents) {
+                Ok(()) => self.batch.status(context.id(), &extents, rest.peek().is_none()),
+                Err((at, error)) => {
+                    self.log(at, &error);
+                    self.fail(
+                        NbdError::Io,
+                        "the image's tables are damaged here; see the server's log",
+                    )?;
+                    break;
+                }
             }
         }
-        extents.clear();
         self.extents = extents;
         Ok(())
     }
@@ -221,32 +245,29 @@ impl<T: Transport> Session<'_, T> {
     fn collect_extents(
         &self,
         range: Range,
+        context: Context,
         max_extents: usize,
-        extents: &mut Vec<StatusExtent>,
+        extents: &mut Vec<Extent>,
     ) -> Result<(), (GuestOffset, ReadError)> {
         let mut at = GuestOffset(range.offset);
         let mut left = range.len_bytes;
         for _ in 0..MAX_LOOKUPS {
-            let run = match self.run_at(at, u64::from(left)) {
+            let run = match self.run_at(at, left) {
                 Ok(run) => run,
                 // What is known so far is an answer; the client comes back for the rest.
                 Err(_) if !extents.is_empty() => return Ok(()),
                 Err(error) => return Err((at, error)),
             };
-            let flags = match run.kind {
-                RunKind::Zero => allocation::HOLE_ZERO,
-                RunKind::Data(_) | RunKind::Encoded => allocation::DATA,
-            };
-            let len_bytes = u32::try_from(run.len_bytes).map_or(left, |len| len.min(left));
-            if let Some(last) = extents.last_mut().filter(|last| last.flags.get() == flags) {
+            let flags = context.state(run.kind);
+            let len_bytes = run.len_bytes.min(left);
+            if let Some(last) = extents.last_mut().filter(|last| last.flags == flags) {
                 last.len_bytes += len_bytes;
             } else if extents.len() < max_extents {
-                let (len_bytes, flags) = (U32::new(len_bytes), U32::new(flags));
-                extents.push(StatusExtent { len_bytes, flags });
+                extents.push(Extent { len_bytes, flags });
             } else {
                 return Ok(());
             }
-            (at, left) = (at.advance(u64::from(len_bytes)), left - len_bytes);
+            (at, left) = (at.advance(len_bytes), left - len_bytes);
             if left == 0 {
                 return Ok(());
             }

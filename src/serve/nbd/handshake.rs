@@ -9,27 +9,24 @@
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
+use super::contexts::Contexts;
 use super::limits::{Limits, MAX_READ_BYTES, PREFERRED_BLOCK_BYTES};
 use super::options::{self, InfoRequest, Malformed, MetaRequest};
+use super::style::Style;
 use super::transport::Socket;
 use super::wire::{self, ExportNameReply, Greeting, InfoBlockSize, InfoExport, OptionHead};
 use super::wire::{OptionReplyHead, export_flag, handshake_flag, info, option, option_reply};
 use crate::serve::{Attachment, Export, Exports};
-
-/// The one metadata context, and its number in replies.
-const ALLOCATION: &str = "base:allocation";
-/// Context number of `base:allocation`.
-pub(super) const ALLOCATION_ID: u32 = 1;
 
 /// What client and server have agreed on.
 #[derive(Debug)]
 pub(super) struct Agreed {
     /// The export, held.
     pub(super) attachment: Attachment,
-    /// Structured replies.
-    pub(super) structured: bool,
-    /// `base:allocation` was selected for this export.
-    pub(super) allocation: bool,
+    /// The kind of headers and replies.
+    pub(super) style: Style,
+    /// The metadata contexts that were selected for this export.
+    pub(super) contexts: Contexts,
 }
 
 /// What to do next.
@@ -56,9 +53,9 @@ pub(super) struct Handshake<'a> {
     flags_known: bool,
     no_zeroes: bool,
     options: u32,
-    structured: bool,
-    /// Canonical name of the export for which `base:allocation` was selected.
-    allocation_of: Option<String>,
+    style: Style,
+    /// Canonical name of the export for which metadata contexts were selected, and which.
+    selected: Option<(String, Contexts)>,
 }
 
 /// The first bytes that a server sends.
@@ -80,8 +77,8 @@ impl<'a> Handshake<'a> {
             flags_known: false,
             no_zeroes: false,
             options: 0,
-            structured: false,
-            allocation_of: None,
+            style: Style::Simple,
+            selected: None,
         }
     }
 
@@ -138,11 +135,21 @@ impl<'a> Handshake<'a> {
                     answer.ack();
                 }
             }
-            option::STRUCTURED_REPLY if data.is_empty() => {
-                self.structured = true;
+            option::STRUCTURED_REPLY | option::EXTENDED_HEADERS if !data.is_empty() => {
+                answer.invalid("this option has no data");
+            }
+            option::STRUCTURED_REPLY if self.style == Style::Extended => {
+                let text = "extended headers were agreed on, which are more than this";
+                answer.refuse(option_reply::ERR_EXT_HEADER_REQD, text);
+            }
+            option::STRUCTURED_REPLY => {
+                self.style = Style::Structured;
                 answer.ack();
             }
-            option::STRUCTURED_REPLY => answer.invalid("STRUCTURED_REPLY has no data"),
+            option::EXTENDED_HEADERS => {
+                self.style = Style::Extended;
+                answer.ack();
+            }
             option::LIST_META_CONTEXT => self.list_contexts(data, &mut answer),
             option::SET_META_CONTEXT => self.set_contexts(data, &mut answer),
             option::STARTTLS if !data.is_empty() => answer.invalid("STARTTLS has no data"),
@@ -155,6 +162,9 @@ impl<'a> Handshake<'a> {
     }
 
     fn export_name(&mut self, data: &[u8], used: usize, out: &mut Vec<u8>) -> Step {
+        if self.style == Style::Extended {
+            return Step::Refuse("EXPORT_NAME after EXTENDED_HEADERS; the protocol wants GO");
+        }
         let Ok(name) = options::export_name(data) else {
             return Step::Refuse("an export name that is no string");
         };
@@ -162,7 +172,7 @@ impl<'a> Handshake<'a> {
             return Step::Refuse("EXPORT_NAME of an export that is not here");
         };
         let size_bytes = U64::new(agreed.attachment.export().view().size_bytes());
-        let flags = U16::new(self.flags());
+        let flags = U16::new(self.flags(agreed.attachment.export()));
         out.extend_from_slice(ExportNameReply { size_bytes, flags }.as_bytes());
         if !self.no_zeroes {
             out.extend_from_slice(&[0; 124]);
@@ -186,18 +196,28 @@ impl<'a> Handshake<'a> {
 
     fn enter(&mut self, name: &str) -> Option<Agreed> {
         let attachment = self.exports.attach(name, self.socket.clone())?;
-        let allocation = self.allocation_of.as_deref() == Some(attachment.export().name());
-        Some(Agreed { attachment, structured: self.structured, allocation })
+        let contexts = self.contexts_of(attachment.export());
+        Some(Agreed { attachment, style: self.style, contexts })
     }
 
-    fn flags(&self) -> u16 {
-        let df = if self.structured { export_flag::SEND_DF } else { 0 };
+    /// What was selected, if it was for this export.
+    fn contexts_of(&self, export: &Export) -> Contexts {
+        let fitting = self.selected.as_ref().filter(|(name, _)| name == export.name());
+        fitting.map_or(Contexts::NONE, |(_, contexts)| *contexts)
+    }
+
+    fn flags(&self, export: &Export) -> u16 {
+        let df = if self.style == Style::Simple { 0 } else { export_flag::SEND_DF };
+        let has_filter =
+            self.style == Style::Extended && self.contexts_of(export) != Contexts::NONE;
+        let filter = if has_filter { export_flag::BLOCK_STATUS_PAYLOAD } else { 0 };
         export_flag::HAS_FLAGS
             | export_flag::READ_ONLY
             | export_flag::SEND_FLUSH
             | export_flag::CAN_MULTI_CONN
             | export_flag::SEND_CACHE
             | df
+            | filter
     }
 
     /// The export that INFO or GO names, or `None` with the error in the answer.
@@ -227,7 +247,7 @@ impl<'a> Handshake<'a> {
         let whole = InfoExport {
             kind: U16::new(info::EXPORT),
             size_bytes: U64::new(export.view().size_bytes()),
-            flags: U16::new(self.flags()),
+            flags: U16::new(self.flags(export)),
         };
         answer.reply(option_reply::INFO, &[whole.as_bytes()]);
         if request.wants_name {
@@ -264,34 +284,39 @@ impl<'a> Handshake<'a> {
     }
 
     fn list_contexts(&self, data: &[u8], answer: &mut Answer<'_>) {
-        let Some(request) = self.find_meta(data, answer) else { return };
-        if request.no_queries || request.names_base || request.names_allocation {
+        let Some((request, _)) = self.find_meta(data, answer) else { return };
+        for context in request.listed.iter() {
             let unused_id = U32::ZERO;
-            answer
-                .reply(option_reply::META_CONTEXT, &[unused_id.as_bytes(), ALLOCATION.as_bytes()]);
+            let name = context.name().as_bytes();
+            answer.reply(option_reply::META_CONTEXT, &[unused_id.as_bytes(), name]);
         }
         answer.ack();
     }
 
     fn set_contexts(&mut self, data: &[u8], answer: &mut Answer<'_>) {
         // Whatever comes of it, an earlier selection is over.
-        self.allocation_of = None;
-        let Some(request) = self.find_meta(data, answer) else { return };
-        if request.names_allocation {
-            self.allocation_of = self.exports.get(request.name).map(|e| e.name().to_owned());
-            let id = U32::new(ALLOCATION_ID);
-            answer.reply(option_reply::META_CONTEXT, &[id.as_bytes(), ALLOCATION.as_bytes()]);
+        self.selected = None;
+        let Some((request, export)) = self.find_meta(data, answer) else { return };
+        for context in request.selected.iter() {
+            let id = U32::new(context.id());
+            let name = context.name().as_bytes();
+            answer.reply(option_reply::META_CONTEXT, &[id.as_bytes(), name]);
         }
+        self.selected = Some((export.name().to_owned(), request.selected));
         answer.ack();
     }
 
-    fn find_meta<'d>(&self, data: &'d [u8], answer: &mut Answer<'_>) -> Option<MetaRequest<'d>> {
-        if !self.structured {
+    fn find_meta<'d>(
+        &self,
+        data: &'d [u8],
+        answer: &mut Answer<'_>,
+    ) -> Option<(MetaRequest<'d>, std::sync::Arc<Export>)> {
+        if self.style == Style::Simple {
             answer.invalid("metadata contexts need structured replies; ask for those first");
             return None;
         }
         match MetaRequest::parse(data) {
-            Ok(request) => self.find(request.name, answer).map(|_export| request),
+            Ok(request) => Some((request, self.find(request.name, answer)?)),
             Err(Malformed(why)) => {
                 answer.invalid(why);
                 None

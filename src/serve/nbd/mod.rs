@@ -5,12 +5,13 @@
 //! arrived are answered with one vectored send straight from the map.
 //! Never: changes a byte, lets one client hold up another, or panics on what a client says.
 //! Start at [`Server::bind`]; a session without a socket is [`serve`]. Layers, lowest first:
-//! `wire` (records), `options` (parsing), `handshake` (negotiation), `reply` (gathering and
-//! sending), `commands` (runs to replies), `session` (the loop), `server` (accept and shutdown).
+//! `wire` (records), `contexts`, `options` (parsing), `handshake` (negotiation), `style` (headers of
+//! each kind), `reply` (gathering and sending), `commands` (runs to replies), `session` (the loop), `server` (accept and shutdown).
 //! Protocol: NetworkBlockDevice/nbd `doc/proto.md`.
 
 mod activation;
 mod commands;
+mod contexts;
 mod handshake;
 mod limits;
 mod listener;
@@ -18,6 +19,7 @@ mod options;
 mod reply;
 mod server;
 mod session;
+mod style;
 mod transport;
 pub mod wire;
 

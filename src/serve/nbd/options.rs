@@ -4,11 +4,13 @@
 //! How: a cursor that takes checked parts off the front; an option is right only if nothing is
 //! left over.
 //! Never: panics, or trusts a length.
-//! Start at [`InfoRequest::parse`] and [`MetaRequest::parse`].
+//! Start at [`InfoRequest::parse`] and [`MetaRequest::parse`]; the one payload of a request that is
+//! looked at, [`StatusFilter`], is parsed here too.
 
 use zerocopy::FromBytes;
 use zerocopy::byteorder::big_endian::{U16, U32};
 
+use super::contexts::{Context, Contexts};
 use super::wire::{self, MAX_STRING_BYTES};
 
 /// Why an option's data are refused, in words for the client.
@@ -57,12 +59,11 @@ impl<'a> InfoRequest<'a> {
 pub struct MetaRequest<'a> {
     /// The export that is asked for; empty for the default export.
     pub name: &'a str,
-    /// No query was sent at all.
-    pub no_queries: bool,
-    /// A query named exactly `base:allocation`.
-    pub names_allocation: bool,
-    /// A query was the wildcard `base:`.
-    pub names_base: bool,
+    /// What SET_META_CONTEXT selects: the contexts that were named exactly.
+    pub selected: Contexts,
+    /// What LIST_META_CONTEXT lists: these, those of a namespace that was named alone (`base:`),
+    /// and all of them if there was no query.
+    pub listed: Contexts,
 }
 
 impl<'a> MetaRequest<'a> {
@@ -74,18 +75,54 @@ impl<'a> MetaRequest<'a> {
         let mut rest = Cursor(data);
         let name = rest.string()?;
         let count = rest.number_u32()?;
-        let mut request =
-            Self { name, no_queries: count == 0, names_allocation: false, names_base: false };
+        let (mut selected, mut listed) = (Contexts::NONE, Contexts::NONE);
         // Each query takes at least four bytes, so that a lying count ends with the data.
         for _ in 0..count {
-            match rest.string()? {
-                "base:allocation" => request.names_allocation = true,
-                "base:" => request.names_base = true,
-                _another_namespace_or_leaf => {}
-            }
+            let query = rest.string()?;
+            selected = selected.with(Contexts::named(query));
+            listed = listed.with(Contexts::matching(query));
         }
         rest.end()?;
-        Ok(request)
+        let listed = if count == 0 { Contexts::ALL } else { listed };
+        Ok(Self { name, selected, listed })
+    }
+}
+
+/// The payload of BLOCK_STATUS: a length, and the contexts that are asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StatusFilter {
+    /// Length of the range in bytes.
+    pub len_bytes: u64,
+    /// Which contexts are reported.
+    pub contexts: Contexts,
+}
+
+impl StatusFilter {
+    /// The longest payload that can be right, in bytes.
+    pub const MAX_BYTES: usize = 8 + 4 * Context::ALL.len();
+
+    /// Parses `payload`, whose contexts have to be among `agreed`.
+    ///
+    /// # Errors
+    /// [`Malformed`] if the length does not fit, no context is named, or one twice, or one that was
+    /// not agreed on.
+    pub fn parse(payload: &[u8], agreed: Contexts) -> Result<Self, Malformed> {
+        let mut rest = Cursor(payload);
+        let len_bytes = u64::from(rest.number_u32()?) << 32 | u64::from(rest.number_u32()?);
+        let mut contexts = Contexts::NONE;
+        while rest.end().is_err() {
+            let id = rest.number_u32()?;
+            let named = Context::ALL.into_iter().find(|context| context.id() == id);
+            match named.filter(|context| agreed.has(*context)) {
+                Some(context) if !contexts.has(context) => contexts = contexts.with(context.into()),
+                Some(_) => return Err(Malformed("a metadata context is named twice")),
+                None => return Err(Malformed("a metadata context that was not selected")),
+            }
+        }
+        if contexts == Contexts::NONE {
+            return Err(Malformed("the payload names no metadata context"));
+        }
+        Ok(Self { len_bytes, contexts })
     }
 }
 
@@ -181,13 +218,33 @@ mod tests {
     #[test]
     fn only_the_exact_context_name_selects() {
         let mut data = 1u32.to_be_bytes().to_vec();
-        data.extend_from_slice(b"x\0\0\0\x02");
-        for query in ["base:allocationx", "x-other:y"] {
+        data.extend_from_slice(b"x\0\0\0\x03");
+        for query in ["base:allocationx", "x-other:y", "bedplate:presence "] {
             data.extend_from_slice(&u32::try_from(query.len()).unwrap().to_be_bytes());
             data.extend_from_slice(query.as_bytes());
         }
         let request = MetaRequest::parse(&data).unwrap();
-        assert!(!request.names_allocation && !request.names_base && !request.no_queries);
+        assert_eq!((request.selected, request.listed), (Contexts::NONE, Contexts::NONE));
+    }
+
+    #[test]
+    fn a_filter_names_selected_contexts_once_each() {
+        let (both, one) = (Contexts::ALL, Contexts::from(Context::Allocation));
+        let payload = |ids: &[u32]| {
+            let mut bytes = (7u64 << 32).to_be_bytes().to_vec();
+            ids.iter().for_each(|id| bytes.extend_from_slice(&id.to_be_bytes()));
+            bytes
+        };
+        let right = StatusFilter { len_bytes: 7 << 32, contexts: one };
+        assert_eq!(StatusFilter::parse(&payload(&[1]), both), Ok(right));
+        assert_eq!(StatusFilter::parse(&payload(&[2, 1]), both).unwrap().contexts, both);
+        for (ids, agreed) in [(&[][..], both), (&[1, 1], both), (&[3], both), (&[2], one)] {
+            assert!(StatusFilter::parse(&payload(ids), agreed).is_err(), "{ids:?}");
+        }
+        let whole = payload(&[1]);
+        for cut in 0..whole.len() {
+            assert!(StatusFilter::parse(&whole[..cut], both).is_err(), "{cut} bytes");
+        }
     }
 
     #[test]
@@ -203,6 +260,7 @@ mod tests {
         #[test]
         fn any_bytes_are_parsed_or_refused(data: Vec<u8>) {
             let _verdict = (InfoRequest::parse(&data), MetaRequest::parse(&data));
+            let _verdict = StatusFilter::parse(&data, Contexts::ALL);
         }
     }
 }

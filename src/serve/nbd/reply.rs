@@ -9,12 +9,12 @@
 //! Start at [`Batch`].
 
 use zerocopy::IntoBytes;
-use zerocopy::byteorder::big_endian::{U16, U32, U64};
+use zerocopy::byteorder::big_endian::{U32, U64};
 
 use super::session::End;
+use super::style::{Asked, Style, simple_reply};
 use super::transport::Transport;
-use super::wire::{self, ChunkHead, DataChunk, ErrorChunk, HoleChunk, NbdError, SimpleReply};
-use super::wire::{StatusChunk, StatusExtent, chunk};
+use super::wire::{ExtendedExtent, ExtendedStatus, Hole, NbdError, StatusExtent, chunk};
 use crate::image::{Decoded, ReadError, Stored, View};
 use crate::map::{MAX_PIECES, Piece};
 use crate::serve::{Wanted, Warmth};
@@ -41,7 +41,7 @@ enum Part {
 /// Where a reply begins, for the day on which it has to be replaced.
 #[derive(Debug)]
 struct Reply {
-    cookie: U64,
+    asked: Asked,
     first_part: usize,
     arena_before: usize,
     bytes_before: usize,
@@ -53,8 +53,14 @@ struct Reply {
 #[derive(Debug)]
 pub(super) struct OpenChunk {
     arena_at: usize,
-    offset: u64,
     bytes: u32,
+}
+
+/// A range of one state in a BLOCK_STATUS reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Extent {
+    pub(super) len_bytes: u64,
+    pub(super) flags: u32,
 }
 
 /// What became of a batch.
@@ -69,7 +75,7 @@ pub(super) struct Sent {
 /// Replies that wait to be sent.
 #[derive(Debug)]
 pub(super) struct Batch {
-    structured: bool,
+    style: Style,
     arena: Vec<u8>,
     parts: Vec<Part>,
     replies: Vec<Reply>,
@@ -84,10 +90,10 @@ pub(super) struct Batch {
 }
 
 impl Batch {
-    /// An empty batch; `structured` chooses the kind of replies.
-    pub(super) fn new(structured: bool) -> Self {
+    /// An empty batch of replies of this kind.
+    pub(super) fn new(style: Style) -> Self {
         Self {
-            structured,
+            style,
             arena: Vec::new(),
             parts: Vec::new(),
             replies: Vec::new(),
@@ -111,14 +117,14 @@ impl Batch {
     }
 
     /// Begins the reply to a request.
-    pub(super) fn begin(&mut self, cookie: U64) {
-        self.resume(cookie, true);
+    pub(super) fn begin(&mut self, asked: Asked) {
+        self.resume(asked, true);
     }
 
     /// Goes on with a reply whose first part was sent with the last batch.
-    pub(super) fn resume(&mut self, cookie: U64, may_fail: bool) {
+    pub(super) fn resume(&mut self, asked: Asked, may_fail: bool) {
         self.replies.push(Reply {
-            cookie,
+            asked,
             first_part: self.parts.len(),
             arena_before: self.arena.len(),
             bytes_before: self.bytes,
@@ -128,18 +134,18 @@ impl Batch {
 
     /// Success without data.
     pub(super) fn done(&mut self) {
-        let cookie = self.cookie();
-        if self.structured {
-            self.head(ChunkHead::new(chunk::NONE, true, cookie, 0).as_bytes());
-        } else {
+        if self.style == Style::Simple {
             self.simple_head();
+        } else {
+            self.chunk(chunk::NONE, true, 0, &[]);
         }
     }
 
     /// The head of a successful simple reply; the data of a READ follow as parts.
     pub(super) fn simple_head(&mut self) {
-        let cookie = self.cookie();
-        self.head(simple_reply(cookie, 0).as_bytes());
+        let (start, asked) = (self.arena.len(), self.asked());
+        simple_reply(&mut self.arena, asked.cookie, 0);
+        self.appended(start);
     }
 
     /// Replaces what has been gathered of the current reply by an error. `text` is for people and
@@ -155,51 +161,72 @@ impl Batch {
         self.parts.truncate(reply.first_part);
         self.arena.truncate(reply.arena_before);
         self.bytes = reply.bytes_before;
-        let cookie = reply.cookie;
-        let mut bytes = Vec::new();
-        error_reply(&mut bytes, self.structured, cookie, error, text);
-        self.head(&bytes);
+        let (asked, start) = (reply.asked, self.arena.len());
+        self.style.error(&mut self.arena, asked, error, text);
+        self.appended(start);
         Ok(())
     }
 
     /// Opens a data chunk at `offset`; parts follow, then [`close_data`](Self::close_data).
     pub(super) fn open_data(&mut self, offset: GuestOffset) -> OpenChunk {
-        // An open head is never merged into the part before, so that it can be found again.
         let arena_at = self.arena.len();
-        let head = ChunkHead::new(chunk::OFFSET_DATA, false, self.cookie(), 0);
-        self.head(DataChunk { head, offset: U64::new(offset.0) }.as_bytes());
-        OpenChunk { arena_at, offset: offset.0, bytes: 0 }
+        self.chunk(chunk::OFFSET_DATA, false, 8, U64::new(offset.0).as_bytes());
+        OpenChunk { arena_at, bytes: 0 }
     }
 
     /// The head of the only data chunk of a reply, whose `len_bytes` follow as parts.
     pub(super) fn whole_data(&mut self, offset: GuestOffset, len_bytes: u32) {
-        let chunk = OpenChunk { bytes: len_bytes, ..self.open_data(offset) };
-        self.close_data(&chunk, true);
+        self.chunk(chunk::OFFSET_DATA, true, len_bytes + 8, U64::new(offset.0).as_bytes());
     }
 
     /// Writes the length of a data chunk into its head.
     pub(super) fn close_data(&mut self, open: &OpenChunk, done: bool) {
-        let len_bytes = open.bytes + 8;
-        let head = ChunkHead::new(chunk::OFFSET_DATA, done, self.cookie(), len_bytes);
-        let whole = DataChunk { head, offset: U64::new(open.offset) };
-        let place = self.arena.get_mut(open.arena_at..open.arena_at + size_of::<DataChunk>());
-        place.expect("open_data made room").copy_from_slice(whole.as_bytes());
+        let head = self.arena.get_mut(open.arena_at..).expect("open_data appended it");
+        self.style.finish_head(head, done, open.bytes + 8);
     }
 
     /// A whole chunk of zeroes.
     pub(super) fn hole(&mut self, offset: GuestOffset, hole_bytes: u32, done: bool) {
-        let head = ChunkHead::new(chunk::OFFSET_HOLE, done, self.cookie(), 12);
         let (offset, hole_bytes) = (U64::new(offset.0), U32::new(hole_bytes));
-        self.head(HoleChunk { head, offset, hole_bytes }.as_bytes());
+        self.chunk(chunk::OFFSET_HOLE, done, 12, Hole { offset, hole_bytes }.as_bytes());
     }
 
-    /// A whole BLOCK_STATUS reply for one context.
-    pub(super) fn status(&mut self, context: u32, extents: &[StatusExtent]) {
-        let len_bytes = 4 + size_of_val(extents);
-        let len_bytes = u32::try_from(len_bytes).expect("extents of one reply are bounded");
-        let head = ChunkHead::new(chunk::BLOCK_STATUS, true, self.cookie(), len_bytes);
-        self.head(StatusChunk { head, context: U32::new(context) }.as_bytes());
-        self.head(extents.as_bytes());
+    /// A BLOCK_STATUS chunk for one context. `done`: the last one of its reply.
+    pub(super) fn status(&mut self, context: u32, extents: &[Extent], done: bool) {
+        let bounded = "extents of one reply are bounded";
+        let count = u32::try_from(extents.len()).expect(bounded);
+        let (start, asked) = (self.arena.len(), self.asked());
+        let context = U32::new(context);
+        if self.style == Style::Extended {
+            let (kind, len_bytes) = (chunk::BLOCK_STATUS_EXT, 8 + 16 * count);
+            self.style.chunk_head(&mut self.arena, kind, done, asked, len_bytes);
+            let head = ExtendedStatus { context, extents: U32::new(count) };
+            self.arena.extend_from_slice(head.as_bytes());
+            for extent in extents {
+                let (len_bytes, flags) =
+                    (U64::new(extent.len_bytes), U64::new(extent.flags.into()));
+                self.arena.extend_from_slice(ExtendedExtent { len_bytes, flags }.as_bytes());
+            }
+        } else {
+            let (kind, len_bytes) = (chunk::BLOCK_STATUS, 4 + 8 * count);
+            self.style.chunk_head(&mut self.arena, kind, done, asked, len_bytes);
+            self.arena.extend_from_slice(context.as_bytes());
+            for extent in extents {
+                // The sum of them is the request's length, which has 32 bits here.
+                let len_bytes = u32::try_from(extent.len_bytes).expect("of a 32-bit request");
+                let (len_bytes, flags) = (U32::new(len_bytes), U32::new(extent.flags));
+                self.arena.extend_from_slice(StatusExtent { len_bytes, flags }.as_bytes());
+            }
+        }
+        self.appended(start);
+    }
+
+    /// A chunk's head and the `body` after it, the first part of its payload of `len_bytes`.
+    fn chunk(&mut self, kind: u16, done: bool, len_bytes: u32, body: &[u8]) {
+        let (start, asked) = (self.arena.len(), self.asked());
+        self.style.chunk_head(&mut self.arena, kind, done, asked, len_bytes);
+        self.arena.extend_from_slice(body);
+        self.appended(start);
     }
 
     /// Mapped bytes, which are those from `guest` on in the view.
@@ -249,23 +276,21 @@ impl Batch {
         self.bytes += len;
     }
 
-    fn head(&mut self, bytes: &[u8]) {
+    /// Notes as a part what has been appended to the arena since it was `start` long.
+    fn appended(&mut self, start: usize) {
         let begins_reply = self.replies.last().is_some_and(|r| r.first_part == self.parts.len());
-        let arena_len = self.arena.len();
-        self.arena.extend_from_slice(bytes);
-        self.bytes += bytes.len();
+        let added = self.arena.len() - start;
+        self.bytes += added;
         match self.parts.last_mut() {
-            Some(Part::Head { start, len }) if !begins_reply && *start + *len == arena_len => {
-                *len += bytes.len();
+            Some(Part::Head { start: first, len }) if !begins_reply && *first + *len == start => {
+                *len += added;
             }
-            _another_kind_or_reply => {
-                self.parts.push(Part::Head { start: arena_len, len: bytes.len() });
-            }
+            _another_kind_or_reply => self.parts.push(Part::Head { start, len: added }),
         }
     }
 
-    fn cookie(&self) -> U64 {
-        self.replies.last().map_or(U64::ZERO, |reply| reply.cookie)
+    fn asked(&self) -> Asked {
+        self.replies.last().map_or_else(Asked::default, |reply| reply.asked)
     }
 
     /// Sends everything, waiting as long as the peer needs to take it, and empties the batch.
@@ -388,7 +413,7 @@ impl Batch {
                     return Err(End::Unreadable);
                 }
                 copy.clear();
-                error_reply(&mut copy, self.structured, reply.cookie, NbdError::Io, UNREADABLE);
+                self.style.error(&mut copy, reply.asked, NbdError::Io, UNREADABLE);
                 sent.failed += 1;
                 sent.last_failed = true;
             }
@@ -456,25 +481,6 @@ pub(super) fn send_all<T: Transport>(transport: &mut T, mut bytes: &[u8]) -> Res
         }
     }
     Ok(())
-}
-
-fn simple_reply(cookie: U64, error: u32) -> SimpleReply {
-    let magic = U32::new(wire::SIMPLE_REPLY_MAGIC);
-    SimpleReply { magic, error: U32::new(error), cookie }
-}
-
-/// Appends an error reply: an error chunk with its text, or a simple reply without.
-fn error_reply(out: &mut Vec<u8>, structured: bool, cookie: U64, error: NbdError, text: &str) {
-    if !structured {
-        out.extend_from_slice(simple_reply(cookie, error.number()).as_bytes());
-        return;
-    }
-    let text = text.get(..wire::MAX_STRING_BYTES).unwrap_or(text);
-    let text_bytes = u16::try_from(text.len()).expect("at most MAX_STRING_BYTES");
-    let head = ChunkHead::new(chunk::ERROR, true, cookie, 6 + u32::from(text_bytes));
-    let (error, text_bytes) = (U32::new(error.number()), U16::new(text_bytes));
-    out.extend_from_slice(ErrorChunk { head, error, text_bytes }.as_bytes());
-    out.extend_from_slice(text.as_bytes());
 }
 
 /// An empty vector of pieces with another lifetime and the same memory.

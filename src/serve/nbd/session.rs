@@ -13,9 +13,11 @@ use zerocopy::byteorder::big_endian::U64;
 
 use super::handshake::{Agreed, Handshake, Step, greeting};
 use super::limits::{Limits, MAX_READ_BYTES};
-use super::reply::{Batch, Sent, send_all};
+use super::options::{Malformed, StatusFilter};
+use super::reply::{Batch, Extent, Sent, send_all};
+use super::style::{Asked, Incoming, Style};
 use super::transport::{Socket, Transport};
-use super::wire::{self, NbdError, Request, StatusExtent, command, command_flag};
+use super::wire::{self, NbdError, command, command_flag};
 use crate::serve::{CounterValues, Exports};
 
 /// Bytes that are received at once in the transmission phase, at least: a thousand requests.
@@ -74,13 +76,13 @@ pub fn serve<T: Transport>(
         Ok(agreed) => agreed,
         Err(end) => return end,
     };
-    let structured = agreed.structured;
+    let style = agreed.style;
     let mut session = Session {
         transport,
         limits,
         agreed,
         inbox,
-        batch: Batch::new(structured),
+        batch: Batch::new(style),
         tally: CounterValues::default(),
         extents: Vec::new(),
         next_read: u64::MAX,
@@ -137,7 +139,7 @@ pub(super) struct Session<'a, T> {
     pub(super) batch: Batch,
     pub(super) tally: CounterValues,
     /// Memory for BLOCK_STATUS, empty between requests.
-    pub(super) extents: Vec<StatusExtent>,
+    pub(super) extents: Vec<Extent>,
     /// Where the last READ ended.
     next_read: u64,
     in_a_row: u32,
@@ -147,9 +149,9 @@ pub(super) struct Session<'a, T> {
 /// A request whose range is inside the export, with its fields in host order.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Range {
-    pub(super) cookie: U64,
+    pub(super) asked: Asked,
     pub(super) offset: u64,
-    pub(super) len_bytes: u32,
+    pub(super) len_bytes: u64,
 }
 
 impl<T: Transport> Session<'_, T> {
@@ -165,14 +167,13 @@ impl<T: Transport> Session<'_, T> {
 
     /// Answers all whole requests in the inbox.
     fn answer_arrived(&mut self) -> Result<(), End> {
+        let style = self.agreed.style;
         loop {
-            let Some(request) = Request::first_in(self.inbox.bytes()) else {
-                return self.inbox.check_magic();
+            let Some((request, len)) = style.first_request(self.inbox.bytes()) else {
+                return self.inbox.check_magic(style);
             };
-            if request.magic.get() != wire::REQUEST_MAGIC {
-                return Err(End::Protocol("a request without its magic number"));
-            }
-            self.inbox.consume(size_of::<Request>());
+            self.inbox.check_magic(style)?;
+            self.inbox.consume(len);
             self.answer(&request)?;
             if self.batch.room(self.limits.batch_bytes) == 0 {
                 self.flush()?;
@@ -180,29 +181,48 @@ impl<T: Transport> Session<'_, T> {
         }
     }
 
-    fn answer(&mut self, request: &Request) -> Result<(), End> {
-        let flags = request.flags.get();
+    fn answer(&mut self, request: &Incoming) -> Result<(), End> {
         self.tally.requests += 1;
-        match request.command.get() {
-            command::DISC => return Err(End::Goodbye),
-            command::WRITE => self.drain(request.len_bytes.get())?,
-            _without_payload => {}
+        let asked = Asked { cookie: request.cookie, offset: U64::new(request.offset) };
+        if request.command == command::DISC {
+            return Err(End::Goodbye);
         }
-        self.batch.begin(request.cookie);
-        match request.command.get() {
+        if self.agreed.style == Style::Extended {
+            if request.flags & command_flag::PAYLOAD_LEN != 0 {
+                return self.answer_payload(request, asked);
+            }
+            if request.command == command::WRITE {
+                self.batch.begin(asked);
+                return self.fail(NbdError::Inval, "a write without PAYLOAD_LEN");
+            }
+        } else if request.command == command::WRITE {
+            self.drain(request.len_bytes)?;
+        }
+        self.batch.begin(asked);
+        self.answer_plain(request, asked)
+    }
+
+    /// Answers a request whose payload, if it had one, is behind us.
+    fn answer_plain(&mut self, request: &Incoming, asked: Asked) -> Result<(), End> {
+        let flags = request.flags;
+        match request.command {
             command::WRITE | command::TRIM | command::WRITE_ZEROES => {
                 self.fail(NbdError::Perm, "this export is read-only")
             }
             command::READ if flags & !self.read_flags() == 0 => {
-                let Some(range) = self.checked(request)? else { return Ok(()) };
-                self.read(range, flags & command_flag::DF != 0)
+                let Some(range) = self.checked(request, asked)? else { return Ok(()) };
+                let Ok(len_bytes @ 0..=MAX_READ_BYTES) = u32::try_from(range.len_bytes) else {
+                    return self.too_long();
+                };
+                self.read(range, len_bytes, flags & command_flag::DF != 0)
             }
             command::BLOCK_STATUS if flags & !command_flag::REQ_ONE == 0 => {
-                let Some(range) = self.checked(request)? else { return Ok(()) };
-                self.block_status(range, flags & command_flag::REQ_ONE != 0)
+                let Some(range) = self.checked(request, asked)? else { return Ok(()) };
+                let contexts = self.agreed.contexts;
+                self.block_status(range, contexts, flags & command_flag::REQ_ONE != 0)
             }
             command::CACHE if flags == 0 => {
-                let Some(range) = self.checked(request)? else { return Ok(()) };
+                let Some(range) = self.checked(request, asked)? else { return Ok(()) };
                 self.cache(range);
                 self.batch.done();
                 Ok(())
@@ -218,28 +238,57 @@ impl<T: Transport> Session<'_, T> {
         }
     }
 
-    fn read_flags(&self) -> u16 {
-        if self.agreed.structured { command_flag::DF } else { 0 }
+    /// Answers a request with an extended header that says that a payload follows.
+    fn answer_payload(&mut self, request: &Incoming, asked: Asked) -> Result<(), End> {
+        let flags = request.flags & !command_flag::PAYLOAD_LEN;
+        let is_filter = request.command == command::BLOCK_STATUS
+            && request.len_bytes <= StatusFilter::MAX_BYTES as u64;
+        if is_filter {
+            let payload = self.payload(request.len_bytes)?;
+            self.batch.begin(asked);
+            let filter = match StatusFilter::parse(&payload, self.agreed.contexts) {
+                _ if flags & !command_flag::REQ_ONE != 0 => Err(Malformed("no such flag")),
+                parsed => parsed,
+            };
+            return match filter {
+                Ok(StatusFilter { len_bytes, contexts }) => {
+                    let request = Incoming { len_bytes, ..*request };
+                    let Some(range) = self.checked(&request, asked)? else { return Ok(()) };
+                    self.block_status(range, contexts, flags & command_flag::REQ_ONE != 0)
+                }
+                Err(Malformed(why)) => self.fail(NbdError::Inval, why),
+            };
+        }
+        self.drain(request.len_bytes)?;
+        self.batch.begin(asked);
+        match request.command {
+            command::WRITE => self.fail(NbdError::Perm, "this export is read-only"),
+            _without_payload => self.fail(NbdError::Inval, "this command takes no such payload"),
+        }
     }
 
-    /// The request's range if it is inside the export and short enough; else the error is in the
-    /// batch, and `None` comes back.
-    fn checked(&mut self, request: &Request) -> Result<Option<Range>, End> {
-        let (offset, len_bytes) = (request.offset.get(), request.len_bytes.get());
+    fn read_flags(&self) -> u16 {
+        if self.agreed.style == Style::Simple { 0 } else { command_flag::DF }
+    }
+
+    /// The request's range if it is inside the export; else the error is in the batch, and `None`
+    /// comes back.
+    fn checked(&mut self, request: &Incoming, asked: Asked) -> Result<Option<Range>, End> {
+        let (offset, len_bytes) = (request.offset, request.len_bytes);
         let size_bytes = self.agreed.attachment.export().view().size_bytes();
-        let end = offset.checked_add(u64::from(len_bytes));
+        let end = offset.checked_add(len_bytes);
         if end.is_none_or(|end| end > size_bytes) {
             self.fail(NbdError::Inval, "the range is not all inside the export")?;
             return Ok(None);
         }
-        if request.command.get() == command::READ && len_bytes > MAX_READ_BYTES {
-            // EOVERFLOW tells a client to try smaller; simple replies have only EINVAL for it.
-            let structured = self.agreed.structured;
-            let error = if structured { NbdError::Overflow } else { NbdError::Inval };
-            self.fail(error, "longer than the maximum payload of 32 MiB")?;
-            return Ok(None);
-        }
-        Ok(Some(Range { cookie: request.cookie, offset, len_bytes }))
+        Ok(Some(Range { asked, offset, len_bytes }))
+    }
+
+    fn too_long(&mut self) -> Result<(), End> {
+        // EOVERFLOW tells a client to try smaller; simple replies have only EINVAL for it.
+        let simple = self.agreed.style == Style::Simple;
+        let error = if simple { NbdError::Inval } else { NbdError::Overflow };
+        self.fail(error, "longer than the maximum payload of 32 MiB")
     }
 
     /// Answers the current request with an error.
@@ -248,16 +297,31 @@ impl<T: Transport> Session<'_, T> {
         self.batch.fail(error, text)
     }
 
-    /// Throws the payload of a refused WRITE away.
-    fn drain(&mut self, len_bytes: u32) -> Result<(), End> {
-        if len_bytes > MAX_READ_BYTES {
-            return Err(End::Protocol("a write of more than the maximum payload"));
-        }
-        let mut left = len_bytes as usize;
+    /// The payload of a request, of at most [`StatusFilter::MAX_BYTES`].
+    fn payload(&mut self, len_bytes: u64) -> Result<Vec<u8>, End> {
         loop {
-            let here = left.min(self.inbox.bytes().len());
+            let have = self.inbox.bytes();
+            let whole = usize::try_from(len_bytes).ok().and_then(|len| have.get(..len));
+            if let Some(payload) = whole.map(<[u8]>::to_vec) {
+                self.inbox.consume(payload.len());
+                return Ok(payload);
+            }
+            self.flush()?;
+            self.inbox.fill(self.transport)?;
+        }
+    }
+
+    /// Throws the payload of a refused request away.
+    fn drain(&mut self, len_bytes: u64) -> Result<(), End> {
+        if len_bytes > MAX_READ_BYTES.into() {
+            return Err(End::Protocol("a payload of more than the maximum"));
+        }
+        let mut left = len_bytes;
+        loop {
+            let there = self.inbox.bytes().len();
+            let here = usize::try_from(left).map_or(there, |left| left.min(there));
             self.inbox.consume(here);
-            left -= here;
+            left -= here as u64;
             if left == 0 {
                 return Ok(());
             }
@@ -271,7 +335,7 @@ impl<T: Transport> Session<'_, T> {
     pub(super) fn is_sequential(&mut self, range: &Range) -> bool {
         let follows = range.offset == self.next_read;
         self.in_a_row = if follows { self.in_a_row.saturating_add(1) } else { 0 };
-        self.next_read = range.offset + u64::from(range.len_bytes);
+        self.next_read = range.offset + range.len_bytes;
         self.in_a_row >= SEQUENTIAL_READS
     }
 
@@ -313,9 +377,9 @@ impl Inbox {
     }
 
     /// A first word that can never become a request ends the session without waiting for more.
-    fn check_magic(&self) -> Result<(), End> {
+    fn check_magic(&self, style: Style) -> Result<(), End> {
         match self.bytes().first_chunk() {
-            Some(first) if u32::from_be_bytes(*first) != wire::REQUEST_MAGIC => {
+            Some(first) if u32::from_be_bytes(*first) != style.request_magic() => {
                 Err(End::Protocol("a request without its magic number"))
             }
             _right_or_not_here_yet => Ok(()),

@@ -23,6 +23,10 @@ pub const REQUEST_MAGIC: u32 = 0x2560_9513;
 pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 /// First four bytes of a structured reply chunk.
 pub const STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
+/// First four bytes of a request with an extended header.
+pub const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+/// First four bytes of a reply chunk with an extended header.
+pub const EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
 /// Longest string that the protocol allows, in bytes ("Conventions", strings).
 pub const MAX_STRING_BYTES: usize = 4096;
 
@@ -48,6 +52,8 @@ pub mod export_flag {
     pub const CAN_MULTI_CONN: u16 = 1 << 8;
     /// CACHE is known.
     pub const SEND_CACHE: u16 = 1 << 10;
+    /// BLOCK_STATUS takes a payload that names contexts; only with extended headers.
+    pub const BLOCK_STATUS_PAYLOAD: u16 = 1 << 12;
 }
 
 /// Option numbers ("Option types").
@@ -70,6 +76,8 @@ pub mod option {
     pub const LIST_META_CONTEXT: u32 = 9;
     /// Choose the metadata contexts that BLOCK_STATUS reports.
     pub const SET_META_CONTEXT: u32 = 10;
+    /// 64-bit lengths in requests and replies from now on.
+    pub const EXTENDED_HEADERS: u32 = 11;
 }
 
 /// Reply types ("Option reply types").
@@ -86,8 +94,12 @@ pub mod option_reply {
     pub const ERR_UNSUP: u32 = (1 << 31) + 1;
     /// The option is malformed, or not allowed at this point.
     pub const ERR_INVALID: u32 = (1 << 31) + 3;
+    /// Nothing is answered here before STARTTLS.
+    pub const ERR_TLS_REQD: u32 = (1 << 31) + 5;
     /// No such export.
     pub const ERR_UNKNOWN: u32 = (1 << 31) + 6;
+    /// Extended headers are in use, and there is no way back.
+    pub const ERR_EXT_HEADER_REQD: u32 = (1 << 31) + 10;
 }
 
 /// Information types of INFO and GO.
@@ -128,6 +140,8 @@ pub mod command_flag {
     pub const DF: u16 = 1 << 2;
     /// BLOCK_STATUS: at most one extent, inside the range.
     pub const REQ_ONE: u16 = 1 << 3;
+    /// With extended headers: the length is that of a payload which follows.
+    pub const PAYLOAD_LEN: u16 = 1 << 5;
 }
 
 /// Structured reply chunks.
@@ -142,6 +156,8 @@ pub mod chunk {
     pub const OFFSET_HOLE: u16 = 2;
     /// Context and extents.
     pub const BLOCK_STATUS: u16 = 5;
+    /// Context, how many extents, and extents with 64-bit lengths.
+    pub const BLOCK_STATUS_EXT: u16 = 6;
     /// Error number and text.
     pub const ERROR: u16 = (1 << 15) + 1;
 }
@@ -152,6 +168,12 @@ pub mod allocation {
     pub const DATA: u32 = 0;
     /// Not allocated, and reads as zeroes (HOLE and ZERO).
     pub const HOLE_ZERO: u32 = 3;
+}
+
+/// State flags of `bedplate:presence`.
+pub mod presence {
+    /// The bytes are on this node: a read waits for no network.
+    pub const PRESENT: u32 = 1;
 }
 
 /// Error values of the transmission phase.
@@ -283,6 +305,24 @@ record! {
 }
 
 record! {
+    /// A request of the transmission phase with an extended header.
+    ExtendedRequest, 32, len_bytes at 24, {
+        /// [`EXTENDED_REQUEST_MAGIC`].
+        magic: U32,
+        /// [`command_flag`].
+        flags: U16,
+        /// [`command`].
+        command: U16,
+        /// The client's name for this request: eight opaque bytes.
+        cookie: U64,
+        /// First byte of the range.
+        offset: U64,
+        /// Length in bytes: of the payload with [`command_flag::PAYLOAD_LEN`], else of the range.
+        len_bytes: U64,
+    }
+}
+
+record! {
     /// A simple reply; the bytes of a successful READ follow.
     SimpleReply, 16, cookie at 8, {
         /// [`SIMPLE_REPLY_MAGIC`].
@@ -311,20 +351,26 @@ record! {
 }
 
 record! {
-    /// An OFFSET_DATA chunk up to its bytes.
-    DataChunk, 28, offset at 20, {
-        /// Head; its length is 8 plus the bytes that follow.
-        head: ChunkHead,
-        /// Where the bytes lie in the export.
+    /// Extended head of a reply chunk; `len_bytes` bytes of payload follow.
+    ExtendedChunkHead, 32, len_bytes at 24, {
+        /// [`EXTENDED_REPLY_MAGIC`].
+        magic: U32,
+        /// [`chunk::FLAG_DONE`] or 0.
+        flags: U16,
+        /// [`chunk`].
+        kind: U16,
+        /// As in the request.
+        cookie: U64,
+        /// As in the request.
         offset: U64,
+        /// Length of the payload in bytes.
+        len_bytes: U64,
     }
 }
 
 record! {
-    /// A whole OFFSET_HOLE chunk.
-    HoleChunk, 32, hole_bytes at 28, {
-        /// Head; its length is 12.
-        head: ChunkHead,
+    /// Payload of an OFFSET_HOLE chunk.
+    Hole, 12, hole_bytes at 8, {
         /// Where the zeroes begin in the export.
         offset: U64,
         /// How many they are.
@@ -333,10 +379,8 @@ record! {
 }
 
 record! {
-    /// An ERROR chunk up to its text.
-    ErrorChunk, 26, text_bytes at 24, {
-        /// Head; its length is 6 plus the text.
-        head: ChunkHead,
+    /// Payload of an ERROR chunk up to its text.
+    ErrorInfo, 6, text_bytes at 4, {
         /// [`NbdError::number`].
         error: U32,
         /// Length of the text in bytes, at most [`MAX_STRING_BYTES`].
@@ -345,12 +389,12 @@ record! {
 }
 
 record! {
-    /// A BLOCK_STATUS chunk up to its extents.
-    StatusChunk, 24, context at 20, {
-        /// Head; its length is 4 plus 8 for each extent.
-        head: ChunkHead,
+    /// Payload of a BLOCK_STATUS_EXT chunk up to its extents.
+    ExtendedStatus, 8, extents at 4, {
         /// The metadata context that is reported.
         context: U32,
+        /// How many extents follow.
+        extents: U32,
     }
 }
 
@@ -359,29 +403,17 @@ record! {
     StatusExtent, 8, flags at 4, {
         /// Length in bytes, not 0.
         len_bytes: U32,
-        /// [`allocation`].
+        /// [`allocation`] or [`presence`].
         flags: U32,
     }
 }
 
-impl ChunkHead {
-    /// A head with its magic set. `cookie` is opaque.
-    #[must_use]
-    pub fn new(kind: u16, done: bool, cookie: U64, len_bytes: u32) -> Self {
-        Self {
-            magic: U32::new(STRUCTURED_REPLY_MAGIC),
-            flags: U16::new(if done { chunk::FLAG_DONE } else { 0 }),
-            kind: U16::new(kind),
-            cookie,
-            len_bytes: U32::new(len_bytes),
-        }
-    }
-}
-
-impl Request {
-    /// The request at the front of `bytes`; `None` if it has not all arrived.
-    #[must_use]
-    pub fn first_in(bytes: &[u8]) -> Option<Self> {
-        Self::read_from_prefix(bytes).ok().map(|(request, _rest)| request)
+record! {
+    /// One extent of a BLOCK_STATUS_EXT chunk.
+    ExtendedExtent, 16, flags at 8, {
+        /// Length in bytes, not 0.
+        len_bytes: U64,
+        /// [`allocation`] or [`presence`].
+        flags: U64,
     }
 }
