@@ -27,6 +27,7 @@ pub mod fetch;
 pub mod image;
 pub mod import;
 pub mod manager;
+pub mod manifest;
 pub mod map;
 pub mod ring;
 pub mod serve;
