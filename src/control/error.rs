@@ -62,6 +62,7 @@ impl From<std::io::Error> for ApiError {
 }
 
 impl From<ManagerError> for ApiError {
+    #[expect(clippy::too_many_lines, reason = "one table, a few lines for each refusal")]
     fn from(error: ManagerError) -> Self {
         let (status, code, hint) = match &error {
             ManagerError::NoSuchImage { .. } => {

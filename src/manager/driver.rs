@@ -211,7 +211,10 @@ impl Manager {
     pub async fn delete(&self, name: ImageName) -> Result<Option<ImageStatus>, ManagerError> {
         match self.command(Command::Delete { name, sessions: 0 }).await? {
             Answer::Done => Ok(None),
-            answer => answer.image().map(|(image, _)| Some(image)),
+            answer @ (Answer::Image(..)
+            | Answer::Attachment(..)
+            | Answer::Volume(..)
+            | Answer::Class(_)) => answer.image().map(|(image, _)| Some(image)),
         }
     }
 

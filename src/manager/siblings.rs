@@ -5,7 +5,7 @@
 //! it comes from. A copy that turns out damaged or unreadable is passed over, and what came from it
 //! is thrown away; the source is asked if none is left.
 //! Never: takes a failure of its own disk, or a cancel, for the fault of the other copy.
-//! Start at [`Worker::from_others`].
+//! Start at [`Worker::copy_from_others`].
 
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ impl Worker {
     /// # Errors
     /// [`WorkError`]: of this copy's own disk, a cancel, or of the last complete copy if there is
     /// no source.
-    pub(super) async fn from_others(&self) -> Result<Option<CopyInfo>, WorkError> {
+    pub(super) async fn copy_from_others(&self) -> Result<Option<CopyInfo>, WorkError> {
         let mut last = None;
         for other in &self.others {
             let Some((sealed, record)) = self.open(other).await else { continue };

@@ -220,7 +220,7 @@ impl World {
             .map(|disk| (disk.free_bytes.saturating_sub(disk.reserved_bytes), &disk.uuid))
             .filter(|(free, uuid)| *free > need_bytes || here(uuid))
             .collect();
-        fit.sort_by(|a, b| b.0.cmp(&a.0));
+        fit.sort_by_key(|(free, _)| std::cmp::Reverse(*free));
         if fit.is_empty() {
             return Err(ManagerError::NoRoom { name: new.image.clone(), need_bytes });
         }

@@ -268,7 +268,7 @@ impl Worker {
 
     /// From a complete copy on another disk, else from the source.
     async fn fetch(&self) -> Result<CopyInfo, WorkError> {
-        if let Some(info) = self.from_others().await? {
+        if let Some(info) = self.copy_from_others().await? {
             return Ok(info);
         }
         if let Some(total) = self.task.upload_bytes {

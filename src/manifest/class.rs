@@ -121,7 +121,11 @@ pub(super) fn parse_class(value: &Value) -> Result<(Object, Vec<String>), Fault>
         // By its own name: a name with dots in it is no path.
         let text = match &parameters[key] {
             Value::String(text) => text.clone(),
-            other => other.to_string(),
+            other @ (Value::Null
+            | Value::Bool(_)
+            | Value::Number(_)
+            | Value::Array(_)
+            | Value::Object(_)) => other.to_string(),
         };
         if text.len() > MAX_KEPT_LEN {
             return Err(fields.wrong(&of(key), &format!("more than {MAX_KEPT_LEN} bytes")));

@@ -6,6 +6,7 @@ use super::volumes::{new_volume, volume_name};
 use super::*;
 
 /// One move of the world around the manager; numbers choose among what is possible.
+#[expect(clippy::too_many_lines, reason = "one table of moves")]
 fn random_move(node: &mut Node, kind: u8, pick: usize) {
     let image = ["a", "b", "top"][pick % 3];
     let running: Vec<CopyId> = node.running.keys().cloned().collect();

@@ -161,6 +161,7 @@ impl Node {
         self.perform(actions);
     }
 
+    #[expect(clippy::too_many_lines, reason = "one table of actions and what each may not do")]
     fn perform(&mut self, actions: Vec<Action>) {
         for action in actions {
             match action {
