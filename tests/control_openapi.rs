@@ -189,7 +189,7 @@ fn real_answers_are_as_documented() {
     for path in [held.as_str(), "/v1/attachments/00000000", "/v1/attachments/x"] {
         ask("GET", "/v1/attachments/{id}", path, None);
     }
-    volumes_are_as_documented(&ask);
+    volumes_are_as_documented(ask);
     ask("DELETE", "/v1/images/{name}", "/v1/images/a", None);
     ask("DELETE", "/v1/attachments/{id}", &held, None);
     ask("DELETE", "/v1/attachments/{id}", &held, None);
@@ -197,7 +197,7 @@ fn real_answers_are_as_documented() {
 }
 
 /// Of the image `a`, which is ready.
-fn volumes_are_as_documented(ask: &dyn Fn(&str, &str, &str, Option<&str>)) {
+fn volumes_are_as_documented(ask: impl Fn(&str, &str, &str, Option<&str>)) {
     let backup = r#"{"name":"r","backup":{"Name":"v","BackingImageName":"a"}}"#;
     for body in [
         r#"{"name":"v","image":"a"}"#,
