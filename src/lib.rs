@@ -10,7 +10,7 @@
 //! 4. [`serve::nbd::Server`] answers readers from [`map::FileMap`].
 //!
 //! What there should be is decided by [`manager::World`], kept in [`catalog`], asked for through
-//! [`control`], wired by [`daemon`]; [`cli`] is a client like any other.
+//! [`control`] (by users of Kubernetes in [`manifest`]s), wired by [`daemon`]; [`cli`] is a client like any other.
 //!
 //! The parts that others may want by themselves: [`image::qcow2`] (a pure parser and a lock-free
 //! cluster map), [`ring`] (sinks), [`serve::nbd`] (a server for any view).
@@ -34,5 +34,6 @@ pub mod fetch;
 pub mod image;
 pub mod import;
 pub mod manager;
+pub mod manifest;
 pub mod ring;
 pub mod serve;

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{what} {found:?} is not usable: {rule}")]
 pub struct NameError {
-    /// What was being named: "image name", "disk UUID", "image uuid".
+    /// What was being named: "image name", "disk UUID", "image uuid", …
     pub what: &'static str,
     /// The text as given, cut to 80 characters.
     pub found: String,
@@ -42,16 +42,7 @@ impl ImageName {
     /// # Errors
     /// [`NameError`] with the broken rule.
     pub fn parse(text: &str) -> Result<Self, NameError> {
-        let refuse = |rule| Err(NameError::new("image name", text, rule));
-        if text.is_empty() || text.len() > Self::MAX_LEN {
-            return refuse("a name has 1 to 63 characters");
-        }
-        if !text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-') {
-            return refuse("a name has only a-z, 0-9 and '-'");
-        }
-        if text.starts_with('-') || text.ends_with('-') {
-            return refuse("a name begins and ends with a letter or digit");
-        }
+        check_label("image name", text)?;
         Ok(Self(text.to_owned()))
     }
 
@@ -75,39 +66,100 @@ impl ImageName {
         let name: String = name.trim_matches('-').chars().take(Self::MAX_LEN).collect();
         Self::parse(name.trim_matches('-')).ok()
     }
+}
 
-    /// The name as text.
-    #[must_use]
-    pub fn as_str(&self) -> &str {
-        &self.0
+/// The rules of a DNS label, as in RFC 1123.
+fn check_label(what: &'static str, text: &str) -> Result<(), NameError> {
+    let refuse = |rule| Err(NameError::new(what, text, rule));
+    if text.is_empty() || text.len() > ImageName::MAX_LEN {
+        return refuse("a name has 1 to 63 characters");
+    }
+    if !text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-') {
+        return refuse("a name has only a-z, 0-9 and '-'");
+    }
+    if text.starts_with('-') || text.ends_with('-') {
+        return refuse("a name begins and ends with a letter or digit");
+    }
+    Ok(())
+}
+
+/// A volume's name: a DNS label, as an image's.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct VolumeName(String);
+
+impl VolumeName {
+    /// Checks `text` against the rules of a DNS label.
+    ///
+    /// # Errors
+    /// [`NameError`] with the broken rule.
+    pub fn parse(text: &str) -> Result<Self, NameError> {
+        check_label("volume name", text)?;
+        Ok(Self(text.to_owned()))
     }
 }
 
-impl TryFrom<String> for ImageName {
-    type Error = NameError;
-    fn try_from(text: String) -> Result<Self, NameError> {
-        Self::parse(&text)
+/// A storage class's name: a DNS subdomain as in RFC 1123 (labels with dots between, up to 253
+/// characters).
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ClassName(String);
+
+impl ClassName {
+    /// Checks `text` against the rules of a DNS subdomain.
+    ///
+    /// # Errors
+    /// [`NameError`] with the broken rule.
+    pub fn parse(text: &str) -> Result<Self, NameError> {
+        if text.len() > 253 {
+            let rule = "a name has 1 to 253 characters";
+            return Err(NameError::new("storage class name", text, rule));
+        }
+        text.split('.').try_for_each(|label| check_label("storage class name", label))?;
+        Ok(Self(text.to_owned()))
     }
 }
 
-impl From<ImageName> for String {
-    fn from(name: ImageName) -> Self {
-        name.0
-    }
+/// What every checked name can do.
+macro_rules! as_text {
+    ($($name:ty),*) => {$(
+        impl $name {
+            /// The name as text.
+            #[must_use]
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = NameError;
+            fn try_from(text: String) -> Result<Self, NameError> {
+                Self::parse(&text)
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(name: $name) -> Self {
+                name.0
+            }
+        }
+
+        impl std::str::FromStr for $name {
+            type Err = NameError;
+            fn from_str(text: &str) -> Result<Self, NameError> {
+                Self::parse(text)
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+    )*};
 }
 
-impl std::str::FromStr for ImageName {
-    type Err = NameError;
-    fn from_str(text: &str) -> Result<Self, NameError> {
-        Self::parse(text)
-    }
-}
-
-impl fmt::Display for ImageName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
+as_text!(ImageName, VolumeName, ClassName);
 
 /// Longhorn's image uuid: 8 lower-case hex digits, given once, never changed.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -258,6 +310,11 @@ mod tests {
         }
         for bad in ["", "-a", "a-", "A", "a.b", "a/b", "../a", "a b", "ä", &"x".repeat(64)] {
             assert!(ImageName::parse(bad).is_err(), "{bad:?}");
+            assert!(VolumeName::parse(bad).is_err(), "{bad:?}");
+        }
+        assert!(ClassName::parse("longhorn.fast-2").is_ok());
+        for bad in ["", ".", "a..b", "a/b", "A", &"x.".repeat(127)] {
+            assert!(ClassName::parse(bad).is_err(), "{bad:?}");
         }
     }
 

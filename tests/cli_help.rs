@@ -6,7 +6,7 @@ use std::process::Command;
 
 use control_support::{bedplate, stderr, stdout};
 
-const COMMANDS: [&str; 23] = [
+const COMMANDS: [&str; 26] = [
     "run",
     "pull",
     "export",
@@ -19,6 +19,9 @@ const COMMANDS: [&str; 23] = [
     "delete",
     "attach",
     "detach",
+    "volume",
+    "apply",
+    "class",
     "pause",
     "resume",
     "cancel",

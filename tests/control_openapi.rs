@@ -189,10 +189,50 @@ fn real_answers_are_as_documented() {
     for path in [held.as_str(), "/v1/attachments/00000000", "/v1/attachments/x"] {
         ask("GET", "/v1/attachments/{id}", path, None);
     }
+    volumes_are_as_documented(ask);
     ask("DELETE", "/v1/images/{name}", "/v1/images/a", None);
     ask("DELETE", "/v1/attachments/{id}", &held, None);
     ask("DELETE", "/v1/attachments/{id}", &held, None);
     ask("DELETE", "/v1/images/{name}", "/v1/images/a", None);
+}
+
+/// Of the image `a`, which is ready.
+fn volumes_are_as_documented(ask: impl Fn(&str, &str, &str, Option<&str>)) {
+    let backup = r#"{"name":"r","backup":{"Name":"v","BackingImageName":"a"}}"#;
+    for body in [
+        r#"{"name":"v","image":"a"}"#,
+        r#"{"name":"v","image":"a"}"#,
+        r#"{"name":"v","image":"u"}"#,
+        r#"{"name":"w","image":"none"}"#,
+        r#"{"name":"w","image":"a","size_bytes":1}"#,
+        "{}",
+        backup,
+    ] {
+        ask("POST", "/v1/volumes", "/v1/volumes", Some(body));
+    }
+    for name in ["v", "r", "none", "V"] {
+        let path = format!("/v1/volumes/{name}");
+        ask("GET", "/v1/volumes/{name}", &path, None);
+        for action in ["attach", "detach", "attach"] {
+            let route = format!("/v1/volumes/{{name}}/{action}");
+            ask("POST", &route, &format!("{path}/{action}"), None);
+        }
+        ask("DELETE", "/v1/volumes/{name}", &path, None);
+        ask("POST", "/v1/volumes/{name}/detach", &format!("{path}/detach"), None);
+        ask("GET", "/v1/volumes", "/v1/volumes", None);
+        ask("DELETE", "/v1/volumes/{name}", &path, None);
+    }
+    let class = r#"{"kind":"StorageClass","apiVersion":"storage.k8s.io/v1","metadata":{"name":"c"},
+                    "parameters":{"backingImage":"a","x":"y"}}"#;
+    for body in [class, class, "kind: Pod"] {
+        ask("POST", "/v1/apply", "/v1/apply", Some(body));
+    }
+    ask("GET", "/v1/classes", "/v1/classes", None);
+    for path in ["/v1/classes/c", "/v1/classes/C"] {
+        ask("GET", "/v1/classes/{name}", path, None);
+        ask("DELETE", "/v1/classes/{name}", path, None);
+        ask("DELETE", "/v1/classes/{name}", path, None);
+    }
 }
 
 #[test]
@@ -211,6 +251,7 @@ fn real_events_are_as_documented() {
         let schema = match kind.split('.').next().unwrap() {
             "image" => "Image",
             "attachment" => "Attachment",
+            "volume" => "Volume",
             _ => continue,
         };
         let schema = json!({ "$ref": format!("#/components/schemas/{schema}") });

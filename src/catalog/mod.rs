@@ -29,11 +29,16 @@ pub enum Kind {
     Attachment,
     /// A setting of this node.
     Setting,
+    /// A volume.
+    Volume,
+    /// A storage class.
+    Class,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 3] = [Self::Image, Self::Attachment, Self::Setting];
+    pub const ALL: [Self; 5] =
+        [Self::Image, Self::Attachment, Self::Setting, Self::Volume, Self::Class];
 
     /// The word for messages, and the table's name.
     #[must_use]
@@ -42,6 +47,8 @@ impl Kind {
             Self::Image => "image",
             Self::Attachment => "attachment",
             Self::Setting => "setting",
+            Self::Volume => "volume",
+            Self::Class => "class",
         }
     }
 }

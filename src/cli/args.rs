@@ -18,6 +18,7 @@ use super::args_steer::{
 };
 use super::args_upload::UploadArgs;
 use super::args_view::{CatArgs, ExportArgs, InspectArgs, StandsArgs};
+use super::args_volume::{ApplyArgs, ClassArgs, VolumeArgs};
 use super::exit::Exit;
 use super::sizes::parse_bytes;
 use crate::daemon;
@@ -122,6 +123,12 @@ pub enum Command {
     Attach(AttachArgs),
     /// Read an image no more
     Detach(DetachArgs),
+    /// Volumes: an image, and the disks of replicas that stand on it
+    Volume(VolumeArgs),
+    /// Apply a manifest: StorageClasses, claims, Longhorn's BackingImages and Volumes
+    Apply(ApplyArgs),
+    /// Storage classes
+    Class(ClassArgs),
     /// Stop fetching an image for now
     Pause(PauseArgs),
     /// Go on fetching an image

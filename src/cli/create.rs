@@ -11,7 +11,7 @@ use super::output::Output;
 use super::source;
 use crate::control::client::Client;
 use crate::control::types::{CreateImage, Digests, FetchImage, Image};
-use crate::fetch::{Access, SourceUrl};
+use crate::fetch::SourceUrl;
 use crate::image::Format;
 use crate::import::Layout;
 
@@ -53,10 +53,6 @@ pub(super) fn request(
     let digests = Digests::from(&expected.digests()?);
     Ok(CreateImage {
         name,
-        mirrors: Vec::new(),
-        url: Some(url.expose().to_string()),
-        upload_bytes: None,
-        access: Access::default(),
         sha256: digests.sha256,
         sha512: digests.sha512,
         sha1: digests.sha1,
@@ -65,9 +61,6 @@ pub(super) fn request(
         checksum_url: expected.checksum_url()?.map(|url| url.expose().to_string()),
         format: format.map(|f| Format::from(f).to_string()),
         layout: (layout != Layout::default()).then(|| layout.to_string()),
-        base: None,
-        snapshot: None,
-        min_copies: None,
-        disks: Vec::new(),
+        ..CreateImage::of_url(url.expose().as_str())
     })
 }

@@ -51,7 +51,7 @@ pub(super) async fn run(global: &Global, output: &Output) -> Result<(), CliError
 /// How good a state is.
 pub(super) fn tint(state: &str) -> Tint {
     match state {
-        "ready" | "ok" => Tint::Good,
+        "ready" | "running" | "ok" => Tint::Good,
         "unknown" | "fail" => Tint::Bad,
         other if other.starts_with("failed") => Tint::Bad,
         _ => Tint::Busy,

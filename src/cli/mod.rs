@@ -14,10 +14,13 @@ pub mod args_digest;
 pub mod args_steer;
 pub mod args_upload;
 pub mod args_view;
+pub mod args_volume;
 pub mod exit;
 
+mod apply;
 mod attach;
 mod cat;
+mod class;
 mod completions;
 mod create;
 mod delete;
@@ -43,6 +46,7 @@ mod source;
 mod steer;
 mod table;
 mod upload;
+mod volume;
 mod watch;
 
 use std::process::ExitCode;
@@ -94,6 +98,9 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         | Command::Delete(_)
         | Command::Attach(_)
         | Command::Detach(_)
+        | Command::Volume(_)
+        | Command::Apply(_)
+        | Command::Class(_)
         | Command::Pause(_)
         | Command::Resume(_)
         | Command::Cancel(_)
@@ -121,6 +128,9 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
             Command::Delete(args) => delete::run(&args, &global, output).await,
             Command::Attach(args) => attach::run(&args, &global, output).await,
             Command::Detach(args) => detach::run(&args, &global, output).await,
+            Command::Volume(args) => volume::run(&args.command, &global, output).await,
+            Command::Apply(args) => apply::run(&args, &global, output).await,
+            Command::Class(args) => class::run(&args.command, &global, output).await,
             Command::Pause(args) => steer::pause(&args, &global, output).await,
             Command::Resume(args) => steer::resume(&args, &global, output).await,
             Command::Cancel(args) => steer::cancel(&args, &global, output).await,

@@ -8,7 +8,7 @@
 
 use std::time::Duration;
 
-use axum::body::to_bytes;
+use axum::body::{Bytes, to_bytes};
 use axum::extract::{FromRequest, Request};
 use axum::http::StatusCode;
 use serde::de::DeserializeOwned;
@@ -27,27 +27,45 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, _state: &S) -> Result<Self, ApiError> {
-        let too_large = || {
-            let message = format!("the body has more than {MAX_LEN} bytes");
-            ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "too-large", message, "send less")
-        };
-        let declared = request.headers().get("content-length");
-        let declared = declared.and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
-        if declared.is_some_and(|len| len > MAX_LEN as u64) {
-            return Err(too_large());
-        }
-        let reading = to_bytes(request.into_body(), MAX_LEN);
-        let Ok(read) = tokio::time::timeout(ARRIVAL, reading).await else {
-            let message = format!("the body did not arrive within {} s", ARRIVAL.as_secs());
-            return Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, "timeout", message, ""));
-        };
-        let bytes = match read {
-            Ok(bytes) => bytes,
-            Err(error) if is_length_limit(&error) => return Err(too_large()),
-            Err(_) => return Err(ApiError::bad_request("the body ended too early")),
-        };
+        let bytes = read(request).await?;
         let bytes = if bytes.is_empty() { b"{}".as_slice() } else { bytes.as_ref() };
         parse(bytes).map(Self)
+    }
+}
+
+/// A body that is text of some other kind.
+pub(crate) struct Text(pub(crate) String);
+
+impl<S: Send + Sync> FromRequest<S> for Text {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, _state: &S) -> Result<Self, ApiError> {
+        let bytes = read(request).await?;
+        let text = String::from_utf8(bytes.into());
+        text.map(Self).map_err(|_| ApiError::bad_request("the body is no UTF-8 text"))
+    }
+}
+
+/// All of a body, within its bounds.
+async fn read(request: Request) -> Result<Bytes, ApiError> {
+    let too_large = || {
+        let message = format!("the body has more than {MAX_LEN} bytes");
+        ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "too-large", message, "send less")
+    };
+    let declared = request.headers().get("content-length");
+    let declared = declared.and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<u64>().ok());
+    if declared.is_some_and(|len| len > MAX_LEN as u64) {
+        return Err(too_large());
+    }
+    let reading = to_bytes(request.into_body(), MAX_LEN);
+    let Ok(read) = tokio::time::timeout(ARRIVAL, reading).await else {
+        let message = format!("the body did not arrive within {} s", ARRIVAL.as_secs());
+        return Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, "timeout", message, ""));
+    };
+    match read {
+        Ok(bytes) => Ok(bytes),
+        Err(error) if is_length_limit(&error) => Err(too_large()),
+        Err(_) => Err(ApiError::bad_request("the body ended too early")),
     }
 }
 

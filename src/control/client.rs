@@ -108,6 +108,18 @@ impl Client {
         self.json(Method::POST, target, Some(body)).await
     }
 
+    /// `POST target` with a text, as it is.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn post_text<T: DeserializeOwned>(
+        &self,
+        target: &str,
+        text: String,
+    ) -> Result<T, ClientError> {
+        self.json(Method::POST, target, Some(text.into_bytes())).await
+    }
+
     /// `DELETE target`. The answer's body, if it has one.
     ///
     /// # Errors

@@ -62,6 +62,7 @@ impl From<std::io::Error> for ApiError {
 }
 
 impl From<ManagerError> for ApiError {
+    #[expect(clippy::too_many_lines, reason = "one table, a few lines for each refusal")]
     fn from(error: ManagerError) -> Self {
         let (status, code, hint) = match &error {
             ManagerError::NoSuchImage { .. } => {
@@ -105,6 +106,44 @@ impl From<ManagerError> for ApiError {
                 "refused-source",
                 "merge some of them with `qemu-img convert`",
             ),
+            ManagerError::HasVolumes { .. } => {
+                (StatusCode::CONFLICT, "in-use", "delete these volumes first")
+            }
+            ManagerError::VolumeAttached { .. } => {
+                (StatusCode::CONFLICT, "in-use", "detach it first: `bedplate volume detach NAME`")
+            }
+            ManagerError::NoSuchVolume { .. } => {
+                (StatusCode::NOT_FOUND, "not-found", "`bedplate volume list` shows the volumes")
+            }
+            ManagerError::NoSuchClass { .. } => {
+                (StatusCode::NOT_FOUND, "not-found", "`bedplate class list` shows the classes")
+            }
+            ManagerError::NoImageForVolume { .. } => (
+                StatusCode::NOT_FOUND,
+                "not-found",
+                "make it known (`bedplate create URL --name IMAGE`), give a URL, or name another",
+            ),
+            ManagerError::VolumeTooSmall { .. } => {
+                (StatusCode::UNPROCESSABLE_ENTITY, "too-small", "give the image's size, or more")
+            }
+            ManagerError::OtherVolume { .. } => {
+                (StatusCode::CONFLICT, "name-taken", "give another name, or delete that volume")
+            }
+            ManagerError::OtherBackupImage { .. } => (
+                StatusCode::CONFLICT,
+                "refused-backup",
+                "name the image that the backup was made on (--image), or, if you know that this \
+                 one is right, say --force",
+            ),
+            ManagerError::UnprovenBackupImage { .. } => (
+                StatusCode::CONFLICT,
+                "refused-backup",
+                "create the image under another name with --sha512 and name it with --image, or, \
+                 if you know that this one is right, say --force",
+            ),
+            ManagerError::BadReplicas { .. } | ManagerError::DiskTwice { .. } => {
+                (StatusCode::BAD_REQUEST, "bad-request", "`bedplate disks` shows the disks")
+            }
             ManagerError::BeingDeleted { .. } => {
                 (StatusCode::CONFLICT, "deleting", "wait until it is gone, then try again")
             }

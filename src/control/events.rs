@@ -22,7 +22,7 @@ use tokio::sync::{broadcast, watch};
 use super::App;
 use super::error::ApiError;
 use super::types::Event;
-use super::wire;
+use super::{wire, wire_volume};
 use crate::manager::{Object, Subscription, Told};
 use crate::names::ImageName;
 
@@ -75,6 +75,10 @@ fn snapshot(app: &App, all: &Subscription, only: Option<&ImageName>) -> VecDeque
         let object = json!(wire::attachment(held, &app.nbd_socket));
         first.push_back(Event { id, kind: "attachment.snapshot".to_owned(), object });
     }
+    for volume in all.volumes.iter().filter(|v| only.is_none_or(|o| *o == v.record.image)) {
+        let object = json!(wire_volume::volume(volume, &app.nbd_socket));
+        first.push_back(Event { id, kind: "volume.snapshot".to_owned(), object });
+    }
     first.push_back(Event { id, kind: "snapshot.end".to_owned(), object: json!({}) });
     first
 }
@@ -110,8 +114,11 @@ impl Watcher {
         let Some(only) = &self.only else { return true };
         match &told.object {
             Object::Image(image) => image.record.name == *only,
-            Object::ImageGone(name) | Object::AttachmentGone(_, name) => name == only,
+            Object::ImageGone(name)
+            | Object::AttachmentGone(_, name)
+            | Object::VolumeGone(_, name) => name == only,
             Object::Attachment(held) => held.record.image == *only,
+            Object::Volume(volume) => volume.record.image == *only,
         }
     }
 }

@@ -95,7 +95,7 @@ fn source_of(body: &CreateImage) -> Answer<Option<SourceUrl>> {
 }
 
 /// Checks a request to create an image. Of the URL only the scheme may be in an error.
-fn new_image(body: &CreateImage) -> Answer<NewImage> {
+pub(super) fn new_image(body: &CreateImage) -> Answer<NewImage> {
     let source = source_of(body)?;
     body.access.check().map_err(|e| ApiError::bad_request(e.to_string()))?;
     let name = match &body.name {

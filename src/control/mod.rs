@@ -7,6 +7,7 @@
 //! Never: does I/O on images; prints or sends a credential; lets a slow peer hold up another.
 //! Start at [`routes::table`], then [`server::Server`]; `openapi.json` describes all of it.
 
+mod apply;
 mod body;
 pub mod client;
 mod error;
@@ -17,9 +18,12 @@ mod metrics;
 pub mod routes;
 pub mod server;
 pub mod types;
+pub mod types_volume;
 mod upload;
 pub mod upload_client;
+mod volumes;
 mod wire;
+mod wire_volume;
 
 use std::sync::Arc;
 

@@ -12,7 +12,7 @@ use axum::response::Response;
 use axum::routing::{MethodRouter, delete, get, head, patch, post, put};
 
 use super::error::ApiError;
-use super::{App, events, handlers, metrics, upload};
+use super::{App, apply, events, handlers, metrics, upload, volumes};
 
 /// One method of one path.
 pub struct Route {
@@ -46,6 +46,16 @@ pub fn table() -> Vec<Route> {
         route("POST", "/v1/attachments", post(handlers::create_attachment)),
         route("GET", "/v1/attachments/{id}", get(handlers::get_attachment)),
         route("DELETE", "/v1/attachments/{id}", delete(handlers::delete_attachment)),
+        route("GET", "/v1/volumes", get(volumes::list_volumes)),
+        route("POST", "/v1/volumes", post(volumes::create_volume)),
+        route("GET", "/v1/volumes/{name}", get(volumes::get_volume)),
+        route("DELETE", "/v1/volumes/{name}", delete(volumes::delete_volume)),
+        route("POST", "/v1/volumes/{name}/attach", post(volumes::attach_volume)),
+        route("POST", "/v1/volumes/{name}/detach", post(volumes::detach_volume)),
+        route("GET", "/v1/classes", get(volumes::list_classes)),
+        route("GET", "/v1/classes/{name}", get(volumes::get_class)),
+        route("DELETE", "/v1/classes/{name}", delete(volumes::delete_class)),
+        route("POST", "/v1/apply", post(apply::apply)),
         route("GET", "/v1/events", get(events::stream)),
         route("GET", "/v1/doctor", get(handlers::doctor)),
         route("GET", "/v1/openapi.json", get(handlers::openapi)),

@@ -216,10 +216,11 @@ pub struct Event {
     pub id: u64,
     /// `image.snapshot`, `attachment.snapshot`, `snapshot.end`, `image.created`, `image.updated`,
     /// `image.progress`, `image.deleted`, `attachment.created`, `attachment.updated`,
-    /// `attachment.deleted`, or `lagged` (events were lost; the stream ends; connect again).
+    /// `attachment.deleted`, `volume.snapshot`, `volume.created`, `volume.updated`,
+    /// `volume.deleted`, or `lagged` (events were lost; the stream ends; connect again).
     #[serde(rename = "type")]
     pub kind: String,
-    /// The image or attachment; what is deleted has only its name or id (and image).
+    /// The image, attachment or volume; what is deleted has only its name or id (and image).
     pub object: serde_json::Value,
 }
 
@@ -342,6 +343,32 @@ pub struct CreateImage {
     /// Disks on which to bring it in at once; default none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<String>,
+}
+
+impl CreateImage {
+    /// An image at `url`, with nothing else said.
+    #[must_use]
+    pub fn of_url(url: &str) -> Self {
+        Self {
+            name: None,
+            url: Some(url.to_owned()),
+            upload_bytes: None,
+            mirrors: Vec::new(),
+            access: Access::default(),
+            sha256: None,
+            sha512: None,
+            sha1: None,
+            md5: None,
+            blake3: None,
+            checksum_url: None,
+            format: None,
+            layout: None,
+            base: None,
+            snapshot: None,
+            min_copies: None,
+            disks: Vec::new(),
+        }
+    }
 }
 
 impl std::fmt::Debug for CreateImage {

@@ -121,17 +121,22 @@ pub(crate) fn event(told: &crate::manager::Told, nbd_socket: &Path) -> Event {
         Change::AttachmentCreated(_) => "attachment.created",
         Change::AttachmentUpdated(_) => "attachment.updated",
         Change::AttachmentDeleted(..) => "attachment.deleted",
+        Change::VolumeCreated(_) => "volume.created",
+        Change::VolumeUpdated(_) => "volume.updated",
+        Change::VolumeDeleted(..) => "volume.deleted",
     };
     let object = match &told.object {
         Object::Image(status) => serde_json::json!(image(status, nbd_socket)),
         Object::ImageGone(name) => serde_json::json!({ "name": name }),
         Object::Attachment(status) => serde_json::json!(attachment(status, nbd_socket)),
         Object::AttachmentGone(id, name) => serde_json::json!({ "id": id, "image": name }),
+        Object::Volume(status) => serde_json::json!(super::wire_volume::volume(status, nbd_socket)),
+        Object::VolumeGone(name, image) => serde_json::json!({ "name": name, "image": image }),
     };
     Event { id: told.id, kind: kind.to_owned(), object }
 }
 
-fn nbd(name: &ImageName, socket: &Path) -> Nbd {
+pub(super) fn nbd(name: &ImageName, socket: &Path) -> Nbd {
     Nbd {
         socket: socket.display().to_string(),
         export: name.to_string(),

@@ -106,6 +106,11 @@ pub enum FetchError {
         #[source]
         source: io::Error,
     },
+    #[error(
+        "{}: not the bytes that came (in the MiB from byte {at:#x} on); the copy is damaged",
+        path.display()
+    )]
+    Duplicate { path: PathBuf, at: u64 },
     #[error(transparent)]
     Disk(#[from] DiskError),
     #[error("bytes of an earlier run cannot be read back for their digest")]
@@ -165,6 +170,7 @@ impl FetchError {
             | Self::Digest { .. }
             | Self::Sums { .. }
             | Self::Local { .. }
+            | Self::Duplicate { .. }
             | Self::Disk(_)
             | Self::Client { .. } => Class::Refuse,
             Self::Cancelled => Class::Cancelled,

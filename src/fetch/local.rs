@@ -54,16 +54,19 @@ impl LocalFile {
             }
             error.into()
         })?;
-        let file = sealed.file().try_clone().map_err(|source| FetchError::Local {
-            op: "open",
-            path: path.to_owned(),
-            source,
-        })?;
-        let (len_bytes, remote) = version_of(&file, path)?;
+        Self::of(&sealed)
+    }
+
+    /// A file that is open already.
+    pub(super) fn of(sealed: &Sealed) -> Result<Self, FetchError> {
+        let path = sealed.path().to_owned();
+        let failed = |source| FetchError::Local { op: "open", path: path.clone(), source };
+        let file = sealed.file().try_clone().map_err(failed)?;
+        let (len_bytes, remote) = version_of(&file, &path)?;
         if len_bytes == 0 {
             return Err(FetchError::Empty { url: path.display().to_string() });
         }
-        Ok(Self { file, path: path.to_owned(), len_bytes, remote })
+        Ok(Self { file, path, len_bytes, remote })
     }
 
     fn failed(&self, op: &'static str, source: io::Error) -> FetchError {

@@ -13,6 +13,7 @@ mod book;
 mod crew;
 pub mod decode;
 mod digest;
+mod duplicate;
 mod error;
 mod expect;
 mod fleet;
@@ -38,6 +39,7 @@ mod version;
 mod ways;
 
 pub use crate::disk::{BadDigest, DigestKind, DigestMap};
+pub use duplicate::duplicate;
 pub use error::{Class, FetchError, HttpError, one_line};
 pub use expect::Expect;
 pub use http::{

@@ -144,7 +144,7 @@ pub(super) struct Run<'a> {
     pub(super) engine: &'a Engine,
     pub(super) source: &'a Source,
     pub(super) url: &'a SourceUrl,
-    access: &'a Access,
+    pub(super) access: &'a Access,
     pub(super) expect: &'a Expect,
     pub(super) filling: &'a mut Filling,
     pub(super) progress: &'a Arc<Progress>,
@@ -153,7 +153,7 @@ pub(super) struct Run<'a> {
     /// True once bytes of an earlier run were kept on the digest's word alone.
     pub(super) unproven: bool,
     /// Whether the source's mirrors may be used, if it has any.
-    mirrors: bool,
+    pub(super) mirrors: bool,
 }
 
 impl Run<'_> {
@@ -164,6 +164,11 @@ impl Run<'_> {
         {
             return self.unpack_file(source, codec).await;
         }
+        self.local_file(source).await
+    }
+
+    /// From a file that is open, as it is.
+    pub(super) async fn local_file(&mut self, source: LocalFile) -> Result<Fetched, FetchError> {
         let (total, remote) = (Some(source.len_bytes), source.remote.clone());
         let known = self.known_version();
         if known.is_some_and(|known| known.may_resume(&remote, false) == Resume::Same)

@@ -92,6 +92,8 @@ pub struct FoundCopy {
 /// What a finished copy is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CopyInfo {
+    /// The file.
+    pub path: PathBuf,
     /// Format of the file, found or declared.
     pub format: Format,
     /// Size of the disk that a guest sees, in bytes.
@@ -148,6 +150,8 @@ pub struct CopyTask {
     pub declared_format: Option<Format>,
     /// What an earlier copy told: this one must agree.
     pub facts: Option<Facts>,
+    /// Disks of this node with a complete copy: from there, before the source is asked.
+    pub ready_on: Vec<DiskUuid>,
 }
 
 /// What a worker is busy with.

@@ -90,6 +90,9 @@ impl World {
         if self.attachments_of(name).any(|a| a.record.disk == *disk) {
             return Some("it has attachments");
         }
+        if self.replica_disks_of(name).any(|on| on == disk) {
+            return Some("a replica of an attached volume reads it");
+        }
         if self.is_needed_on(name, disk) {
             return Some("another image stands on it");
         }
@@ -98,7 +101,7 @@ impl World {
             Export::Opening(on) | Export::Open(on) => on == disk,
         };
         // All readers of an image read by its one export, whichever copies they are attached to.
-        let read = self.attachments_of(name).next().is_some()
+        let read = self.readers_of(name).next().is_some()
             || self.sessions.get(name).is_some_and(|sessions| *sessions > 0);
         (exported && read).then_some("readers are connected to it")
     }

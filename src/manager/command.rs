@@ -9,13 +9,16 @@ use std::time::Duration;
 
 use super::backend::DiskStatus;
 use super::error::ManagerError;
-use super::records::{AttachmentId, AttachmentRecord, Expected, ImageRecord, Steering, Want};
+use super::records::{
+    AttachmentId, AttachmentRecord, ClassRecord, Expected, ImageRecord, Steering, Want,
+};
 use super::steer::SteeringChange;
+use super::volume::NewVolume;
 use super::world::{Action, Attachment, AttachmentState, Change, Image, Touched, Worker, World};
 use crate::fetch::{Access, SourceUrl};
 use crate::image::Format;
 use crate::import::Layout;
-use crate::names::{DiskUuid, ImageName, ImageUuid};
+use crate::names::{ClassName, DiskUuid, ImageName, ImageUuid, VolumeName};
 
 /// Longest label of a reader in bytes.
 pub const READER_MAX_LEN: usize = 128;
@@ -95,6 +98,18 @@ pub enum Command {
     Attach(NewAttachment),
     /// Read it no more.
     Detach(AttachmentId),
+    /// Know a volume, and its image if it may be made.
+    CreateVolume(Box<NewVolume>),
+    /// Attach a volume: its replicas run as soon as their copies are ready.
+    AttachVolume(VolumeName),
+    /// Its replicas stop.
+    DetachVolume(VolumeName),
+    /// Forget a volume.
+    DeleteVolume(VolumeName),
+    /// Know a storage class, or know it better.
+    PutClass(Box<ClassRecord>),
+    /// Forget a storage class; volumes that were made by it stay.
+    DeleteClass(ClassName),
 }
 
 /// What an accepted command is about.
@@ -104,8 +119,23 @@ pub enum Outcome {
     Image(ImageName, bool),
     /// An attachment, and whether it is new.
     Attachment(AttachmentId, bool),
+    /// A volume, and whether it is new.
+    Volume(VolumeName, bool),
+    /// A storage class, and what became of it.
+    Class(ClassName, Applied),
     /// Nothing is left to show.
     Done,
+}
+
+/// What became of a record that was put.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Applied {
+    /// It is new.
+    Created,
+    /// It was another before.
+    Configured,
+    /// It was so before.
+    Unchanged,
 }
 
 impl World {
@@ -145,6 +175,12 @@ impl World {
                 touched.images.insert(gone.record.image);
                 Outcome::Done
             }
+            Command::CreateVolume(new) => self.create_volume(*new, &mut touched)?,
+            Command::AttachVolume(name) => self.attach_volume(name, &mut touched)?,
+            Command::DetachVolume(name) => self.detach_volume(name, &mut touched)?,
+            Command::DeleteVolume(name) => self.delete_volume(name, &mut touched)?,
+            Command::PutClass(record) => self.put_class(*record, &mut touched),
+            Command::DeleteClass(name) => self.delete_class(name, &mut touched)?,
         };
         Ok((outcome, self.finish(now, touched)))
     }
@@ -160,7 +196,11 @@ impl World {
     }
 
     /// Rules 1 and 13.
-    fn create(&mut self, new: NewImage, touched: &mut Touched) -> Result<Outcome, ManagerError> {
+    pub(super) fn create(
+        &mut self,
+        new: NewImage,
+        touched: &mut Touched,
+    ) -> Result<Outcome, ManagerError> {
         for disk in &new.disks {
             self.disk(disk).ok_or_else(|| ManagerError::NoSuchDisk { disk: disk.clone() })?;
         }
@@ -249,11 +289,15 @@ impl World {
     ) -> Result<Outcome, ManagerError> {
         let attachments = self.attachments_of(&name).count();
         let overlays = self.overlays_of(&name);
+        let volumes: Vec<_> = self.volumes_of(&name).map(|v| v.record.name.clone()).collect();
         let Some(image) = self.images.get_mut(&name) else {
             return Err(ManagerError::NoSuchImage { name });
         };
         if image.record.deleting {
             return Ok(Outcome::Image(name, false));
+        }
+        if !volumes.is_empty() {
+            return Err(ManagerError::HasVolumes { name, volumes });
         }
         if attachments > 0 || sessions > 0 {
             return Err(ManagerError::InUse { name, attachments, sessions });

@@ -11,15 +11,16 @@ use std::time::Duration;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::backend::{Backend, BackendError, Link};
-use super::command::{Command, NewAttachment, NewImage};
+use super::command::{Applied, Command, NewAttachment, NewImage};
 use super::error::ManagerError;
 use super::perform::Driver;
-use super::records::AttachmentId;
-use super::status::{AttachmentStatus, ImageStatus};
+use super::records::{AttachmentId, ClassRecord};
+use super::status::{AttachmentStatus, ImageStatus, VolumeStatus};
 use super::steer::SteeringChange;
+use super::volume::NewVolume;
 use super::world::{Change, World};
 use crate::catalog::{Catalog, CatalogError};
-use crate::names::{DiskUuid, ImageName};
+use crate::names::{ClassName, DiskUuid, ImageName, VolumeName};
 
 /// Commands that may wait; more senders wait in line.
 const COMMANDS: usize = 64;
@@ -51,6 +52,10 @@ pub enum Object {
     Attachment(AttachmentStatus),
     /// An attachment that is no more, and the image that it read.
     AttachmentGone(AttachmentId, ImageName),
+    /// A volume.
+    Volume(Box<VolumeStatus>),
+    /// A volume that is no more, and the image that it stood on.
+    VolumeGone(VolumeName, ImageName),
 }
 
 /// One change, as watchers are told.
@@ -73,6 +78,8 @@ pub struct Subscription {
     pub images: Vec<ImageStatus>,
     /// All attachments.
     pub attachments: Vec<AttachmentStatus>,
+    /// All volumes.
+    pub volumes: Vec<VolumeStatus>,
     /// What follows. A watcher that is too slow gets `Lagged`.
     pub changes: broadcast::Receiver<Arc<Told>>,
 }
@@ -87,7 +94,30 @@ pub(super) enum Message {
 pub(super) enum Answer {
     Image(Box<ImageStatus>, bool),
     Attachment(Box<AttachmentStatus>, bool),
+    Volume(Box<VolumeStatus>, bool),
+    Class(Applied),
     Done,
+}
+
+impl Answer {
+    /// The answer of a command on an image. `Stopping` cannot be: each command has one kind of it.
+    fn image(self) -> Result<(ImageStatus, bool), ManagerError> {
+        match self {
+            Self::Image(image, is_new) => Ok((*image, is_new)),
+            Self::Attachment(..) | Self::Volume(..) | Self::Class(_) | Self::Done => {
+                Err(ManagerError::Stopping)
+            }
+        }
+    }
+
+    fn volume(self) -> Result<(VolumeStatus, bool), ManagerError> {
+        match self {
+            Self::Volume(volume, is_new) => Ok((*volume, is_new)),
+            Self::Attachment(..) | Self::Image(..) | Self::Class(_) | Self::Done => {
+                Err(ManagerError::Stopping)
+            }
+        }
+    }
 }
 
 /// A handle on the manager's task. Cheap to clone.
@@ -119,10 +149,7 @@ impl Manager {
     /// # Errors
     /// [`ManagerError`]; nothing was changed.
     pub async fn create(&self, new: NewImage) -> Result<(ImageStatus, bool), ManagerError> {
-        match self.command(Command::Create(new)).await? {
-            Answer::Image(image, is_new) => Ok((*image, is_new)),
-            Answer::Attachment(..) | Answer::Done => Err(ManagerError::Stopping),
-        }
+        self.command(Command::Create(new)).await?.image()
     }
 
     /// Brings an image in on a disk now.
@@ -134,10 +161,7 @@ impl Manager {
         name: ImageName,
         disk: Option<DiskUuid>,
     ) -> Result<ImageStatus, ManagerError> {
-        match self.command(Command::Fetch(name, disk)).await? {
-            Answer::Image(image, _) => Ok(*image),
-            Answer::Attachment(..) | Answer::Done => Err(ManagerError::Stopping),
-        }
+        self.command(Command::Fetch(name, disk)).await?.image().map(|(image, _)| image)
     }
 
     /// Steers the transfers of an image.
@@ -149,10 +173,7 @@ impl Manager {
         name: ImageName,
         change: SteeringChange,
     ) -> Result<ImageStatus, ManagerError> {
-        match self.command(Command::Steer(name, change)).await? {
-            Answer::Image(image, _) => Ok(*image),
-            Answer::Attachment(..) | Answer::Done => Err(ManagerError::Stopping),
-        }
+        self.command(Command::Steer(name, change)).await?.image().map(|(image, _)| image)
     }
 
     /// Stops the unfinished transfers of an image and removes what has arrived of them.
@@ -160,10 +181,7 @@ impl Manager {
     /// # Errors
     /// [`ManagerError::InUse`] while somebody waits for one of them; others if it can't be found.
     pub async fn cancel(&self, name: ImageName) -> Result<ImageStatus, ManagerError> {
-        match self.command(Command::Cancel(name)).await? {
-            Answer::Image(image, _) => Ok(*image),
-            Answer::Attachment(..) | Answer::Done => Err(ManagerError::Stopping),
-        }
+        self.command(Command::Cancel(name)).await?.image().map(|(image, _)| image)
     }
 
     /// Removes an image's copies on these disks, all of them or none.
@@ -175,10 +193,7 @@ impl Manager {
         name: ImageName,
         disks: Vec<DiskUuid>,
     ) -> Result<ImageStatus, ManagerError> {
-        match self.command(Command::CleanUp(name, disks)).await? {
-            Answer::Image(image, _) => Ok(*image),
-            Answer::Attachment(..) | Answer::Done => Err(ManagerError::Stopping),
-        }
+        self.command(Command::CleanUp(name, disks)).await?.image().map(|(image, _)| image)
     }
 
     /// Says how long copies that nobody uses stay from now on; `None` for ever.
@@ -195,8 +210,11 @@ impl Manager {
     /// [`ManagerError::InUse`] while anybody reads it; others if it can't be found or stored.
     pub async fn delete(&self, name: ImageName) -> Result<Option<ImageStatus>, ManagerError> {
         match self.command(Command::Delete { name, sessions: 0 }).await? {
-            Answer::Image(image, _) => Ok(Some(*image)),
-            Answer::Attachment(..) | Answer::Done => Ok(None),
+            Answer::Done => Ok(None),
+            answer @ (Answer::Image(..)
+            | Answer::Attachment(..)
+            | Answer::Volume(..)
+            | Answer::Class(_)) => answer.image().map(|(image, _)| Some(image)),
         }
     }
 
@@ -210,7 +228,9 @@ impl Manager {
     ) -> Result<(AttachmentStatus, bool), ManagerError> {
         match self.command(Command::Attach(new)).await? {
             Answer::Attachment(attachment, is_new) => Ok((*attachment, is_new)),
-            Answer::Image(..) | Answer::Done => Err(ManagerError::Stopping),
+            Answer::Image(..) | Answer::Volume(..) | Answer::Class(_) | Answer::Done => {
+                Err(ManagerError::Stopping)
+            }
         }
     }
 
@@ -220,6 +240,60 @@ impl Manager {
     /// [`ManagerError`]; nothing was changed.
     pub async fn detach(&self, id: AttachmentId) -> Result<(), ManagerError> {
         self.command(Command::Detach(id)).await.map(|_| ())
+    }
+
+    /// Knows a volume, and its image if it may be made; true if the volume is new.
+    ///
+    /// # Errors
+    /// [`ManagerError`]; nothing was changed.
+    pub async fn create_volume(
+        &self,
+        new: NewVolume,
+    ) -> Result<(VolumeStatus, bool), ManagerError> {
+        self.command(Command::CreateVolume(Box::new(new))).await?.volume()
+    }
+
+    /// Attaches a volume, or detaches it.
+    ///
+    /// # Errors
+    /// [`ManagerError`]; nothing was changed.
+    pub async fn set_attached(
+        &self,
+        name: VolumeName,
+        attached: bool,
+    ) -> Result<VolumeStatus, ManagerError> {
+        let command =
+            if attached { Command::AttachVolume(name) } else { Command::DetachVolume(name) };
+        self.command(command).await?.volume().map(|(volume, _)| volume)
+    }
+
+    /// Forgets a volume.
+    ///
+    /// # Errors
+    /// [`ManagerError::VolumeAttached`] while it is; others if it can't be found or stored.
+    pub async fn delete_volume(&self, name: VolumeName) -> Result<(), ManagerError> {
+        self.command(Command::DeleteVolume(name)).await.map(|_| ())
+    }
+
+    /// Knows a storage class, or knows it better.
+    ///
+    /// # Errors
+    /// [`ManagerError`] if it can't be stored.
+    pub async fn put_class(&self, record: ClassRecord) -> Result<Applied, ManagerError> {
+        match self.command(Command::PutClass(Box::new(record))).await? {
+            Answer::Class(applied) => Ok(applied),
+            Answer::Image(..) | Answer::Attachment(..) | Answer::Volume(..) | Answer::Done => {
+                Err(ManagerError::Stopping)
+            }
+        }
+    }
+
+    /// Forgets a storage class.
+    ///
+    /// # Errors
+    /// [`ManagerError`] if it can't be found or stored.
+    pub async fn delete_class(&self, name: ClassName) -> Result<(), ManagerError> {
+        self.command(Command::DeleteClass(name)).await.map(|_| ())
     }
 
     /// What `look` makes of the world, as it is between two changes.

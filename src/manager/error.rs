@@ -1,7 +1,7 @@
 //! Why the manager refuses a command.
 
 use crate::catalog::CatalogError;
-use crate::names::{DiskUuid, ImageName};
+use crate::names::{ClassName, DiskUuid, ImageName, VolumeName};
 
 use super::records::AttachmentId;
 
@@ -42,6 +42,45 @@ pub enum ManagerError {
     /// Too few copies would be left.
     #[error("image {name}: the copy on disk {disk} stays: at least {least} must be left")]
     TooFewCopies { name: ImageName, disk: DiskUuid, least: u32 },
+    /// Volumes stand on the image.
+    #[error("image {name}: volumes stand on it: {}", list(volumes))]
+    HasVolumes { name: ImageName, volumes: Vec<VolumeName> },
+    /// No such volume.
+    #[error("volume {name}: not found")]
+    NoSuchVolume { name: VolumeName },
+    /// The name is taken by another volume.
+    #[error("volume {name}: exists, and its {what} is {found}, not {given}")]
+    OtherVolume { name: VolumeName, what: &'static str, found: String, given: String },
+    /// The volume would be smaller than its image.
+    #[error("volume {name}: {size_bytes} bytes, and its image {image} has {need_bytes}")]
+    VolumeTooSmall { name: VolumeName, image: ImageName, size_bytes: u64, need_bytes: u64 },
+    /// The volume is in use.
+    #[error("volume {name}: attached")]
+    VolumeAttached { name: VolumeName },
+    /// The image of a volume is not known, and no source is given (rule 13).
+    #[error("image {image}: not found, and no URL is given to make it from")]
+    NoImageForVolume { image: ImageName },
+    /// The number of replicas does not fit.
+    #[error(
+        "{replicas} replicas on {disks} named disks; give 1 to 64 replicas, and as many disks or none"
+    )]
+    BadReplicas { replicas: u32, disks: u32 },
+    /// A disk is named twice.
+    #[error("disk {disk}: named twice; each replica has a disk of its own")]
+    DiskTwice { disk: DiskUuid },
+    /// The image has other bytes than the one that the backup was made on (rule 14).
+    #[error(
+        "image {image}: its SHA-512 is {found}, the backup was made on an image with {recorded}"
+    )]
+    OtherBackupImage { image: ImageName, found: String, recorded: String },
+    /// Nobody knows whether the image is the one that the backup was made on (rule 14).
+    #[error(
+        "image {image}: its SHA-512 was never made; the backup was made on an image with {recorded}"
+    )]
+    UnprovenBackupImage { image: ImageName, recorded: String },
+    /// No such storage class.
+    #[error("storage class {name}: not found")]
+    NoSuchClass { name: ClassName },
     /// The image is being deleted.
     #[error("image {name}: being deleted")]
     BeingDeleted { name: ImageName },
@@ -62,7 +101,6 @@ pub enum ManagerError {
     Stopping,
 }
 
-fn list(names: &[ImageName]) -> String {
-    let names: Vec<&str> = names.iter().map(ImageName::as_str).collect();
-    names.join(", ")
+fn list<T: ToString>(names: &[T]) -> String {
+    names.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }

@@ -9,6 +9,7 @@
 
 pub mod backend;
 mod chain;
+mod class;
 mod cleanup;
 mod command;
 mod driver;
@@ -17,6 +18,7 @@ mod helm;
 mod node;
 mod perform;
 pub mod records;
+mod siblings;
 mod status;
 mod steer;
 mod step;
@@ -25,6 +27,7 @@ mod tests;
 mod turns;
 mod uploads;
 mod views;
+mod volume;
 mod worker;
 mod world;
 
@@ -36,13 +39,17 @@ pub use backend::{
     FoundState, Link, NodeSettings, Phase, Progress, Report, Reporter, WorkerEvent, WorkerHandle,
 };
 pub use cleanup::CLEANUP_WAIT;
-pub use command::{Command, NewAttachment, NewImage, Outcome, READER_MAX_LEN};
+pub use command::{Applied, Command, NewAttachment, NewImage, Outcome, READER_MAX_LEN};
 pub use driver::{Exporter, Manager, Object, Subscription, Told};
 pub use error::ManagerError;
 pub use node::{Node, NodeError, NodeOptions};
 pub(crate) use perform::unix_now_s;
-pub use records::{AttachmentId, AttachmentRecord, Expected, Facts, ImageRecord, Steering};
-pub use status::{AttachmentStatus, CopyStatus, ImageStatus};
+pub use records::{
+    AttachmentId, AttachmentRecord, BackupRecord, ClassRecord, Expected, Facts, ImageRecord,
+    Steering, VolumeRecord,
+};
+pub use status::{AttachmentStatus, CopyStatus, ImageStatus, ReplicaStatus, VolumeStatus};
 pub use steer::{PRIORITIES, SteeringChange};
 pub use step::{BACK_OFF_FIRST, BACK_OFF_MOST, back_off};
-pub use world::{Action, AttachmentState, Change, CopyState, Event, World};
+pub use volume::{MAX_REPLICAS, NewVolume, ReplicaState, VolumeState};
+pub use world::{Action, AttachmentState, Change, CopyState, Event, Records, World};

@@ -184,6 +184,7 @@ pub(super) fn info_of(
     let sealed = disk.sealed(id)?;
     let info = image::peek(sealed.file(), sealed.path(), declared_format(record))?;
     Ok(CopyInfo {
+        path: disk.data_path(id),
         format: info.format,
         virtual_size_bytes: info.virtual_size_bytes,
         size_bytes: info.file_size_bytes,
@@ -256,6 +257,8 @@ impl Backend for Node {
 
     fn start(&self, task: CopyTask, events: Reporter) -> WorkerHandle {
         let slot = self.slot(&task.id.disk).cloned();
+        let others =
+            task.ready_on.iter().filter_map(|disk| self.slot(disk).ok()).cloned().collect();
         let shared = worker::Shared {
             pool: self.pool.clone(),
             policy: self.policy.clone(),
@@ -267,7 +270,7 @@ impl Backend for Node {
         };
         WorkerHandle::spawn(move |cancel| async move {
             match slot {
-                Ok(slot) => worker::run(slot, shared, task, events, cancel).await,
+                Ok(slot) => worker::run(slot, others, shared, task, events, cancel).await,
                 Err(error) => events.send(super::WorkerEvent::Failed {
                     class: error.class,
                     message: error.message,

@@ -19,8 +19,8 @@ use super::backend::{Backend, CopyId, CopyTask, Report, Reporter};
 use super::command::{Command, Outcome};
 use super::driver::{Answer, Exporter, Message, Object, Subscription, Told};
 use super::error::ManagerError;
-use super::records::{AttachmentRecord, ImageRecord};
-use super::world::{Action, Change, Event, World};
+use super::records::{AttachmentRecord, ClassRecord, ImageRecord, VolumeRecord};
+use super::world::{Action, Change, Event, Records, World};
 use crate::catalog::{Catalog, CatalogError, Expect, Kind, Revision, list_as, put_as};
 use crate::names::ImageName;
 
@@ -31,7 +31,7 @@ const DISKS_EVERY: Duration = Duration::from_secs(30);
 
 pub(super) struct Driver {
     world: World,
-    revisions: HashMap<(Kind, String), Revision>,
+    revisions: Revisions,
     catalog: Arc<dyn Catalog>,
     backend: Arc<dyn Backend>,
     exporter: Arc<dyn Exporter>,
@@ -69,22 +69,29 @@ impl Driver {
     pub(super) async fn restore(&mut self) -> Result<(), CatalogError> {
         let (catalog, backend) = (self.catalog.clone(), self.backend.clone());
         let read = move || -> Result<_, CatalogError> {
-            let images = list_as(&*catalog, Kind::Image)?;
-            let attachments = list_as(&*catalog, Kind::Attachment)?;
-            Ok((images, attachments, backend.disks(), backend.scan()))
+            let mut revisions = HashMap::new();
+            let records = Records {
+                images: list(&*catalog, Kind::Image, &mut revisions, |r: &ImageRecord| {
+                    r.name.to_string()
+                })?,
+                attachments: list(
+                    &*catalog,
+                    Kind::Attachment,
+                    &mut revisions,
+                    |r: &AttachmentRecord| r.id.to_string(),
+                )?,
+                volumes: list(&*catalog, Kind::Volume, &mut revisions, |r: &VolumeRecord| {
+                    r.name.to_string()
+                })?,
+                classes: list(&*catalog, Kind::Class, &mut revisions, |r: &ClassRecord| {
+                    r.name.to_string()
+                })?,
+            };
+            Ok((records, revisions, backend.disks(), backend.scan()))
         };
-        let (images, attachments, disks, found) = blocking(read).await?;
-        let images: Vec<(ImageRecord, Revision)> = images;
-        let attachments: Vec<(AttachmentRecord, Revision)> = attachments;
-        for (record, revision) in &images {
-            self.revisions.insert((Kind::Image, record.name.to_string()), *revision);
-        }
-        for (record, revision) in &attachments {
-            self.revisions.insert((Kind::Attachment, record.id.to_string()), *revision);
-        }
-        let images = images.into_iter().map(|(record, _)| record).collect();
-        let attachments = attachments.into_iter().map(|(record, _)| record).collect();
-        let (world, actions) = World::restore(images, attachments, disks, found, unix_now_s());
+        let (records, revisions, disks, found) = blocking(read).await?;
+        self.revisions = revisions;
+        let (world, actions) = World::restore(records, disks, found, unix_now_s());
         self.world = world;
         self.save_first(&actions).await?;
         let due = self.world.step(self.now(), Event::Tick);
@@ -184,6 +191,7 @@ impl Driver {
                     last_id: self.last_id,
                     images: self.world.images(),
                     attachments: self.world.attachments(),
+                    volumes: self.world.volumes(),
                     changes: self.changes.subscribe(),
                 };
                 let _caller_gone = reply.send(subscription);
@@ -194,7 +202,15 @@ impl Driver {
 
     /// A command whose records can't be stored leaves no trace.
     async fn command(&mut self, mut command: Command) -> Result<Answer, ManagerError> {
-        if matches!(command, Command::Create(_) | Command::Fetch(..) | Command::Attach(_)) {
+        let wants_room = matches!(
+            command,
+            Command::Create(_)
+                | Command::Fetch(..)
+                | Command::Attach(_)
+                | Command::CreateVolume(_)
+                | Command::AttachVolume(_)
+        );
+        if wants_room {
             self.look_at_disks().await;
         }
         if let Command::Delete { name, sessions } = &mut command {
@@ -214,6 +230,10 @@ impl Driver {
             Outcome::Attachment(id, is_new) => {
                 self.world.attachment(&id).map(|a| Answer::Attachment(Box::new(a), is_new))
             }
+            Outcome::Volume(name, is_new) => {
+                self.world.volume(&name).map(|v| Answer::Volume(Box::new(v), is_new))
+            }
+            Outcome::Class(_, applied) => Some(Answer::Class(applied)),
             Outcome::Done => None,
         };
         self.perform(actions);
@@ -232,6 +252,14 @@ impl Driver {
                 }
                 Action::ForgetImage(name) => self.forget(Kind::Image, name.as_str()).await?,
                 Action::ForgetAttachment(id) => self.forget(Kind::Attachment, id.as_str()).await?,
+                Action::SaveVolume(record) => {
+                    self.save(Kind::Volume, record.name.as_str(), record.clone()).await?;
+                }
+                Action::SaveClass(record) => {
+                    self.save(Kind::Class, record.name.as_str(), record.clone()).await?;
+                }
+                Action::ForgetVolume(name) => self.forget(Kind::Volume, name.as_str()).await?,
+                Action::ForgetClass(name) => self.forget(Kind::Class, name.as_str()).await?,
                 Action::Start(..)
                 | Action::Cancel(_)
                 | Action::Steer(..)
@@ -271,7 +299,11 @@ impl Driver {
                 Action::SaveImage(_)
                 | Action::SaveAttachment(_)
                 | Action::ForgetImage(_)
-                | Action::ForgetAttachment(_) => {}
+                | Action::ForgetAttachment(_)
+                | Action::SaveVolume(_)
+                | Action::ForgetVolume(_)
+                | Action::SaveClass(_)
+                | Action::ForgetClass(_) => {}
                 Action::Start(task, generation) => self.start_worker(*task, generation),
                 Action::Cancel(copy) => {
                     if let Some((_, cancel)) = self.workers.get(&copy) {
@@ -329,6 +361,12 @@ impl Driver {
             Change::AttachmentDeleted(id, image) => {
                 Some(Object::AttachmentGone(id.clone(), image.clone()))
             }
+            Change::VolumeCreated(name) | Change::VolumeUpdated(name) => {
+                self.world.volume(name).map(Box::new).map(Object::Volume)
+            }
+            Change::VolumeDeleted(name, image) => {
+                Some(Object::VolumeGone(name.clone(), image.clone()))
+            }
         };
         let Some(object) = object else { return };
         self.last_id += 1;
@@ -343,6 +381,20 @@ impl Driver {
         }
         while self.tasks.join_next().await.is_some() {}
     }
+}
+
+type Revisions = HashMap<(Kind, String), Revision>;
+
+/// All records of a kind; their revisions go to the others.
+fn list<T: serde::de::DeserializeOwned>(
+    catalog: &dyn Catalog,
+    kind: Kind,
+    revisions: &mut Revisions,
+    key: impl Fn(&T) -> String,
+) -> Result<Vec<T>, CatalogError> {
+    let all: Vec<(T, Revision)> = list_as(catalog, kind)?;
+    revisions.extend(all.iter().map(|(record, revision)| ((kind, key(record)), *revision)));
+    Ok(all.into_iter().map(|(record, _)| record).collect())
 }
 
 /// Runs what blocks on a thread that may. A panic there goes on here.

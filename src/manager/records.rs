@@ -15,7 +15,7 @@ use crate::fetch::source::{self, SourceUrl};
 use crate::fetch::{Access, DigestMap};
 use crate::image::Format;
 use crate::import::Layout;
-use crate::names::{DiskUuid, ImageName, ImageUuid, NameError};
+use crate::names::{ClassName, DiskUuid, ImageName, ImageUuid, NameError, VolumeName};
 
 /// What a user says of the digests of an image's file; checked on arrival.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -186,6 +186,86 @@ pub struct AttachmentRecord {
     /// What the reader calls itself; may be empty.
     #[serde(default)]
     pub reader: String,
+    /// Seconds since 1970, UTC.
+    pub created_unix_s: u64,
+}
+
+/// A backup of a volume that a volume is restored from: what its `volume.cfg` says of its image.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackupRecord {
+    /// Name of the volume that was backed up; may be empty.
+    #[serde(default)]
+    pub volume: String,
+    /// Name of its latest backup; may be empty.
+    #[serde(default)]
+    pub backup: String,
+    /// The image that it stood on, if it says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<ImageName>,
+    /// That image's SHA-512, lower-case hex, if it says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha512: Option<String>,
+    /// True if the user said that another or an unproven image is right.
+    #[serde(default)]
+    pub forced: bool,
+}
+
+/// One volume: an image, and the disks that its replicas are on. What a guest writes is not here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeRecord {
+    /// The name, unique on this node.
+    pub name: VolumeName,
+    /// The image that it stands on.
+    pub image: ImageName,
+    /// The disks of its replicas, one for each.
+    pub disks: Vec<DiskUuid>,
+    /// How many replicas were asked for; the node may have fewer disks.
+    pub replicas: u32,
+    /// Size that was asked for, in bytes; `None`: the image's.
+    #[serde(default)]
+    pub size_bytes: Option<u64>,
+    /// The backup that it is restored from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backup: Option<BackupRecord>,
+    /// The storage class that it was made by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub class: Option<ClassName>,
+    /// The claim that it was made for, `namespace/name`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub claim: Option<String>,
+    /// True while it is attached: its replicas run, or wait for their copies.
+    #[serde(default)]
+    pub attached: bool,
+    /// Seconds since 1970, UTC.
+    pub created_unix_s: u64,
+}
+
+/// One storage class: how volumes and their images are made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClassRecord {
+    /// The name, unique on this node.
+    pub name: ClassName,
+    /// Who makes its volumes elsewhere; kept as it was given.
+    #[serde(default)]
+    pub provisioner: String,
+    /// Name of the image; `None`: volumes of this class have none, and are not for this node.
+    #[serde(default)]
+    pub image: Option<ImageName>,
+    /// Where a missing image comes from; whole, as [`ImageRecord::source`] is.
+    #[serde(default, with = "source::whole")]
+    pub url: Option<SourceUrl>,
+    /// The SHA-512 that its file must have, lower-case hex.
+    #[serde(default)]
+    pub sha512: Option<String>,
+    /// Copies that stay although nobody uses them; `None`: not said.
+    #[serde(default)]
+    pub min_copies: Option<u32>,
+    /// Replicas of a volume; `None`: not said.
+    #[serde(default)]
+    pub replicas: Option<u32>,
+    /// Parameters that are known and mean nothing on one node, as they were given.
+    #[serde(default)]
+    pub kept: BTreeMap<String, String>,
     /// Seconds since 1970, UTC.
     pub created_unix_s: u64,
 }

@@ -5,8 +5,11 @@
 //! Never: a wire format; `control` makes one of these, and redacts what must be.
 //! Start at [`ImageStatus`].
 
+use std::path::PathBuf;
+
 use super::backend::{CopyId, CopyInfo, Progress};
-use super::records::{AttachmentId, AttachmentRecord, ImageRecord};
+use super::records::{AttachmentId, AttachmentRecord, ImageRecord, VolumeRecord};
+use super::volume::{ReplicaState, VolumeState};
 use super::world::{Attachment, AttachmentState, Copy, CopyState, Export, Image, World};
 use crate::names::{DiskUuid, ImageName};
 
@@ -38,7 +41,7 @@ pub struct ImageStatus {
     pub record: ImageRecord,
     /// Its copies, by disk.
     pub copies: Vec<CopyStatus>,
-    /// How many readers hold it.
+    /// How many readers hold it: attachments, and replicas of attached volumes.
     pub attachments: usize,
     /// True if readers can open its export.
     pub exported: bool,
@@ -53,6 +56,63 @@ pub struct AttachmentStatus {
     pub state: AttachmentState,
     /// Why it waits or failed; may be empty.
     pub message: String,
+}
+
+/// One replica of a volume, as it is now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReplicaStatus {
+    /// `<volume>-r-<first 8 of disk UUID>`.
+    pub name: String,
+    /// Its disk.
+    pub disk: DiskUuid,
+    /// Its state.
+    pub state: ReplicaState,
+    /// State of the copy that it reads.
+    pub copy_state: CopyState,
+    /// Why it waits or failed; may be empty.
+    pub message: String,
+    /// The file that it reads, while it runs.
+    pub path: Option<PathBuf>,
+}
+
+/// One volume, as it is now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeStatus {
+    /// Its record.
+    pub record: VolumeRecord,
+    /// Its replicas, in the order of their disks in the record.
+    pub replicas: Vec<ReplicaStatus>,
+}
+
+impl VolumeStatus {
+    fn count(&self, state: ReplicaState) -> usize {
+        self.replicas.iter().filter(|replica| replica.state == state).count()
+    }
+
+    /// Its state.
+    #[must_use]
+    pub fn state(&self) -> VolumeState {
+        match self.count(ReplicaState::Running) {
+            _ if !self.record.attached => VolumeState::Detached,
+            0 => VolumeState::Attaching,
+            _ => VolumeState::Attached,
+        }
+    }
+
+    /// How well it is served, in Longhorn's words: `healthy` if all replicas run, `degraded` if
+    /// some do, `faulted` if all have failed, else `unknown`.
+    #[must_use]
+    pub fn robustness(&self) -> &'static str {
+        let (running, failed) =
+            (self.count(ReplicaState::Running), self.count(ReplicaState::Failed));
+        match self.replicas.len() {
+            _ if !self.record.attached => "unknown",
+            all if running == all => "healthy",
+            all if failed == all => "faulted",
+            _ if running > 0 => "degraded",
+            _ => "unknown",
+        }
+    }
 }
 
 impl World {
@@ -98,13 +158,14 @@ impl World {
                 .iter()
                 .map(|(disk, copy)| copy_status(image, disk, copy))
                 .collect(),
-            attachments: self.attachments_of(&image.record.name).count(),
+            attachments: self.readers_of(&image.record.name).count(),
             exported: matches!(image.export, Export::Open(_)),
         }
     }
 
     fn attachment_status(&self, attachment: &Attachment) -> AttachmentStatus {
-        let (state, message) = self.attachment_state(&attachment.record);
+        let record = &attachment.record;
+        let (state, message) = self.reader_state(&record.image, &record.disk);
         AttachmentStatus { record: attachment.record.clone(), state, message }
     }
 }

@@ -84,8 +84,7 @@ impl World {
             .filter(|(_, copy)| !copy.state.is_sealed())
             .map(|(disk, _)| disk.clone())
             .collect();
-        let waiting = |a: &&super::world::Attachment| unfinished.contains(&a.record.disk);
-        let attachments = self.attachments_of(&name).filter(waiting).count();
+        let attachments = self.readers_of(&name).filter(|disk| unfinished.contains(disk)).count();
         if attachments > 0 {
             return Err(ManagerError::InUse { name, attachments, sessions: 0 });
         }

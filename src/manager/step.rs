@@ -45,6 +45,7 @@ impl World {
 
     /// Reconciles every image and tells the watchers what was touched.
     pub(super) fn finish(&mut self, now: Duration, mut touched: Touched) -> Vec<Action> {
+        self.want_for_replicas(&mut touched);
         let names: Vec<ImageName> = self.images.keys().cloned().collect();
         for name in names {
             self.reconcile(now, &name, &mut touched);
@@ -59,7 +60,7 @@ impl World {
         let states: Vec<(_, AttachmentState)> = self
             .attachments
             .iter()
-            .map(|(id, a)| (id.clone(), self.attachment_state(&a.record).0))
+            .map(|(id, a)| (id.clone(), self.reader_state(&a.record.image, &a.record.disk).0))
             .collect();
         for (id, state) in states {
             if let Some(attachment) = self.attachments.get_mut(&id)
@@ -69,6 +70,7 @@ impl World {
                 actions.push(Action::Announce(Change::AttachmentUpdated(id)));
             }
         }
+        self.announce_volumes(&mut actions);
         actions
     }
 
@@ -227,7 +229,7 @@ impl World {
         let wanted: Vec<DiskUuid> = image.copies.keys().cloned().collect();
         for disk in &wanted {
             steer::step(now, image, disk, touched);
-            start_step(now, image, disk, fit(disk), &mut self.generation, touched);
+            start_step(now, image, disk, &fit, &mut self.generation, touched);
         }
         publish_step(image, chains, touched);
     }
@@ -238,18 +240,20 @@ fn start_step(
     now: Duration,
     image: &mut Image,
     disk: &DiskUuid,
-    disk_is_fit: bool,
+    is_fit: &dyn Fn(&DiskUuid) -> bool,
     generation: &mut u64,
     touched: &mut Touched,
 ) {
     let id = image.copy_id(disk);
     let record = &image.record;
+    let ready = ready_elsewhere(image, disk, is_fit);
+    let first = being_brought_in(image, disk);
     let Some(copy) = image.copies.get_mut(disk) else { return };
     let busy = copy.worker != Worker::Idle || copy.removing || copy.cancelled;
     if busy || copy.state.is_sealed() || copy.refused || record.steering.paused {
         return;
     }
-    if !disk_is_fit {
+    if !is_fit(disk) {
         if copy.state != CopyState::Unknown {
             copy.state = CopyState::Unknown;
             copy.retry_at = None;
@@ -261,8 +265,20 @@ fn start_step(
     if copy.retry_at.is_some_and(|at| now < at) {
         return;
     }
+    if let (true, Some(first)) = (ready.is_empty(), first) {
+        let message = format!("waits for the copy on disk {first}, to be copied from there");
+        if copy.state != CopyState::Pending || copy.message != message {
+            (copy.state, copy.retry_at, copy.message) = (CopyState::Pending, None, message);
+            touched.images.insert(id.image);
+        }
+        return;
+    }
     *generation += 1;
     copy.worker = Worker::Running(*generation);
+    if copy.state == CopyState::Pending {
+        // It waited; of a failed one, why it failed stays until there is news.
+        copy.message.clear();
+    }
     copy.state = CopyState::Starting;
     copy.retry_at = None;
     let task = CopyTask {
@@ -278,10 +294,32 @@ fn start_step(
         expected: record.expected.clone(),
         declared_format: record.declared_format,
         facts: record.facts.clone(),
+        ready_on: ready,
         id,
     };
     touched.images.insert(record.name.clone());
     touched.actions.push(Action::Start(Box::new(task), *generation));
+}
+
+/// Rule 17: the disks from which a copy for `disk` can be copied.
+fn ready_elsewhere(
+    image: &Image,
+    disk: &DiskUuid,
+    is_fit: &dyn Fn(&DiskUuid) -> bool,
+) -> Vec<DiskUuid> {
+    let sealed = |copy: &Copy| copy.state.is_sealed() && !copy.cancelled && !copy.removing;
+    let others = image.copies.iter().filter(|(other, copy)| *other != disk && sealed(copy));
+    others.map(|(other, _)| other).filter(|other| is_fit(other)).cloned().collect()
+}
+
+/// The other disk on which the image's first copy is being brought in, if one is: a source is
+/// asked once.
+fn being_brought_in(image: &Image, disk: &DiskUuid) -> Option<DiskUuid> {
+    let busy = |copy: &Copy| {
+        matches!(copy.worker, Worker::Running(_)) && !copy.state.is_sealed() && !copy.cancelled
+    };
+    let mut others = image.copies.iter().filter(|(other, _)| *other != disk);
+    others.find(|(_, copy)| busy(copy)).map(|(other, _)| other.clone())
 }
 
 /// The first sealed copy that stands on sealed ones is opened for readers; the others are ready as

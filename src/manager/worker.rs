@@ -2,7 +2,8 @@
 //!
 //! Why: a copy survives its worker; the next one goes on from what is durable.
 //! How: a finished file with a valid record is adopted at once, one without is hashed, an
-//! unfinished one is resumed; then it is inspected, and only then sealed.
+//! unfinished one is resumed, from a complete copy of the node (`siblings`) or from the source; then
+//! it is inspected, and only then sealed.
 //! Never: seals a file that was not inspected, or keeps bytes that failed their digest.
 //! Start at [`run`].
 
@@ -47,7 +48,7 @@ pub(super) struct Shared {
 
 /// Why a worker gave up.
 #[derive(Debug, thiserror::Error)]
-enum WorkError {
+pub(super) enum WorkError {
     #[error(transparent)]
     Disk(#[from] DiskError),
     #[error(transparent)]
@@ -102,13 +103,14 @@ impl WorkError {
 /// Does the work of one copy and reports how it went.
 pub(super) async fn run(
     slot: Arc<Slot>,
+    others: Vec<Arc<Slot>>,
     shared: Shared,
     task: CopyTask,
     events: Reporter,
     cancel: Cancel,
 ) {
     events.send(WorkerEvent::Started);
-    let worker = Worker { slot, shared, task, events, cancel };
+    let worker = Worker { slot, others, shared, task, events, cancel };
     match worker.bring_in().await {
         Ok(info) => worker.events.send(WorkerEvent::Ready(info)),
         Err(error) => {
@@ -121,16 +123,18 @@ pub(super) async fn run(
     }
 }
 
-struct Worker {
+pub(super) struct Worker {
     slot: Arc<Slot>,
-    shared: Shared,
-    task: CopyTask,
+    /// Disks with a complete copy.
+    pub(super) others: Vec<Arc<Slot>>,
+    pub(super) shared: Shared,
+    pub(super) task: CopyTask,
     events: Reporter,
     cancel: Cancel,
 }
 
 impl Worker {
-    fn id(&self) -> disk::CopyId {
+    pub(super) fn id(&self) -> disk::CopyId {
         store_id(&self.task.id)
     }
 
@@ -143,7 +147,7 @@ impl Worker {
     }
 
     /// Runs `work` with the disk on a thread that may block.
-    async fn on_disk<T: Send + 'static>(
+    pub(super) async fn on_disk<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Slot, disk::CopyId) -> T + Send + 'static,
     ) -> T {
@@ -160,7 +164,9 @@ impl Worker {
             Some(CopyState::Ready(record)) => self.adopt(record).await,
             Some(CopyState::Unchecked) => match self.verify().await {
                 Err(WorkError::Disk(DiskError::DigestMismatch { .. }))
-                    if self.task.source.is_some() || self.task.upload_bytes.is_some() =>
+                    if self.task.source.is_some()
+                        || self.task.upload_bytes.is_some()
+                        || !self.others.is_empty() =>
                 {
                     tracing::warn!(worker = %self.task.worker, "stored bytes are damaged: starting over");
                     self.on_disk(|slot, id| slot.disk.remove(&id)).await?;
@@ -227,7 +233,7 @@ impl Worker {
         Ok(settled.into_owned().expect)
     }
 
-    fn engine(&self) -> Engine {
+    pub(super) fn engine(&self) -> Engine {
         Engine {
             pool: self.shared.pool.clone(),
             probe: self.slot.probe.clone(),
@@ -249,7 +255,7 @@ impl Worker {
     }
 
     /// Holds digests against those of an earlier copy; the import has held the others.
-    fn judge_facts(&self, digests: &disk::Digests) -> Result<(), WorkError> {
+    pub(super) fn judge_facts(&self, digests: &disk::Digests) -> Result<(), WorkError> {
         let Some(facts) = &self.task.facts else { return Ok(()) };
         match facts.digests.differs(&digests.whole) {
             None => Ok(()),
@@ -260,7 +266,11 @@ impl Worker {
         }
     }
 
+    /// From a complete copy on another disk, else from the source.
     async fn fetch(&self) -> Result<CopyInfo, WorkError> {
+        if let Some(info) = self.copy_from_others().await? {
+            return Ok(info);
+        }
         if let Some(total) = self.task.upload_bytes {
             return self.receive(total).await;
         }
@@ -295,7 +305,7 @@ impl Worker {
     }
 
     /// Waits until it is this transfer's turn.
-    async fn turn(&self, helm: &Held) -> Result<Turn, FetchError> {
+    pub(super) async fn turn(&self, helm: &Held) -> Result<Turn, FetchError> {
         if let Some(turn) = self.shared.turns.try_turn() {
             return Ok(turn);
         }
@@ -309,7 +319,11 @@ impl Worker {
     }
 
     /// Drives the transfer, reporting its numbers, and stops it if the worker is cancelled.
-    async fn watch<T>(&self, transfer: impl Future<Output = T>, progress: &fetch::Progress) -> T {
+    pub(super) async fn watch<T>(
+        &self,
+        transfer: impl Future<Output = T>,
+        progress: &fetch::Progress,
+    ) -> T {
         let mut rates = Rates::default();
         let mut cancel = self.cancel.clone();
         let mut tick = tokio::time::interval(TICK);
@@ -343,7 +357,7 @@ impl Worker {
         }));
     }
 
-    async fn seal(
+    pub(super) async fn seal(
         &self,
         filling: Filling,
         fetched: Fetched,

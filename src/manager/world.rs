@@ -16,10 +16,13 @@ use serde::{Deserialize, Serialize};
 use super::backend::{
     CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy, FoundState, Link, Progress,
 };
-use super::records::{AttachmentId, AttachmentRecord, ImageRecord, Steering, Want};
+use super::records::{
+    AttachmentId, AttachmentRecord, ClassRecord, ImageRecord, Steering, VolumeRecord, Want,
+};
 use super::step::differs;
+use super::volume::Volume;
 use crate::import::Layout;
-use crate::names::{DiskUuid, ImageName};
+use crate::names::{ClassName, DiskUuid, ImageName, VolumeName};
 
 /// State of a copy, in Longhorn's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -107,6 +110,14 @@ pub enum Action {
     SaveAttachment(AttachmentRecord),
     /// Remove the record.
     ForgetAttachment(AttachmentId),
+    /// Store the record.
+    SaveVolume(Box<VolumeRecord>),
+    /// Remove the record.
+    ForgetVolume(VolumeName),
+    /// Store the record.
+    SaveClass(Box<ClassRecord>),
+    /// Remove the record.
+    ForgetClass(ClassName),
     /// Start the worker with this number.
     Start(Box<CopyTask>, u64),
     /// Ask the copy's worker to stop.
@@ -141,6 +152,12 @@ pub enum Change {
     AttachmentUpdated(AttachmentId),
     /// It is gone; it read this image.
     AttachmentDeleted(AttachmentId, ImageName),
+    /// A new volume.
+    VolumeCreated(VolumeName),
+    /// It was attached or detached, or a replica's state changed.
+    VolumeUpdated(VolumeName),
+    /// It is gone; it stood on this image.
+    VolumeDeleted(VolumeName, ImageName),
 }
 
 /// What happened, apart from commands.
@@ -272,11 +289,26 @@ pub(super) struct Attachment {
     pub(super) announced: AttachmentState,
 }
 
+/// What the catalog holds.
+#[derive(Clone, Debug, Default)]
+pub struct Records {
+    /// The images.
+    pub images: Vec<ImageRecord>,
+    /// The attachments.
+    pub attachments: Vec<AttachmentRecord>,
+    /// The volumes.
+    pub volumes: Vec<VolumeRecord>,
+    /// The storage classes.
+    pub classes: Vec<ClassRecord>,
+}
+
 /// Everything that the manager knows.
 #[derive(Clone, Debug, Default)]
 pub struct World {
     pub(super) images: BTreeMap<ImageName, Image>,
     pub(super) attachments: BTreeMap<AttachmentId, Attachment>,
+    pub(super) volumes: BTreeMap<VolumeName, Volume>,
+    pub(super) classes: BTreeMap<ClassName, ClassRecord>,
     pub(super) disks: Vec<DiskStatus>,
     pub(super) generation: u64,
     /// When the daemon started, in seconds since 1970.
@@ -301,14 +333,19 @@ impl World {
     /// Records that must be stored first are in the actions; then send [`Event::Tick`].
     #[must_use]
     pub fn restore(
-        images: Vec<ImageRecord>,
-        attachments: Vec<AttachmentRecord>,
+        records: Records,
         disks: Vec<DiskStatus>,
         found: Vec<FoundCopy>,
         now_unix_s: u64,
     ) -> (Self, Vec<Action>) {
         let mut world = Self { disks, started_unix_s: now_unix_s, ..Self::default() };
+        let Records { images, attachments, volumes, classes } = records;
         world.images = images.into_iter().map(|r| (r.name.clone(), Image::new(r))).collect();
+        world.classes = classes.into_iter().map(|c| (c.name.clone(), c)).collect();
+        for record in volumes {
+            let volume = Volume { announced: Vec::new(), record };
+            world.volumes.insert(volume.record.name.clone(), volume);
+        }
         for record in attachments {
             let attachment = Attachment { announced: AttachmentState::Waiting, record };
             world.attachments.insert(attachment.record.id.clone(), attachment);
@@ -406,9 +443,13 @@ impl World {
         self.attachments.values().filter(move |a| &a.record.image == name)
     }
 
-    /// What a reader of this copy can expect now.
-    pub(super) fn attachment_state(&self, record: &AttachmentRecord) -> (AttachmentState, String) {
-        let copy = self.images.get(&record.image).and_then(|i| i.copies.get(&record.disk));
+    /// What a reader of the copy of `image` on `disk` can expect now.
+    pub(super) fn reader_state(
+        &self,
+        image: &ImageName,
+        disk: &DiskUuid,
+    ) -> (AttachmentState, String) {
+        let copy = self.images.get(image).and_then(|i| i.copies.get(disk));
         match copy {
             Some(c) if c.state == CopyState::Ready => (AttachmentState::Ready, String::new()),
             Some(c) if c.refused => (AttachmentState::Failed, c.message.clone()),

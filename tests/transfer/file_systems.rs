@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::control_support::{BEDPLATE, clean, stderr};
+use crate::daemon::Daemon;
 use crate::fault_server::{FaultServer, Reply};
 use crate::loop_disk::LoopDisk;
 use crate::{content, sha256};
@@ -66,5 +67,39 @@ fn each_file_system_gets_the_right_bytes_and_its_holes() {
             let more = used_bytes(mount).saturating_sub(before);
             assert!(more < LEN as u64 * 4 / 5, "{name}, {file}: {more} bytes are used");
         }
+    });
+}
+
+#[test]
+fn a_copy_for_a_second_disk_of_one_file_system_shares_the_blocks_of_the_first() {
+    let bytes = content(LEN, 57);
+    let served = bytes.clone();
+    each(|name, mount| {
+        let served = served.clone();
+        let server = FaultServer::start(move |request| Reply::ranged(request, &served, "\"v\""));
+        let temp = tempfile::tempdir().unwrap();
+        let roots = ["one", "two"].map(|disk| mount.join(disk));
+        let daemon = Daemon::start(temp.path(), |command| {
+            for root in &roots {
+                std::fs::create_dir(root).unwrap();
+                command.arg("--disk").arg(root);
+            }
+        });
+        let disks = daemon.ask(&["disks", "--json"]);
+        let disks: Vec<serde_json::Value> =
+            disks.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let uuid = |n: usize| disks[n]["uuid"].as_str().unwrap();
+        let url = format!("{}/x", server.url);
+        let bring_in =
+            |disk| daemon.ask(&["create", &url, "--name", "x", "--disk", disk, "--wait"]);
+        bring_in(uuid(1));
+        let (before, asked) = (used_bytes(mount), server.requests().len());
+        bring_in(uuid(2));
+        assert_eq!(server.requests().len(), asked, "{name}: the source is not asked again");
+        let more = used_bytes(mount).saturating_sub(before);
+        assert!(more < 4 * MIB, "{name}: {more} more bytes are used");
+        let images = roots[1].join("backing-images").read_dir().unwrap();
+        let copy = images.map(|entry| entry.unwrap().path().join("backing")).next().unwrap();
+        assert!(std::fs::read(copy).unwrap() == bytes, "{name}");
     });
 }

@@ -2,9 +2,11 @@
 
 use proptest::prelude::*;
 
+use super::volumes::{new_volume, volume_name};
 use super::*;
 
 /// One move of the world around the manager; numbers choose among what is possible.
+#[expect(clippy::too_many_lines, reason = "one table of moves")]
 fn random_move(node: &mut Node, kind: u8, pick: usize) {
     let image = ["a", "b", "top"][pick % 3];
     let running: Vec<CopyId> = node.running.keys().cloned().collect();
@@ -72,6 +74,13 @@ fn random_move(node: &mut Node, kind: u8, pick: usize) {
             let wait = (!pick.is_multiple_of(5)).then(|| Duration::from_secs(pick as u64));
             node.command(Command::SetCleanupWait(wait)).unwrap();
         }
+        20 => {
+            let disks: Vec<usize> = (0..=pick % 3).map(|n| (n + pick / 3) % 3).collect();
+            drop(node.command(new_volume(["v", "w"][pick % 2], image, &disks)));
+        }
+        21 => drop(node.command(Command::AttachVolume(volume_name(["v", "w"][pick % 2])))),
+        22 => drop(node.command(Command::DetachVolume(volume_name(["v", "w"][pick % 2])))),
+        23 => drop(node.command(Command::DeleteVolume(volume_name(["v", "w"][pick % 2])))),
         _ => node.event(Event::Tick),
     }
 }
@@ -81,7 +90,7 @@ proptest! {
 
     #[test]
     fn any_order_of_events_keeps_the_rules_and_converges(
-        moves in proptest::collection::vec((0u8..20, 0usize..1000), 0..80)
+        moves in proptest::collection::vec((0u8..25, 0usize..1000), 0..80)
     ) {
         let mut node = Node::new();
         for (kind, pick) in moves {
@@ -97,6 +106,23 @@ proptest! {
                 prop_assert!(settled, "{copy:?}");
             }
         }
+        for volume in node.world.volumes() {
+            prop_assert!(node.images.contains_key(&volume.record.image), "its image stays");
+            let paused = node.images[&volume.record.image].steering.paused;
+            for replica in &volume.replicas {
+                let waits = paused || replica.message.contains("its base");
+                let settled = match replica.state {
+                    ReplicaState::Running => replica.path.is_some(),
+                    ReplicaState::Stopped => !volume.record.attached,
+                    ReplicaState::Waiting => waits,
+                    ReplicaState::Failed => true,
+                };
+                prop_assert!(settled, "{replica:?}");
+            }
+        }
+        let saved: Vec<_> = node.volumes.values().cloned().collect();
+        let world: Vec<_> = node.world.volumes().into_iter().map(|v| v.record).collect();
+        prop_assert_eq!(saved, world, "the catalog is what the world is");
         let saved: Vec<_> = node.images.values().cloned().collect();
         let world: Vec<_> = node.world.images().into_iter().map(|i| i.record).collect();
         prop_assert_eq!(saved, world, "the catalog is what the world is");

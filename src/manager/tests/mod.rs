@@ -8,12 +8,13 @@ mod chain;
 mod cleanup;
 mod rules;
 mod steering;
+mod volumes;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::*;
-use crate::names::{DiskUuid, ImageName, ImageUuid};
+use crate::names::{ClassName, DiskUuid, ImageName, ImageUuid, VolumeName};
 
 const DISKS: [&str; 3] = ["aaaaaaaa-1111-2222", "bbbbbbbb-1111-2222", "aaaaaaaa-3333-4444"];
 
@@ -40,6 +41,7 @@ fn disk_status(n: usize) -> DiskStatus {
 
 fn info(size_bytes: u64) -> CopyInfo {
     CopyInfo {
+        path: "/backing".into(),
         format: Format::Raw,
         virtual_size_bytes: size_bytes,
         size_bytes,
@@ -99,6 +101,8 @@ struct Node {
     now: Duration,
     images: BTreeMap<ImageName, ImageRecord>,
     attachments: BTreeMap<AttachmentId, AttachmentRecord>,
+    volumes: BTreeMap<VolumeName, VolumeRecord>,
+    classes: BTreeMap<ClassName, ClassRecord>,
     running: BTreeMap<CopyId, u64>,
     /// Everything that was started, in order.
     tasks: Vec<CopyTask>,
@@ -131,8 +135,12 @@ impl Node {
             },
         });
         let (world, actions) = World::restore(
-            self.images.values().cloned().collect(),
-            self.attachments.values().cloned().collect(),
+            Records {
+                images: self.images.values().cloned().collect(),
+                attachments: self.attachments.values().cloned().collect(),
+                volumes: self.volumes.values().cloned().collect(),
+                classes: self.classes.values().cloned().collect(),
+            },
             (0..DISKS.len()).map(disk_status).collect(),
             found.collect(),
             1,
@@ -153,6 +161,7 @@ impl Node {
         self.perform(actions);
     }
 
+    #[expect(clippy::too_many_lines, reason = "one table of actions and what each may not do")]
     fn perform(&mut self, actions: Vec<Action>) {
         for action in actions {
             match action {
@@ -168,11 +177,22 @@ impl Node {
                         !self.attachments.values().any(|a| a.image == name),
                         "not while in use"
                     );
+                    assert!(!self.volumes.values().any(|v| v.image == name), "nor named");
                 }
                 Action::SaveAttachment(record) => {
                     self.attachments.insert(record.id.clone(), record);
                 }
                 Action::ForgetAttachment(id) => assert!(self.attachments.remove(&id).is_some()),
+                Action::SaveVolume(record) => {
+                    self.volumes.insert(record.name.clone(), *record);
+                }
+                Action::ForgetVolume(name) => {
+                    assert!(self.volumes.remove(&name).is_some_and(|v| !v.attached));
+                }
+                Action::SaveClass(record) => {
+                    self.classes.insert(record.name.clone(), *record);
+                }
+                Action::ForgetClass(name) => assert!(self.classes.remove(&name).is_some()),
                 Action::Start(task, number) => {
                     let record = &self.images[&task.id.image];
                     assert!(!record.steering.paused, "nothing is fetched while paused");
@@ -180,6 +200,21 @@ impl Node {
                     assert!(record.disks.contains_key(&task.id.disk), "recorded before it starts");
                     assert!(!record.deleting && !self.removing.contains(&task.id));
                     assert!(self.running.insert(task.id.clone(), number).is_none(), "one worker");
+                    for other in &task.ready_on {
+                        let whole = CopyId { disk: other.clone(), ..task.id.clone() };
+                        assert!(self.files[&whole].is_some(), "only complete ones are copied");
+                    }
+                    let same = |id: &&CopyId| id.image == task.id.image && **id != task.id;
+                    let asks = |id: &&CopyId| !self.stopping.contains(*id);
+                    assert!(
+                        !task.ready_on.is_empty()
+                            || !self
+                                .running
+                                .keys()
+                                .filter(same)
+                                .any(|id| { asks(&id) && self.files[id].is_none() }),
+                        "a source is asked once"
+                    );
                     self.files.entry(task.id.clone()).or_insert(None);
                     self.tasks.push(*task);
                 }
@@ -195,8 +230,12 @@ impl Node {
                     let unwanted = record.deleting || !record.disks.contains_key(&id.disk);
                     assert!(unwanted || self.wanted_again(&id), "only what nobody wants");
                     assert!(!self.running.contains_key(&id));
-                    let read =
-                        self.attachments.values().any(|a| a.image == id.image && a.disk == id.disk);
+                    let held =
+                        |image: &ImageName, disk: &DiskUuid| *image == id.image && *disk == id.disk;
+                    let read = self.attachments.values().any(|a| held(&a.image, &a.disk))
+                        || self.volumes.values().any(|volume| {
+                            volume.attached && volume.disks.iter().any(|d| held(&volume.image, d))
+                        });
                     assert!(!read || self.wanted_again(&id), "not while somebody waits for it");
                     assert!(!self.exported.values().any(|open| *open == id), "not while exported");
                     assert!(!self.publishing.contains(&id) && self.removing.insert(id));

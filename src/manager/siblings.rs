@@ -1,0 +1,95 @@
+//! A copy from a complete one on another disk of the node (rule 17).
+//!
+//! Why: a further disk must cost no request and no byte of the network.
+//! How: the complete copies are tried in turn; each MiB is held against the digests of the one that
+//! it comes from. A copy that turns out damaged or unreadable is passed over, and what came from it
+//! is thrown away; the source is asked if none is left.
+//! Never: takes a failure of its own disk, or a cancel, for the fault of the other copy.
+//! Start at [`Worker::copy_from_others`].
+
+use std::sync::Arc;
+
+use super::backend::CopyInfo;
+use super::node::Slot;
+use super::worker::{WorkError, Worker};
+use crate::disk::{CopyRecord, CopyState, DiskError, Sealed};
+use crate::fetch::{self, FetchError, one_line};
+use crate::image;
+use crate::import::ImportError;
+
+impl Worker {
+    /// Copies from the first complete copy that is good; `None` if the source has to be asked.
+    ///
+    /// # Errors
+    /// [`WorkError`]: of this copy's own disk, a cancel, or of the last complete copy if there is
+    /// no source.
+    pub(super) async fn copy_from_others(&self) -> Result<Option<CopyInfo>, WorkError> {
+        let mut last = None;
+        for other in &self.others {
+            let Some((sealed, record)) = self.open(other).await else { continue };
+            match self.copy_from(sealed, record).await {
+                Ok(info) => return Ok(Some(info)),
+                Err(error) if is_of_the_other(&error) => {
+                    let disk = other.disk.uuid();
+                    let text = one_line(&error);
+                    tracing::warn!(worker = %self.task.worker, %disk, error = %text, "a complete copy cannot be copied");
+                    self.on_disk(|slot, id| slot.disk.remove(&id)).await?;
+                    last = Some(error);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        match last {
+            Some(error) if self.task.source.is_none() && self.task.upload_bytes.is_none() => {
+                Err(error)
+            }
+            Some(_) | None => Ok(None),
+        }
+    }
+
+    /// The complete copy on `other`; `None` if it is none any more.
+    async fn open(&self, other: &Arc<Slot>) -> Option<(Sealed, CopyRecord)> {
+        let (other, id) = (Arc::clone(other), self.id());
+        let opened = tokio::task::spawn_blocking(move || -> Result<_, DiskError> {
+            match other.disk.copy_state(&id)? {
+                Some(CopyState::Ready(record)) => Ok(Some((other.disk.sealed(&id)?, record))),
+                Some(CopyState::Unchecked | CopyState::Filling { .. }) | None => Ok(None),
+            }
+        });
+        match opened.await {
+            Ok(Ok(opened)) => opened,
+            Ok(Err(error)) => {
+                tracing::warn!(worker = %self.task.worker, error = %one_line(&error), "a complete copy cannot be opened");
+                None
+            }
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
+    }
+
+    async fn copy_from(&self, sealed: Sealed, record: CopyRecord) -> Result<CopyInfo, WorkError> {
+        let helm = self.shared.helms.take(&self.task.id, self.task.steering);
+        let _turn = self.turn(&helm).await.map_err(ImportError::from)?;
+        let mut filling = self.on_disk(|slot, id| slot.disk.filling(&id)).await?;
+        let (engine, progress) = (self.engine(), Arc::clone(helm.progress()));
+        let copying = fetch::duplicate(&engine, &sealed, &record.digests, &mut filling, &progress);
+        let copied = self.watch(copying, &progress).await.map_err(ImportError::from)?;
+        self.judge_facts(&copied.digests)?;
+        self.seal(filling, copied, sealed.path().to_owned()).await
+    }
+}
+
+/// True if another complete copy, or the source, can be better.
+fn is_of_the_other(error: &WorkError) -> bool {
+    match error {
+        WorkError::Import(ImportError::Fetch(error)) => matches!(
+            error,
+            FetchError::Duplicate { .. }
+                | FetchError::Local { .. }
+                | FetchError::Changed { .. }
+                | FetchError::Empty { .. }
+        ),
+        WorkError::Image(error) => error.class() == image::Class::Refuse,
+        WorkError::OtherImage { .. } => true,
+        WorkError::Import(_) | WorkError::Disk(_) | WorkError::NoSource => false,
+    }
+}

@@ -1,0 +1,333 @@
+//! Documents: from a manifest's text to what each of them asks for.
+//!
+//! Why: what users of Kubernetes and Longhorn write says all that is needed.
+//! How: the text is cut at the lines that separate documents, so that every error has its line; each
+//! is read into a JSON value by a parser with bounds, and then field by field.
+//! Never: passes over a field in silence that would change what is made.
+//! Start at [`read`].
+
+use serde_json::Value;
+
+use super::class::{Class, parse_class};
+use super::error::{Fault, ManifestError};
+use super::quantity::parse_quantity;
+use crate::fetch::{DigestKind, DigestMap, SourceUrl};
+use crate::names::{ClassName, ImageName, VolumeName};
+
+/// Most documents of one manifest, those in ConfigMaps included.
+pub const MAX_DOCUMENTS: usize = 256;
+
+/// What one document asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Object {
+    /// A `StorageClass`.
+    Class(Class),
+    /// A `PersistentVolumeClaim`.
+    Claim(Claim),
+    /// Longhorn's `BackingImage`.
+    Image(Image),
+    /// Longhorn's `Volume`.
+    Volume(Volume),
+}
+
+/// A claim of a volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// Its name, which the volume gets.
+    pub name: VolumeName,
+    /// Its namespace.
+    pub namespace: String,
+    /// Its storage class.
+    pub class: ClassName,
+    /// Size that is asked for, in bytes.
+    pub size_bytes: Option<u64>,
+}
+
+/// An image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Image {
+    /// Its name.
+    pub name: ImageName,
+    /// Where it comes from.
+    pub url: SourceUrl,
+    /// The SHA-512 that its file must have, lower-case hex.
+    pub sha512: Option<String>,
+    /// Copies that stay although nobody uses them.
+    pub min_copies: Option<u32>,
+}
+
+/// A volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Volume {
+    /// Its name.
+    pub name: VolumeName,
+    /// The image that it stands on.
+    pub image: ImageName,
+    /// How many replicas.
+    pub replicas: Option<u32>,
+    /// Size in bytes.
+    pub size_bytes: Option<u64>,
+}
+
+impl Object {
+    /// The kind, as the manifest has it.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Class(_) => "StorageClass",
+            Self::Claim(_) => "PersistentVolumeClaim",
+            Self::Image(_) => "BackingImage",
+            Self::Volume(_) => "Volume",
+        }
+    }
+
+    /// The name.
+    #[must_use]
+    pub fn name(&self) -> String {
+        match self {
+            Self::Class(class) => class.name.to_string(),
+            Self::Claim(claim) => claim.name.to_string(),
+            Self::Image(image) => image.name.to_string(),
+            Self::Volume(volume) => volume.name.to_string(),
+        }
+    }
+}
+
+/// One document that was read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Document {
+    /// Which one, from 1.
+    pub number: u64,
+    /// The line on which it begins, from 1.
+    pub line: u64,
+    /// What it asks for.
+    pub object: Object,
+    /// What was passed over, in words.
+    pub notes: Vec<String>,
+}
+
+/// Reads all documents of a manifest.
+///
+/// # Errors
+/// [`ManifestError`] of the first one that is wrong.
+pub fn read(text: &str) -> Result<Vec<Document>, ManifestError> {
+    let mut documents = Vec::new();
+    for (index, (line, part)) in cut(text).into_iter().enumerate() {
+        let number = index as u64 + 1;
+        let at = |line, fault| ManifestError { document: number, line, fault };
+        let value = parse(part).map_err(|(within, fault)| at(line + within, fault))?;
+        let mut found = Vec::new();
+        read_one(&value, true, &mut found).map_err(|fault| at(line, fault))?;
+        for (object, notes) in found {
+            documents.push(Document { number, line, object, notes });
+        }
+        if documents.len() > MAX_DOCUMENTS {
+            return Err(at(line, Fault::TooMany { most: MAX_DOCUMENTS }));
+        }
+    }
+    if documents.is_empty() {
+        return Err(ManifestError { document: 1, line: 1, fault: Fault::Empty });
+    }
+    Ok(documents)
+}
+
+/// The documents and the lines on which they begin. A separator stands at the beginning of a line,
+/// where no text of a document may have one.
+fn cut(text: &str) -> Vec<(u64, &str)> {
+    let (mut parts, mut start, mut at, mut first) = (Vec::new(), 0, 0, 1);
+    for (index, line) in text.split_inclusive('\n').enumerate() {
+        let mark = ["---", "..."].into_iter().find_map(|mark| line.strip_prefix(mark));
+        if mark.is_some_and(|rest| rest.is_empty() || rest.starts_with(char::is_whitespace)) {
+            parts.push((first, text.get(start..at).unwrap_or_default()));
+            // What follows on the separator's own line belongs to the document.
+            let rest = mark.unwrap_or_default();
+            start = at + line.len() - rest.len();
+            first = index as u64 + if rest.trim().is_empty() { 2 } else { 1 };
+        }
+        at += line.len();
+    }
+    parts.push((first, text.get(start..).unwrap_or_default()));
+    let says = |line: &str| {
+        let line = line.trim();
+        !line.is_empty() && !line.starts_with('#') && !line.starts_with('%')
+    };
+    parts.retain(|(_, part)| part.lines().any(says));
+    parts
+}
+
+/// A document's value; of an error, how many lines below the document's first it is.
+fn parse(text: &str) -> Result<Value, (u64, Fault)> {
+    // A newline that is left of the separator's line is not counted.
+    let text = text.strip_prefix("\r\n").or_else(|| text.strip_prefix('\n')).unwrap_or(text);
+    serde_saphyr::from_str(text).map_err(|error| {
+        let within = error.location().map_or(0, |at| at.line().saturating_sub(1));
+        let what = error.without_snippet().to_string();
+        let what = what.lines().next().unwrap_or("no YAML");
+        // Its own line counts from the document's first, and is told already.
+        let what = what.split(" at line ").next().unwrap_or(what);
+        let hint = match what.contains("escape") {
+            true => "; in \"double quotes\" a backslash begins an escape: use 'single quotes'",
+            false => "",
+        };
+        let what = what.chars().take(200).chain(hint.chars()).collect();
+        (within, Fault::Yaml { what })
+    })
+}
+
+type Found = (Object, Vec<String>);
+
+fn read_one(value: &Value, is_outer: bool, found: &mut Vec<Found>) -> Result<(), Fault> {
+    let text = |field: &str| value[field].as_str().unwrap_or_default().chars().take(80).collect();
+    let (kind, api): (String, String) = (text("kind"), text("apiVersion"));
+    let group = api.split('/').next().unwrap_or_default();
+    let one = match (kind.as_str(), group) {
+        ("StorageClass", "storage.k8s.io") => parse_class(value)?,
+        ("PersistentVolumeClaim", "v1") => parse_claim(value)?,
+        ("BackingImage", "longhorn.io") => parse_image(value)?,
+        ("Volume", "longhorn.io") => parse_volume(value)?,
+        ("ConfigMap", "v1") if is_outer && value["data"]["storageclass.yaml"].is_string() => {
+            let inner = value["data"]["storageclass.yaml"].as_str().unwrap_or_default();
+            for (_, part) in cut(inner) {
+                let value = parse(part).map_err(|(_, fault)| fault)?;
+                read_one(&value, false, found)?;
+            }
+            return Ok(());
+        }
+        _ => return Err(Fault::Kind { kind, api }),
+    };
+    found.push(one);
+    Ok(())
+}
+
+/// Says which field of which object is wrong.
+#[derive(Clone, Debug)]
+pub(super) struct Fields<'a> {
+    pub(super) kind: &'static str,
+    pub(super) name: String,
+    pub(super) value: &'a Value,
+}
+
+impl<'a> Fields<'a> {
+    pub(super) fn of(kind: &'static str, value: &'a Value) -> Result<Self, Fault> {
+        let name = value["metadata"]["name"].as_str().unwrap_or_default();
+        let fields = Self { kind, name: name.chars().take(80).collect(), value };
+        match name.is_empty() {
+            true => Err(fields.wrong("metadata.name", &"missing")),
+            false => Ok(fields),
+        }
+    }
+
+    pub(super) fn wrong(&self, field: &str, why: &dyn std::fmt::Display) -> Fault {
+        let (kind, name) = (self.kind, self.name.clone());
+        Fault::Field { kind, name, field: field.to_owned(), why: why.to_string() }
+    }
+
+    /// A text or a number, as text; `None` if it is absent or empty. `field` has dots between.
+    pub(super) fn text(&self, field: &str) -> Result<Option<String>, Fault> {
+        let mut value = self.value;
+        for part in field.split('.') {
+            value = &value[part];
+        }
+        match value {
+            Value::Null => Ok(None),
+            Value::String(text) => Ok(Some(text.trim().to_owned()).filter(|t| !t.is_empty())),
+            Value::Number(number) => Ok(Some(number.to_string())),
+            Value::Bool(_) | Value::Array(_) | Value::Object(_) => {
+                Err(self.wrong(field, &"give a text or a number"))
+            }
+        }
+    }
+
+    /// A text that has to be there and to obey its rules.
+    pub(super) fn parsed<T, E: std::fmt::Display>(
+        &self,
+        field: &str,
+        parse: impl FnOnce(&str) -> Result<T, E>,
+    ) -> Result<T, Fault> {
+        let text = self.text(field)?.ok_or_else(|| self.wrong(field, &"missing"))?;
+        parse(&text).map_err(|e| self.wrong(field, &e))
+    }
+
+    /// A number from 0, or nothing.
+    pub(super) fn number(&self, field: &str, most: u32) -> Result<Option<u32>, Fault> {
+        let Some(text) = self.text(field)? else { return Ok(None) };
+        let number = text.parse().ok().filter(|number| *number <= most);
+        number.map(Some).ok_or_else(|| self.wrong(field, &format!("give 0 to {most}")))
+    }
+
+    /// A SHA-512, or nothing.
+    pub(super) fn sha512(&self, field: &str) -> Result<Option<String>, Fault> {
+        let Some(text) = self.text(field)? else { return Ok(None) };
+        let digests = DigestMap::parse([(DigestKind::Sha512, Some(text.as_str()))]);
+        let digests = digests.map_err(|e| self.wrong(field, &e))?;
+        Ok(digests.get(DigestKind::Sha512).map(str::to_owned))
+    }
+
+    /// A URL. Of it nothing but the scheme is in an error.
+    pub(super) fn url(&self, field: &str, text: &str) -> Result<SourceUrl, Fault> {
+        if text.contains('\\') {
+            let why = "the URL has a backslash: YAML in single quotes needs no escapes, and in JSON \
+                       only \\/ and \\uXXXX belong to a URL; write one that is meant as %5C";
+            return Err(self.wrong(field, &why));
+        }
+        SourceUrl::parse(text).map_err(|e| self.wrong(field, &e))
+    }
+}
+
+fn parse_claim(value: &Value) -> Result<Found, Fault> {
+    let fields = Fields::of("PersistentVolumeClaim", value)?;
+    let size = fields.text("spec.resources.requests.storage")?;
+    let size = size.map(|text| parse_quantity(&text)).transpose();
+    let claim = Claim {
+        name: fields.parsed("metadata.name", VolumeName::parse)?,
+        namespace: fields.text("metadata.namespace")?.unwrap_or_else(|| "default".to_owned()),
+        class: fields.parsed("spec.storageClassName", ClassName::parse)?,
+        size_bytes: size.map_err(|e| fields.wrong("spec.resources.requests.storage", &e))?,
+    };
+    if !value["spec"]["dataSource"].is_null() || !value["spec"]["dataSourceRef"].is_null() {
+        let why = "a volume is not made from another one here; `bedplate volume restore` restores \
+                   a backup";
+        return Err(fields.wrong("spec.dataSource", &why));
+    }
+    Ok((Object::Claim(claim), Vec::new()))
+}
+
+fn parse_image(value: &Value) -> Result<Found, Fault> {
+    let fields = Fields::of("BackingImage", value)?;
+    let kind = fields.text("spec.sourceType")?.unwrap_or_else(|| "download".to_owned());
+    if kind != "download" {
+        let why = "only download can be applied; `bedplate upload` brings a file of this host in";
+        return Err(fields.wrong("spec.sourceType", &why));
+    }
+    let field = "spec.sourceParameters.url";
+    let url = fields.text(field)?.ok_or_else(|| fields.wrong(field, &"missing"))?;
+    let image = Image {
+        name: fields.parsed("metadata.name", ImageName::parse)?,
+        url: fields.url(field, &url)?,
+        sha512: fields.sha512("spec.checksum")?,
+        min_copies: fields.number("spec.minNumberOfCopies", u32::MAX)?,
+    };
+    let given = |field: &&str| {
+        let selector = &value["spec"][*field];
+        !selector.is_null() && selector.as_array().is_none_or(|tags| !tags.is_empty())
+    };
+    let notes = ["nodeSelector", "diskSelector"].into_iter().filter(given);
+    let notes = notes.map(|f| format!("spec.{f} is passed over: disks of this node have no tags"));
+    Ok((Object::Image(image), notes.collect()))
+}
+
+fn parse_volume(value: &Value) -> Result<Found, Fault> {
+    let fields = Fields::of("Volume", value)?;
+    if fields.text("spec.fromBackup")?.is_some() {
+        let why = "use `bedplate volume restore` with the backup's volume.cfg";
+        return Err(fields.wrong("spec.fromBackup", &why));
+    }
+    let size = fields.text("spec.size")?.map(|text| parse_quantity(&text)).transpose();
+    let volume = Volume {
+        name: fields.parsed("metadata.name", VolumeName::parse)?,
+        image: fields.parsed("spec.backingImage", ImageName::parse)?,
+        replicas: fields.number("spec.numberOfReplicas", 64)?.filter(|count| *count > 0),
+        size_bytes: size.map_err(|e| fields.wrong("spec.size", &e))?,
+    };
+    Ok((Object::Volume(volume), Vec::new()))
+}
