@@ -98,7 +98,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("fetch", &["disk", "ring"]),
     ("disk", &["ring"]),
     ("image", &["disk", "map"]),
-    ("serve", &["image", "map", "disk"]),
+    ("serve", &["image", "map", "disk", "replica"]),
+    ("replica", &["map"]),
     ("ring", &[]),
     ("map", &[]),
 ];
@@ -124,13 +125,15 @@ fn data_flows_one_way_through_the_rooms() {
 }
 
 #[test]
-fn unsafe_lives_in_two_rooms_and_each_block_has_its_own_reason() {
+fn unsafe_lives_in_two_rooms_and_the_c_functions_and_each_block_has_its_own_reason() {
     let (mut faults, mut reasons) = (Vec::new(), BTreeMap::<String, String>::new());
     for (path, text) in files("src", ".rs") {
         let lines: Vec<&str> = text.lines().collect();
         for (index, line) in lines.iter().enumerate() {
             let code = line.split("//").next().unwrap_or("");
             let allowed = path.starts_with("src/ring/") || path.starts_with("src/map/");
+            // What takes pointers from C can be no other.
+            let allowed = allowed || path == "src/replica/c.rs";
             let is_unsafe = ["unsafe {", "unsafe impl", "unsafe fn"];
             if !allowed && is_unsafe.iter().any(|word| code.contains(word)) {
                 faults.push(format!("{path}:{}: unsafe outside ring/ and map/", index + 1));

@@ -8,6 +8,7 @@ mod nbd_support;
 #[path = "../qcow2_common/mod.rs"]
 mod qcow2_common;
 
+mod c;
 mod protocol;
 mod reads;
 mod restart;

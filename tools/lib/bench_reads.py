@@ -18,11 +18,13 @@ _PROJECT = bedplate.ROOT / "tools" / "peers"
 _OURS, _QEMU = "bedplate View", "qemu-img bench, a command"
 _PEERS = {"imago 0.2.6": "imago", "qcow2-rs 0.1.6": "qcow2-rs"}
 _MAP, _PREAD = "copy from a map, raw file", "pread, raw file"
+_REPLICA, _MAPPED = "bedplate replica", "bedplate replica, mapped"
 _CODEC, _CODEC_1 = "codec alone, all cores", "codec alone, one core"
 _KINDS = {"plain": [], "zlib": ["-c"], "zstd": ["-c", "-o", "compression_type=zstd"]}
 _WORKLOADS = {"4 KiB random read": "random-4k", "1 MiB sequential read": "sequential-1m",
               "1 MiB sequential read, the first": "first-1m"}
 _OPEN = "open, read 4 KiB, close"
+_REPLICA_TIMES = 1.3
 _PLAIN_TIMES, _DECODED_TIMES, _CODEC_SPEED, _OPEN_MS = 1.3, 1.5, 0.9, 5
 
 
@@ -133,7 +135,9 @@ def _one_kind(reads, kind, raw):
         contenders = [
             reads.contender(_MAP, "mmap", workload, unit, raw, floor=True),
             reads.contender(_PREAD, "pread", workload, unit, raw, floor=True),
-            reads.contender(_OURS, "bedplate", workload, unit, ours=True)]
+            reads.contender(_OURS, "bedplate", workload, unit, ours=True),
+            reads.contender(_REPLICA, "replica", workload, unit, ours=True),
+            reads.contender(_MAPPED, "replica-mapped", workload, unit, ours=True)]
         contenders += [reads.contender(name, reader, workload, unit)
                        for name, reader in _PEERS.items()]
         if small:
@@ -153,6 +157,9 @@ def _bounds(bench, kind, random, _sequential, first):
     bench.bound(random.title(), f"{kind}, random 4 KiB{' once decoded' if decoded else ''}, "
                 "time of the copy from a map", _times(random, _OURS, _MAP),
                 most=_DECODED_TIMES if decoded else _PLAIN_TIMES)
+    for name, floor, what in ((_REPLICA, _PREAD, "a pread"), (_MAPPED, _MAP, "the copy from a map")):
+        bench.bound(random.title(), f"{kind}, random 4 KiB, {name}, time of {what}",
+                    _times(random, name, floor), most=_REPLICA_TIMES)
     if decoded:
         ours = rounds.named(first, _OURS)
         bench.bound(first.title(), f"{kind}, first decode, speed of the codec on all cores",

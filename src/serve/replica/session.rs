@@ -180,10 +180,8 @@ fn count(export: &Export, bytes: u64, failed: bool) {
 }
 
 fn unreadable(error: &ReadError) -> Refusal {
-    let status = match error {
-        ReadError::PastEnd { .. } => Status::PastEnd,
-        _another => Status::Unreadable,
-    };
+    let is_outside = matches!(error, ReadError::PastEnd { .. });
+    let status = if is_outside { Status::PastEnd } else { Status::Unreadable };
     let mut text = error.to_string();
     let mut source = std::error::Error::source(error);
     while let Some(error) = source {

@@ -15,6 +15,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use bedplate::replica::Mode;
 use readers::Kind;
 use workload::{Limit, Outcome, Workload};
 
@@ -22,7 +23,7 @@ type Error = Box<dyn std::error::Error + Send + Sync>;
 type Result<T> = std::result::Result<T, Error>;
 
 const USAGE: &str = "usage: read-peers READER IMAGE WORKLOAD LIMIT
-  READER    bedplate, imago, qcow2-rs (of a qcow2 image), mmap, pread (of a raw file),
+  READER    bedplate, replica, replica-mapped (attached to an engine), imago, qcow2-rs (of a qcow2 image), mmap, pread (of a raw file),
             codec, codec-1 (first-1m only: each cluster decoded, on all cores or on one)
   WORKLOAD  random-4k, sequential-1m, first-1m, open
   LIMIT     number of operations, or seconds as in 0.5s; first-1m is always one pass";
@@ -69,6 +70,8 @@ fn run(reader: &str, image: &Path, workload: &str, limit: &str) -> Result<Outcom
         "codec" => return codec::run(image, std::thread::available_parallelism()?.get()),
         "codec-1" => return codec::run(image, 1),
         "bedplate" => Kind::Bedplate,
+        "replica" => Kind::Replica(Mode::Pread),
+        "replica-mapped" => Kind::Replica(Mode::Mapped),
         "imago" => Kind::Imago,
         "qcow2-rs" => Kind::Qcow2Rs,
         "mmap" => Kind::Mmap,

@@ -10,10 +10,16 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::pin::pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
+use std::thread::JoinHandle;
 
 use bedplate::disk::Sealed;
 use bedplate::image::{DecodedCache, View};
+use bedplate::peer::Allowed;
+use bedplate::replica::{Mode, Options, Replica};
+use bedplate::serve::replica::{Limits, Server};
+use bedplate::serve::{Exports, Stopper};
 use bedplate::units::GuestOffset;
 use imago::{FormatAccess, FormatDriverBuilder, PermissiveImplicitOpenGate};
 use memmap2::Mmap;
@@ -35,6 +41,8 @@ const MOST_POLLS: u32 = 1 << 20;
 pub enum Kind {
     /// `bedplate::image::View`, with a cache for the whole disk.
     Bedplate,
+    /// `bedplate::replica::Replica`, attached to an engine in this process that keeps as much.
+    Replica(Mode),
     /// `imago`, its synchronous flavour.
     Imago,
     /// `qcow2-rs`, its engine on pread.
@@ -61,6 +69,7 @@ impl Kind {
                 let cache = DecodedCache::new(CACHE_BYTES);
                 Box::new(View::open_with_cache(Sealed::open_path(path)?, None, cache)?)
             }
+            Self::Replica(mode) => Box::new(Attached::open(path, mode)?),
             Self::Imago => {
                 let builder = imago::qcow2::Qcow2::<imago::file::File>::builder_path(path);
                 Box::new(FormatAccess::new(builder.open(PermissiveImplicitOpenGate::default())?))
@@ -98,6 +107,46 @@ impl Kind {
             at += len as u64;
         }
         Ok(Box::new(InUse { view: open()?, _other: other }))
+    }
+}
+
+/// A replica, and the engine that it is attached to.
+struct Attached {
+    replica: Replica,
+    stopper: Stopper,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Attached {
+    fn open(path: &Path, mode: Mode) -> Result<Self> {
+        let exports = Arc::new(Exports::new());
+        let cache = DecodedCache::new(CACHE_BYTES);
+        let view = View::open_with_cache(Sealed::open_path(path)?, None, cache)?;
+        exports.add("image", Arc::new(view), "")?;
+        let name = format!("read-peers-{}.sock", std::process::id());
+        let socket = std::env::temp_dir().join(name);
+        let server = Server::bind(&socket, exports, Allowed::default(), Limits::default())?;
+        let stopper = server.stopper();
+        let thread = std::thread::spawn(move || drop(server.run()));
+        let replica = Replica::attach(&socket, "image", Options { mode, ..Options::default() })?;
+        Ok(Self { replica, stopper, thread: Some(thread) })
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        self.stopper.stop();
+        let _ended = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+impl Reader for Attached {
+    fn size_bytes(&self) -> u64 {
+        self.replica.size_bytes()
+    }
+
+    fn read_at(&mut self, buf: &mut [u8], at: u64) -> Result<()> {
+        Ok(self.replica.read_at(buf, at)?)
     }
 }
 
