@@ -368,7 +368,7 @@ pub struct GetArgs {
 /// Arguments of `delete`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Refused (exit code 3) while the image has attachments or open NBD sessions.
+Refused (exit code 3) while the image has attachments or open sessions.
 
 Examples:
   bedplate delete debian-12")]

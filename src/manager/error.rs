@@ -25,7 +25,7 @@ pub enum ManagerError {
     #[error("image {name}: exists, and its {what} is {found}, not {given}")]
     OtherExpectation { name: ImageName, what: &'static str, found: String, given: String },
     /// The image is in use.
-    #[error("image {name}: in use (attachments: {attachments}, open NBD sessions: {sessions})")]
+    #[error("image {name}: in use (attachments: {attachments}, open sessions: {sessions})")]
     InUse { name: ImageName, attachments: usize, sessions: usize },
     /// Other images stand on it.
     #[error("image {name}: other images stand on it: {}", list(overlays))]

@@ -300,7 +300,7 @@ fn a_damaged_entry_is_an_error_of_its_own_reader() {
         let mut block = [0; 4096];
         for _ in 0..2 {
             let error = replica.read_at(&mut block, 100).unwrap_err();
-            assert!(error.to_string().contains("L2 entry"), "{error}");
+            assert!(error.to_string().contains("data cluster offset"), "{error}");
             replica.read_at(&mut block, 65_536).unwrap();
             assert!(block == want[65_536..69_632]);
         }

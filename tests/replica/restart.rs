@@ -42,7 +42,8 @@ fn readers_survive_an_engine_that_is_killed_again_and_again() {
     ok(&daemon, &["create", image.to_str().unwrap(), "--name", "disk", "--wait"]);
     let place = socket(daemon.dir.path());
     let (is_over, reads) = (AtomicBool::new(false), AtomicU64::new(0));
-    std::thread::scope(|scope| {
+    // It must outlive the readers, who may have asked it something.
+    let _daemon = std::thread::scope(|scope| {
         for (seed, mode) in [(1, Mode::Pread), (2, Mode::Mapped), (3, Mode::Mapped)] {
             let (place, bytes, is_over, reads) = (&place, &bytes, &is_over, &reads);
             scope.spawn(move || {
@@ -75,6 +76,7 @@ fn readers_survive_an_engine_that_is_killed_again_and_again() {
             std::thread::yield_now();
         }
         is_over.store(true, Ordering::Relaxed);
+        daemon
     });
 }
 
@@ -116,6 +118,11 @@ fn another_image_of_the_same_name_is_told_and_never_read() {
     let replica = Replica::attach(socket(daemon.dir.path()), "disk", Options::default()).unwrap();
     let mut block = [0; 4096];
     replica.read_at(&mut block, 0).unwrap();
+    let refused = daemon.cli(&["delete", "disk"]);
+    assert!(!refused.status.success(), "it has a reader");
+    // The end of the engine is the end of the lease.
+    let (_, dir) = daemon.end("TERM");
+    let daemon = Daemon::start_in(dir, "");
     ok(&daemon, &["delete", "disk"]);
     ok(&daemon, &["create", second.to_str().unwrap(), "--name", "disk", "--wait"]);
     let error = replica.read_at(&mut block, 12 << 20).unwrap_err();

@@ -8,7 +8,7 @@
 //! Never: takes a lock to look up, or reads compressed bytes from the map.
 //! Start at [`BlockMap::run_at`].
 //!
-//! The words are those of [`format`]; that of a compressed grain has its file offset.
+//! The words are those of [`mod@format`]; that of a compressed grain has its file offset.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -91,7 +91,7 @@ impl ClusterMap {
         }
     }
 
-    /// The map itself, to be handed to a reader in another process; see [`format`] for its layout.
+    /// The map itself, to be handed to a reader in another process; see [`mod@format`].
     #[must_use]
     pub fn table(&self) -> &SharedTable {
         &self.table
