@@ -62,6 +62,10 @@ fuzz_target!(|data: &[u8]| {
     if mode & 1 != 0 {
         input.extend_from_slice(b"\0\0\0\x03");
     }
+    if mode & 8 != 0 {
+        // Extended headers.
+        input.extend_from_slice(b"IHAVEOPT\0\0\0\x0b\0\0\0\0");
+    }
     if mode & 2 != 0 {
         input.extend_from_slice(b"IHAVEOPT\0\0\0\x08\0\0\0\0");
         let query = b"\0\0\0\x04disk\0\0\0\x01\0\0\0\x0fbase:allocation";

@@ -17,6 +17,7 @@ mod sockets;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::watch;
 
 use crate::catalog::{Catalog, Embedded};
@@ -88,6 +89,7 @@ impl Daemon {
         {
             tracing::warn!(bytes, "decoded_cache: in use already; as it was set first");
         }
+        raise_descriptor_limit();
         let cleanup_wait = config.cleanup_wait()?;
         let control_socket = config.control_socket()?;
         let nbd_socket = config.nbd_socket()?;
@@ -204,6 +206,16 @@ impl ServerThread {
     async fn stop(self) {
         (self.stop)();
         let _panicked = tokio::task::spawn_blocking(move || self.thread.join()).await;
+    }
+}
+
+/// An image that is open takes some descriptors, and each reader one; the usual soft limit is for
+/// programs that use select.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, soft = limit.current, "the limit of descriptors stays as it is");
     }
 }
 
