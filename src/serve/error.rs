@@ -37,7 +37,7 @@ pub enum ServeError {
         source: io::Error,
     },
     /// LISTEN_PID and LISTEN_FDS speak of this process, but not of one listening stream socket.
-    #[error("socket activation: {what}; pass exactly one listening stream socket")]
+    #[error("socket activation: {what}; pass exactly one listening Unix stream socket")]
     Activation {
         what: &'static str,
         #[source]

@@ -3,12 +3,13 @@
 //! Why: systemd starts us on the first connection, and test tools give us a socket they own.
 //! How: the variables are checked against our own process number, and descriptor 3 is duplicated
 //! through a pidfd, which needs no assumption about who owns it.
-//! Never: takes a descriptor that is not a listening stream socket.
+//! Never: takes a descriptor that is not a listening Unix stream socket: on a network every byte of
+//! an image would go in plain text, to anybody.
 //! Start at [`inherited`]. Protocol: `sd_listen_fds(3)`.
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::net::{SocketType, sockopt};
+use rustix::net::{AddressFamily, SocketType, sockopt};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags};
 
 use crate::serve::ServeError;
@@ -65,6 +66,11 @@ fn check_listening(fd: std::os::fd::BorrowedFd<'_>) -> Result<(), ServeError> {
     if kind != SocketType::STREAM || !listens {
         return Err(failed("descriptor 3 is not a listening stream socket", None));
     }
+    let domain = sockopt::socket_domain(fd)
+        .map_err(|errno| failed("descriptor 3 cannot be asked", Some(errno.into())))?;
+    if domain != AddressFamily::UNIX {
+        return Err(failed("descriptor 3 is not a Unix socket, and no other is encrypted", None));
+    }
     rustix::io::ioctl_fionbio(fd, true)
         .map_err(|errno| failed("descriptor 3 cannot be made non-blocking", Some(errno.into())))
 }
@@ -90,6 +96,9 @@ mod tests {
     fn a_socket_that_does_not_listen_is_refused() {
         let (one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
         assert!(check_listening(one.as_fd()).is_err());
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let error = check_listening(tcp.as_fd()).unwrap_err().to_string();
+        assert!(error.contains("not a Unix socket"), "{error}");
         let file = tempfile::tempfile().unwrap();
         assert!(check_listening(file.as_fd()).is_err());
     }

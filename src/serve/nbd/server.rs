@@ -86,7 +86,7 @@ impl Server {
     /// Listens on the socket that a service manager passed (LISTEN_FDS); `None` if none was.
     ///
     /// # Errors
-    /// [`ServeError::Activation`] if it is not one listening stream socket.
+    /// [`ServeError::Activation`] if it is not one listening Unix stream socket.
     pub fn from_activation(
         exports: Arc<Exports>,
         limits: Limits,
