@@ -14,7 +14,7 @@
 pub enum Copied {
     /// All bytes, from memory.
     Fast,
-    /// All bytes, but it took as long as reading them from a disk.
+    /// All bytes, but a part was read from a disk, by a fault of this thread.
     Slow,
     /// A page could not be read; the buffer holds anything. Or there is no guarded copy here.
     Not,
@@ -32,6 +32,7 @@ pub(super) unsafe fn copy(_from: *const u8, _to: &mut [u8]) -> Copied {
 #[cfg(target_arch = "x86_64")]
 mod x86_64 {
     use std::arch::{global_asm, x86_64::_rdtsc};
+    use std::cell::Cell;
     use std::ffi::{c_int, c_void};
     use std::mem::MaybeUninit;
     use std::ptr;
@@ -147,7 +148,28 @@ mod x86_64 {
         }
         let took = cycles().wrapping_sub(start);
         let most = SLOW_CYCLES + SLOW_CYCLES_PER_BYTE * to.len() as u64;
-        if took > most { Copied::Slow } else { Copied::Fast }
+        if took > most && has_read_a_disk() { Copied::Slow } else { Copied::Fast }
+    }
+
+    thread_local! {
+        /// This thread's major faults when it was last asked for them.
+        static MAJOR_FAULTS: Cell<libc::c_long> = const { Cell::new(0) };
+    }
+
+    /// Whether this thread has had a major fault since it was last asked, or began. A copy is slow
+    /// as well that was the first to touch its pages, or that lost its processor for a while: time
+    /// alone would have readers go back to pread on a busy node.
+    #[cold]
+    fn has_read_a_disk() -> bool {
+        let mut usage = MaybeUninit::<libc::rusage>::uninit();
+        // SAFETY: `usage` has room for what the call fills in.
+        let done = unsafe { libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr()) };
+        if done != 0 {
+            return true;
+        }
+        // SAFETY: a call that succeeded has filled it in.
+        let faults = unsafe { usage.assume_init() }.ru_majflt;
+        MAJOR_FAULTS.replace(faults) != faults
     }
 
     fn cycles() -> u64 {
