@@ -16,9 +16,9 @@ use super::limits::{Limits, MAX_READ_BYTES};
 use super::options::{Malformed, StatusFilter};
 use super::reply::{Batch, Extent, Sent, send_all};
 use super::style::{Asked, Incoming, Style};
-use super::transport::{Socket, Transport};
+use super::transport::Transport;
 use super::wire::{self, NbdError, command, command_flag};
-use crate::serve::{CounterValues, Exports};
+use crate::serve::{CounterValues, Exports, Socket};
 
 /// Bytes that are received at once in the transmission phase, at least: a thousand requests.
 const INBOX_BYTES: usize = 32 << 10;
