@@ -12,10 +12,12 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use super::args_access::AccessArgs;
+use super::args_attach::{AttachArgs, DetachArgs};
 use super::args_digest::DigestArgs;
 use super::args_steer::{
     CancelArgs, CleanupArgs, PauseArgs, ResumeArgs, SetArgs, SettingsArgs, WatchArgs,
 };
+use super::args_top::TopArgs;
 use super::args_upload::UploadArgs;
 use super::args_view::{CatArgs, ExportArgs, InspectArgs, StandsArgs};
 use super::args_volume::{ApplyArgs, ClassArgs, VolumeArgs};
@@ -115,6 +117,8 @@ pub enum Command {
     List(ListArgs),
     /// List the workers: one for each copy
     Ps(PsArgs),
+    /// What readers do now, and how long they wait
+    Top(TopArgs),
     /// Show one image
     Get(GetArgs),
     /// Delete an image and its copies
@@ -378,48 +382,6 @@ pub struct DeleteArgs {
     /// Return at once; events tell when it is gone
     #[arg(long)]
     pub no_wait: bool,
-}
-
-/// Arguments of `attach`.
-#[derive(Debug, Args)]
-#[command(after_help = "\
-Prints the NBD URI once the image is ready. With --reader, repeating the command gives the same
-attachment.
-
-Examples:
-  bedplate attach debian-12
-  bedplate attach debian-12 --reader vm-7
-  nbdinfo \"$(bedplate attach debian-12 --reader vm-7)\"
-  bedplate attach debian-12 --no-wait --json | jq -r .id")]
-pub struct AttachArgs {
-    /// The image
-    pub name: ImageName,
-    /// Disk whose copy to read [default: one that has it, else one with room]
-    #[arg(long, value_name = "UUID")]
-    pub disk: Option<String>,
-    /// What the reader calls itself
-    #[arg(long, value_name = "LABEL")]
-    pub reader: Option<String>,
-    /// Read it while it is still arriving: what is read next is fetched first
-    #[arg(long)]
-    pub stream: bool,
-    /// Return at once, and print the attachment's id
-    #[arg(long)]
-    pub no_wait: bool,
-}
-
-/// Arguments of `detach`.
-#[derive(Debug, Args)]
-#[command(after_help = "\
-Examples:
-  bedplate detach 0a1b2c3d
-  bedplate detach debian-12 --reader vm-7")]
-pub struct DetachArgs {
-    /// The attachment's id; or, with --reader, the image's name
-    pub id: String,
-    /// Detach this reader of the image
-    #[arg(long, value_name = "LABEL")]
-    pub reader: Option<String>,
 }
 
 /// Arguments of `events`.

@@ -3,7 +3,8 @@
 //! Why: a reader wants a URI that works when it is printed, not a promise.
 //! Never: leaves without saying how to detach.
 
-use super::args::{AttachArgs, Global};
+use super::args::Global;
+use super::args_attach::AttachArgs;
 use super::exit::CliError;
 use super::follow::{self, OnFailure};
 use super::output::Output;

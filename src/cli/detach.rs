@@ -3,7 +3,8 @@
 //! Why: a reader knows its own label better than the id that it was given.
 //! Never: detaches by guess: without a label it takes only an id.
 
-use super::args::{DetachArgs, Global};
+use super::args::Global;
+use super::args_attach::DetachArgs;
 use super::exit::{CliError, Exit};
 use super::output::Output;
 use crate::control::client::Client;

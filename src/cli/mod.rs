@@ -10,8 +10,10 @@
 
 pub mod args;
 pub mod args_access;
+pub mod args_attach;
 pub mod args_digest;
 pub mod args_steer;
+pub mod args_top;
 pub mod args_upload;
 pub mod args_view;
 pub mod args_volume;
@@ -45,6 +47,7 @@ mod sizes;
 mod source;
 mod steer;
 mod table;
+mod top;
 mod upload;
 mod volume;
 mod watch;
@@ -94,6 +97,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         | Command::Upload(_)
         | Command::List(_)
         | Command::Ps(_)
+        | Command::Top(_)
         | Command::Get(_)
         | Command::Delete(_)
         | Command::Attach(_)
@@ -124,6 +128,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
             Command::Upload(args) => upload::run(&args, &global, output).await,
             Command::List(_) => list::run(&global, output).await,
             Command::Ps(_) => ps::run(&global, output).await,
+            Command::Top(args) => top::run(&args, &global, output).await,
             Command::Get(args) => get::run(&args, &global, output).await,
             Command::Delete(args) => delete::run(&args, &global, output).await,
             Command::Attach(args) => attach::run(&args, &global, output).await,

@@ -5,10 +5,16 @@
 //! Never: a label that a stranger chooses, or one that holds a URL.
 //! Start at [`scrape`].
 
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
 use axum::extract::State;
 use axum::http::{Method, StatusCode, header};
 use axum::response::IntoResponse;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -20,6 +26,7 @@ use super::error::ApiError;
 use super::handlers::blocking;
 use crate::image::DecodedCache;
 use crate::manager::{DiskStatus, ImageStatus};
+use crate::serve::Times;
 
 type Labels = Vec<(&'static str, String)>;
 
@@ -93,14 +100,25 @@ fn kernel_workers() -> usize {
 fn add_images(registry: &mut Registry, app: &App, images: &[ImageStatus]) {
     let [copies, done, retries, sessions, rate, connections] =
         std::array::from_fn(|_| Family::<Labels, Gauge>::default());
-    let [requests, bytes, errors] = std::array::from_fn(|_| Family::<Labels, Counter>::default());
+    let [requests, bytes, errors, decoded, misses] =
+        std::array::from_fn(|_| Family::<Labels, Counter>::default());
+    let waited = Family::<Labels, Counter<f64, AtomicU64>>::default();
+    let mut latencies = Vec::new();
     for image in images {
         let labels = vec![("image", image.record.name.to_string())];
         let served = (app.served)(&image.record.name);
         sessions.get_or_create(&labels).set(i64::try_from(served.sessions).unwrap_or(i64::MAX));
-        requests.get_or_create(&labels).inc_by(served.requests);
-        bytes.get_or_create(&labels).inc_by(served.bytes);
-        errors.get_or_create(&labels).inc_by(served.errors);
+        requests.get_or_create(&labels).inc_by(served.counters.requests);
+        bytes.get_or_create(&labels).inc_by(served.counters.bytes);
+        errors.get_or_create(&labels).inc_by(served.counters.errors);
+        decoded.get_or_create(&labels).inc_by(served.counters.decoded);
+        misses.get_or_create(&labels).inc_by(served.waits.misses);
+        waited.get_or_create(&labels).inc_by(served.waits.waited.as_secs_f64());
+        for (via, times) in served.times {
+            let labels =
+                vec![("image", image.record.name.to_string()), ("via", via.as_str().into())];
+            latencies.push((labels, times));
+        }
         for copy in &image.copies {
             copies.get_or_create(&vec![("state", copy.state.to_string())]).inc();
             let labels =
@@ -118,10 +136,40 @@ fn add_images(registry: &mut Registry, app: &App, images: &[ImageStatus]) {
     registry.register("copy_retries", "Tries of a copy's source after the first", retries);
     registry.register("copy_rate_bytes_per_second", "Bytes of a copy that arrive a second", rate);
     registry.register("copy_connections", "Connections to a copy's source", connections);
-    registry.register("nbd_sessions", "NBD sessions open on an image", sessions);
-    registry.register("nbd_requests", "NBD requests answered", requests);
-    registry.register("nbd_bytes", "Bytes of an image sent over NBD, holes included", bytes);
-    registry.register("nbd_errors", "NBD requests answered with an error", errors);
+    registry.register("sessions", "Sessions and attached readers of an image", sessions);
+    registry.register("requests", "Requests of readers answered", requests);
+    registry.register("served_bytes", "Bytes of an image sent, holes included", bytes);
+    registry.register("request_errors", "Requests answered with an error", errors);
+    let help = "Compressed clusters, or parts of one, sent; but for decoded_clusters, from memory";
+    registry.register("decoded_reads", help, decoded);
+    let help = "Reads of an arriving image that had to wait for what was still to come";
+    registry.register("demand_misses", help, misses);
+    registry.register("demand_waited_seconds", "How long they waited, together", waited);
+    registry.register_collector(Box::new(Latencies(latencies)));
+}
+
+/// Histograms of what was measured elsewhere.
+#[derive(Debug)]
+struct Latencies(Vec<(Labels, Times)>);
+
+impl Collector for Latencies {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> std::fmt::Result {
+        let (name, help) = ("request_seconds", "From a reader's request until it was answered");
+        let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+        for (labels, times) in &self.0 {
+            // Each bucket's number here; the encoder adds them up.
+            let seconds = |top: Option<Duration>| top.map_or(f64::INFINITY, |top| top.as_secs_f64());
+            let buckets: Vec<_> =
+                times.buckets().map(|(top, count)| (seconds(top), count)).collect();
+            metric.encode_family(labels)?.encode_histogram::<Labels>(
+                times.sum.as_secs_f64(),
+                times.count(),
+                &buckets,
+                None,
+            )?;
+        }
+        Ok(())
+    }
 }
 
 fn add_disks(registry: &mut Registry, disks: &[DiskStatus]) {

@@ -17,7 +17,9 @@ pub mod inspection;
 mod metrics;
 pub mod routes;
 pub mod server;
+mod stats;
 pub mod types;
+pub mod types_stats;
 pub mod types_volume;
 mod upload;
 pub mod upload_client;
@@ -29,7 +31,9 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
+use crate::image::Waits;
 use crate::manager::{Backend, Manager};
+use crate::serve::{CounterValues, Times, Via};
 pub use metrics::HttpCounters;
 pub use wire::{nbd_uri, rfc3339};
 
@@ -56,16 +60,16 @@ pub struct AppParts {
 }
 
 /// What readers did with one export, for `/metrics`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Served {
-    /// NBD sessions that are open now.
+    /// Sessions that are open now.
     pub sessions: usize,
-    /// Requests that were answered.
-    pub requests: u64,
-    /// Bytes of the image that were sent, holes included.
-    pub bytes: u64,
-    /// Requests that were answered with an error.
-    pub errors: u64,
+    /// What they were sent so far.
+    pub counters: CounterValues,
+    /// How long they waited, by how they asked; those who never did are left out.
+    pub times: Vec<(Via, Times)>,
+    /// How often they waited for what was still to come.
+    pub waits: Waits,
 }
 
 impl App {

@@ -12,7 +12,7 @@ use axum::response::Response;
 use axum::routing::{MethodRouter, delete, get, head, patch, post, put};
 
 use super::error::ApiError;
-use super::{App, apply, events, handlers, metrics, upload, volumes};
+use super::{App, apply, events, handlers, metrics, stats, upload, volumes};
 
 /// One method of one path.
 pub struct Route {
@@ -56,6 +56,7 @@ pub fn table() -> Vec<Route> {
         route("GET", "/v1/classes/{name}", get(volumes::get_class)),
         route("DELETE", "/v1/classes/{name}", delete(volumes::delete_class)),
         route("POST", "/v1/apply", post(apply::apply)),
+        route("GET", "/v1/stats", get(stats::show)),
         route("GET", "/v1/events", get(events::stream)),
         route("GET", "/v1/doctor", get(handlers::doctor)),
         route("GET", "/v1/openapi.json", get(handlers::openapi)),

@@ -27,7 +27,7 @@ use crate::image::DecodedCache;
 use crate::manager::{Backend, Manager, Node};
 use crate::names::ImageName;
 use crate::peer::Allowed;
-use crate::serve::{self, Exports, nbd, replica};
+use crate::serve::{self, Exports, Via, nbd, replica};
 
 pub use config::{Config, ConfigError};
 pub use error::DaemonError;
@@ -275,11 +275,11 @@ async fn open_catalog(disk: &Path) -> Result<Embedded, DaemonError> {
 /// What the readers of an image's export did so far.
 fn served(exports: &Exports, name: &ImageName) -> Served {
     let Some(export) = exports.get(name.as_str()) else { return Served::default() };
-    let values = export.counters().values();
+    let times = Via::ALL.map(|via| (via, export.latency().times(via)));
     Served {
         sessions: exports.in_use(name.as_str()),
-        requests: values.requests,
-        bytes: values.bytes,
-        errors: values.errors,
+        counters: export.counters().values(),
+        times: times.into_iter().filter(|(_, times)| times.count() > 0).collect(),
+        waits: export.view().waits(),
     }
 }

@@ -17,7 +17,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::fs::{FallocateFlags, FlockOperation, OFlags, SeekFrom};
 use rustix::io::Errno;
 
-use super::arriving::{Arriving, Place};
+use super::arrivals::Place;
+use super::arriving::Arriving;
 use super::cfg::CopyCfg;
 use super::digests::{DigestRecord, Digests};
 use super::presence::{MAX_FILE_BYTES, Presence, Version};

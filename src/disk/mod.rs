@@ -3,10 +3,12 @@
 //! Why: what the engine says it has must be there after `kill -9` and power loss at any moment,
 //! and Longhorn must be able to take the files over as they are.
 //! How: bytes arrive in a [`Filling`] through a [`Writer`]; the presence file says what of it is
-//! durable; sealing turns it into a [`Sealed`], which is all that can be served.
+//! durable; sealing turns it into a [`Sealed`], which is served. Who does not wait for that reads it as
+//! [`Arriving`]: what has been written, and waits for the rest.
 //! Never: talks to a network, or knows what an image's bytes mean.
 //! Start at [`Disk::open`], then [`Filling`].
 
+mod arrivals;
 mod arriving;
 mod cfg;
 mod digests;
@@ -25,7 +27,8 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
-pub use arriving::{Arriving, Found, Waits};
+pub use arrivals::Found;
+pub use arriving::{Arriving, Waits};
 pub use cfg::{CopyCfg, go_time};
 pub use digests::{DigestRecord, Digests, Hasher, xxh3_of, xxh3_of_zero_mib};
 pub use dir::Dir;

@@ -1,6 +1,6 @@
-//! A complete, immutable file: the only thing that may be served.
+//! A complete, immutable file: what is served, but to who does not wait for it.
 //!
-//! Why: serving bytes that are still being written, or that nobody checked, must not compile.
+//! Why: serving bytes that are still being written, or that nobody checked, must not happen unasked.
 //! How: a `Sealed` comes from sealing a filling copy, from adopting one, or from a file that a
 //! person names on the command line; it has reads and no writes.
 //! Never: has a way to change a byte.

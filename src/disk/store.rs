@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use rustix::fs::{FlockOperation, OFlags};
 
-use super::arriving::{Arrivals, Found};
+use super::arrivals::{Arrivals, Found};
 use super::cfg::{CopyCfg, DiskCfg, go_time};
 use super::digests::{DigestRecord, Digests};
 use super::filling::{FileNames, Filling, SealRecord};

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use super::layer::Layer;
 use super::source::Impatient;
 use super::{ReadError, Run, RunKind, Stored, View};
-use crate::disk::Arriving;
+use crate::disk::{Arriving, Waits};
 use crate::units::GuestOffset;
 
 /// Runs that one walk looks at.
@@ -38,6 +38,16 @@ impl View {
     #[must_use]
     pub fn has_failed(&self) -> bool {
         self.layers().iter().filter_map(|layer| layer.arriving()).any(Arriving::has_failed)
+    }
+
+    /// How often readers had to wait for what was still to come.
+    #[must_use]
+    pub fn waits(&self) -> Waits {
+        let all = self.layers().iter().filter_map(|layer| layer.file().waits());
+        all.fold(Waits::default(), |sum, waits| Waits {
+            misses: sum.misses + waits.misses,
+            waited: sum.waited + waits.waited,
+        })
     }
 
     /// Asks for all that a read of `[at, at + len)` needs and that is not here; true if nothing is

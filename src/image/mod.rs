@@ -27,6 +27,7 @@ mod source;
 mod tally;
 mod view;
 
+pub use crate::disk::Waits;
 pub use decoded::{Decoded, DecodedCache};
 pub use decoder::Room;
 pub use error::{Class, ImageError, ReadError};

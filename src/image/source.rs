@@ -17,7 +17,7 @@ use std::sync::{Arc, OnceLock};
 
 use rustix::fs::Advice;
 
-use crate::disk::{Arriving, Sealed};
+use crate::disk::{Arriving, Sealed, Waits};
 
 /// Bytes at positions, of a known number.
 pub trait Source: fmt::Debug + Send + Sync {
@@ -121,6 +121,14 @@ impl LayerFile {
         match self {
             Self::Sealed(sealed) => sealed.len_bytes(),
             Self::Arriving(arriving) => arriving.len_bytes(),
+        }
+    }
+
+    /// How often readers of one that was arriving had to wait.
+    pub(super) fn waits(&self) -> Option<Waits> {
+        match self {
+            Self::Sealed(_) => None,
+            Self::Arriving(arriving) => Some(arriving.waits()),
         }
     }
 

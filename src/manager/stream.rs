@@ -7,7 +7,7 @@
 //! Never: opens an arriving file for who did not ask for that, or one on an incomplete base.
 //! Start at [`World::streams_of`].
 
-use super::backend::Link;
+use super::backend::{Link, Phase};
 use super::world::{Action, Copy, CopyState, Export, Image, Touched, World};
 use crate::names::{DiskUuid, ImageName};
 
@@ -41,7 +41,9 @@ impl World {
 }
 
 fn can_stream(copy: &Copy) -> bool {
-    copy.state == CopyState::InProgress && !copy.cancelled && copy.no_stream.is_none()
+    // One that is being checked is complete.
+    let arrives = copy.state == CopyState::InProgress && copy.progress.phase != Phase::Verifying;
+    arrives && !copy.cancelled && copy.no_stream.is_none()
 }
 
 /// Closes the export of a copy that has not become complete, and will not soon. `others`: a complete

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::Socket;
 use super::replica::Handout;
-use super::{Counters, ServeError, Warmth};
+use super::{Counters, Latency, ServeError, Warmth};
 use crate::image::View;
 
 /// Longest name or description in bytes (the protocol's limit for strings).
@@ -31,6 +31,7 @@ pub struct Export {
     handout: OnceLock<Handout>,
     warmth: Warmth,
     counters: Counters,
+    latency: Latency,
     sessions: Mutex<Sessions>,
 }
 
@@ -87,6 +88,12 @@ impl Export {
     #[must_use]
     pub fn counters(&self) -> &Counters {
         &self.counters
+    }
+
+    /// How long its readers waited.
+    #[must_use]
+    pub fn latency(&self) -> &Latency {
+        &self.latency
     }
 
     /// How many sessions are in the transmission phase now.
@@ -195,6 +202,7 @@ impl Exports {
             warmth: Warmth::new(&view),
             view,
             counters: Counters::default(),
+            latency: Latency::default(),
             sessions: Mutex::default(),
         });
         names.by_name.insert(name.to_owned(), Arc::clone(&export));

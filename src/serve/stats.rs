@@ -14,6 +14,7 @@ pub struct Counters {
     requests: AtomicU64,
     bytes: AtomicU64,
     errors: AtomicU64,
+    decoded: AtomicU64,
 }
 
 /// The counters at one moment. Each is exact; together they may be a batch apart.
@@ -27,6 +28,8 @@ pub struct CounterValues {
     pub bytes: u64,
     /// Requests that were answered with an error.
     pub errors: u64,
+    /// Compressed clusters, or parts of one, that were sent; most of them were decoded before.
+    pub decoded: u64,
 }
 
 impl Counters {
@@ -39,6 +42,9 @@ impl Counters {
     pub fn add_batch(&self, batch: CounterValues) {
         self.requests.fetch_add(batch.requests, Ordering::Relaxed);
         self.bytes.fetch_add(batch.bytes, Ordering::Relaxed);
+        if batch.decoded > 0 {
+            self.decoded.fetch_add(batch.decoded, Ordering::Relaxed);
+        }
         if batch.errors > 0 {
             self.errors.fetch_add(batch.errors, Ordering::Relaxed);
         }
@@ -52,6 +58,7 @@ impl Counters {
             requests: self.requests.load(Ordering::Relaxed),
             bytes: self.bytes.load(Ordering::Relaxed),
             errors: self.errors.load(Ordering::Relaxed),
+            decoded: self.decoded.load(Ordering::Relaxed),
         }
     }
 }

@@ -176,3 +176,49 @@ fn sha256(bytes: &[u8]) -> String {
         text
     })
 }
+
+#[test]
+fn what_readers_do_and_how_long_they_wait_is_told() {
+    let bytes = patterned(LEN);
+    let origin = Origin::start(bytes);
+    let daemon = Daemon::start();
+    attach(&daemon, &origin, &json!({}));
+    let mut wire = nbd(&daemon);
+    // Opening may have waited for the header.
+    let before = &daemon.get("/v1/stats")["images"][0]["demand_misses"];
+    let misses = before.as_u64().unwrap() + 3;
+    for at in [0, 4096, 30 * MIB, 31 * MIB] {
+        wire.read_structured(0, at, 4096);
+    }
+    let options = Options { mode: Mode::Pread, ..Options::default() };
+    let replica = Replica::attach(socket(&daemon, "replica.sock"), "img", options).unwrap();
+    replica.read_at(&mut [0; 512], 50 * MIB).unwrap();
+    let stats = daemon.get("/v1/stats");
+    let image = &stats["images"][0];
+    assert_eq!(
+        (&image["sessions"], &image["demand_misses"]),
+        (&json!(2), &json!(misses)),
+        "{stats}"
+    );
+    assert_eq!((&image["requests"], &image["errors"]), (&json!(5), &json!(0)), "{stats}");
+    for (via, count) in [("nbd", 4), ("replica", 1), ("attach", 1)] {
+        let times = &image[via];
+        assert_eq!(times["count"], json!(count), "{via} {stats}");
+        assert!(times["p999_us"].as_u64().unwrap() >= times["p50_us"].as_u64().unwrap());
+    }
+    assert_eq!(image["nbd"]["buckets"].as_array().unwrap().len(), 27);
+    let (status, metrics) = crate::control_support::curl(&daemon.socket, "GET", "/metrics", None);
+    assert_eq!(status, 200);
+    for line in [
+        &format!("bedplate_demand_misses_total{{image=\"img\"}} {misses}"),
+        "bedplate_requests_total{image=\"img\"} 5",
+        "bedplate_request_seconds_count{image=\"img\",via=\"nbd\"} 4",
+        "bedplate_request_seconds_bucket{le=\"+Inf\",image=\"img\",via=\"replica\"} 1",
+    ] {
+        assert!(metrics.lines().any(|found| found == line), "{line}\n{metrics}");
+    }
+    let top = daemon.cli(&["top", "--once"]);
+    let text = String::from_utf8_lossy(&top.stdout).into_owned();
+    assert!(top.status.success(), "{}", String::from_utf8_lossy(&top.stderr));
+    assert!(text.starts_with("IMAGE") && text.contains("\nimg  "), "{text}");
+}

@@ -258,7 +258,9 @@ impl Node {
                 }
                 Action::Stream(chain) => {
                     let (top, beneath) = chain.split_first().unwrap();
-                    assert!(self.files[&top.copy].is_none(), "a complete one is published");
+                    let image = self.world.image(&top.copy.image).unwrap();
+                    let copy = image.copies.iter().find(|c| c.disk == top.copy.disk).unwrap();
+                    assert!(!copy.state.is_sealed(), "a complete one is published");
                     assert!(beneath.iter().all(|link| self.files[&link.copy].is_some()));
                     let wants = |a: &AttachmentRecord| a.stream && a.image == top.copy.image;
                     assert!(self.attachments.values().any(wants), "only for who asked");

@@ -150,6 +150,7 @@ impl<T: Transport> Session<'_, T> {
         if len_bytes == 0 {
             return Err(ReadError::NotEncoded { at: walk.at });
         }
+        self.tally.decoded += 1;
         self.open_chunk(walk);
         self.batch.decoded(walk.open.as_mut(), cluster, start, len_bytes as usize);
         walk.advance(len_bytes);

@@ -18,7 +18,7 @@ use super::reply::{Batch, Extent, Sent, send_all};
 use super::style::{Asked, Incoming, Style};
 use super::transport::Transport;
 use super::wire::{self, NbdError, command, command_flag};
-use crate::serve::{CounterValues, Exports, Socket};
+use crate::serve::{CounterValues, Exports, Socket, Via};
 use crate::units::GuestOffset;
 
 /// Bytes that are received at once in the transmission phase, at least: a thousand requests.
@@ -90,6 +90,7 @@ pub fn serve<T: Transport>(
         in_a_row: 0,
         errors_logged: 0,
         deferred: Vec::new(),
+        arrived: Instant::now(),
     };
     match session.run() {
         Ok(never) => match never {},
@@ -148,6 +149,8 @@ pub(super) struct Session<'a, T> {
     pub(super) errors_logged: u32,
     /// Reads of what is still to come, in the order in which they were asked.
     deferred: Vec<Incoming>,
+    /// When the requests that are being answered arrived.
+    arrived: Instant,
 }
 
 /// A request whose range is inside the export, with its fields in host order.
@@ -167,6 +170,7 @@ impl<T: Transport> Session<'_, T> {
             self.answer_deferred()?;
             result?;
             self.inbox.fill(self.transport)?;
+            self.arrived = Instant::now();
         }
     }
 
@@ -385,6 +389,7 @@ impl<T: Transport> Session<'_, T> {
         let sent = self.batch.send(self.transport, export.view(), export.warmth());
         self.tally.errors += sent.as_ref().map_or(0, |sent| sent.failed);
         export.counters().add_batch(self.tally);
+        export.latency().record(Via::Nbd, self.arrived.elapsed(), self.tally.requests);
         self.tally = CounterValues::default();
         sent
     }

@@ -8,6 +8,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -16,7 +17,7 @@ use crate::replica::wire::{
     ATTACH, EXTENT, KIND_DATA, KIND_ENCODED, KIND_ZERO, MAGIC, MAX_NAME_BYTES, MAX_READ_BYTES,
     READ, Reply, Request, Status,
 };
-use crate::serve::{Attachment, CounterValues, Export, Exports, Socket};
+use crate::serve::{Attachment, CounterValues, Export, Exports, Socket, Via};
 use crate::units::GuestOffset;
 
 /// A reader's session.
@@ -69,6 +70,7 @@ impl Session {
 
     /// The answer to a message, which may be anything.
     pub fn answer(&mut self, message: &[u8]) -> Answer<'_> {
+        let begun = Instant::now();
         let mut head = Reply {
             magic: MAGIC,
             status: Status::Ok as u16,
@@ -98,6 +100,10 @@ impl Session {
         }
         head.len_bytes = u32::try_from(self.body.len()).unwrap_or(0);
         let export = self.attachment.as_ref().map(Attachment::export);
+        if let Some(export) = export {
+            let via = if head.kind == ATTACH { Via::Attach } else { Via::Replica };
+            export.latency().record(via, begun.elapsed(), 1);
+        }
         let descriptors = match export.filter(|_| with_descriptors) {
             Some(export) => export.handout().descriptors(),
             None => Vec::new(),
@@ -175,7 +181,12 @@ fn extent(export: &Export, request: &Request) -> Result<(u64, u64), Refusal> {
 
 fn count(export: &Export, bytes: u64, failed: bool) {
     let (bytes, errors) = if failed { (0, 1) } else { (bytes, 0) };
-    export.counters().add_batch(CounterValues { requests: 1, bytes, errors, connections: 0 });
+    export.counters().add_batch(CounterValues {
+        requests: 1,
+        bytes,
+        errors,
+        ..CounterValues::default()
+    });
 }
 
 fn unreadable(error: &ReadError) -> Refusal {
