@@ -190,6 +190,10 @@ fn real_answers_are_as_documented() {
         ask("GET", "/v1/attachments/{id}", path, None);
     }
     volumes_are_as_documented(ask);
+    ask("GET", "/v1/settings", "/v1/settings", None);
+    for body in [r#"{"max_transfers":3}"#, r#"{"max_transfers":null}"#, r#"{"x":1}"#] {
+        ask("PATCH", "/v1/settings", "/v1/settings", Some(body));
+    }
     ask("DELETE", "/v1/images/{name}", "/v1/images/a", None);
     ask("DELETE", "/v1/attachments/{id}", &held, None);
     ask("DELETE", "/v1/attachments/{id}", &held, None);

@@ -11,6 +11,7 @@
 pub mod args;
 pub mod args_access;
 pub mod args_digest;
+pub mod args_settings;
 pub mod args_steer;
 pub mod args_upload;
 pub mod args_view;
@@ -40,6 +41,7 @@ mod ps;
 mod pull;
 mod run;
 mod serve;
+mod settings;
 mod signals;
 mod sizes;
 mod source;
@@ -136,7 +138,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
             Command::Cancel(args) => steer::cancel(&args, &global, output).await,
             Command::Cleanup(args) => steer::clean_up(&args, &global, output).await,
             Command::Set(args) => steer::set(&args, &global, output).await,
-            Command::Settings(args) => steer::settings(&args, &global, output).await,
+            Command::Settings(args) => settings::run(&args, &global, output).await,
             Command::Watch(args) => watch::run(&args, &global, output).await,
             Command::Events(args) => events::run(&args, &global, output).await,
             Command::Disks(_) => disks::run(&global, output).await,

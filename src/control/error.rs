@@ -152,9 +152,9 @@ impl From<ManagerError> for ApiError {
                 "no-room",
                 "free space or delete an image; `bedplate disks` shows the room",
             ),
-            ManagerError::BadReader { .. } | ManagerError::BadPriority { .. } => {
-                (StatusCode::BAD_REQUEST, "bad-request", "")
-            }
+            ManagerError::BadReader { .. }
+            | ManagerError::BadPriority { .. }
+            | ManagerError::BadSetting { .. } => (StatusCode::BAD_REQUEST, "bad-request", ""),
             ManagerError::Catalog(_) => (
                 StatusCode::INTERNAL_SERVER_ERROR,
                 "catalog",

@@ -17,6 +17,7 @@ pub mod inspection;
 mod metrics;
 pub mod routes;
 pub mod server;
+pub mod settings;
 pub mod types;
 pub mod types_volume;
 mod upload;

@@ -12,7 +12,7 @@ use axum::response::Response;
 use axum::routing::{MethodRouter, delete, get, head, patch, post, put};
 
 use super::error::ApiError;
-use super::{App, apply, events, handlers, metrics, upload, volumes};
+use super::{App, apply, events, handlers, metrics, settings, upload, volumes};
 
 /// One method of one path.
 pub struct Route {
@@ -39,8 +39,8 @@ pub fn table() -> Vec<Route> {
         route("GET", "/v1/images/{name}/inspection", get(handlers::inspect_image)),
         route("HEAD", "/v1/images/{name}/upload", head(upload::offset)),
         route("PUT", "/v1/images/{name}/upload", put(upload::write)),
-        route("GET", "/v1/settings", get(handlers::get_settings)),
-        route("PATCH", "/v1/settings", patch(handlers::change_settings)),
+        route("GET", "/v1/settings", get(settings::get)),
+        route("PATCH", "/v1/settings", patch(settings::change)),
         route("GET", "/v1/disks", get(handlers::list_disks)),
         route("GET", "/v1/attachments", get(handlers::list_attachments)),
         route("POST", "/v1/attachments", post(handlers::create_attachment)),

@@ -90,7 +90,7 @@ impl Daemon {
             tracing::warn!(bytes, "decoded_cache: in use already; as it was set first");
         }
         raise_descriptor_limit();
-        let cleanup_wait = config.cleanup_wait()?;
+        let settings = config.settings()?;
         let control_socket = config.control_socket()?;
         let nbd_socket = config.nbd_socket()?;
         let replica_socket = config.replica_socket()?;
@@ -112,7 +112,7 @@ impl Daemon {
             registry.clone(),
             config.default_export.clone(),
         ));
-        let manager = match Manager::start(catalog, backend.clone(), exporter).await {
+        let manager = match Manager::start(catalog, backend.clone(), exporter, settings).await {
             Ok(manager) => manager,
             Err(error) => {
                 replica.stop().await;
@@ -121,9 +121,6 @@ impl Daemon {
             }
         };
 
-        if manager.set_cleanup_wait(cleanup_wait).await.is_err() {
-            tracing::warn!("the manager ended at once");
-        }
         let (closing, watch_closing) = watch::channel(false);
         let disks = config.disks.clone();
         let app = App::new(AppParts {

@@ -357,13 +357,19 @@ pub struct BackendError {
     pub message: String,
 }
 
-/// What holds for all transfers of a node.
+/// What holds for the workers of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NodeSettings {
     /// Bytes per second at most, of all transfers together.
     pub rate_bytes_per_s: Option<u64>,
     /// Transfers at the same time; further ones wait.
     pub max_transfers: usize,
+    /// Bytes per second at most, of all copies between disks together.
+    pub disk_copy_rate_bytes_per_s: Option<u64>,
+    /// Copies between disks at the same time; further ones wait.
+    pub max_disk_copies: usize,
+    /// Bytes per second at most, of the scrub of each disk.
+    pub scrub_rate_bytes_per_s: Option<u64>,
 }
 
 /// What the manager asks of the store and the transfer on this node.
@@ -386,9 +392,6 @@ pub trait Backend: Send + Sync + 'static {
     fn upload(&self, _copy: &CopyId) -> Option<Arc<Upload>> {
         None
     }
-
-    /// What holds for all transfers of the node. Quick.
-    fn settings(&self) -> NodeSettings;
 
     /// Changes what holds for all transfers from now on, also for those that run. Quick.
     fn set_settings(&self, settings: NodeSettings);

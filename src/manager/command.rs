@@ -12,6 +12,7 @@ use super::error::ManagerError;
 use super::records::{
     AttachmentId, AttachmentRecord, ClassRecord, Expected, ImageRecord, Steering, Want,
 };
+use super::settings::SettingsChange;
 use super::steer::SteeringChange;
 use super::volume::NewVolume;
 use super::world::{Action, Attachment, AttachmentState, Change, Image, Touched, Worker, World};
@@ -85,8 +86,8 @@ pub enum Command {
     Cancel(ImageName),
     /// Remove its copies on these disks, all of them or none.
     CleanUp(ImageName, Vec<DiskUuid>),
-    /// How long copies that nobody uses stay from now on; `None` for ever.
-    SetCleanupWait(Option<Duration>),
+    /// Change what holds on this node: all of it, or nothing.
+    ChangeSettings(SettingsChange),
     /// Remove it and its copies.
     Delete {
         /// Which.
@@ -160,10 +161,7 @@ impl World {
             Command::Steer(name, change) => self.steer(name, change, &mut touched)?,
             Command::Cancel(name) => self.cancel(name, &mut touched)?,
             Command::CleanUp(name, disks) => self.clean_up(name, &disks, &mut touched)?,
-            Command::SetCleanupWait(wait) => {
-                self.set_cleanup_wait(wait);
-                Outcome::Done
-            }
+            Command::ChangeSettings(change) => self.change_settings(&change, &mut touched)?,
             Command::Delete { name, sessions } => self.delete(name, sessions, &mut touched)?,
             Command::Attach(new) => self.attach(new, &mut touched)?,
             Command::Detach(id) => {

@@ -93,6 +93,9 @@ pub enum ManagerError {
     /// The priority is out of its range.
     #[error("priority {priority} is not usable; give -100 to 100")]
     BadPriority { priority: i32 },
+    /// A setting has no such value.
+    #[error("{key}: {value} is not usable; {rule}")]
+    BadSetting { key: &'static str, value: i64, rule: String },
     /// The catalog could not store the change.
     #[error("cannot store the change; nothing was done")]
     Catalog(#[from] CatalogError),

@@ -18,6 +18,7 @@ mod helm;
 mod node;
 mod perform;
 pub mod records;
+mod settings;
 mod siblings;
 mod status;
 mod steer;
@@ -38,7 +39,6 @@ pub use backend::{
     Backend, BackendError, Cancel, CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy,
     FoundState, Link, NodeSettings, Phase, Progress, Report, Reporter, WorkerEvent, WorkerHandle,
 };
-pub use cleanup::CLEANUP_WAIT;
 pub use command::{Applied, Command, NewAttachment, NewImage, Outcome, READER_MAX_LEN};
 pub use driver::{Exporter, Manager, Object, Subscription, Told};
 pub use error::ManagerError;
@@ -48,6 +48,7 @@ pub use records::{
     AttachmentId, AttachmentRecord, BackupRecord, ClassRecord, Expected, Facts, ImageRecord,
     Steering, VolumeRecord,
 };
+pub use settings::{Setting, Settings, SettingsChange, SettingsRecord};
 pub use status::{AttachmentStatus, CopyStatus, ImageStatus, ReplicaStatus, VolumeStatus};
 pub use steer::{PRIORITIES, SteeringChange};
 pub use step::{BACK_OFF_FIRST, BACK_OFF_MOST, back_off};

@@ -95,6 +95,11 @@ pub struct Node {
     policy: Policy,
     limit: Arc<RateLimit>,
     turns: Arc<Turns>,
+    /// Of copies between disks.
+    copy_limit: Arc<RateLimit>,
+    copy_turns: Arc<Turns>,
+    /// Of the scrub of each disk.
+    scrub_limit: Arc<RateLimit>,
     helms: Arc<Helms>,
     uploads: Arc<Uploads>,
     /// Views that are open, for images that stand on them.
@@ -130,6 +135,9 @@ impl Node {
             policy: options.policy.clone(),
             limit: Arc::new(RateLimit::new(options.rate_bytes_per_s)),
             turns: Arc::new(Turns::new(options.max_transfers)),
+            copy_limit: Arc::default(),
+            copy_turns: Arc::new(Turns::new(1)),
+            scrub_limit: Arc::default(),
             helms: Arc::default(),
             uploads: Arc::default(),
             views: Views::default(),
@@ -265,6 +273,8 @@ impl Backend for Node {
             buffers: self.buffers_each,
             limit: Arc::clone(&self.limit),
             turns: Arc::clone(&self.turns),
+            copy_limit: Arc::clone(&self.copy_limit),
+            copy_turns: Arc::clone(&self.copy_turns),
             helms: Arc::clone(&self.helms),
             uploads: Arc::clone(&self.uploads),
         };
@@ -289,13 +299,12 @@ impl Backend for Node {
         self.uploads.find(copy)
     }
 
-    fn settings(&self) -> NodeSettings {
-        NodeSettings { rate_bytes_per_s: self.limit.get(), max_transfers: self.turns.most() }
-    }
-
     fn set_settings(&self, settings: NodeSettings) {
         self.limit.set(settings.rate_bytes_per_s);
         self.turns.set_most(settings.max_transfers);
+        self.copy_limit.set(settings.disk_copy_rate_bytes_per_s);
+        self.copy_turns.set_most(settings.max_disk_copies);
+        self.scrub_limit.set(settings.scrub_rate_bytes_per_s);
     }
 
     fn remove(&self, copy: &CopyId) -> Result<(), BackendError> {

@@ -20,6 +20,7 @@ use super::command::{Command, Outcome};
 use super::driver::{Answer, Exporter, Message, Object, Subscription, Told};
 use super::error::ManagerError;
 use super::records::{AttachmentRecord, ClassRecord, ImageRecord, VolumeRecord};
+use super::settings::{Settings, SettingsRecord};
 use super::world::{Action, Change, Event, Records, World};
 use crate::catalog::{Catalog, CatalogError, Expect, Kind, Revision, list_as, put_as};
 use crate::names::ImageName;
@@ -28,6 +29,8 @@ use crate::names::ImageName;
 const CHANGES: usize = 1024;
 /// How often the disks are looked at without being asked.
 const DISKS_EVERY: Duration = Duration::from_secs(30);
+/// The key of the one record of settings.
+const SETTINGS: &str = "node";
 
 pub(super) struct Driver {
     world: World,
@@ -66,7 +69,7 @@ impl Driver {
         }
     }
 
-    pub(super) async fn restore(&mut self) -> Result<(), CatalogError> {
+    pub(super) async fn restore(&mut self, settings: Settings) -> Result<(), CatalogError> {
         let (catalog, backend) = (self.catalog.clone(), self.backend.clone());
         let read = move || -> Result<_, CatalogError> {
             let mut revisions = HashMap::new();
@@ -86,6 +89,13 @@ impl Driver {
                 classes: list(&*catalog, Kind::Class, &mut revisions, |r: &ClassRecord| {
                     r.name.to_string()
                 })?,
+                settings: settings.with(
+                    list(&*catalog, Kind::Setting, &mut revisions, |_: &SettingsRecord| {
+                        SETTINGS.to_owned()
+                    })?
+                    .pop()
+                    .unwrap_or_default(),
+                ),
             };
             Ok((records, revisions, backend.disks(), backend.scan()))
         };
@@ -93,6 +103,7 @@ impl Driver {
         self.revisions = revisions;
         let (world, actions) = World::restore(records, disks, found, unix_now_s());
         self.world = world;
+        self.backend.set_settings(self.world.settings().node());
         self.save_first(&actions).await?;
         let due = self.world.step(self.now(), Event::Tick);
         self.save_first(&due).await?;
@@ -258,9 +269,13 @@ impl Driver {
                 Action::SaveClass(record) => {
                     self.save(Kind::Class, record.name.as_str(), record.clone()).await?;
                 }
+                Action::SaveSettings(record) => {
+                    self.save(Kind::Setting, SETTINGS, record.clone()).await?;
+                }
                 Action::ForgetVolume(name) => self.forget(Kind::Volume, name.as_str()).await?,
                 Action::ForgetClass(name) => self.forget(Kind::Class, name.as_str()).await?,
-                Action::Start(..)
+                Action::ApplySettings(_)
+                | Action::Start(..)
                 | Action::Cancel(_)
                 | Action::Steer(..)
                 | Action::Remove(_)
@@ -303,7 +318,9 @@ impl Driver {
                 | Action::SaveVolume(_)
                 | Action::ForgetVolume(_)
                 | Action::SaveClass(_)
-                | Action::ForgetClass(_) => {}
+                | Action::ForgetClass(_)
+                | Action::SaveSettings(_) => {}
+                Action::ApplySettings(settings) => self.backend.set_settings(settings),
                 Action::Start(task, generation) => self.start_worker(*task, generation),
                 Action::Cancel(copy) => {
                     if let Some((_, cancel)) = self.workers.get(&copy) {
@@ -366,6 +383,9 @@ impl Driver {
             }
             Change::VolumeDeleted(name, image) => {
                 Some(Object::VolumeGone(name.clone(), image.clone()))
+            }
+            Change::SettingsUpdated => {
+                Some(Object::Settings(Box::new(self.world.settings().clone())))
             }
         };
         let Some(object) = object else { return };

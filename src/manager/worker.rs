@@ -42,6 +42,9 @@ pub(super) struct Shared {
     pub(super) buffers: usize,
     pub(super) limit: Arc<RateLimit>,
     pub(super) turns: Arc<Turns>,
+    /// Of copies between disks.
+    pub(super) copy_limit: Arc<RateLimit>,
+    pub(super) copy_turns: Arc<Turns>,
     pub(super) helms: Arc<Helms>,
     pub(super) uploads: Arc<Uploads>,
 }
@@ -276,7 +279,7 @@ impl Worker {
         }
         let source = self.task.source.as_ref().ok_or(WorkError::NoSource)?;
         let helm = self.shared.helms.take(&self.task.id, self.task.steering);
-        let _turn = self.turn(&helm).await.map_err(ImportError::from)?;
+        let _turn = self.turn(&self.shared.turns, &helm).await.map_err(ImportError::from)?;
         let mut filling = self.on_disk(|slot, id| slot.disk.filling(&id)).await?;
         let engine = self.engine();
         let progress = Arc::clone(helm.progress());
@@ -305,15 +308,15 @@ impl Worker {
     }
 
     /// Waits until it is this transfer's turn.
-    pub(super) async fn turn(&self, helm: &Held) -> Result<Turn, FetchError> {
-        if let Some(turn) = self.shared.turns.try_turn() {
+    pub(super) async fn turn(&self, turns: &Arc<Turns>, helm: &Held) -> Result<Turn, FetchError> {
+        if let Some(turn) = turns.try_turn() {
             return Ok(turn);
         }
         let waiting = Progress { message: "waiting for its turn".into(), ..Progress::default() };
         self.events.send(WorkerEvent::Progress(waiting));
         let mut cancel = self.cancel.clone();
         tokio::select! {
-            turn = self.shared.turns.turn(helm.priority()) => Ok(turn),
+            turn = turns.turn(helm.priority()) => Ok(turn),
             () = cancel.cancelled() => Err(FetchError::Cancelled),
         }
     }

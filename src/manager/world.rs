@@ -14,11 +14,13 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::backend::{
-    CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy, FoundState, Link, Progress,
+    CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy, FoundState, Link,
+    NodeSettings, Progress,
 };
 use super::records::{
     AttachmentId, AttachmentRecord, ClassRecord, ImageRecord, Steering, VolumeRecord, Want,
 };
+use super::settings::{Settings, SettingsRecord};
 use super::step::differs;
 use super::volume::Volume;
 use crate::import::Layout;
@@ -118,6 +120,10 @@ pub enum Action {
     SaveClass(Box<ClassRecord>),
     /// Remove the record.
     ForgetClass(ClassName),
+    /// Store the record.
+    SaveSettings(SettingsRecord),
+    /// What holds for all workers from now on.
+    ApplySettings(NodeSettings),
     /// Start the worker with this number.
     Start(Box<CopyTask>, u64),
     /// Ask the copy's worker to stop.
@@ -158,6 +164,8 @@ pub enum Change {
     VolumeUpdated(VolumeName),
     /// It is gone; it stood on this image.
     VolumeDeleted(VolumeName, ImageName),
+    /// What holds on this node was changed.
+    SettingsUpdated,
 }
 
 /// What happened, apart from commands.
@@ -300,6 +308,8 @@ pub struct Records {
     pub volumes: Vec<VolumeRecord>,
     /// The storage classes.
     pub classes: Vec<ClassRecord>,
+    /// What is configured, and what was set.
+    pub settings: Settings,
 }
 
 /// Everything that the manager knows.
@@ -313,8 +323,7 @@ pub struct World {
     pub(super) generation: u64,
     /// When the daemon started, in seconds since 1970.
     pub(super) started_unix_s: u64,
-    /// How long a copy that nobody uses stays; `None` for ever.
-    pub(super) cleanup_wait: Option<Duration>,
+    pub(super) settings: Settings,
     /// Sessions that are open on exported images.
     pub(super) sessions: BTreeMap<ImageName, usize>,
 }
@@ -338,8 +347,8 @@ impl World {
         found: Vec<FoundCopy>,
         now_unix_s: u64,
     ) -> (Self, Vec<Action>) {
-        let mut world = Self { disks, started_unix_s: now_unix_s, ..Self::default() };
-        let Records { images, attachments, volumes, classes } = records;
+        let Records { images, attachments, volumes, classes, settings } = records;
+        let mut world = Self { disks, settings, started_unix_s: now_unix_s, ..Self::default() };
         world.images = images.into_iter().map(|r| (r.name.clone(), Image::new(r))).collect();
         world.classes = classes.into_iter().map(|c| (c.name.clone(), c)).collect();
         for record in volumes {

@@ -71,8 +71,8 @@ fn random_move(node: &mut Node, kind: u8, pick: usize) {
             drop(node.command(Command::CleanUp(name(image), on[..1 + pick % 2].to_vec())));
         }
         18 => {
-            let wait = (!pick.is_multiple_of(5)).then(|| Duration::from_secs(pick as u64));
-            node.command(Command::SetCleanupWait(wait)).unwrap();
+            let minutes = i64::try_from(pick % 20).unwrap() - 1;
+            node.command(set(Setting::CleanupWait, minutes)).unwrap();
         }
         20 => {
             let disks: Vec<usize> = (0..=pick % 3).map(|n| (n + pick / 3) % 3).collect();

@@ -94,6 +94,19 @@ fn attach(image: &str, on: Option<usize>, reader: &str) -> Command {
     })
 }
 
+fn set(setting: Setting, value: i64) -> Command {
+    Command::ChangeSettings([(setting, Some(value))].into())
+}
+
+/// A node that does nothing by itself as time goes by.
+fn quiet() -> Settings {
+    Settings::configured([
+        (Setting::CleanupWait, -1),
+        (Setting::RecoveryWait, -1),
+        (Setting::ScrubInterval, 0),
+    ])
+}
+
 /// A node that does what the world asks, and panics when it asks for something forbidden.
 #[derive(Default)]
 struct Node {
@@ -103,6 +116,8 @@ struct Node {
     attachments: BTreeMap<AttachmentId, AttachmentRecord>,
     volumes: BTreeMap<VolumeName, VolumeRecord>,
     classes: BTreeMap<ClassName, ClassRecord>,
+    settings: SettingsRecord,
+    applied: Option<NodeSettings>,
     running: BTreeMap<CopyId, u64>,
     /// Everything that was started, in order.
     tasks: Vec<CopyTask>,
@@ -140,6 +155,7 @@ impl Node {
                 attachments: self.attachments.values().cloned().collect(),
                 volumes: self.volumes.values().cloned().collect(),
                 classes: self.classes.values().cloned().collect(),
+                settings: quiet().with(self.settings.clone()),
             },
             (0..DISKS.len()).map(disk_status).collect(),
             found.collect(),
@@ -192,6 +208,8 @@ impl Node {
                 Action::SaveClass(record) => {
                     self.classes.insert(record.name.clone(), *record);
                 }
+                Action::SaveSettings(record) => self.settings = record,
+                Action::ApplySettings(settings) => self.applied = Some(settings),
                 Action::ForgetClass(name) => assert!(self.classes.remove(&name).is_some()),
                 Action::Start(task, number) => {
                     let record = &self.images[&task.id.image];

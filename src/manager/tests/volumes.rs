@@ -140,7 +140,7 @@ fn a_first_copy_that_fails_does_not_hold_up_the_others() {
 #[test]
 fn rules_9_to_12_what_an_attached_volume_reads_stays() {
     let mut node = with_volume(&[0, 1]);
-    node.command(Command::SetCleanupWait(Some(Duration::ZERO))).unwrap();
+    node.command(set(Setting::CleanupWait, 0)).unwrap();
     node.command(attach_volume("v")).unwrap();
     let cancel = node.command(Command::Cancel(name("a"))).unwrap_err();
     assert!(matches!(cancel, ManagerError::InUse { attachments: 2, .. }), "{cancel}");
