@@ -93,6 +93,9 @@ impl From<ManagerError> for ApiError {
             ManagerError::NoSuchCopy { .. } => {
                 (StatusCode::NOT_FOUND, "not-found", "`bedplate get NAME` shows its copies")
             }
+            ManagerError::NoCompleteCopy { .. } => {
+                (StatusCode::CONFLICT, "not-ready", "fetch it first, or wait until it is ready")
+            }
             ManagerError::CopyInUse { .. } => {
                 (StatusCode::CONFLICT, "in-use", "no copy was removed; leave that disk out")
             }

@@ -115,6 +115,7 @@ impl Watcher {
         match &told.object {
             Object::Image(image) => image.record.name == *only,
             Object::ImageGone(name)
+            | Object::Warning(name, _)
             | Object::AttachmentGone(_, name)
             | Object::VolumeGone(_, name) => name == only,
             Object::Attachment(held) => held.record.image == *only,

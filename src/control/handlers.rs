@@ -15,7 +15,7 @@ use super::error::ApiError;
 use super::inspection::Inspection;
 use super::types::{
     Attachment, Attachments, CleanUp, CreateAttachment, CreateImage, Disks, Doctor, FetchImage,
-    Health, Image, Images, SteerImage,
+    Health, Image, Images, ScrubImage, SteerImage,
 };
 use super::wire;
 use crate::fetch::{DigestKind, DigestMap, Policy};
@@ -218,6 +218,16 @@ pub(super) async fn fetch_image(
 ) -> Answer<Response> {
     let disk = body.disk.as_deref().map(DiskUuid::parse).transpose()?;
     let image = app.manager.fetch(ImageName::parse(&name)?, disk).await?;
+    Ok((StatusCode::ACCEPTED, show(&app, &image)).into_response())
+}
+
+pub(super) async fn scrub_image(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    Body(body): Body<ScrubImage>,
+) -> Answer<Response> {
+    let disk = body.disk.as_deref().map(DiskUuid::parse).transpose()?;
+    let image = app.manager.scrub(ImageName::parse(&name)?, disk).await?;
     Ok((StatusCode::ACCEPTED, show(&app, &image)).into_response())
 }
 

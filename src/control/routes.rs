@@ -36,6 +36,7 @@ pub fn table() -> Vec<Route> {
         route("POST", "/v1/images/{name}/fetch", post(handlers::fetch_image)),
         route("POST", "/v1/images/{name}/cancel", post(handlers::cancel_image)),
         route("POST", "/v1/images/{name}/cleanup", post(handlers::clean_up_image)),
+        route("POST", "/v1/images/{name}/scrub", post(handlers::scrub_image)),
         route("GET", "/v1/images/{name}/inspection", get(handlers::inspect_image)),
         route("HEAD", "/v1/images/{name}/upload", head(upload::offset)),
         route("PUT", "/v1/images/{name}/upload", put(upload::write)),

@@ -98,6 +98,27 @@ pub struct Copy {
     /// Since when nobody uses it, RFC 3339; `null` while somebody does.
     #[serde(default)]
     pub unused_since: Option<String>,
+    /// True while it is read against its digests, or waits to be.
+    #[serde(default)]
+    pub scrubbing: bool,
+    /// What came of that the last time; `null` if it never was.
+    #[serde(default)]
+    pub scrub: Option<Scrub>,
+}
+
+/// The last scrub of a copy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Scrub {
+    /// When it ended, RFC 3339.
+    pub at: String,
+    /// `good`, `repaired`, `bad`, or `unchecked` if it could not be found out.
+    pub result: String,
+    /// Bytes that were bad and are right again.
+    pub repaired_bytes: u64,
+    /// Bytes that are bad; 0 if all of the copy is.
+    pub bad_bytes: u64,
+    /// What is worth knowing; may be empty.
+    pub message: String,
 }
 
 /// One image.
@@ -217,7 +238,7 @@ pub struct Event {
     /// `image.snapshot`, `attachment.snapshot`, `snapshot.end`, `image.created`, `image.updated`,
     /// `image.progress`, `image.deleted`, `attachment.created`, `attachment.updated`,
     /// `attachment.deleted`, `volume.snapshot`, `volume.created`, `volume.updated`,
-    /// `volume.deleted`, `settings.updated`, or `lagged` (events were lost; the stream ends; connect again).
+    /// `volume.deleted`, `image.warning`, `settings.updated`, or `lagged` (events were lost; the stream ends; connect again).
     #[serde(rename = "type")]
     pub kind: String,
     /// The image, attachment or volume; what is deleted has only its name or id (and image).
@@ -410,6 +431,15 @@ pub struct SteerImage {
 pub struct CleanUp {
     /// The disks whose copies go: all of them or none.
     pub disks: Vec<String>,
+}
+
+/// Body of `POST /v1/images/{name}/scrub`; may be absent.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ScrubImage {
+    /// On which disk; default: every complete copy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<String>,
 }
 
 /// Body of `POST /v1/images/{name}/fetch`; may be absent.

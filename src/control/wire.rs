@@ -7,7 +7,7 @@
 use std::path::Path;
 
 use super::settings::Settings;
-use super::types::{Attachment, Copy, Digests, Disk, Event, Image, Nbd};
+use super::types::{Attachment, Copy, Digests, Disk, Event, Image, Nbd, Scrub};
 use crate::manager::{
     AttachmentState, AttachmentStatus, Change, CopyState, CopyStatus, DiskStatus, ImageStatus,
 };
@@ -66,6 +66,14 @@ fn copy(status: &CopyStatus) -> Copy {
         refused: status.refused,
         message: status.message.clone(),
         unused_since: status.unused_since_unix_s.map(rfc3339),
+        scrubbing: status.scrubbing,
+        scrub: status.scrub.as_ref().map(|scrub| Scrub {
+            at: rfc3339(scrub.at_unix_s),
+            result: scrub.result.as_str().to_owned(),
+            repaired_bytes: scrub.repaired_bytes,
+            bad_bytes: scrub.bad_bytes,
+            message: scrub.message.clone(),
+        }),
     }
 }
 
@@ -113,6 +121,7 @@ pub(crate) fn event(told: &crate::manager::Told, nbd_socket: &Path) -> Event {
         Change::VolumeCreated(_) => "volume.created",
         Change::VolumeUpdated(_) => "volume.updated",
         Change::VolumeDeleted(..) => "volume.deleted",
+        Change::Warning(..) => "image.warning",
         Change::SettingsUpdated => "settings.updated",
     };
     let object = match &told.object {
@@ -122,6 +131,7 @@ pub(crate) fn event(told: &crate::manager::Told, nbd_socket: &Path) -> Event {
         Object::AttachmentGone(id, name) => serde_json::json!({ "id": id, "image": name }),
         Object::Volume(status) => serde_json::json!(super::wire_volume::volume(status, nbd_socket)),
         Object::VolumeGone(name, image) => serde_json::json!({ "name": name, "image": image }),
+        Object::Warning(name, message) => serde_json::json!({ "name": name, "message": message }),
         Object::Settings(settings) => serde_json::json!(Settings::from(&**settings)),
     };
     Event { id: told.id, kind: kind.to_owned(), object }

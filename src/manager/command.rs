@@ -88,6 +88,8 @@ pub enum Command {
     CleanUp(ImageName, Vec<DiskUuid>),
     /// Change what holds on this node: all of it, or nothing.
     ChangeSettings(SettingsChange),
+    /// Read its complete copies against their digests: the one on a disk, or all.
+    Scrub(ImageName, Option<DiskUuid>),
     /// Remove it and its copies.
     Delete {
         /// Which.
@@ -161,6 +163,7 @@ impl World {
             Command::Steer(name, change) => self.steer(name, change, &mut touched)?,
             Command::Cancel(name) => self.cancel(name, &mut touched)?,
             Command::CleanUp(name, disks) => self.clean_up(name, &disks, &mut touched)?,
+            Command::Scrub(name, disk) => self.ask_for_scrub(name, disk.as_ref(), &mut touched)?,
             Command::ChangeSettings(change) => self.change_settings(&change, &mut touched)?,
             Command::Delete { name, sessions } => self.delete(name, sessions, &mut touched)?,
             Command::Attach(new) => self.attach(new, &mut touched)?,
@@ -357,8 +360,10 @@ impl World {
         if copy.worker == Worker::Idle && !copy.state.is_sealed() {
             copy.failures = 0;
         }
-        image.record.disks.insert(disk.clone(), Want::default());
-        if before != Some(Want::default()) {
+        let scrub = before.as_ref().and_then(|want| want.scrub.clone());
+        let want = Want { scrub, ..Want::default() };
+        image.record.disks.insert(disk.clone(), want.clone());
+        if before != Some(want) {
             touched.actions.push(Action::SaveImage(Box::new(image.record.clone())));
             touched.images.insert(name.clone());
         }

@@ -56,6 +56,8 @@ pub enum Object {
     Volume(Box<VolumeStatus>),
     /// A volume that is no more, and the image that it stood on.
     VolumeGone(VolumeName, ImageName),
+    /// Something about an image that somebody should look at.
+    Warning(ImageName, String),
     /// What holds on this node.
     Settings(Box<Settings>),
 }
@@ -198,6 +200,18 @@ impl Manager {
         disks: Vec<DiskUuid>,
     ) -> Result<ImageStatus, ManagerError> {
         self.command(Command::CleanUp(name, disks)).await?.image().map(|(image, _)| image)
+    }
+
+    /// Reads complete copies of an image against their digests: the one on `disk`, or all.
+    ///
+    /// # Errors
+    /// [`ManagerError`]; nothing was changed.
+    pub async fn scrub(
+        &self,
+        name: ImageName,
+        disk: Option<DiskUuid>,
+    ) -> Result<ImageStatus, ManagerError> {
+        self.command(Command::Scrub(name, disk)).await?.image().map(|(image, _)| image)
     }
 
     /// Changes what holds on this node: all of it, or nothing. Gives what holds then.

@@ -36,6 +36,9 @@ pub enum ManagerError {
     /// No such copy.
     #[error("image {name}: has no copy on disk {disk}")]
     NoSuchCopy { name: ImageName, disk: DiskUuid },
+    /// No copy is complete.
+    #[error("image {name}: no copy is complete")]
+    NoCompleteCopy { name: ImageName },
     /// A copy is in use.
     #[error("image {name}: the copy on disk {disk} stays: {why}")]
     CopyInUse { name: ImageName, disk: DiskUuid, why: &'static str },

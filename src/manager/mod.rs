@@ -15,9 +15,11 @@ mod command;
 mod driver;
 mod error;
 mod helm;
+mod mend;
 mod node;
 mod perform;
 pub mod records;
+mod scrub;
 mod settings;
 mod siblings;
 mod status;
@@ -37,7 +39,8 @@ pub use crate::image::Format;
 pub use crate::import::Layout;
 pub use backend::{
     Backend, BackendError, Cancel, CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy,
-    FoundState, Link, NodeSettings, Phase, Progress, Report, Reporter, WorkerEvent, WorkerHandle,
+    FoundState, Link, NodeSettings, Phase, Progress, Report, Reporter, ScrubReport, WorkerEvent,
+    WorkerHandle,
 };
 pub use command::{Applied, Command, NewAttachment, NewImage, Outcome, READER_MAX_LEN};
 pub use driver::{Exporter, Manager, Object, Subscription, Told};
@@ -46,7 +49,7 @@ pub use node::{Node, NodeError, NodeOptions};
 pub(crate) use perform::unix_now_s;
 pub use records::{
     AttachmentId, AttachmentRecord, BackupRecord, ClassRecord, Expected, Facts, ImageRecord,
-    Steering, VolumeRecord,
+    ScrubRecord, ScrubResult, Steering, VolumeRecord,
 };
 pub use settings::{Setting, Settings, SettingsChange, SettingsRecord};
 pub use status::{AttachmentStatus, CopyStatus, ImageStatus, ReplicaStatus, VolumeStatus};

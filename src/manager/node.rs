@@ -17,7 +17,8 @@ use super::records::Steering;
 use super::turns::Turns;
 use super::uploads::Uploads;
 use super::views::Views;
-use super::worker;
+use super::worker::{self, Worker};
+use super::{Cancel, ScrubReport, WorkerEvent, mend};
 use crate::disk::{self, CopyRecord, Disk, DiskError};
 use crate::fetch::{Policy, RateLimit, Upload, one_line};
 use crate::image::qcow2::Terms;
@@ -145,6 +146,29 @@ impl Node {
         })
     }
 
+    /// What becomes the worker of `task`, once it knows where to report.
+    fn worker(
+        &self,
+        task: CopyTask,
+    ) -> Result<impl FnOnce(Reporter, Cancel) -> Worker + use<>, BackendError> {
+        let slot = Arc::clone(self.slot(&task.id.disk)?);
+        let others =
+            task.ready_on.iter().filter_map(|disk| self.slot(disk).ok()).cloned().collect();
+        let shared = worker::Shared {
+            pool: self.pool.clone(),
+            policy: self.policy.clone(),
+            buffers: self.buffers_each,
+            limit: Arc::clone(&self.limit),
+            turns: Arc::clone(&self.turns),
+            copy_limit: Arc::clone(&self.copy_limit),
+            copy_turns: Arc::clone(&self.copy_turns),
+            scrub_limit: Arc::clone(&self.scrub_limit),
+            helms: Arc::clone(&self.helms),
+            uploads: Arc::clone(&self.uploads),
+        };
+        Ok(move |events, cancel| Worker { slot, others, shared, task, events, cancel })
+    }
+
     fn slot(&self, disk: &DiskUuid) -> Result<&Arc<Slot>, BackendError> {
         self.slots.iter().find(|slot| slot.disk.uuid() == disk).ok_or_else(|| BackendError {
             class: FailureClass::Refuse,
@@ -264,30 +288,26 @@ impl Backend for Node {
     }
 
     fn start(&self, task: CopyTask, events: Reporter) -> WorkerHandle {
-        let slot = self.slot(&task.id.disk).cloned();
-        let others =
-            task.ready_on.iter().filter_map(|disk| self.slot(disk).ok()).cloned().collect();
-        let shared = worker::Shared {
-            pool: self.pool.clone(),
-            policy: self.policy.clone(),
-            buffers: self.buffers_each,
-            limit: Arc::clone(&self.limit),
-            turns: Arc::clone(&self.turns),
-            copy_limit: Arc::clone(&self.copy_limit),
-            copy_turns: Arc::clone(&self.copy_turns),
-            helms: Arc::clone(&self.helms),
-            uploads: Arc::clone(&self.uploads),
-        };
-        WorkerHandle::spawn(move |cancel| async move {
-            match slot {
-                Ok(slot) => worker::run(slot, others, shared, task, events, cancel).await,
-                Err(error) => events.send(super::WorkerEvent::Failed {
-                    class: error.class,
-                    message: error.message,
-                    cleaned: true,
-                }),
-            }
-        })
+        match self.worker(task) {
+            Ok(worker) => WorkerHandle::spawn(|cancel| worker::run(worker(events, cancel))),
+            Err(BackendError { class, message }) => WorkerHandle::spawn(move |_| async move {
+                events.send(WorkerEvent::Failed { class, message, cleaned: true });
+            }),
+        }
+    }
+
+    fn scrub(&self, task: CopyTask, events: Reporter) -> WorkerHandle {
+        match self.worker(task) {
+            Ok(worker) => WorkerHandle::spawn(|cancel| mend::run(worker(events, cancel))),
+            Err(BackendError { message, .. }) => WorkerHandle::spawn(move |_| async move {
+                let report = ScrubReport { unchecked: true, message, ..ScrubReport::default() };
+                events.send(WorkerEvent::Scrubbed(report));
+            }),
+        }
+    }
+
+    fn forget_view(&self, copy: &CopyId) {
+        self.views.forget(copy);
     }
 
     fn steer(&self, copy: &CopyId, steering: Steering) {

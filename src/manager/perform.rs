@@ -15,7 +15,7 @@ use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::backend::{Backend, CopyId, CopyTask, Report, Reporter};
+use super::backend::{Backend, CopyId, CopyTask, Report, Reporter, WorkerHandle};
 use super::command::{Command, Outcome};
 use super::driver::{Answer, Exporter, Message, Object, Subscription, Told};
 use super::error::ManagerError;
@@ -276,6 +276,8 @@ impl Driver {
                 Action::ForgetClass(name) => self.forget(Kind::Class, name.as_str()).await?,
                 Action::ApplySettings(_)
                 | Action::Start(..)
+                | Action::Scrub(..)
+                | Action::ForgetView(_)
                 | Action::Cancel(_)
                 | Action::Steer(..)
                 | Action::Remove(_)
@@ -321,7 +323,19 @@ impl Driver {
                 | Action::ForgetClass(_)
                 | Action::SaveSettings(_) => {}
                 Action::ApplySettings(settings) => self.backend.set_settings(settings),
-                Action::Start(task, generation) => self.start_worker(*task, generation),
+                Action::Start(task, generation) => {
+                    tracing::info!(worker = %task.worker, disk = %task.id.disk, "worker starts");
+                    self.start_worker(*task, generation, |backend, task, reporter| {
+                        backend.start(task, reporter)
+                    });
+                }
+                Action::Scrub(task, generation) => {
+                    tracing::info!(worker = %task.worker, disk = %task.id.disk, "scrub starts");
+                    self.start_worker(*task, generation, |backend, task, reporter| {
+                        backend.scrub(task, reporter)
+                    });
+                }
+                Action::ForgetView(copy) => self.backend.forget_view(&copy),
                 Action::Cancel(copy) => {
                     if let Some((_, cancel)) = self.workers.get(&copy) {
                         cancel.send_replace(true);
@@ -348,11 +362,15 @@ impl Driver {
         }
     }
 
-    fn start_worker(&mut self, task: CopyTask, generation: u64) {
-        tracing::info!(worker = %task.worker, disk = %task.id.disk, "worker starts");
+    fn start_worker(
+        &mut self,
+        task: CopyTask,
+        generation: u64,
+        start: impl FnOnce(&dyn Backend, CopyTask, Reporter) -> WorkerHandle,
+    ) {
         let copy = task.id.clone();
         let reporter = Reporter::new(copy.clone(), generation, self.reports_tx.clone());
-        let (cancel, join) = self.backend.start(task, reporter.clone()).into_parts();
+        let (cancel, join) = start(&*self.backend, task, reporter.clone()).into_parts();
         self.workers.insert(copy, (generation, cancel));
         self.tasks.spawn(async move {
             if let Err(error) = join.await {
@@ -383,6 +401,10 @@ impl Driver {
             }
             Change::VolumeDeleted(name, image) => {
                 Some(Object::VolumeGone(name.clone(), image.clone()))
+            }
+            Change::Warning(name, message) => {
+                tracing::warn!(image = %name, "{message}");
+                Some(Object::Warning(name.clone(), message.clone()))
             }
             Change::SettingsUpdated => {
                 Some(Object::Settings(Box::new(self.world.settings().clone())))

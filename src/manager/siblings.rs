@@ -92,6 +92,9 @@ fn is_of_the_other(error: &WorkError) -> bool {
         ),
         WorkError::Image(error) => error.class() == image::Class::Refuse,
         WorkError::OtherImage { .. } => true,
-        WorkError::Import(_) | WorkError::Disk(_) | WorkError::NoSource => false,
+        WorkError::Import(_)
+        | WorkError::Disk(_)
+        | WorkError::Unrepaired(_)
+        | WorkError::NoSource => false,
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::backend::{CopyId, CopyInfo, CopyTask, FailureClass, Report, WorkerEvent};
 use super::chain::Chains;
-use super::records::Facts;
+use super::records::{Facts, ImageRecord};
 use super::steer;
 use super::world::{
     Action, AttachmentState, Change, Copy, CopyState, Event, Export, Image, Touched, Worker, World,
@@ -50,6 +50,7 @@ impl World {
         for name in names {
             self.reconcile(now, &name, &mut touched);
         }
+        self.scrub_step(now, &mut touched);
         let mut actions = touched.actions;
         for name in &touched.images {
             actions.push(Action::Announce(Change::ImageUpdated(name.clone())));
@@ -74,18 +75,18 @@ impl World {
         actions
     }
 
-    fn copy_mut(&mut self, id: &CopyId) -> Option<(&mut Copy, &mut Export)> {
+    fn copy_mut(&mut self, id: &CopyId) -> Option<&mut Copy> {
         let image = self.images.get_mut(&id.image)?;
         if image.record.uuid != id.uuid {
             return None;
         }
-        image.copies.get_mut(&id.disk).map(|copy| (copy, &mut image.export))
+        image.copies.get_mut(&id.disk)
     }
 
     /// A worker's report (rules 4 to 7). One of an older worker changes nothing.
     fn hear(&mut self, now: Duration, report: Report, touched: &mut Touched) {
         let Report { copy: id, generation, event } = report;
-        let Some((copy, _)) = self.copy_mut(&id) else { return };
+        let Some(copy) = self.copy_mut(&id) else { return };
         let current = match copy.worker {
             Worker::Idle => return,
             Worker::Running(number) | Worker::Stopping(number) => number,
@@ -98,6 +99,7 @@ impl World {
         match event {
             None => {
                 copy.worker = Worker::Idle;
+                copy.scrubbing = false;
                 if stopping && !copy.state.is_sealed() {
                     steer::stopped(copy);
                 } else if matches!(copy.state, CopyState::Starting | CopyState::InProgress) {
@@ -106,8 +108,11 @@ impl World {
                 }
                 touched.images.insert(id.image);
             }
-            Some(_) if stopping || unwanted || copy.state.is_sealed() => {}
-            Some(WorkerEvent::Started) => {
+            Some(WorkerEvent::Scrubbed(report)) if !unwanted && copy.scrubbing => {
+                self.scrubbed(now, &id, report, touched);
+            }
+            Some(_) if stopping || unwanted || copy.scrubbing || copy.state.is_sealed() => {}
+            Some(WorkerEvent::Started | WorkerEvent::Scrubbed(_)) => {
                 touched.progress.insert(id.image);
             }
             Some(WorkerEvent::Progress(progress)) => {
@@ -167,19 +172,29 @@ impl World {
         result: Result<(), (FailureClass, String)>,
         touched: &mut Touched,
     ) {
-        let Some((copy, export)) = self.copy_mut(id) else { return };
-        if *export != Export::Opening(id.disk.clone()) {
+        let image = self.images.get_mut(&id.image).filter(|image| image.record.uuid == id.uuid);
+        let Some(image) = image.filter(|i| i.export == Export::Opening(id.disk.clone())) else {
             return;
-        }
+        };
+        let Some(copy) = image.copies.get_mut(&id.disk) else { return };
         touched.images.insert(id.image.clone());
+        let stale = std::mem::take(&mut image.stale);
         match result {
             Ok(()) => {
-                *export = Export::Open(id.disk.clone());
-                copy.state = CopyState::Ready;
-                copy.message.clear();
+                image.export = Export::Open(id.disk.clone());
+                // It may have turned out bad meanwhile; then it is closed again at once.
+                if copy.state.is_sealed() {
+                    copy.state = CopyState::Ready;
+                    copy.message.clear();
+                }
+                if stale {
+                    image.close(touched);
+                }
             }
+            // What it says is of bytes that are others now.
+            Err(_) if stale || !copy.state.is_sealed() => image.export = Export::Closed,
             Err((class, message)) => {
-                *export = Export::Closed;
+                image.export = Export::Closed;
                 fail(copy, now, class, message, false);
                 self.note_refusal(id, touched);
             }
@@ -193,7 +208,7 @@ impl World {
         result: Result<(), String>,
         touched: &mut Touched,
     ) {
-        let Some((copy, _)) = self.copy_mut(id) else { return };
+        let Some(copy) = self.copy_mut(id) else { return };
         if !copy.removing {
             return;
         }
@@ -281,8 +296,20 @@ fn start_step(
     }
     copy.state = CopyState::Starting;
     copy.retry_at = None;
-    let task = CopyTask {
-        worker: copy.worker_name.clone(),
+    let task = task_of(record, id, copy.worker_name.clone(), ready);
+    touched.images.insert(record.name.clone());
+    touched.actions.push(Action::Start(Box::new(task), *generation));
+}
+
+/// What a worker is told.
+pub(super) fn task_of(
+    record: &ImageRecord,
+    id: CopyId,
+    worker: String,
+    ready_on: Vec<DiskUuid>,
+) -> CopyTask {
+    CopyTask {
+        worker,
         source: record.source.clone(),
         mirrors: record.mirrors.clone(),
         upload_bytes: record.upload_bytes,
@@ -294,15 +321,13 @@ fn start_step(
         expected: record.expected.clone(),
         declared_format: record.declared_format,
         facts: record.facts.clone(),
-        ready_on: ready,
+        ready_on,
         id,
-    };
-    touched.images.insert(record.name.clone());
-    touched.actions.push(Action::Start(Box::new(task), *generation));
+    }
 }
 
 /// Rule 17: the disks from which a copy for `disk` can be copied.
-fn ready_elsewhere(
+pub(super) fn ready_elsewhere(
     image: &Image,
     disk: &DiskUuid,
     is_fit: &dyn Fn(&DiskUuid) -> bool,
@@ -331,6 +356,13 @@ fn publish_step(image: &mut Image, chains: Chains, touched: &mut Touched) {
             copy.message.clone_from(why);
             touched.images.insert(image.record.name.clone());
         }
+    }
+    // A copy that is no longer good is closed, and so is what stands on it: readers get an error, or
+    // another copy, and never its bytes.
+    if let Export::Open(disk) = &image.export
+        && !chains.is_whole_on(disk)
+    {
+        image.close(touched);
     }
     match &image.export {
         Export::Opening(_) => {}
@@ -391,7 +423,13 @@ fn delete_step(now: Duration, image: &mut Image, touched: &mut Touched) -> bool 
 }
 
 /// One try of a copy has failed.
-fn fail(copy: &mut Copy, now: Duration, class: FailureClass, message: String, cleaned: bool) {
+pub(super) fn fail(
+    copy: &mut Copy,
+    now: Duration,
+    class: FailureClass,
+    message: String,
+    cleaned: bool,
+) {
     copy.state = if cleaned { CopyState::FailedAndCleanup } else { CopyState::Failed };
     copy.message = message;
     copy.progress.rate_bytes_per_s = 0;
@@ -437,5 +475,6 @@ pub(super) fn differs(known: &Facts, new: &Facts) -> Option<String> {
 fn merge(known: Option<Facts>, new: Facts) -> Facts {
     let Some(mut known) = known else { return new };
     known.digests.fill_from(&new.digests);
+    known.etag = known.etag.or(new.etag);
     known
 }

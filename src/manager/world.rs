@@ -126,6 +126,10 @@ pub enum Action {
     ApplySettings(NodeSettings),
     /// Start the worker with this number.
     Start(Box<CopyTask>, u64),
+    /// Start a worker with this number that reads a complete copy against its digests.
+    Scrub(Box<CopyTask>, u64),
+    /// What was made of the copy's bytes is not to be used again.
+    ForgetView(CopyId),
     /// Ask the copy's worker to stop.
     Cancel(CopyId),
     /// Tell the copy's worker how it is steered.
@@ -164,6 +168,8 @@ pub enum Change {
     VolumeUpdated(VolumeName),
     /// It is gone; it stood on this image.
     VolumeDeleted(VolumeName, ImageName),
+    /// Something about an image that somebody should look at, in words.
+    Warning(ImageName, String),
     /// What holds on this node was changed.
     SettingsUpdated,
 }
@@ -208,6 +214,10 @@ pub(super) struct Copy {
     pub(super) removing: bool,
     /// A user wants it no more: it stops, and its files go.
     pub(super) cancelled: bool,
+    /// Its worker is a scrub.
+    pub(super) scrubbing: bool,
+    /// Somebody asked for a scrub.
+    pub(super) scrub_wanted: bool,
     pub(super) progress: Progress,
     pub(super) info: Option<CopyInfo>,
     pub(super) failures: u32,
@@ -226,6 +236,8 @@ impl Copy {
             worker: Worker::Idle,
             removing: false,
             cancelled: false,
+            scrubbing: false,
+            scrub_wanted: false,
             progress: Progress::default(),
             info: None,
             failures: 0,
@@ -242,11 +254,14 @@ pub(super) struct Image {
     pub(super) record: ImageRecord,
     pub(super) copies: BTreeMap<DiskUuid, Copy>,
     pub(super) export: Export,
+    /// It is being opened on bytes that were repaired meanwhile.
+    pub(super) stale: bool,
 }
 
 impl Image {
     pub(super) fn new(record: ImageRecord) -> Self {
-        let mut image = Self { record, copies: BTreeMap::new(), export: Export::Closed };
+        let mut image =
+            Self { record, copies: BTreeMap::new(), export: Export::Closed, stale: false };
         let wanted: Vec<_> =
             image.record.disks.iter().map(|(d, want)| (d.clone(), want.clone())).collect();
         for (disk, want) in wanted {
@@ -268,6 +283,16 @@ impl Image {
     pub(super) fn copy_entry(&mut self, disk: &DiskUuid) -> &mut Copy {
         let name = worker_name(&self.record.name, disk, self.copies.keys());
         self.copies.entry(disk.clone()).or_insert_with(|| Copy::new(name))
+    }
+
+    /// Closes the export; its copies can be opened again.
+    pub(super) fn close(&mut self, touched: &mut Touched) {
+        self.export = Export::Closed;
+        touched.actions.push(Action::Withdraw(self.record.name.clone()));
+        touched.images.insert(self.record.name.clone());
+        for copy in self.copies.values_mut().filter(|copy| copy.state == CopyState::Ready) {
+            copy.state = CopyState::ReadyForTransfer;
+        }
     }
 
     pub(super) fn copy_id(&self, disk: &DiskUuid) -> CopyId {
@@ -438,7 +463,12 @@ impl World {
     pub fn next_wake(&self) -> Option<Duration> {
         let copies = self.images.values().flat_map(|i| i.copies.values());
         let idle = copies.filter(|c| c.worker == Worker::Idle && !c.removing);
-        idle.filter_map(|c| c.retry_at).chain(self.clean_up_due()).min()
+        idle.filter_map(|c| c.retry_at).chain(self.clean_up_due()).chain(self.scrub_wake()).min()
+    }
+
+    /// True if copies can be worked on and read there.
+    pub(super) fn is_fit(&self, disk: &DiskUuid) -> bool {
+        self.disk(disk).is_some_and(|disk| disk.healthy)
     }
 
     pub(super) fn disk(&self, uuid: &DiskUuid) -> Option<&DiskStatus> {

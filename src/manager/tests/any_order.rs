@@ -25,6 +25,12 @@ fn random_move(node: &mut Node, kind: u8, pick: usize) {
         }
         5 | 6 => {
             let Some(id) = some(&running) else { return };
+            if node.scrubbing.contains(&id) {
+                let class = [None, Some(FailureClass::Retry), Some(FailureClass::Refuse)][pick % 3];
+                let repaired_bytes = pick as u64 / 3 % 2;
+                let report = ScrubReport { class, repaired_bytes, ..ScrubReport::default() };
+                return node.report(&id, WorkerEvent::Scrubbed(report));
+            }
             let events = [
                 WorkerEvent::Started,
                 WorkerEvent::Progress(Progress { bytes_done: 7, ..Progress::default() }),
@@ -81,6 +87,11 @@ fn random_move(node: &mut Node, kind: u8, pick: usize) {
         21 => drop(node.command(Command::AttachVolume(volume_name(["v", "w"][pick % 2])))),
         22 => drop(node.command(Command::DetachVolume(volume_name(["v", "w"][pick % 2])))),
         23 => drop(node.command(Command::DeleteVolume(volume_name(["v", "w"][pick % 2])))),
+        24 => drop(node.command(Command::Scrub(name(image), None))),
+        25 => {
+            let minutes = i64::try_from(pick % 3).unwrap();
+            node.command(set(Setting::ScrubInterval, minutes)).unwrap();
+        }
         _ => node.event(Event::Tick),
     }
 }
@@ -90,12 +101,14 @@ proptest! {
 
     #[test]
     fn any_order_of_events_keeps_the_rules_and_converges(
-        moves in proptest::collection::vec((0u8..25, 0usize..1000), 0..80)
+        moves in proptest::collection::vec((0u8..28, 0usize..1000), 0..80)
     ) {
         let mut node = Node::new();
         for (kind, pick) in moves {
             random_move(&mut node, kind, pick);
         }
+        // Else there is always one that is due.
+        node.command(set(Setting::ScrubInterval, 0)).unwrap();
         node.settle();
         for image in node.world.images() {
             prop_assert!(!image.record.deleting);

@@ -7,6 +7,7 @@ mod any_order;
 mod chain;
 mod cleanup;
 mod rules;
+mod scrub;
 mod steering;
 mod volumes;
 
@@ -122,6 +123,10 @@ struct Node {
     /// Everything that was started, in order.
     tasks: Vec<CopyTask>,
     stopping: BTreeSet<CopyId>,
+    /// Of those that run, the scrubs.
+    scrubbing: BTreeSet<CopyId>,
+    /// What watchers were warned of.
+    warnings: Vec<String>,
     files: BTreeMap<CopyId, Option<CopyInfo>>,
     removing: BTreeSet<CopyId>,
     publishing: BTreeSet<CopyId>,
@@ -139,6 +144,7 @@ impl Node {
     fn restart(&mut self) {
         self.running.clear();
         self.stopping.clear();
+        self.scrubbing.clear();
         self.removing.clear();
         self.publishing.clear();
         self.exported.clear();
@@ -236,6 +242,16 @@ impl Node {
                     self.files.entry(task.id.clone()).or_insert(None);
                     self.tasks.push(*task);
                 }
+                Action::Scrub(task, number) => {
+                    let record = &self.images[&task.id.image];
+                    assert!(!record.deleting && !self.removing.contains(&task.id));
+                    assert!(self.files[&task.id].is_some(), "only a complete copy is scrubbed");
+                    let on_disk = |id: &&CopyId| id.disk == task.id.disk;
+                    assert!(!self.scrubbing.iter().any(|id| on_disk(&id)), "one on a disk");
+                    assert!(self.running.insert(task.id.clone(), number).is_none(), "one worker");
+                    self.scrubbing.insert(task.id.clone());
+                }
+                Action::ForgetView(id) => assert!(self.files[&id].is_some()),
                 Action::Cancel(id) => {
                     assert!(self.running.contains_key(&id) && self.stopping.insert(id));
                 }
@@ -267,6 +283,9 @@ impl Node {
                     assert!(self.publishing.insert(id), "once");
                 }
                 Action::Withdraw(name) => assert!(self.exported.remove(&name).is_some()),
+                Action::Announce(Change::Warning(name, message)) => {
+                    self.warnings.push(format!("{name}: {message}"));
+                }
                 Action::Announce(_) => {}
             }
         }
@@ -282,7 +301,10 @@ impl Node {
         if let WorkerEvent::Ready(info) = &event {
             self.files.insert(id.clone(), Some(info.clone()));
         }
-        let ends = matches!(event, WorkerEvent::Ready(_) | WorkerEvent::Failed { .. });
+        let ends = matches!(
+            event,
+            WorkerEvent::Ready(_) | WorkerEvent::Failed { .. } | WorkerEvent::Scrubbed(_)
+        );
         let generation = self.running[id];
         self.event(Event::Worker(Report { copy: id.clone(), generation, event: Some(event) }));
         if ends {
@@ -292,6 +314,7 @@ impl Node {
 
     fn end(&mut self, id: &CopyId) {
         self.stopping.remove(id);
+        self.scrubbing.remove(id);
         let generation = self.running.remove(id).unwrap();
         self.event(Event::Worker(Report { copy: id.clone(), generation, event: None }));
     }
@@ -324,6 +347,8 @@ impl Node {
             if let Some(id) = self.running.keys().next().cloned() {
                 if self.stopping.contains(&id) {
                     self.end(&id);
+                } else if self.scrubbing.contains(&id) {
+                    self.report(&id, WorkerEvent::Scrubbed(ScrubReport::default()));
                 } else {
                     self.report(&id, WorkerEvent::Ready(info(4096)));
                 }
@@ -338,6 +363,25 @@ impl Node {
             }
         }
         panic!("does not converge");
+    }
+
+    /// Everything that is asked for now goes well, and no time passes.
+    fn settle_now(&mut self) {
+        loop {
+            if let Some(id) = self.running.keys().next().cloned() {
+                match (self.stopping.contains(&id), self.scrubbing.contains(&id)) {
+                    (true, _) => self.end(&id),
+                    (_, true) => self.report(&id, WorkerEvent::Scrubbed(ScrubReport::default())),
+                    (..) => self.report(&id, WorkerEvent::Ready(info(4096))),
+                }
+            } else if let Some(id) = self.publishing.iter().next().cloned() {
+                self.published(&id, Ok(()));
+            } else if let Some(id) = self.removing.iter().next().cloned() {
+                self.removed(&id, true);
+            } else {
+                return;
+            }
+        }
     }
 
     fn state(&self, image: &str, on: usize) -> Option<CopyState> {
