@@ -189,6 +189,12 @@ fn real_answers_are_as_documented() {
     for path in [held.as_str(), "/v1/attachments/00000000", "/v1/attachments/x"] {
         ask("GET", "/v1/attachments/{id}", path, None);
     }
+    for (path, body) in [("a", "{}"), ("a", r#"{"disk":"none"}"#), ("b", "{}"), ("u", "{}")] {
+        let path = format!("/v1/images/{path}/scrub");
+        ask("POST", "/v1/images/{name}/scrub", &path, Some(body));
+    }
+    daemon.events_until("?image=a", |event| event["object"]["copies"][0]["scrub"].is_object());
+    ask("GET", "/v1/images/{name}", "/v1/images/a", None);
     volumes_are_as_documented(ask);
     ask("GET", "/v1/settings", "/v1/settings", None);
     for body in [r#"{"max_transfers":3}"#, r#"{"max_transfers":null}"#, r#"{"x":1}"#] {

@@ -11,7 +11,7 @@
 pub mod args;
 pub mod args_access;
 pub mod args_digest;
-pub mod args_settings;
+pub mod args_health;
 pub mod args_steer;
 pub mod args_upload;
 pub mod args_view;
@@ -40,6 +40,7 @@ mod progress;
 mod ps;
 mod pull;
 mod run;
+mod scrub;
 mod serve;
 mod settings;
 mod signals;
@@ -109,6 +110,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         | Command::Cleanup(_)
         | Command::Set(_)
         | Command::Settings(_)
+        | Command::Scrub(_)
         | Command::Watch(_)
         | Command::Events(_)
         | Command::Disks(_)
@@ -139,6 +141,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
             Command::Cleanup(args) => steer::clean_up(&args, &global, output).await,
             Command::Set(args) => steer::set(&args, &global, output).await,
             Command::Settings(args) => settings::run(&args, &global, output).await,
+            Command::Scrub(args) => scrub::run(&args, &global, output).await,
             Command::Watch(args) => watch::run(&args, &global, output).await,
             Command::Events(args) => events::run(&args, &global, output).await,
             Command::Disks(_) => disks::run(&global, output).await,

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use super::args::Global;
-use super::args_settings::{SettingsArgs, SettingsCommand};
+use super::args_health::{SettingsArgs, SettingsCommand};
 use super::exit::CliError;
 use super::output::Output;
 use super::table::Table;

@@ -356,3 +356,124 @@ impl Mending {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::{CopyState, DigestKind, DigestSet};
+    use crate::names::{ImageName, ImageUuid};
+
+    const LEN: usize = 4 << 20 | 700;
+
+    fn id() -> CopyId {
+        CopyId { name: ImageName::parse("a").unwrap(), uuid: ImageUuid::parse("ab12").unwrap() }
+    }
+
+    /// A finished copy whose third MiB is a hole.
+    fn copy(whole: DigestSet) -> (tempfile::TempDir, Disk, File, Vec<u8>) {
+        let temp = tempfile::tempdir().unwrap();
+        let disk = Disk::open(temp.path(), true).unwrap();
+        let dir = disk.images().make_dir(&id().dir_name()).unwrap();
+        let file = dir.open_file("backing", OFlags::RDWR | OFlags::CREATE).unwrap();
+        let mut bytes: Vec<u8> = (0..LEN).map(|at| u8::try_from(at % 251).unwrap() + 1).collect();
+        bytes[2 << 20..3 << 20].fill(0);
+        file.write_all_at(&bytes[..2 << 20], 0).unwrap();
+        file.write_all_at(&bytes[3 << 20..], 3 << 20).unwrap();
+        disk.verify(&id(), LEN as u64, whole, &mut |_| true).unwrap();
+        (temp, disk, file, bytes)
+    }
+
+    fn is_ready(disk: &Disk) -> bool {
+        matches!(disk.copy_state(&id()).unwrap(), Some(CopyState::Ready(_)))
+    }
+
+    fn bad(disk: &Disk) -> Vec<Range<u64>> {
+        disk.scrub(&id(), &mut |_| true).unwrap().bad
+    }
+
+    #[test]
+    fn a_wrong_byte_is_found_in_data_in_a_hole_and_in_the_short_tail() {
+        let (_temp, disk, file, bytes) = copy(DigestSet::default());
+        let mut read = 0;
+        let found = disk.scrub(&id(), &mut |bytes| {
+            read += bytes;
+            true
+        });
+        assert_eq!(found.unwrap(), Scrubbed::default());
+        assert_eq!(read, LEN as u64 - MIB, "a hole is not read");
+        for (at, range) in
+            [(0, 0..MIB), (2 * MIB + 7, 2 * MIB..3 * MIB), (LEN as u64 - 1, 4 * MIB..LEN as u64)]
+        {
+            let right = bytes[usize::try_from(at).unwrap()];
+            file.write_all_at(&[right ^ 1], at).unwrap();
+            let found = disk.scrub(&id(), &mut |_| true).unwrap();
+            assert!(found.changed && found.bad == [range], "{at}: {found:?}");
+            file.write_all_at(&[right], at).unwrap();
+        }
+        let stopped = disk.scrub(&id(), &mut |_| false).unwrap_err();
+        assert!(
+            matches!(stopped, DiskError::Io { source, .. } if source.kind() == io::ErrorKind::Interrupted)
+        );
+    }
+
+    #[test]
+    fn only_right_bytes_are_written_and_the_copy_is_suspect_until_it_is_vouched_for() {
+        let (_temp, disk, file, bytes) = copy(DigestSet::default());
+        file.write_all_at(b"no", MIB).unwrap();
+        assert_eq!(bad(&disk), [MIB..2 * MIB]);
+        assert!(!is_ready(&disk), "also with the time that is recorded");
+        assert_eq!(disk.marked_bad(&id()).unwrap(), [MIB..2 * MIB]);
+        let mut mending = disk.mend(&id(), &[MIB..2 * MIB]).unwrap();
+        let right = &bytes[1 << 20..2 << 20];
+        let mut wrong = right.to_vec();
+        wrong[5] ^= 1;
+        assert!(!mending.put(MIB, &wrong).unwrap());
+        assert!(!mending.put(0, &bytes[..1 << 20]).unwrap(), "it is not bad");
+        assert!(!mending.put(MIB, &right[..100]).unwrap());
+        assert!(!mending.put(MIB + 1, right).unwrap());
+        assert!(!mending.put(99 * MIB, right).unwrap());
+        assert_eq!(mending.left(), [MIB..2 * MIB]);
+        assert!(mending.put(MIB, right).unwrap());
+        assert!(mending.left().is_empty());
+        // A crash here, or before: the whole is checked.
+        assert!(!is_ready(&disk));
+        mending.finish().unwrap();
+        assert!(!is_ready(&disk));
+        disk.vouch(&id()).unwrap();
+        assert!(is_ready(&disk) && bad(&disk).is_empty());
+        assert_eq!(file.metadata().unwrap().mode() & 0o777, 0o644, "as it was");
+    }
+
+    #[test]
+    fn a_check_of_the_whole_ends_the_suspicion_only_if_all_is_right() {
+        for whole in [DigestSet::default(), DigestSet::of(&[DigestKind::Sha256])] {
+            let (_temp, disk, file, bytes) = copy(whole);
+            file.write_all_at(b"no", 3 * MIB).unwrap();
+            let check = |disk: &Disk| disk.verify(&id(), LEN as u64, whole, &mut |_| true);
+            let refused = check(&disk).unwrap_err();
+            assert!(matches!(refused, DiskError::DigestMismatch { .. }), "{refused}");
+            assert!(!is_ready(&disk) && disk.marked_bad(&id()).unwrap().is_empty());
+            file.write_all_at(&bytes[3 << 20..][..2], 3 * MIB).unwrap();
+            check(&disk).unwrap();
+            assert!(is_ready(&disk));
+            file.set_len(LEN as u64 - 1).unwrap();
+            assert!(check(&disk).is_err(), "shorter");
+            assert_eq!(bad(&disk), [4 * MIB..LEN as u64]);
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_held_against_anything_is_refused() {
+        let (_temp, disk, file, _) = copy(DigestSet::default());
+        file.set_len(LEN as u64 + 1).unwrap();
+        let refused = disk.scrub(&id(), &mut |_| true).unwrap_err();
+        assert!(matches!(refused, DiskError::Damaged { .. }), "{refused}");
+        let dir = disk.images().open_dir(&id().dir_name()).unwrap();
+        dir.remove_file("backing.digests").unwrap();
+        let refused = disk.scrub(&id(), &mut |_| true).unwrap_err();
+        assert!(matches!(refused, DiskError::NoDigests { .. }), "{refused}");
+        dir.replace(MARK, b"junk").unwrap();
+        assert_eq!(disk.marked_bad(&id()).unwrap(), [] as [Range<u64>; 0]);
+        assert!(!is_ready(&disk));
+    }
+}

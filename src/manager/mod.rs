@@ -12,6 +12,7 @@ mod chain;
 mod class;
 mod cleanup;
 mod command;
+mod copies;
 mod driver;
 mod error;
 mod helm;

@@ -1,4 +1,4 @@
-//! Arguments of `settings` and `node`: what holds on a node, and drills.
+//! Arguments of `settings`, `scrub` and `node`: what holds on a node, its health, and drills.
 //!
 //! Why: one file for what belongs together; `args` is long enough.
 //! Never: acts; see [`super::args`].
@@ -7,6 +7,29 @@ use clap::{Args, Subcommand};
 
 use super::sizes::parse_bytes;
 use crate::manager::Setting;
+use crate::names::ImageName;
+
+/// Arguments of `scrub`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Every complete copy is read and checked once in a while by itself (`bedplate settings`); this asks for
+it now. Bad bytes are repaired where they are, from a copy on another disk, else from the source.
+With --wait, exits with 1 if some are bad and could not be repaired.
+
+Examples:
+  bedplate scrub debian-12
+  bedplate scrub debian-12 --disk 0b7c2f6e-… --wait
+  bedplate get debian-12 --json | jq '.copies[].scrub'")]
+pub struct ScrubArgs {
+    /// The image
+    pub name: ImageName,
+    /// Only the copy on this disk
+    #[arg(long, value_name = "UUID")]
+    pub disk: Option<String>,
+    /// Wait until it is done
+    #[arg(long)]
+    pub wait: bool,
+}
 
 /// Arguments of `settings`.
 #[derive(Debug, Args)]
