@@ -6,7 +6,7 @@ use std::process::Command;
 
 use control_support::{bedplate, stderr, stdout};
 
-const COMMANDS: [&str; 27] = [
+const COMMANDS: [&str; 28] = [
     "run",
     "pull",
     "export",
@@ -28,6 +28,7 @@ const COMMANDS: [&str; 27] = [
     "set",
     "settings",
     "scrub",
+    "node",
     "watch",
     "events",
     "disks",

@@ -197,6 +197,11 @@ fn real_answers_are_as_documented() {
     ask("GET", "/v1/images/{name}", "/v1/images/a", None);
     volumes_are_as_documented(ask);
     ask("GET", "/v1/settings", "/v1/settings", None);
+    ask("POST", "/v1/node/fail", "/v1/node/fail", None);
+    ask("GET", "/v1/images/{name}", "/v1/images/a", None);
+    ask("GET", "/v1/node", "/v1/node", None);
+    ask("POST", "/v1/node/return", "/v1/node/return", None);
+    daemon.wait_for("a", "ready");
     for body in [r#"{"max_transfers":3}"#, r#"{"max_transfers":null}"#, r#"{"x":1}"#] {
         ask("PATCH", "/v1/settings", "/v1/settings", Some(body));
     }

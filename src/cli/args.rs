@@ -13,7 +13,7 @@ use clap_complete::Shell;
 
 use super::args_access::AccessArgs;
 use super::args_digest::DigestArgs;
-use super::args_health::{ScrubArgs, SettingsArgs};
+use super::args_health::{NodeArgs, ScrubArgs, SettingsArgs};
 use super::args_steer::{CancelArgs, CleanupArgs, PauseArgs, ResumeArgs, SetArgs, WatchArgs};
 use super::args_upload::UploadArgs;
 use super::args_view::{CatArgs, ExportArgs, InspectArgs, StandsArgs};
@@ -142,6 +142,8 @@ pub enum Command {
     Settings(SettingsArgs),
     /// Read an image's copies against their digests, and repair them
     Scrub(ScrubArgs),
+    /// Drills: let the node fail, and return
+    Node(NodeArgs),
     /// Show transfers under way until they are done
     Watch(WatchArgs),
     /// Print what happens

@@ -31,6 +31,36 @@ pub struct ScrubArgs {
     pub wait: bool,
 }
 
+/// Arguments of `node`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A drill: after `fail` the daemon treats its node as gone. Workers end as when they are killed,
+unfinished copies are failed, finished ones unknown, readers are cut off, and nothing is started.
+`return` brings all of it back from what is durable, checked. A drill ends with the daemon.
+
+Examples:
+  bedplate node fail; bedplate ps; bedplate node return
+  bedplate node get")]
+pub struct NodeArgs {
+    /// What to do
+    #[command(subcommand)]
+    pub command: NodeCommand,
+}
+
+/// The commands on the node.
+#[derive(Clone, Copy, Debug, Subcommand)]
+pub enum NodeCommand {
+    /// Show whether the node counts as gone
+    #[command(after_help = "Examples:\n  bedplate node get")]
+    Get,
+    /// Treat the node as gone
+    #[command(after_help = "Examples:\n  bedplate node fail")]
+    Fail,
+    /// The node is back
+    #[command(after_help = "Examples:\n  bedplate node return")]
+    Return,
+}
+
 /// Arguments of `settings`.
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true)]

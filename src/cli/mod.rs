@@ -35,6 +35,7 @@ mod get;
 mod inspect;
 mod list;
 mod man;
+mod node;
 mod output;
 mod progress;
 mod ps;
@@ -111,6 +112,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         | Command::Set(_)
         | Command::Settings(_)
         | Command::Scrub(_)
+        | Command::Node(_)
         | Command::Watch(_)
         | Command::Events(_)
         | Command::Disks(_)
@@ -142,6 +144,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
             Command::Set(args) => steer::set(&args, &global, output).await,
             Command::Settings(args) => settings::run(&args, &global, output).await,
             Command::Scrub(args) => scrub::run(&args, &global, output).await,
+            Command::Node(args) => node::run(&args, &global, output).await,
             Command::Watch(args) => watch::run(&args, &global, output).await,
             Command::Events(args) => events::run(&args, &global, output).await,
             Command::Disks(_) => disks::run(&global, output).await,

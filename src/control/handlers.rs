@@ -15,7 +15,7 @@ use super::error::ApiError;
 use super::inspection::Inspection;
 use super::types::{
     Attachment, Attachments, CleanUp, CreateAttachment, CreateImage, Disks, Doctor, FetchImage,
-    Health, Image, Images, ScrubImage, SteerImage,
+    Health, Image, Images, Node, ScrubImage, SteerImage,
 };
 use super::wire;
 use crate::fetch::{DigestKind, DigestMap, Policy};
@@ -252,6 +252,21 @@ pub(super) async fn inspect_image(
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", error.message, hint)
     };
     found.map(|found| Json(Inspection::from(&found))).map_err(failed)
+}
+
+pub(super) async fn get_node(State(app): State<App>) -> Answer<Json<Node>> {
+    let failed = app.manager.read(crate::manager::World::node_failed).await?;
+    Ok(Json(Node::new(failed)))
+}
+
+pub(super) async fn fail_node(State(app): State<App>) -> Answer<Json<Node>> {
+    app.manager.set_node_failed(true).await?;
+    Ok(Json(Node::new(true)))
+}
+
+pub(super) async fn return_node(State(app): State<App>) -> Answer<Json<Node>> {
+    app.manager.set_node_failed(false).await?;
+    Ok(Json(Node::new(false)))
 }
 
 pub(super) async fn list_disks(State(app): State<App>) -> Answer<Json<Disks>> {

@@ -238,7 +238,8 @@ pub struct Event {
     /// `image.snapshot`, `attachment.snapshot`, `snapshot.end`, `image.created`, `image.updated`,
     /// `image.progress`, `image.deleted`, `attachment.created`, `attachment.updated`,
     /// `attachment.deleted`, `volume.snapshot`, `volume.created`, `volume.updated`,
-    /// `volume.deleted`, `image.warning`, `settings.updated`, or `lagged` (events were lost; the stream ends; connect again).
+    /// `volume.deleted`, `image.warning`, `settings.updated`, `node.updated`,
+    /// or `lagged` (events were lost; the stream ends; connect again).
     #[serde(rename = "type")]
     pub kind: String,
     /// The image, attachment or volume; what is deleted has only its name or id (and image).
@@ -431,6 +432,21 @@ pub struct SteerImage {
 pub struct CleanUp {
     /// The disks whose copies go: all of them or none.
     pub disks: Vec<String>,
+}
+
+/// Answer of `/v1/node`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Node {
+    /// `ready`, or `failed` while a drill says so.
+    pub state: String,
+}
+
+impl Node {
+    /// A node that counts as gone, or does not.
+    #[must_use]
+    pub fn new(failed: bool) -> Self {
+        Self { state: if failed { "failed" } else { "ready" }.to_owned() }
+    }
 }
 
 /// Body of `POST /v1/images/{name}/scrub`; may be absent.

@@ -7,7 +7,7 @@
 use std::path::Path;
 
 use super::settings::Settings;
-use super::types::{Attachment, Copy, Digests, Disk, Event, Image, Nbd, Scrub};
+use super::types::{Attachment, Copy, Digests, Disk, Event, Image, Nbd, Node, Scrub};
 use crate::manager::{
     AttachmentState, AttachmentStatus, Change, CopyState, CopyStatus, DiskStatus, ImageStatus,
 };
@@ -122,6 +122,7 @@ pub(crate) fn event(told: &crate::manager::Told, nbd_socket: &Path) -> Event {
         Change::VolumeUpdated(_) => "volume.updated",
         Change::VolumeDeleted(..) => "volume.deleted",
         Change::Warning(..) => "image.warning",
+        Change::NodeUpdated => "node.updated",
         Change::SettingsUpdated => "settings.updated",
     };
     let object = match &told.object {
@@ -132,6 +133,7 @@ pub(crate) fn event(told: &crate::manager::Told, nbd_socket: &Path) -> Event {
         Object::Volume(status) => serde_json::json!(super::wire_volume::volume(status, nbd_socket)),
         Object::VolumeGone(name, image) => serde_json::json!({ "name": name, "image": image }),
         Object::Warning(name, message) => serde_json::json!({ "name": name, "message": message }),
+        Object::Node(failed) => serde_json::json!(Node::new(*failed)),
         Object::Settings(settings) => serde_json::json!(Settings::from(&**settings)),
     };
     Event { id: told.id, kind: kind.to_owned(), object }

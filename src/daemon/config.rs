@@ -55,7 +55,7 @@ pub struct Config {
     /// Copies between disks at the same time; further ones wait. Default: 5.
     pub max_disk_copies: Option<usize>,
     /// Seconds for which all copies of an image have failed before one is started again; -1: never.
-    /// Default: 300.
+    /// Default: 300; a person's own process starts nothing again.
     pub recovery_wait_seconds: Option<i64>,
     /// Minutes after which a complete copy is read and checked again; 0: only when asked. Default:
     /// 10080, a week; a person's own process checks nothing by itself.
@@ -146,13 +146,13 @@ impl Config {
         Ok(options)
     }
 
-    /// What holds unless it is set on the running daemon. A person's own process removes and
-    /// checks nothing by itself.
+    /// What holds unless it is set on the running daemon. A person's own process removes, checks and
+    /// restarts nothing by itself.
     ///
     /// # Errors
     /// [`DaemonError::BadSetting`].
     pub fn settings(&self) -> Result<Settings, DaemonError> {
-        let (cleanup, scrub) = if self.personal { (Some(-1), Some(0)) } else { (None, None) };
+        let (never, scrub) = if self.personal { (Some(-1), Some(0)) } else { (None, None) };
         let bytes = |rate: Option<u64>| rate.map(|rate| i64::try_from(rate).unwrap_or(i64::MAX));
         let count = |most: Option<usize>| most.map(|most| i64::try_from(most).unwrap_or(i64::MAX));
         let configured = [
@@ -160,8 +160,8 @@ impl Config {
             ("max_transfers", Setting::MaxTransfers, count(self.max_transfers)),
             ("disk_copy_rate", Setting::DiskCopyRate, bytes(self.disk_copy_rate)),
             ("max_disk_copies", Setting::MaxDiskCopies, count(self.max_disk_copies)),
-            ("cleanup_wait_minutes", Setting::CleanupWait, self.cleanup_wait_minutes.or(cleanup)),
-            ("recovery_wait_seconds", Setting::RecoveryWait, self.recovery_wait_seconds),
+            ("cleanup_wait_minutes", Setting::CleanupWait, self.cleanup_wait_minutes.or(never)),
+            ("recovery_wait_seconds", Setting::RecoveryWait, self.recovery_wait_seconds.or(never)),
             (
                 "scrub_interval_minutes",
                 Setting::ScrubInterval,

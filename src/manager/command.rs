@@ -86,6 +86,10 @@ pub enum Command {
     Cancel(ImageName),
     /// Remove its copies on these disks, all of them or none.
     CleanUp(ImageName, Vec<DiskUuid>),
+    /// A drill: the node counts as gone.
+    FailNode,
+    /// It is back.
+    ReturnNode,
     /// Change what holds on this node: all of it, or nothing.
     ChangeSettings(SettingsChange),
     /// Read its complete copies against their digests: the one on a disk, or all.
@@ -164,6 +168,8 @@ impl World {
             Command::Cancel(name) => self.cancel(name, &mut touched)?,
             Command::CleanUp(name, disks) => self.clean_up(name, &disks, &mut touched)?,
             Command::Scrub(name, disk) => self.ask_for_scrub(name, disk.as_ref(), &mut touched)?,
+            Command::FailNode => self.fail_node(&mut touched),
+            Command::ReturnNode => self.return_node(&mut touched),
             Command::ChangeSettings(change) => self.change_settings(&change, &mut touched)?,
             Command::Delete { name, sessions } => self.delete(name, sessions, &mut touched)?,
             Command::Attach(new) => self.attach(new, &mut touched)?,

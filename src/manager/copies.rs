@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use super::backend::{CopyId, CopyInfo, Progress};
 use super::records::ImageRecord;
+use super::recovery::Failing;
 use super::world::{Action, CopyState, Touched};
 use crate::names::{DiskUuid, ImageName};
 
@@ -81,12 +82,18 @@ pub(super) struct Image {
     pub(super) export: Export,
     /// It is being opened on bytes that were repaired meanwhile.
     pub(super) stale: bool,
+    pub(super) failing: Failing,
 }
 
 impl Image {
     pub(super) fn new(record: ImageRecord) -> Self {
-        let mut image =
-            Self { record, copies: BTreeMap::new(), export: Export::Closed, stale: false };
+        let mut image = Self {
+            record,
+            copies: BTreeMap::new(),
+            export: Export::Closed,
+            stale: false,
+            failing: Failing::default(),
+        };
         let wanted: Vec<_> =
             image.record.disks.iter().map(|(d, want)| (d.clone(), want.clone())).collect();
         for (disk, want) in wanted {

@@ -58,6 +58,8 @@ pub enum Object {
     VolumeGone(VolumeName, ImageName),
     /// Something about an image that somebody should look at.
     Warning(ImageName, String),
+    /// The node: whether it counts as gone.
+    Node(bool),
     /// What holds on this node.
     Settings(Box<Settings>),
 }
@@ -212,6 +214,15 @@ impl Manager {
         disk: Option<DiskUuid>,
     ) -> Result<ImageStatus, ManagerError> {
         self.command(Command::Scrub(name, disk)).await?.image().map(|(image, _)| image)
+    }
+
+    /// A drill: the node counts as gone, or is back.
+    ///
+    /// # Errors
+    /// [`ManagerError::Stopping`].
+    pub async fn set_node_failed(&self, failed: bool) -> Result<(), ManagerError> {
+        let command = if failed { Command::FailNode } else { Command::ReturnNode };
+        self.command(command).await.map(|_| ())
     }
 
     /// Changes what holds on this node: all of it, or nothing. Gives what holds then.

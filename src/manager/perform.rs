@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{broadcast, mpsc, watch};
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
 
 use super::backend::{Backend, CopyId, CopyTask, Report, Reporter, WorkerHandle};
@@ -40,7 +40,7 @@ pub(super) struct Driver {
     exporter: Arc<dyn Exporter>,
     started: Instant,
     reports_tx: mpsc::UnboundedSender<Report>,
-    workers: HashMap<CopyId, (u64, watch::Sender<bool>)>,
+    workers: HashMap<CopyId, (u64, watch::Sender<bool>, AbortHandle)>,
     /// Blocking work, and workers' ends; each gives an event, if any.
     tasks: JoinSet<Option<Event>>,
     changes: broadcast::Sender<Arc<Told>>,
@@ -161,7 +161,7 @@ impl Driver {
     /// An event's records are stored if they can be; if not, the files on disk still tell.
     async fn happen(&mut self, event: Event) {
         if let Event::Worker(Report { copy, generation, event: None }) = &event
-            && self.workers.get(copy).is_some_and(|(number, _)| number == generation)
+            && self.workers.get(copy).is_some_and(|(number, ..)| number == generation)
         {
             self.workers.remove(copy);
         }
@@ -279,6 +279,7 @@ impl Driver {
                 | Action::Scrub(..)
                 | Action::ForgetView(_)
                 | Action::Cancel(_)
+                | Action::Kill(_)
                 | Action::Steer(..)
                 | Action::Remove(_)
                 | Action::Publish(_)
@@ -336,8 +337,13 @@ impl Driver {
                     });
                 }
                 Action::ForgetView(copy) => self.backend.forget_view(&copy),
+                Action::Kill(copy) => {
+                    if let Some((.., worker)) = self.workers.get(&copy) {
+                        worker.abort();
+                    }
+                }
                 Action::Cancel(copy) => {
-                    if let Some((_, cancel)) = self.workers.get(&copy) {
+                    if let Some((_, cancel, _)) = self.workers.get(&copy) {
                         cancel.send_replace(true);
                     }
                 }
@@ -371,9 +377,11 @@ impl Driver {
         let copy = task.id.clone();
         let reporter = Reporter::new(copy.clone(), generation, self.reports_tx.clone());
         let (cancel, join) = start(&*self.backend, task, reporter.clone()).into_parts();
-        self.workers.insert(copy, (generation, cancel));
+        self.workers.insert(copy, (generation, cancel, join.abort_handle()));
         self.tasks.spawn(async move {
-            if let Err(error) = join.await {
+            if let Err(error) = join.await
+                && !error.is_cancelled()
+            {
                 tracing::error!(%error, "a worker died");
             }
             // In the same channel as its reports, so that it comes after them.
@@ -406,6 +414,7 @@ impl Driver {
                 tracing::warn!(image = %name, "{message}");
                 Some(Object::Warning(name.clone(), message.clone()))
             }
+            Change::NodeUpdated => Some(Object::Node(self.world.node_failed())),
             Change::SettingsUpdated => {
                 Some(Object::Settings(Box::new(self.world.settings().clone())))
             }
@@ -418,7 +427,7 @@ impl Driver {
 
     /// Cancels the workers and waits until they, and all blocking work, have ended.
     async fn stop(&mut self) {
-        for (_, cancel) in self.workers.values() {
+        for (_, cancel, _) in self.workers.values() {
             cancel.send_replace(true);
         }
         while self.tasks.join_next().await.is_some() {}

@@ -150,7 +150,8 @@ impl World {
                 Some(ScrubRecord { at_unix_s, result, repaired_bytes, bad_bytes, message });
         }
         touched.images.insert(id.image.clone());
-        if let Some(class) = class {
+        // One that was refused meanwhile stays so.
+        if let Some(class) = class.filter(|_| copy.state.is_sealed()) {
             fail(copy, now, class, message.clone(), false);
             if copy.refused
                 && let Some(want) = image.record.disks.get_mut(&id.disk)

@@ -117,8 +117,8 @@ pub(super) fn step(now: Duration, image: &mut Image, disk: &DiskUuid, touched: &
     if !copy.cancelled && (copy.state.is_sealed() || !paused) {
         return;
     }
-    // A complete copy that goes is closed first; nobody reads it.
-    if copy.cancelled && copy.state.is_sealed() {
+    // A copy that goes is closed first, also one that turned out bad meanwhile; nobody reads it.
+    if copy.cancelled {
         match &image.export {
             Export::Opening(on) if on == disk => return,
             Export::Open(on) if on == disk => {

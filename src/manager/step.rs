@@ -46,6 +46,8 @@ impl World {
     /// Reconciles every image and tells the watchers what was touched.
     pub(super) fn finish(&mut self, now: Duration, mut touched: Touched) -> Vec<Action> {
         self.want_for_replicas(&mut touched);
+        self.lose_step(&mut touched);
+        self.recover_step(now, &mut touched);
         let names: Vec<ImageName> = self.images.keys().cloned().collect();
         for name in names {
             self.reconcile(now, &name, &mut touched);
@@ -100,7 +102,11 @@ impl World {
             None => {
                 copy.worker = Worker::Idle;
                 copy.scrubbing = false;
-                if stopping && !copy.state.is_sealed() {
+                let unfinished = matches!(
+                    copy.state,
+                    CopyState::Pending | CopyState::Starting | CopyState::InProgress
+                );
+                if stopping && unfinished {
                     steer::stopped(copy);
                 } else if matches!(copy.state, CopyState::Starting | CopyState::InProgress) {
                     let message = "its worker ended without a result".to_owned();
@@ -226,6 +232,14 @@ impl World {
     }
 
     fn reconcile(&mut self, now: Duration, name: &ImageName, touched: &mut Touched) {
+        if self.node_failed {
+            // Nothing is done on a node that is gone, but nobody reads there either.
+            let chains = self.chains_of(name);
+            if let Some(image) = self.images.get_mut(name).filter(|image| !image.record.deleting) {
+                publish_step(image, chains, touched);
+            }
+            return;
+        }
         if self.images.get(name).is_some_and(|image| !image.record.deleting) {
             self.clean_up_step(now, name, touched);
         }
@@ -244,6 +258,9 @@ impl World {
         let wanted: Vec<DiskUuid> = image.copies.keys().cloned().collect();
         for disk in &wanted {
             steer::step(now, image, disk, touched);
+        }
+        // What stops is told so before anything takes its place.
+        for disk in &wanted {
             start_step(now, image, disk, &fit, &mut self.generation, touched);
         }
         publish_step(image, chains, touched);
@@ -265,6 +282,16 @@ fn start_step(
     let first = being_brought_in(image, disk);
     let Some(copy) = image.copies.get_mut(disk) else { return };
     let busy = copy.worker != Worker::Idle || copy.removing || copy.cancelled;
+    let is_back = copy.state == CopyState::Unknown && !copy.refused && is_fit(disk);
+    if !busy && is_back && record.steering.paused {
+        // A worker might fetch. Whoever opens it looks at its record, and a scrub at all of it.
+        match copy.info.is_some() {
+            true => (copy.state, copy.scrub_wanted) = (CopyState::ReadyForTransfer, true),
+            false => steer::stopped(copy),
+        }
+        touched.images.insert(id.image);
+        return;
+    }
     if busy || copy.state.is_sealed() || copy.refused || record.steering.paused {
         return;
     }

@@ -130,6 +130,8 @@ pub enum Action {
     Scrub(Box<CopyTask>, u64),
     /// What was made of the copy's bytes is not to be used again.
     ForgetView(CopyId),
+    /// End the copy's worker where it stands, as when its process is killed.
+    Kill(CopyId),
     /// Ask the copy's worker to stop.
     Cancel(CopyId),
     /// Tell the copy's worker how it is steered.
@@ -172,6 +174,8 @@ pub enum Change {
     Warning(ImageName, String),
     /// What holds on this node was changed.
     SettingsUpdated,
+    /// The node counts as gone, or is back.
+    NodeUpdated,
 }
 
 /// What happened, apart from commands.
@@ -223,6 +227,8 @@ pub struct World {
     /// When the daemon started, in seconds since 1970.
     pub(super) started_unix_s: u64,
     pub(super) settings: Settings,
+    /// It counts as gone, in a drill.
+    pub(super) node_failed: bool,
     /// Sessions that are open on exported images.
     pub(super) sessions: BTreeMap<ImageName, usize>,
 }
@@ -335,14 +341,21 @@ impl World {
     /// When something is due that no event will bring; `None` if nothing is.
     #[must_use]
     pub fn next_wake(&self) -> Option<Duration> {
+        if self.node_failed {
+            return None;
+        }
         let copies = self.images.values().flat_map(|i| i.copies.values());
         let idle = copies.filter(|c| c.worker == Worker::Idle && !c.removing);
-        idle.filter_map(|c| c.retry_at).chain(self.clean_up_due()).chain(self.scrub_wake()).min()
+        idle.filter_map(|c| c.retry_at)
+            .chain(self.clean_up_due())
+            .chain(self.scrub_wake())
+            .chain(self.recovery_wake())
+            .min()
     }
 
     /// True if copies can be worked on and read there.
     pub(super) fn is_fit(&self, disk: &DiskUuid) -> bool {
-        self.disk(disk).is_some_and(|disk| disk.healthy)
+        !self.node_failed && self.disk(disk).is_some_and(|disk| disk.healthy)
     }
 
     pub(super) fn disk(&self, uuid: &DiskUuid) -> Option<&DiskStatus> {

@@ -87,6 +87,19 @@ fn random_move(node: &mut Node, kind: u8, pick: usize) {
         21 => drop(node.command(Command::AttachVolume(volume_name(["v", "w"][pick % 2])))),
         22 => drop(node.command(Command::DetachVolume(volume_name(["v", "w"][pick % 2])))),
         23 => drop(node.command(Command::DeleteVolume(volume_name(["v", "w"][pick % 2])))),
+        26 => {
+            let change =
+                if pick.is_multiple_of(2) { Command::FailNode } else { Command::ReturnNode };
+            node.command(change).unwrap();
+        }
+        27 => {
+            let healthy = |n| DiskStatus { healthy: pick / 2 % 4 != n, ..disk_status(n) };
+            node.event(Event::Disks((0..DISKS.len()).map(healthy).collect()));
+        }
+        28 => {
+            let seconds = i64::try_from(pick % 400).unwrap() - 1;
+            node.command(set(Setting::RecoveryWait, seconds)).unwrap();
+        }
         24 => drop(node.command(Command::Scrub(name(image), None))),
         25 => {
             let minutes = i64::try_from(pick % 3).unwrap();
@@ -101,13 +114,16 @@ proptest! {
 
     #[test]
     fn any_order_of_events_keeps_the_rules_and_converges(
-        moves in proptest::collection::vec((0u8..28, 0usize..1000), 0..80)
+        moves in proptest::collection::vec((0u8..30, 0usize..1000), 0..80)
     ) {
         let mut node = Node::new();
         for (kind, pick) in moves {
             random_move(&mut node, kind, pick);
         }
-        // Else there is always one that is due.
+        node.command(Command::ReturnNode).unwrap();
+        node.event(Event::Disks((0..DISKS.len()).map(disk_status).collect()));
+        // Else there is always one that is due, and what is refused is tried again and again.
+        node.command(set(Setting::RecoveryWait, -1)).unwrap();
         node.command(set(Setting::ScrubInterval, 0)).unwrap();
         node.settle();
         for image in node.world.images() {

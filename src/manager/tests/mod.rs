@@ -6,6 +6,7 @@
 mod any_order;
 mod chain;
 mod cleanup;
+mod health;
 mod rules;
 mod scrub;
 mod steering;
@@ -219,6 +220,7 @@ impl Node {
                 Action::ForgetClass(name) => assert!(self.classes.remove(&name).is_some()),
                 Action::Start(task, number) => {
                     let record = &self.images[&task.id.image];
+                    assert!(!self.world.node_failed(), "nothing starts on a node that is gone");
                     assert!(!record.steering.paused, "nothing is fetched while paused");
                     assert_eq!(record.steering, task.steering);
                     assert!(record.disks.contains_key(&task.id.disk), "recorded before it starts");
@@ -252,6 +254,10 @@ impl Node {
                     self.scrubbing.insert(task.id.clone());
                 }
                 Action::ForgetView(id) => assert!(self.files[&id].is_some()),
+                Action::Kill(id) => {
+                    assert!(self.world.node_failed() && self.running.contains_key(&id));
+                    self.stopping.insert(id);
+                }
                 Action::Cancel(id) => {
                     assert!(self.running.contains_key(&id) && self.stopping.insert(id));
                 }
