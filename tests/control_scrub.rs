@@ -3,7 +3,6 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod control_support;
-#[path = "nginx_support/mod.rs"]
 mod nginx_support;
 
 use std::fs::{File, OpenOptions, Permissions};
