@@ -1,7 +1,5 @@
 //! Settings: changed while the daemon runs, kept over a restart, wrong ones refused, put back.
 
-#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
-
 mod control_support;
 
 use std::io::{BufRead, BufReader};
