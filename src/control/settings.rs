@@ -4,7 +4,7 @@
 //! How: an answer has every setting, and which of them were set. A request is a merge patch: a
 //! value sets, `null` goes back to the default, what is absent stays.
 //! Never: takes a key that it doesn't know, or half of a request.
-//! Start at [`get`].
+//! Start at [`Settings`].
 
 use std::collections::BTreeMap;
 

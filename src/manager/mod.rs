@@ -16,6 +16,7 @@ mod copies;
 mod drill;
 mod driver;
 mod error;
+mod facts;
 mod helm;
 mod mend;
 mod node;

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use super::backend::{CopyId, CopyInfo, CopyTask, FailureClass, Report, WorkerEvent};
 use super::chain::Chains;
-use super::records::{Facts, ImageRecord};
+use super::facts::{differs, merge};
+use super::records::ImageRecord;
 use super::steer;
 use super::world::{
     Action, AttachmentState, Change, Copy, CopyState, Event, Export, Image, Touched, Worker, World,
@@ -475,33 +476,4 @@ pub(super) fn fail(
             copy.retry_at = Some(now + back_off(copy.failures));
         }
     }
-}
-
-/// The first fact in which a new copy isn't the image that the earlier one was.
-pub(super) fn differs(known: &Facts, new: &Facts) -> Option<String> {
-    let differ = |what: &str, a: &dyn std::fmt::Display, b: &dyn std::fmt::Display| {
-        Some(format!(
-            "{what} is {b}, an earlier copy had {a}: the source has changed; \
-             delete the image, or create the new one under another name"
-        ))
-    };
-    if known.size_bytes != new.size_bytes {
-        return differ("size in bytes", &known.size_bytes, &new.size_bytes);
-    }
-    if known.virtual_size_bytes != new.virtual_size_bytes {
-        return differ("virtual size in bytes", &known.virtual_size_bytes, &new.virtual_size_bytes);
-    }
-    if known.format != new.format {
-        return differ("format", &known.format, &new.format);
-    }
-    let (kind, a, b) = known.digests.differs(&new.digests)?;
-    differ(kind.key(), &a, &b)
-}
-
-/// Known facts stand; a digest that was not known is added.
-fn merge(known: Option<Facts>, new: Facts) -> Facts {
-    let Some(mut known) = known else { return new };
-    known.digests.fill_from(&new.digests);
-    known.etag = known.etag.or(new.etag);
-    known
 }

@@ -17,11 +17,11 @@ use super::backend::{
     CopyId, CopyTask, DiskStatus, FailureClass, FoundCopy, FoundState, Link, NodeSettings,
 };
 pub(super) use super::copies::{Copy, Export, Image, Worker};
+use super::facts::differs;
 use super::records::{
     AttachmentId, AttachmentRecord, ClassRecord, ImageRecord, Steering, VolumeRecord, Want,
 };
 use super::settings::{Settings, SettingsRecord};
-use super::step::differs;
 use super::volume::Volume;
 use crate::import::Layout;
 use crate::names::{ClassName, DiskUuid, ImageName, VolumeName};
