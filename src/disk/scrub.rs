@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cfg::go_time;
 use super::digests::DigestRecord;
-use super::filling::{FileNames, store_cfg};
+use super::filling::FileNames;
 use super::readback::next_data;
 use super::store::{read_cfg, ready_record};
 use super::{CopyId, Dir, Disk, DiskError, xxh3_of, xxh3_of_zero_mib};
@@ -234,7 +234,7 @@ impl Disk {
             cfg.size = i64::try_from(record.size_bytes).unwrap_or(i64::MAX);
             cfg.real_size = i64::try_from(meta.blocks().saturating_mul(512)).unwrap_or(i64::MAX);
             cfg.modification_time = go_time(&meta);
-            store_cfg(&dir, name, &cfg)?;
+            cfg.store(&dir, name)?;
         }
         clear(&dir)
     }

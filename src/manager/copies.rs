@@ -28,6 +28,8 @@ pub(super) enum Worker {
 pub(super) enum Export {
     Closed,
     Opening(DiskUuid),
+    /// On a copy that is still arriving.
+    Streaming(DiskUuid),
     Open(DiskUuid),
 }
 
@@ -51,6 +53,8 @@ pub(super) struct Copy {
     pub(super) bytes_at_failure: u64,
     pub(super) retry_at: Option<Duration>,
     pub(super) refused: bool,
+    /// Why it can't be read before it is complete, if that was tried.
+    pub(super) no_stream: Option<String>,
     pub(super) message: String,
 }
 
@@ -70,6 +74,7 @@ impl Copy {
             bytes_at_failure: 0,
             retry_at: None,
             refused: false,
+            no_stream: None,
             message: String::new(),
         }
     }
@@ -80,7 +85,7 @@ pub(super) struct Image {
     pub(super) record: ImageRecord,
     pub(super) copies: BTreeMap<DiskUuid, Copy>,
     pub(super) export: Export,
-    /// It is being opened on bytes that were repaired meanwhile.
+    /// It is being opened on bytes that were repaired, turned out bad or went meanwhile.
     pub(super) stale: bool,
     pub(super) failing: Failing,
 }
@@ -115,6 +120,15 @@ impl Image {
     pub(super) fn copy_entry(&mut self, disk: &DiskUuid) -> &mut Copy {
         let name = worker_name(&self.record.name, disk, self.copies.keys());
         self.copies.entry(disk.clone()).or_insert_with(|| Copy::new(name))
+    }
+
+    /// What is open on `disk`, or being opened, is not to be read any more.
+    pub(super) fn close_on(&mut self, disk: &DiskUuid, touched: &mut Touched) {
+        match &self.export {
+            Export::Open(on) | Export::Streaming(on) if on == disk => self.close(touched),
+            Export::Opening(on) if on == disk => self.stale = true,
+            Export::Open(_) | Export::Streaming(_) | Export::Opening(_) | Export::Closed => {}
+        }
     }
 
     /// Closes the export; its copies can be opened again.

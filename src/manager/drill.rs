@@ -28,6 +28,7 @@ impl World {
             return Outcome::Done;
         }
         touched.actions.push(Action::Announce(Change::NodeUpdated));
+        touched.actions.push(Action::DismissReaders);
         for (name, image) in &mut self.images {
             touched.images.insert(name.clone());
             let disks: Vec<DiskUuid> = image.copies.keys().cloned().collect();
@@ -79,6 +80,7 @@ impl World {
             let Some(image) = self.images.get_mut(&name) else { continue };
             for disk in gone {
                 let id = image.copy_id(&disk);
+                image.close_on(&disk, touched);
                 let Some(copy) = image.copies.get_mut(&disk) else { continue };
                 if !copy.state.is_sealed() || copy.cancelled {
                     continue;

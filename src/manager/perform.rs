@@ -180,8 +180,10 @@ impl Driver {
             let sessions = self.exporter.sessions(&name);
             (name, sessions)
         };
+        let lost = names.iter().filter(|name| self.exporter.is_lost(name)).cloned().collect();
         let sessions = names.into_iter().map(count).collect();
         self.world.see_sessions(sessions);
+        self.world.see_lost(lost);
     }
 
     async fn look_at_disks(&mut self) {
@@ -280,9 +282,11 @@ impl Driver {
                 | Action::ForgetView(_)
                 | Action::Cancel(_)
                 | Action::Kill(_)
+                | Action::DismissReaders
                 | Action::Steer(..)
                 | Action::Remove(_)
                 | Action::Publish(_)
+                | Action::Stream(_)
                 | Action::Withdraw(_)
                 | Action::Announce(_) => {}
             }
@@ -337,6 +341,9 @@ impl Driver {
                     });
                 }
                 Action::ForgetView(copy) => self.backend.forget_view(&copy),
+                Action::DismissReaders => {
+                    self.backend.dismiss_readers("the node has failed (a drill)")
+                }
                 Action::Kill(copy) => {
                     if let Some((.., worker)) = self.workers.get(&copy) {
                         worker.abort();
@@ -359,6 +366,13 @@ impl Driver {
                     let exporter = self.exporter.clone();
                     self.tasks.spawn_blocking(move || {
                         let result = exporter.publish(&chain).map_err(|e| (e.class, e.message));
+                        chain.into_iter().next().map(|top| Event::Published(top.copy, result))
+                    });
+                }
+                Action::Stream(chain) => {
+                    let exporter = self.exporter.clone();
+                    self.tasks.spawn_blocking(move || {
+                        let result = exporter.stream(&chain).map_err(|e| (e.class, e.message));
                         chain.into_iter().next().map(|top| Event::Published(top.copy, result))
                     });
                 }

@@ -15,7 +15,7 @@ use super::command::Outcome;
 use super::error::ManagerError;
 use super::records::{ScrubRecord, ScrubResult};
 use super::step::{fail, ready_elsewhere, task_of};
-use super::world::{Action, Change, Copy, Export, Image, Touched, Worker, World};
+use super::world::{Action, Change, Copy, Image, Touched, Worker, World};
 use crate::image::Format;
 use crate::names::{DiskUuid, ImageName};
 
@@ -161,6 +161,9 @@ impl World {
         }
         let is_raw = copy.info.as_ref().is_some_and(|info| info.format == Format::Raw);
         touched.actions.push(Action::SaveImage(Box::new(image.record.clone())));
+        if result == ScrubResult::Bad {
+            image.close_on(&id.disk, touched);
+        }
         if result == ScrubResult::Bad || result == ScrubResult::Unchecked {
             let warning = Change::Warning(id.image.clone(), format!("disk {}: {message}", id.disk));
             touched.actions.push(Action::Announce(warning));
@@ -179,10 +182,8 @@ impl World {
             let chain = self.chain_on(&name, &id.disk).unwrap_or_default();
             let Some(image) = self.images.get_mut(&name) else { continue };
             let stands = chain.iter().any(|link| link.copy == *id);
-            match &image.export {
-                Export::Open(disk) if stands && *disk == id.disk => image.close(touched),
-                Export::Opening(disk) if stands && *disk == id.disk => image.stale = true,
-                Export::Open(_) | Export::Opening(_) | Export::Closed => {}
+            if stands {
+                image.close_on(&id.disk, touched);
             }
         }
     }

@@ -12,10 +12,10 @@ use super::backend::{CopyId, CopyInfo, CopyTask, FailureClass, Report, WorkerEve
 use super::chain::Chains;
 use super::facts::{differs, merge};
 use super::records::ImageRecord;
-use super::steer;
 use super::world::{
     Action, AttachmentState, Change, Copy, CopyState, Event, Export, Image, Touched, Worker, World,
 };
+use super::{steer, stream};
 use crate::names::{DiskUuid, ImageName};
 
 /// Wait after the first failure; doubles with each further one (rule 7).
@@ -64,7 +64,7 @@ impl World {
         let states: Vec<(_, AttachmentState)> = self
             .attachments
             .iter()
-            .map(|(id, a)| (id.clone(), self.reader_state(&a.record.image, &a.record.disk).0))
+            .map(|(id, a)| (id.clone(), self.attachment_state(&a.record).0))
             .collect();
         for (id, state) in states {
             if let Some(attachment) = self.attachments.get_mut(&id)
@@ -185,21 +185,26 @@ impl World {
         };
         let Some(copy) = image.copies.get_mut(&id.disk) else { return };
         touched.images.insert(id.image.clone());
-        let stale = std::mem::take(&mut image.stale);
+        // What it says is of bytes that are bad, gone or others now.
+        let is_stale = std::mem::take(&mut image.stale);
         match result {
+            Ok(()) if is_stale => {
+                image.export = Export::Open(id.disk.clone());
+                image.close(touched);
+            }
+            Err(_) if is_stale => image.export = Export::Closed,
+            Ok(()) if !copy.state.is_sealed() => {
+                image.export = Export::Streaming(id.disk.clone());
+            }
+            Err((_, message)) if !copy.state.is_sealed() => {
+                image.export = Export::Closed;
+                copy.no_stream = Some(message);
+            }
             Ok(()) => {
                 image.export = Export::Open(id.disk.clone());
-                // It may have turned out bad meanwhile; then it is closed again at once.
-                if copy.state.is_sealed() {
-                    copy.state = CopyState::Ready;
-                    copy.message.clear();
-                }
-                if stale {
-                    image.close(touched);
-                }
+                copy.state = CopyState::Ready;
+                copy.message.clear();
             }
-            // What it says is of bytes that are others now.
-            Err(_) if stale || !copy.state.is_sealed() => image.export = Export::Closed,
             Err((class, message)) => {
                 image.export = Export::Closed;
                 fail(copy, now, class, message, false);
@@ -244,7 +249,8 @@ impl World {
         if self.images.get(name).is_some_and(|image| !image.record.deleting) {
             self.clean_up_step(now, name, touched);
         }
-        let chains = self.chains_of(name);
+        let (chains, streams) = (self.chains_of(name), self.streams_of(name));
+        let is_lost = self.lost.contains(name);
         let Some(image) = self.images.get_mut(name) else { return };
         if image.record.deleting {
             if delete_step(now, image, touched) {
@@ -264,7 +270,12 @@ impl World {
         for disk in &wanted {
             start_step(now, image, disk, &fit, &mut self.generation, touched);
         }
+        let streamed = matches!(&image.export, Export::Streaming(disk) if chains.is_whole_on(disk));
+        if !streamed {
+            stream::close_step(image, is_lost, !chains.whole.is_empty(), touched);
+        }
         publish_step(image, chains, touched);
+        stream::open_step(image, streams, touched);
     }
 }
 
@@ -323,7 +334,7 @@ fn start_step(
         copy.message.clear();
     }
     copy.state = CopyState::Starting;
-    copy.retry_at = None;
+    (copy.retry_at, copy.no_stream) = (None, None);
     let task = task_of(record, id, copy.worker_name.clone(), ready);
     touched.images.insert(record.name.clone());
     touched.actions.push(Action::Start(Box::new(task), *generation));
@@ -392,8 +403,14 @@ fn publish_step(image: &mut Image, chains: Chains, touched: &mut Touched) {
     {
         image.close(touched);
     }
+    if let Export::Streaming(disk) = &image.export
+        && chains.is_whole_on(disk)
+    {
+        // It is the same file, complete now.
+        image.export = Export::Open(disk.clone());
+    }
     match &image.export {
-        Export::Opening(_) => {}
+        Export::Opening(_) | Export::Streaming(_) => {}
         Export::Open(_) => {
             for (disk, copy) in &mut image.copies {
                 if copy.state == CopyState::ReadyForTransfer && chains.is_whole_on(disk) {
@@ -419,7 +436,7 @@ fn publish_step(image: &mut Image, chains: Chains, touched: &mut Touched) {
 fn delete_step(now: Duration, image: &mut Image, touched: &mut Touched) -> bool {
     match image.export {
         Export::Opening(_) => return false,
-        Export::Open(_) => {
+        Export::Open(_) | Export::Streaming(_) => {
             image.export = Export::Closed;
             touched.actions.push(Action::Withdraw(image.record.name.clone()));
         }

@@ -132,6 +132,8 @@ pub enum Action {
     ForgetView(CopyId),
     /// End the copy's worker where it stands, as when its process is killed.
     Kill(CopyId),
+    /// Who waits for bytes that are still to come gets an error.
+    DismissReaders,
     /// Ask the copy's worker to stop.
     Cancel(CopyId),
     /// Tell the copy's worker how it is steered.
@@ -141,6 +143,8 @@ pub enum Action {
     /// Open the first copy for readers, on the others, which it stands on; answer with
     /// [`Event::Published`].
     Publish(Vec<Link>),
+    /// As [`Action::Publish`], for a copy that is still arriving.
+    Stream(Vec<Link>),
     /// Close the image's export.
     Withdraw(ImageName),
     /// Tell the watchers.
@@ -183,7 +187,7 @@ pub enum Change {
 pub enum Event {
     /// A worker's report; `event` is `None` once its task has ended.
     Worker(super::backend::Report),
-    /// The answer to [`Action::Publish`].
+    /// The answer to [`Action::Publish`] or [`Action::Stream`].
     Published(CopyId, Result<(), (FailureClass, String)>),
     /// The answer to [`Action::Remove`].
     Removed(CopyId, Result<(), String>),
@@ -231,6 +235,8 @@ pub struct World {
     pub(super) node_failed: bool,
     /// Sessions that are open on exported images.
     pub(super) sessions: BTreeMap<ImageName, usize>,
+    /// Exported images whose readers have lost what they read.
+    pub(super) lost: BTreeSet<ImageName>,
 }
 
 /// What a change has touched, until it is told at the end.
@@ -367,6 +373,24 @@ impl World {
         name: &'a ImageName,
     ) -> impl Iterator<Item = &'a Attachment> {
         self.attachments.values().filter(move |a| &a.record.image == name)
+    }
+
+    /// What an attachment can expect now.
+    pub(super) fn attachment_state(&self, record: &AttachmentRecord) -> (AttachmentState, String) {
+        let image = self.images.get(&record.image);
+        let copy = image.and_then(|image| image.copies.get(&record.disk));
+        match (image, copy) {
+            (Some(image), Some(copy)) if record.stream && !copy.state.is_sealed() => {
+                if image.export == Export::Streaming(record.disk.clone()) {
+                    let text = "still arriving; what is not here yet is waited for";
+                    return (AttachmentState::Ready, text.to_owned());
+                }
+                let (state, text) = self.reader_state(&record.image, &record.disk);
+                let why = copy.no_stream.clone().filter(|_| state == AttachmentState::Waiting);
+                (state, why.unwrap_or(text))
+            }
+            _of_a_complete_copy => self.reader_state(&record.image, &record.disk),
+        }
     }
 
     /// What a reader of the copy of `image` on `disk` can expect now.

@@ -222,3 +222,31 @@ fn rule_20_a_copy_that_comes_back_as_another_is_failed_and_not_opened() {
     let image = node.world.image(&name("a")).unwrap();
     assert!(image.copies[0].message.contains("size in bytes is 5000"), "{image:?}");
 }
+
+#[test]
+fn rule_15_readers_of_an_arriving_copy_are_cut_off_too_and_come_back() {
+    for opened in [true, false] {
+        let mut node = Node::new();
+        node.command(create("a")).unwrap();
+        node.command(stream("a", Some(0), "vm")).unwrap();
+        let worker = node.only_worker();
+        node.report(&worker, moved_on(7));
+        if opened {
+            node.published(&worker, Ok(()));
+        }
+        node.command(Command::FailNode).unwrap();
+        if !opened {
+            node.published(&worker, Ok(()));
+        }
+        assert!(node.exported.is_empty(), "closed, also if it was being opened");
+        assert_eq!(node.world.attachments()[0].state, AttachmentState::Waiting);
+        node.end(&worker);
+        assert!(node.publishing.is_empty());
+        node.command(Command::ReturnNode).unwrap();
+        node.report(&worker, moved_on(9));
+        node.published(&worker, Ok(()));
+        assert_eq!(node.world.attachments()[0].state, AttachmentState::Ready);
+        node.report(&worker, WorkerEvent::Ready(info(4096)));
+        assert!(node.publishing.is_empty() && node.exported.len() == 1);
+    }
+}

@@ -10,6 +10,7 @@ mod health;
 mod rules;
 mod scrub;
 mod steering;
+mod streaming;
 mod volumes;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -86,8 +87,15 @@ fn create_upload(image: &str, bytes: u64) -> Command {
     Command::Create(NewImage { source: None, upload_bytes: Some(bytes), ..new })
 }
 
+/// A reader that does not wait until the image is complete.
+fn stream(image: &str, on: Option<usize>, reader: &str) -> Command {
+    let Command::Attach(new) = attach(image, on, reader) else { panic!() };
+    Command::Attach(NewAttachment { stream: true, ..new })
+}
+
 fn attach(image: &str, on: Option<usize>, reader: &str) -> Command {
     Command::Attach(NewAttachment {
+        stream: false,
         id: AttachmentId::random().unwrap(),
         image: name(image),
         disk: on.map(disk),
@@ -254,6 +262,7 @@ impl Node {
                     self.scrubbing.insert(task.id.clone());
                 }
                 Action::ForgetView(id) => assert!(self.files[&id].is_some()),
+                Action::DismissReaders => assert!(self.world.node_failed()),
                 Action::Kill(id) => {
                     assert!(self.world.node_failed() && self.running.contains_key(&id));
                     self.stopping.insert(id);
@@ -287,6 +296,17 @@ impl Node {
                     assert!(self.files[&id].is_some(), "only a sealed copy is published");
                     assert!(!self.exported.contains_key(&id.image));
                     assert!(self.publishing.insert(id), "once");
+                }
+                Action::Stream(chain) => {
+                    let (top, beneath) = chain.split_first().unwrap();
+                    let state = self.world.images[&top.copy.image].copies[&top.copy.disk].state;
+                    assert!(!state.is_sealed(), "a complete one is published");
+                    assert!(!self.world.node_failed());
+                    assert!(beneath.iter().all(|link| self.files[&link.copy].is_some()));
+                    let wants = |a: &AttachmentRecord| a.stream && a.image == top.copy.image;
+                    assert!(self.attachments.values().any(wants), "only for who asked");
+                    assert!(!self.exported.contains_key(&top.copy.image));
+                    assert!(self.publishing.insert(top.copy.clone()), "once");
                 }
                 Action::Withdraw(name) => assert!(self.exported.remove(&name).is_some()),
                 Action::Announce(Change::Warning(name, message)) => {
