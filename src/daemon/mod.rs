@@ -90,12 +90,7 @@ impl Daemon {
         backend: Arc<dyn Backend>,
     ) -> Result<DaemonHandle, DaemonError> {
         let first = config.disks.first().ok_or(DaemonError::NoDisk)?;
-        if let Some(bytes) = config.decoded_cache
-            && !DecodedCache::set_process_capacity(bytes)
-        {
-            tracing::warn!(bytes, "decoded_cache: in use already; as it was set first");
-        }
-        raise_descriptor_limit();
+        prepare_process(config);
         let settings = config.settings()?;
         let control_socket = config.control_socket()?;
         let nbd_socket = config.nbd_socket()?;
@@ -227,6 +222,16 @@ impl ServerThread {
         (self.stop)();
         let _panicked = tokio::task::spawn_blocking(move || self.thread.join()).await;
     }
+}
+
+/// What holds for the whole process.
+fn prepare_process(config: &Config) {
+    if let Some(bytes) = config.decoded_cache
+        && !DecodedCache::set_process_capacity(bytes)
+    {
+        tracing::warn!(bytes, "decoded_cache: in use already; as it was set first");
+    }
+    raise_descriptor_limit();
 }
 
 /// An image that is open takes some descriptors, and each reader one; the usual soft limit is for

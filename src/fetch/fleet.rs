@@ -134,7 +134,7 @@ impl Fleet {
     /// Several connections need a version that proves each answer, and buffers for each.
     fn most_connections(&self) -> usize {
         // Where ways are several, the digest of the whole is the proof anyhow.
-        if !self.agreed.proves_parts() && !(self.agreed.can_resume && self.ways.several()) {
+        if !(self.agreed.proves_parts() || self.agreed.can_resume && self.ways.several()) {
             return 1;
         }
         self.policy.max_connections.min(self.share.most() / 2).max(1)

@@ -322,7 +322,11 @@ impl ClusterMap {
                 let packed = packed.clamp(self.image.file_len_bytes);
                 Some((packed.at.0, packed.len_bytes))
             }
-            _another_kind => None,
+            Meaning::Data(_)
+            | Meaning::Zero
+            | Meaning::Beneath
+            | Meaning::Damaged
+            | Meaning::Unknown => None,
         }
     }
 
