@@ -10,7 +10,7 @@ use super::args_health::{NodeArgs, NodeCommand};
 use super::exit::CliError;
 use super::output::Output;
 use crate::control::client::Client;
-use crate::control::types::Node;
+use crate::control::types_health::Node;
 
 pub(super) async fn run(args: &NodeArgs, global: &Global, output: &Output) -> Result<(), CliError> {
     let client = Client::new(&global.socket());

@@ -11,7 +11,8 @@ use super::follow::object;
 use super::output::Output;
 use super::table::Table;
 use crate::control::client::Client;
-use crate::control::types::{Copy, Image, ScrubImage};
+use crate::control::types::{Copy, Image};
+use crate::control::types_health::ScrubImage;
 
 pub(super) async fn run(
     args: &ScrubArgs,

@@ -15,8 +15,9 @@ use super::error::ApiError;
 use super::inspection::Inspection;
 use super::types::{
     Attachment, Attachments, CleanUp, CreateAttachment, CreateImage, Disks, Doctor, FetchImage,
-    Health, Image, Images, Node, ScrubImage, SteerImage, Wait,
+    Health, Image, Images, SteerImage, Wait,
 };
+use super::types_health::{Node, ScrubImage};
 use super::wire;
 use crate::fetch::{DigestKind, DigestMap, Policy};
 use crate::manager::{

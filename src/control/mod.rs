@@ -19,6 +19,7 @@ pub mod routes;
 pub mod server;
 pub mod settings;
 pub mod types;
+pub mod types_health;
 pub mod types_volume;
 mod upload;
 pub mod upload_client;

@@ -7,7 +7,8 @@
 use std::path::Path;
 
 use super::settings::Settings;
-use super::types::{Attachment, Copy, Digests, Disk, Event, Image, Nbd, Node, Scrub, Wait};
+use super::types::{Attachment, Copy, Digests, Disk, Event, Image, Nbd, Wait};
+use super::types_health::{Node, Scrub};
 use crate::manager::{
     AttachmentState, AttachmentStatus, Change, CopyState, CopyStatus, DiskStatus, ImageStatus,
 };
