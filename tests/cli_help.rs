@@ -6,7 +6,7 @@ use std::process::Command;
 
 use control_support::{bedplate, stderr, stdout};
 
-const COMMANDS: [&str; 26] = [
+const COMMANDS: [&str; 28] = [
     "run",
     "pull",
     "export",
@@ -27,6 +27,8 @@ const COMMANDS: [&str; 26] = [
     "cancel",
     "set",
     "settings",
+    "scrub",
+    "node",
     "watch",
     "events",
     "disks",

@@ -189,7 +189,22 @@ fn real_answers_are_as_documented() {
     for path in [held.as_str(), "/v1/attachments/00000000", "/v1/attachments/x"] {
         ask("GET", "/v1/attachments/{id}", path, None);
     }
+    for (path, body) in [("a", "{}"), ("a", r#"{"disk":"none"}"#), ("b", "{}"), ("u", "{}")] {
+        let path = format!("/v1/images/{path}/scrub");
+        ask("POST", "/v1/images/{name}/scrub", &path, Some(body));
+    }
+    daemon.events_until("?image=a", |event| event["object"]["copies"][0]["scrub"].is_object());
+    ask("GET", "/v1/images/{name}", "/v1/images/a", None);
     volumes_are_as_documented(ask);
+    ask("GET", "/v1/settings", "/v1/settings", None);
+    ask("POST", "/v1/node/fail", "/v1/node/fail", None);
+    ask("GET", "/v1/images/{name}", "/v1/images/a", None);
+    ask("GET", "/v1/node", "/v1/node", None);
+    ask("POST", "/v1/node/return", "/v1/node/return", None);
+    daemon.wait_for("a", "ready");
+    for body in [r#"{"max_transfers":3}"#, r#"{"max_transfers":null}"#, r#"{"x":1}"#] {
+        ask("PATCH", "/v1/settings", "/v1/settings", Some(body));
+    }
     ask("DELETE", "/v1/images/{name}", "/v1/images/a", None);
     ask("DELETE", "/v1/attachments/{id}", &held, None);
     ask("DELETE", "/v1/attachments/{id}", &held, None);

@@ -355,7 +355,7 @@ fn a_manifest_that_does_not_read_changes_nothing_and_longhorns_own_kinds_do() {
     assert_eq!(status, 400);
     let said = answer["error"]["message"].as_str().unwrap();
     assert!(
-        said.contains("document 1 (line 1)") && said.contains("backingImageChecksum"),
+        said.contains("document 1 (line 8)") && said.contains("backingImageChecksum"),
         "{said}"
     );
     assert!(!answer.to_string().contains("hunter2"));

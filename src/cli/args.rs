@@ -14,9 +14,8 @@ use clap_complete::Shell;
 use super::args_access::AccessArgs;
 use super::args_attach::{AttachArgs, DetachArgs};
 use super::args_digest::DigestArgs;
-use super::args_steer::{
-    CancelArgs, CleanupArgs, PauseArgs, ResumeArgs, SetArgs, SettingsArgs, WatchArgs,
-};
+use super::args_health::{NodeArgs, ScrubArgs, SettingsArgs};
+use super::args_steer::{CancelArgs, CleanupArgs, PauseArgs, ResumeArgs, SetArgs, WatchArgs};
 use super::args_top::TopArgs;
 use super::args_upload::UploadArgs;
 use super::args_view::{CatArgs, ExportArgs, InspectArgs, StandsArgs};
@@ -145,6 +144,10 @@ pub enum Command {
     Set(SetArgs),
     /// Show or change what holds for all transfers
     Settings(SettingsArgs),
+    /// Read an image's copies against their digests, and repair them
+    Scrub(ScrubArgs),
+    /// Drills: let the node fail, and return
+    Node(NodeArgs),
     /// Show transfers under way until they are done
     Watch(WatchArgs),
     /// Print what happens
@@ -278,7 +281,8 @@ A configuration file has these keys; only disks is needed:
   control_gids = [64055]
   sink = \"auto\"                       # auto, uring, threads or uncached
   max_transfers = 8
-  cleanup_wait_minutes = 60           # that a copy stays which nobody uses; -1: for ever
+  cleanup_wait_minutes = 60           # and all others that `bedplate settings` shows, rates
+                                      # as disk_copy_rate and scrub_rate
   rate_limit = 100000000              # bytes per second, all transfers together
   decoded_cache = 268435456           # bytes kept of decoded clusters of compressed images
   default_export = \"debian-12\"        # what NBD clients get who name none

@@ -81,28 +81,6 @@ pub struct SetArgs {
     pub min_copies: Option<u32>,
 }
 
-/// Arguments of `settings`.
-#[derive(Debug, Args)]
-#[command(after_help = "\
-Without options, prints what holds for all transfers. Changes hold until the daemon ends; its
-configuration file has the same as `rate_limit`, `max_transfers` and `cleanup_wait_minutes`.
-
-Examples:
-  bedplate settings
-  bedplate settings --rate 100M --max-transfers 4
-  bedplate settings --cleanup-wait 240")]
-pub struct SettingsArgs {
-    /// Bytes per second at most, of all transfers together; 0 is no limit
-    #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
-    pub rate: Option<u64>,
-    /// Transfers at the same time; those that run go on
-    #[arg(long, value_name = "NUMBER")]
-    pub max_transfers: Option<u64>,
-    /// Minutes that a copy stays which nobody uses; 0: none, -1: for ever
-    #[arg(long, allow_negative_numbers = true, value_name = "MINUTES")]
-    pub cleanup_wait: Option<i64>,
-}
-
 /// Arguments of `watch`.
 #[derive(Debug, Args)]
 #[command(after_help = "\

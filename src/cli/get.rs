@@ -48,14 +48,21 @@ pub(super) async fn run(args: &GetArgs, global: &Global, output: &Output) -> Res
     if image.copies.is_empty() {
         return Ok(());
     }
-    let mut table = Table::new(&["DISK", "WORKER", "STATE", "SHARE", "RATE", "MESSAGE"]);
+    let mut table =
+        Table::new(&["DISK", "WORKER", "STATE", "SHARE", "RATE", "SCRUBBED", "MESSAGE"]);
     for copy in &image.copies {
         let share = moment(copy).share().map_or_else(|| "-".to_owned(), |p| format!("{p}%"));
         let rate = match copy.rate_bytes_per_s {
             0 => "-".to_owned(),
             rate => format!("{}/s", human_bytes(rate)),
         };
-        let cells = [&copy.disk, &copy.worker, &copy.state, &share, &rate, &copy.message];
+        let scrubbed = match (&copy.scrub, copy.scrubbing) {
+            (_, true) => "now".to_owned(),
+            (None, false) => "-".to_owned(),
+            (Some(scrub), false) => format!("{} {}", scrub.result, scrub.at),
+        };
+        let cells =
+            [&copy.disk, &copy.worker, &copy.state, &share, &rate, &scrubbed, &copy.message];
         table.row(cells.map(Clone::clone).to_vec());
     }
     output.line("")?;

@@ -12,6 +12,7 @@ pub mod args;
 pub mod args_access;
 pub mod args_attach;
 pub mod args_digest;
+pub mod args_health;
 pub mod args_steer;
 pub mod args_top;
 pub mod args_upload;
@@ -36,12 +37,15 @@ mod get;
 mod inspect;
 mod list;
 mod man;
+mod node;
 mod output;
 mod progress;
 mod ps;
 mod pull;
 mod run;
+mod scrub;
 mod serve;
+mod settings;
 mod signals;
 mod sizes;
 mod source;
@@ -56,7 +60,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use args::{Cli, Command};
+use args::{Cli, Command, Global};
 use exit::{CliError, Exit};
 use output::Output;
 
@@ -111,6 +115,8 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         | Command::Cleanup(_)
         | Command::Set(_)
         | Command::Settings(_)
+        | Command::Scrub(_)
+        | Command::Node(_)
         | Command::Watch(_)
         | Command::Events(_)
         | Command::Disks(_)
@@ -118,40 +124,43 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
     }
     let runtime = tokio::runtime::Runtime::new()
         .map_err(|e| CliError::new(Exit::Retry, format!("cannot start threads: {e}"), ""))?;
-    let result = runtime.block_on(async {
-        match cli.command {
-            Command::Run(args) => run::run(args, &global, output).await,
-            Command::Pull(args) => pull::run(&args, output).await,
-            Command::Inspect(args) => inspect::run(&args, &global, output).await,
-            Command::Serve(args) => serve::run(&args, &global, output).await,
-            Command::Create(args) => create::run(&args, &global, output).await,
-            Command::Upload(args) => upload::run(&args, &global, output).await,
-            Command::List(_) => list::run(&global, output).await,
-            Command::Ps(_) => ps::run(&global, output).await,
-            Command::Top(args) => top::run(&args, &global, output).await,
-            Command::Get(args) => get::run(&args, &global, output).await,
-            Command::Delete(args) => delete::run(&args, &global, output).await,
-            Command::Attach(args) => attach::run(&args, &global, output).await,
-            Command::Detach(args) => detach::run(&args, &global, output).await,
-            Command::Volume(args) => volume::run(&args.command, &global, output).await,
-            Command::Apply(args) => apply::run(&args, &global, output).await,
-            Command::Class(args) => class::run(&args.command, &global, output).await,
-            Command::Pause(args) => steer::pause(&args, &global, output).await,
-            Command::Resume(args) => steer::resume(&args, &global, output).await,
-            Command::Cancel(args) => steer::cancel(&args, &global, output).await,
-            Command::Cleanup(args) => steer::clean_up(&args, &global, output).await,
-            Command::Set(args) => steer::set(&args, &global, output).await,
-            Command::Settings(args) => steer::settings(&args, &global, output).await,
-            Command::Watch(args) => watch::run(&args, &global, output).await,
-            Command::Events(args) => events::run(&args, &global, output).await,
-            Command::Disks(_) => disks::run(&global, output).await,
-            Command::Doctor(args) => doctor::run(&args, &global, output).await,
-            Command::Completions(_) | Command::Man(_) | Command::Cat(_) | Command::Export(_) => {
-                Ok(())
-            }
-        }
-    });
+    let result = runtime.block_on(run_async(cli.command, &global, output));
     // A thread that is stuck in a system call must not keep the program.
     runtime.shutdown_background();
     result
+}
+
+/// The commands that need a runtime.
+async fn run_async(command: Command, global: &Global, output: &Output) -> Result<(), CliError> {
+    match command {
+        Command::Run(args) => run::run(args, global, output).await,
+        Command::Pull(args) => pull::run(&args, output).await,
+        Command::Inspect(args) => inspect::run(&args, global, output).await,
+        Command::Serve(args) => serve::run(&args, global, output).await,
+        Command::Create(args) => create::run(&args, global, output).await,
+        Command::Upload(args) => upload::run(&args, global, output).await,
+        Command::List(_) => list::run(global, output).await,
+        Command::Ps(_) => ps::run(global, output).await,
+        Command::Top(args) => top::run(&args, global, output).await,
+        Command::Get(args) => get::run(&args, global, output).await,
+        Command::Delete(args) => delete::run(&args, global, output).await,
+        Command::Attach(args) => attach::run(&args, global, output).await,
+        Command::Detach(args) => detach::run(&args, global, output).await,
+        Command::Volume(args) => volume::run(&args.command, global, output).await,
+        Command::Apply(args) => apply::run(&args, global, output).await,
+        Command::Class(args) => class::run(&args.command, global, output).await,
+        Command::Pause(args) => steer::pause(&args, global, output).await,
+        Command::Resume(args) => steer::resume(&args, global, output).await,
+        Command::Cancel(args) => steer::cancel(&args, global, output).await,
+        Command::Cleanup(args) => steer::clean_up(&args, global, output).await,
+        Command::Set(args) => steer::set(&args, global, output).await,
+        Command::Settings(args) => settings::run(&args, global, output).await,
+        Command::Scrub(args) => scrub::run(&args, global, output).await,
+        Command::Node(args) => node::run(&args, global, output).await,
+        Command::Watch(args) => watch::run(&args, global, output).await,
+        Command::Events(args) => events::run(&args, global, output).await,
+        Command::Disks(_) => disks::run(global, output).await,
+        Command::Doctor(args) => doctor::run(&args, global, output).await,
+        Command::Completions(_) | Command::Man(_) | Command::Cat(_) | Command::Export(_) => Ok(()),
+    }
 }

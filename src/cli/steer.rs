@@ -1,4 +1,4 @@
-//! `bedplate pause`, `resume`, `cancel`, `set` and `settings`: transfers under way.
+//! `bedplate pause`, `resume`, `cancel`, `cleanup` and `set`: transfers under way.
 //!
 //! Why: what is more urgent must be able to go first.
 //! Never: waits; `bedplate watch` shows what comes of it.
@@ -6,12 +6,12 @@
 use serde::Serialize;
 
 use super::args::Global;
-use super::args_steer::{CancelArgs, CleanupArgs, PauseArgs, ResumeArgs, SetArgs, SettingsArgs};
+use super::args_steer::{CancelArgs, CleanupArgs, PauseArgs, ResumeArgs, SetArgs};
 use super::exit::CliError;
 use super::get;
 use super::output::Output;
 use crate::control::client::Client;
-use crate::control::types::{ChangeSettings, CleanUp, Image, Settings, SteerImage};
+use crate::control::types::{CleanUp, Image, SteerImage};
 use crate::names::ImageName;
 use crate::units::human_bytes;
 
@@ -92,36 +92,4 @@ fn show(image: &Image, output: &Output) -> Result<(), CliError> {
         parts.push(format!("at most {}/s", human_bytes(image.rate_limit_bytes_per_s)));
     }
     output.line(&parts.join("  "))
-}
-
-pub(super) async fn settings(
-    args: &SettingsArgs,
-    global: &Global,
-    output: &Output,
-) -> Result<(), CliError> {
-    let client = Client::new(&global.socket());
-    let change = ChangeSettings {
-        rate_limit_bytes_per_s: args.rate,
-        max_transfers: args.max_transfers,
-        cleanup_wait_minutes: args.cleanup_wait,
-    };
-    let settings: Settings = match change == ChangeSettings::default() {
-        true => client.get("/v1/settings").await?,
-        false => client.patch("/v1/settings", &change).await?,
-    };
-    if output.json {
-        return output.object(&settings);
-    }
-    let rate = match settings.rate_limit_bytes_per_s {
-        0 => "no limit".to_owned(),
-        rate => format!("{}/s", human_bytes(rate)),
-    };
-    output.line(&format!("rate           {rate}"))?;
-    output.line(&format!("max transfers  {}", settings.max_transfers))?;
-    let wait = match settings.cleanup_wait_minutes {
-        ..0 => "never".to_owned(),
-        0 => "at once".to_owned(),
-        minutes => format!("after {minutes} min without use"),
-    };
-    output.line(&format!("cleanup        {wait}"))
 }

@@ -93,6 +93,9 @@ impl From<ManagerError> for ApiError {
             ManagerError::NoSuchCopy { .. } => {
                 (StatusCode::NOT_FOUND, "not-found", "`bedplate get NAME` shows its copies")
             }
+            ManagerError::NoCompleteCopy { .. } => {
+                (StatusCode::CONFLICT, "not-ready", "fetch it first, or wait until it is ready")
+            }
             ManagerError::CopyInUse { .. } => {
                 (StatusCode::CONFLICT, "in-use", "no copy was removed; leave that disk out")
             }
@@ -152,9 +155,9 @@ impl From<ManagerError> for ApiError {
                 "no-room",
                 "free space or delete an image; `bedplate disks` shows the room",
             ),
-            ManagerError::BadReader { .. } | ManagerError::BadPriority { .. } => {
-                (StatusCode::BAD_REQUEST, "bad-request", "")
-            }
+            ManagerError::BadReader { .. }
+            | ManagerError::BadPriority { .. }
+            | ManagerError::BadSetting { .. } => (StatusCode::BAD_REQUEST, "bad-request", ""),
             ManagerError::Catalog(_) => (
                 StatusCode::INTERNAL_SERVER_ERROR,
                 "catalog",

@@ -115,10 +115,12 @@ impl Watcher {
         match &told.object {
             Object::Image(image) => image.record.name == *only,
             Object::ImageGone(name)
+            | Object::Warning(name, _)
             | Object::AttachmentGone(_, name)
             | Object::VolumeGone(_, name) => name == only,
             Object::Attachment(held) => held.record.image == *only,
             Object::Volume(volume) => volume.record.image == *only,
+            Object::Settings(_) | Object::Node(_) => false,
         }
     }
 }

@@ -4,8 +4,6 @@
 //! Never: decide; each is a few lines.
 //! Start at [`super::routes::table`].
 
-use std::time::Duration;
-
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
@@ -16,9 +14,10 @@ use super::body::Body;
 use super::error::ApiError;
 use super::inspection::Inspection;
 use super::types::{
-    Attachment, Attachments, ChangeSettings, CleanUp, CreateAttachment, CreateImage, Disks, Doctor,
-    FetchImage, Health, Image, Images, Settings, SteerImage, Wait,
+    Attachment, Attachments, CleanUp, CreateAttachment, CreateImage, Disks, Doctor, FetchImage,
+    Health, Image, Images, SteerImage, Wait,
 };
+use super::types_health::{Node, ScrubImage};
 use super::wire;
 use crate::fetch::{DigestKind, DigestMap, Policy};
 use crate::manager::{
@@ -29,10 +28,6 @@ use crate::names::{DiskUuid, ImageName, ImageUuid};
 
 /// Mirrors that an image may have.
 const MAX_MIRRORS: usize = 16;
-/// Ten years.
-const MAX_CLEANUP_MINUTES: u64 = 5_256_000;
-/// Transfers at the same time that may be set.
-const MAX_TRANSFERS: std::ops::RangeInclusive<usize> = 1..=1000;
 
 pub(super) type Answer<T> = Result<T, ApiError>;
 
@@ -207,50 +202,6 @@ pub(super) async fn clean_up_image(
     Ok((StatusCode::ACCEPTED, show(&app, &image)).into_response())
 }
 
-pub(super) async fn get_settings(State(app): State<App>) -> Answer<Json<Settings>> {
-    let wait = app.manager.read(crate::manager::World::cleanup_wait).await?;
-    Ok(Json(wire::settings(app.backend.settings(), wait)))
-}
-
-pub(super) async fn change_settings(
-    State(app): State<App>,
-    Body(body): Body<ChangeSettings>,
-) -> Answer<Json<Settings>> {
-    let mut settings = app.backend.settings();
-    if let Some(most) = body.max_transfers {
-        let most = usize::try_from(most).ok().filter(|most| MAX_TRANSFERS.contains(most));
-        settings.max_transfers =
-            most.ok_or_else(|| ApiError::bad_request("max_transfers: give 1 to 1000"))?;
-    }
-    if let Some(rate) = body.rate_limit_bytes_per_s {
-        settings.rate_bytes_per_s = (rate > 0).then_some(rate);
-    }
-    let wait = match body.cleanup_wait_minutes {
-        None => app.manager.read(crate::manager::World::cleanup_wait).await?,
-        Some(minutes) => {
-            let wait = cleanup_wait(minutes)?;
-            app.manager.set_cleanup_wait(wait).await?;
-            wait
-        }
-    };
-    app.backend.set_settings(settings);
-    Ok(Json(wire::settings(settings, wait)))
-}
-
-/// -1 is for ever.
-fn cleanup_wait(minutes: i64) -> Answer<Option<Duration>> {
-    match u64::try_from(minutes) {
-        Ok(minutes) if minutes <= MAX_CLEANUP_MINUTES => {
-            Ok(Some(Duration::from_secs(minutes * 60)))
-        }
-        Err(_) if minutes == -1 => Ok(None),
-        Ok(_) | Err(_) => {
-            let text = format!("cleanup_wait_minutes: give 0 to {MAX_CLEANUP_MINUTES}, or -1");
-            Err(ApiError::bad_request(text))
-        }
-    }
-}
-
 pub(super) async fn delete_image(
     State(app): State<App>,
     Path(name): Path<String>,
@@ -268,6 +219,16 @@ pub(super) async fn fetch_image(
 ) -> Answer<Response> {
     let disk = body.disk.as_deref().map(DiskUuid::parse).transpose()?;
     let image = app.manager.fetch(ImageName::parse(&name)?, disk).await?;
+    Ok((StatusCode::ACCEPTED, show(&app, &image)).into_response())
+}
+
+pub(super) async fn scrub_image(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    Body(body): Body<ScrubImage>,
+) -> Answer<Response> {
+    let disk = body.disk.as_deref().map(DiskUuid::parse).transpose()?;
+    let image = app.manager.scrub(ImageName::parse(&name)?, disk).await?;
     Ok((StatusCode::ACCEPTED, show(&app, &image)).into_response())
 }
 
@@ -292,6 +253,21 @@ pub(super) async fn inspect_image(
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", error.message, hint)
     };
     found.map(|found| Json(Inspection::from(&found))).map_err(failed)
+}
+
+pub(super) async fn get_node(State(app): State<App>) -> Answer<Json<Node>> {
+    let failed = app.manager.read(crate::manager::World::node_failed).await?;
+    Ok(Json(Node::new(failed)))
+}
+
+pub(super) async fn fail_node(State(app): State<App>) -> Answer<Json<Node>> {
+    app.manager.set_node_failed(true).await?;
+    Ok(Json(Node::new(true)))
+}
+
+pub(super) async fn return_node(State(app): State<App>) -> Answer<Json<Node>> {
+    app.manager.set_node_failed(false).await?;
+    Ok(Json(Node::new(false)))
 }
 
 pub(super) async fn list_disks(State(app): State<App>) -> Answer<Json<Disks>> {

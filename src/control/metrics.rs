@@ -158,7 +158,8 @@ impl Collector for Latencies {
         let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
         for (labels, times) in &self.0 {
             // Each bucket's number here; the encoder adds them up.
-            let seconds = |top: Option<Duration>| top.map_or(f64::INFINITY, |top| top.as_secs_f64());
+            let seconds =
+                |top: Option<Duration>| top.map_or(f64::INFINITY, |top| top.as_secs_f64());
             let buckets: Vec<_> =
                 times.buckets().map(|(top, count)| (seconds(top), count)).collect();
             metric.encode_family(labels)?.encode_histogram::<Labels>(

@@ -12,7 +12,7 @@ use axum::response::Response;
 use axum::routing::{MethodRouter, delete, get, head, patch, post, put};
 
 use super::error::ApiError;
-use super::{App, apply, events, handlers, metrics, stats, upload, volumes};
+use super::{App, apply, events, handlers, metrics, settings, stats, upload, volumes};
 
 /// One method of one path.
 pub struct Route {
@@ -36,11 +36,15 @@ pub fn table() -> Vec<Route> {
         route("POST", "/v1/images/{name}/fetch", post(handlers::fetch_image)),
         route("POST", "/v1/images/{name}/cancel", post(handlers::cancel_image)),
         route("POST", "/v1/images/{name}/cleanup", post(handlers::clean_up_image)),
+        route("POST", "/v1/images/{name}/scrub", post(handlers::scrub_image)),
         route("GET", "/v1/images/{name}/inspection", get(handlers::inspect_image)),
         route("HEAD", "/v1/images/{name}/upload", head(upload::offset)),
         route("PUT", "/v1/images/{name}/upload", put(upload::write)),
-        route("GET", "/v1/settings", get(handlers::get_settings)),
-        route("PATCH", "/v1/settings", patch(handlers::change_settings)),
+        route("GET", "/v1/settings", get(settings::get)),
+        route("PATCH", "/v1/settings", patch(settings::change)),
+        route("GET", "/v1/node", get(handlers::get_node)),
+        route("POST", "/v1/node/fail", post(handlers::fail_node)),
+        route("POST", "/v1/node/return", post(handlers::return_node)),
         route("GET", "/v1/disks", get(handlers::list_disks)),
         route("GET", "/v1/attachments", get(handlers::list_attachments)),
         route("POST", "/v1/attachments", post(handlers::create_attachment)),

@@ -8,6 +8,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::types_health::Scrub;
 use crate::fetch::{Access, DigestKind, DigestMap};
 
 /// Digests of an image's file, lower-case hex.
@@ -98,6 +99,12 @@ pub struct Copy {
     /// Since when nobody uses it, RFC 3339; `null` while somebody does.
     #[serde(default)]
     pub unused_since: Option<String>,
+    /// True while it is read against its digests, or waits to be.
+    #[serde(default)]
+    pub scrubbing: bool,
+    /// What came of that the last time; `null` if it never was.
+    #[serde(default)]
+    pub scrub: Option<Scrub>,
 }
 
 /// One image.
@@ -220,7 +227,8 @@ pub struct Event {
     /// `image.snapshot`, `attachment.snapshot`, `snapshot.end`, `image.created`, `image.updated`,
     /// `image.progress`, `image.deleted`, `attachment.created`, `attachment.updated`,
     /// `attachment.deleted`, `volume.snapshot`, `volume.created`, `volume.updated`,
-    /// `volume.deleted`, or `lagged` (events were lost; the stream ends; connect again).
+    /// `volume.deleted`, `image.warning`, `settings.updated`, `node.updated`,
+    /// or `lagged` (events were lost; the stream ends; connect again).
     #[serde(rename = "type")]
     pub kind: String,
     /// The image, attachment or volume; what is deleted has only its name or id (and image).
@@ -405,32 +413,6 @@ pub struct SteerImage {
     /// Copies that stay although nobody uses them; 0 counts as 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min_copies: Option<u32>,
-}
-
-/// Answer of `/v1/settings`: what holds for all transfers, until the daemon ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Settings {
-    /// Bytes per second at most, of all transfers together; 0 is no limit.
-    pub rate_limit_bytes_per_s: u64,
-    /// Transfers at the same time; further ones wait.
-    pub max_transfers: u64,
-    /// Minutes that a copy stays which nobody uses; -1: for ever.
-    pub cleanup_wait_minutes: i64,
-}
-
-/// Body of `PATCH /v1/settings`: what is absent stays as it is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ChangeSettings {
-    /// Bytes per second at most, of all transfers together; 0 is no limit.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rate_limit_bytes_per_s: Option<u64>,
-    /// 1 to 1000 transfers at the same time; those that run go on.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub max_transfers: Option<u64>,
-    /// Minutes that a copy stays which nobody uses; 0: none, -1: for ever.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cleanup_wait_minutes: Option<i64>,
 }
 
 /// Body of `POST /v1/images/{name}/cleanup`.

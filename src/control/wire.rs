@@ -5,12 +5,12 @@
 //! Start at [`image`].
 
 use std::path::Path;
-use std::time::Duration;
 
-use super::types::{Attachment, Copy, Digests, Disk, Event, Image, Nbd, Settings, Wait};
+use super::settings::Settings;
+use super::types::{Attachment, Copy, Digests, Disk, Event, Image, Nbd, Wait};
+use super::types_health::{Node, Scrub};
 use crate::manager::{
     AttachmentState, AttachmentStatus, Change, CopyState, CopyStatus, DiskStatus, ImageStatus,
-    NodeSettings,
 };
 use crate::names::ImageName;
 
@@ -67,6 +67,14 @@ fn copy(status: &CopyStatus) -> Copy {
         refused: status.refused,
         message: status.message.clone(),
         unused_since: status.unused_since_unix_s.map(rfc3339),
+        scrubbing: status.scrubbing,
+        scrub: status.scrub.as_ref().map(|scrub| Scrub {
+            at: rfc3339(scrub.at_unix_s),
+            result: scrub.result.as_str().to_owned(),
+            repaired_bytes: scrub.repaired_bytes,
+            bad_bytes: scrub.bad_bytes,
+            message: scrub.message.clone(),
+        }),
     }
 }
 
@@ -101,16 +109,6 @@ pub(crate) fn disk(status: &DiskStatus) -> Disk {
     }
 }
 
-/// What holds for all transfers, for the wire.
-pub(crate) fn settings(settings: NodeSettings, cleanup_wait: Option<Duration>) -> Settings {
-    let minutes = cleanup_wait.map(|wait| i64::try_from(wait.as_secs() / 60).unwrap_or(i64::MAX));
-    Settings {
-        rate_limit_bytes_per_s: settings.rate_bytes_per_s.unwrap_or(0),
-        max_transfers: settings.max_transfers as u64,
-        cleanup_wait_minutes: minutes.unwrap_or(-1),
-    }
-}
-
 /// A change for the wire.
 pub(crate) fn event(told: &crate::manager::Told, nbd_socket: &Path) -> Event {
     use crate::manager::Object;
@@ -125,6 +123,9 @@ pub(crate) fn event(told: &crate::manager::Told, nbd_socket: &Path) -> Event {
         Change::VolumeCreated(_) => "volume.created",
         Change::VolumeUpdated(_) => "volume.updated",
         Change::VolumeDeleted(..) => "volume.deleted",
+        Change::Warning(..) => "image.warning",
+        Change::NodeUpdated => "node.updated",
+        Change::SettingsUpdated => "settings.updated",
     };
     let object = match &told.object {
         Object::Image(status) => serde_json::json!(image(status, nbd_socket)),
@@ -133,6 +134,9 @@ pub(crate) fn event(told: &crate::manager::Told, nbd_socket: &Path) -> Event {
         Object::AttachmentGone(id, name) => serde_json::json!({ "id": id, "image": name }),
         Object::Volume(status) => serde_json::json!(super::wire_volume::volume(status, nbd_socket)),
         Object::VolumeGone(name, image) => serde_json::json!({ "name": name, "image": image }),
+        Object::Warning(name, message) => serde_json::json!({ "name": name, "message": message }),
+        Object::Node(failed) => serde_json::json!(Node::new(*failed)),
+        Object::Settings(settings) => serde_json::json!(Settings::from(&**settings)),
     };
     Event { id: told.id, kind: kind.to_owned(), object }
 }

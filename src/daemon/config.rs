@@ -7,13 +7,12 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use serde::Deserialize;
 
 use super::{CONTROL_SOCKET, DaemonError, NBD_SOCKET, REPLICA_SOCKET, sockets};
 use crate::fetch::{AddressPolicy, Trust};
-use crate::manager::{CLEANUP_WAIT, NodeOptions};
+use crate::manager::{NodeOptions, Setting, Settings};
 use crate::names::ImageName;
 
 /// What a daemon is told.
@@ -51,6 +50,18 @@ pub struct Config {
     /// Minutes that a copy stays which nobody uses, if enough copies are left; -1: for ever.
     /// Default: 60; a person's own process removes nothing.
     pub cleanup_wait_minutes: Option<i64>,
+    /// Bytes per second at most, of all copies between disks together. Default: no limit.
+    pub disk_copy_rate: Option<u64>,
+    /// Copies between disks at the same time; further ones wait. Default: 5.
+    pub max_disk_copies: Option<usize>,
+    /// Seconds for which all copies of an image have failed before one is started again; -1: never.
+    /// Default: 300; a person's own process starts nothing again.
+    pub recovery_wait_seconds: Option<i64>,
+    /// Minutes after which a complete copy is read and checked again; 0: only when asked. Default:
+    /// 10080, a week; a person's own process checks nothing by itself.
+    pub scrub_interval_minutes: Option<i64>,
+    /// Bytes per second at most, of the scrub of each disk; 0: no limit. Default: 32 MiB.
+    pub scrub_rate: Option<u64>,
     /// Bytes of decoded clusters that are kept in memory for readers of compressed images. Default: a
     /// 64th of the memory, but 64 MiB at least and 512 MiB at most.
     pub decoded_cache: Option<u64>,
@@ -119,14 +130,9 @@ impl Config {
             let refuse = |rule| DaemonError::BadSetting { key: "sink", rule };
             options.sink = sink.parse().map_err(refuse)?;
         }
-        options.rate_bytes_per_s = self.rate_limit.filter(|rate| *rate > 0);
-        if let Some(most) = self.max_transfers {
-            if most == 0 {
-                let rule = "give at least 1".to_owned();
-                return Err(DaemonError::BadSetting { key: "max_transfers", rule });
-            }
-            options.max_transfers = most;
-        }
+        let settings = self.settings()?.node();
+        options.rate_bytes_per_s = settings.rate_bytes_per_s;
+        options.max_transfers = settings.max_transfers;
         let addresses =
             if self.personal { AddressPolicy::person() } else { AddressPolicy::daemon() };
         options.policy.addresses = AddressPolicy {
@@ -140,21 +146,35 @@ impl Config {
         Ok(options)
     }
 
-    /// How long a copy stays that nobody uses; `None` for ever.
+    /// What holds unless it is set on the running daemon. A person's own process removes, checks and
+    /// restarts nothing by itself.
     ///
     /// # Errors
     /// [`DaemonError::BadSetting`].
-    pub fn cleanup_wait(&self) -> Result<Option<Duration>, DaemonError> {
-        match self.cleanup_wait_minutes.map(u64::try_from) {
-            None if self.personal => Ok(None),
-            None => Ok(Some(CLEANUP_WAIT)),
-            Some(Ok(minutes)) => Ok(Some(Duration::from_secs(minutes.saturating_mul(60)))),
-            Some(Err(_)) if self.cleanup_wait_minutes == Some(-1) => Ok(None),
-            Some(Err(_)) => {
-                let rule = "give minutes, or -1".to_owned();
-                Err(DaemonError::BadSetting { key: "cleanup_wait_minutes", rule })
-            }
+    pub fn settings(&self) -> Result<Settings, DaemonError> {
+        let (never, scrub) = if self.personal { (Some(-1), Some(0)) } else { (None, None) };
+        let bytes = |rate: Option<u64>| rate.map(|rate| i64::try_from(rate).unwrap_or(i64::MAX));
+        let count = |most: Option<usize>| most.map(|most| i64::try_from(most).unwrap_or(i64::MAX));
+        let configured = [
+            ("rate_limit", Setting::RateLimit, bytes(self.rate_limit)),
+            ("max_transfers", Setting::MaxTransfers, count(self.max_transfers)),
+            ("disk_copy_rate", Setting::DiskCopyRate, bytes(self.disk_copy_rate)),
+            ("max_disk_copies", Setting::MaxDiskCopies, count(self.max_disk_copies)),
+            ("cleanup_wait_minutes", Setting::CleanupWait, self.cleanup_wait_minutes.or(never)),
+            ("recovery_wait_seconds", Setting::RecoveryWait, self.recovery_wait_seconds.or(never)),
+            (
+                "scrub_interval_minutes",
+                Setting::ScrubInterval,
+                self.scrub_interval_minutes.or(scrub),
+            ),
+            ("scrub_rate", Setting::ScrubRate, bytes(self.scrub_rate)),
+        ];
+        let given = configured.into_iter().filter_map(|(key, s, value)| Some((key, s, value?)));
+        let given: Vec<_> = given.collect();
+        if let Some((key, setting, _)) = given.iter().find(|(_, s, v)| !s.allowed().contains(v)) {
+            return Err(DaemonError::BadSetting { key, rule: setting.rule() });
         }
+        Ok(Settings::configured(given.into_iter().map(|(_, setting, value)| (setting, value))))
     }
 
     /// Where the control socket is to be.

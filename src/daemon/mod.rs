@@ -90,13 +90,8 @@ impl Daemon {
         backend: Arc<dyn Backend>,
     ) -> Result<DaemonHandle, DaemonError> {
         let first = config.disks.first().ok_or(DaemonError::NoDisk)?;
-        if let Some(bytes) = config.decoded_cache
-            && !DecodedCache::set_process_capacity(bytes)
-        {
-            tracing::warn!(bytes, "decoded_cache: in use already; as it was set first");
-        }
-        raise_descriptor_limit();
-        let cleanup_wait = config.cleanup_wait()?;
+        prepare_process(config);
+        let settings = config.settings()?;
         let control_socket = config.control_socket()?;
         let nbd_socket = config.nbd_socket()?;
         let replica_socket = config.replica_socket()?;
@@ -118,7 +113,7 @@ impl Daemon {
             registry.clone(),
             config.default_export.clone(),
         ));
-        let manager = match Manager::start(catalog, backend.clone(), exporter).await {
+        let manager = match Manager::start(catalog, backend.clone(), exporter, settings).await {
             Ok(manager) => manager,
             Err(error) => {
                 replica.stop().await;
@@ -127,9 +122,6 @@ impl Daemon {
             }
         };
 
-        if manager.set_cleanup_wait(cleanup_wait).await.is_err() {
-            tracing::warn!("the manager ended at once");
-        }
         let (closing, watch_closing) = watch::channel(false);
         let disks = config.disks.clone();
         let app = App::new(AppParts {
@@ -200,7 +192,7 @@ impl DaemonHandle {
             _all = &mut stop => {}
             // Hung up by now; only who waits for bytes to come has not heard of it.
             () = tokio::time::sleep(DISMISS_AFTER) => {
-                self.backend.dismiss_readers();
+                self.backend.dismiss_readers("the engine is stopping; read again when it is back");
                 let _all = stop.await;
             }
         }
@@ -230,6 +222,16 @@ impl ServerThread {
         (self.stop)();
         let _panicked = tokio::task::spawn_blocking(move || self.thread.join()).await;
     }
+}
+
+/// What holds for the whole process.
+fn prepare_process(config: &Config) {
+    if let Some(bytes) = config.decoded_cache
+        && !DecodedCache::set_process_capacity(bytes)
+    {
+        tracing::warn!(bytes, "decoded_cache: in use already; as it was set first");
+    }
+    raise_descriptor_limit();
 }
 
 /// An image that is open takes some descriptors, and each reader one; the usual soft limit is for

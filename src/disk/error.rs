@@ -48,6 +48,9 @@ pub enum DiskError {
     /// A digest of the stored bytes differs from the recorded one.
     #[error("{}: {kind} is {found}, recorded is {expected}; the file was changed or damaged: delete the copy to fetch it again", path.display())]
     DigestMismatch { path: PathBuf, kind: &'static str, expected: String, found: String },
+    /// There is nothing to hold a file against.
+    #[error("{}: no digests of its MiBs are recorded", path.display())]
+    NoDigests { path: PathBuf },
     /// A seal was asked for while bytes are missing.
     #[error("{}: {missing} of {total} bytes are not here yet", path.display())]
     Incomplete { path: PathBuf, missing: u64, total: u64 },
@@ -82,6 +85,7 @@ impl DiskError {
             | Self::Name(_)
             | Self::Damaged { .. }
             | Self::DigestMismatch { .. }
+            | Self::NoDigests { .. }
             | Self::Incomplete { .. } => false,
         }
     }

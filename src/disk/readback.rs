@@ -71,7 +71,7 @@ fn go_on(done: u64, progress: &mut dyn FnMut(u64) -> bool, path: &Path) -> Resul
 }
 
 /// Where the next data begins at or after `at`; `None` if all the rest is a hole.
-fn next_data(file: &File, at: u64) -> Result<Option<u64>, Errno> {
+pub(super) fn next_data(file: &File, at: u64) -> Result<Option<u64>, Errno> {
     match rustix::fs::seek(file, SeekFrom::Data(at)) {
         Ok(data) => Ok(Some(data)),
         Err(Errno::NXIO) => Ok(None),

@@ -18,6 +18,7 @@ use super::cfg::{CopyCfg, DiskCfg, go_time};
 use super::digests::{DigestRecord, Digests};
 use super::filling::{FileNames, Filling, SealRecord};
 use super::readback::hash_file;
+use super::scrub;
 use super::space::Space;
 use super::{DigestKind, DigestSet, Dir, DiskError, Hasher, Sealed};
 use crate::names::{DiskUuid, ImageName, ImageUuid};
@@ -47,7 +48,7 @@ pub struct CopyId {
 }
 
 impl CopyId {
-    fn dir_name(&self) -> String {
+    pub(super) fn dir_name(&self) -> String {
         format!("{}-{}", self.name, self.uuid)
     }
 
@@ -159,12 +160,18 @@ impl Disk {
         let layout = FileNames::copy();
         if let Some(file) = dir.try_open_file(&layout.data, OFlags::RDONLY)? {
             let record = ready_record(&dir, &layout, &file)?;
+            let record = if scrub::is_suspect(&dir)? { None } else { record };
             return Ok(Some(record.map_or(CopyState::Unchecked, CopyState::Ready)));
         }
         let Some((present_bytes, total_bytes)) = Filling::peek(&dir, &layout)? else {
             return Ok(None);
         };
         Ok(Some(CopyState::Filling { present_bytes, total_bytes }))
+    }
+
+    /// The directory of all copies.
+    pub(super) fn images(&self) -> &Dir {
+        &self.images
     }
 
     fn copy_dir(&self, id: &CopyId) -> Result<Option<Dir>, DiskError> {
@@ -240,9 +247,10 @@ impl Disk {
             return Err(DiskError::io("check a file that is being written:", &path, changed));
         }
         let digests = hasher.finish();
-        if let Some((kind, expected, found)) = old.digests.whole.differs(&digests.whole) {
-            let (kind, expected, found) = (kind.name(), expected.to_owned(), found.to_owned());
-            return Err(DiskError::DigestMismatch { path, kind, expected, found });
+        if let Err(mismatch) = holds(&path, &old, size_bytes, &digests) {
+            // Whatever its time says: it is not to count as ready after a restart.
+            scrub::suspect(&dir)?;
+            return Err(mismatch);
         }
         let expected = old_cfg.map(|cfg| cfg.expected_checksum).filter(|text| !text.is_empty());
         let record = SealRecord {
@@ -258,6 +266,7 @@ impl Disk {
         if let Some(name) = &layout.cfg {
             CopyCfg::of_file(&path, &file, &record)?.store(&dir, name)?;
         }
+        scrub::clear(&dir)?;
         Ok(CopyRecord { size_bytes, virtual_size_bytes, digests, declared: record.declared })
     }
 
@@ -280,6 +289,27 @@ impl Disk {
     }
 }
 
+/// Holds a file's digests against the recorded ones. Of a file of which no digest of the whole was
+/// made, those of its MiBs tell.
+fn holds(path: &Path, old: &DigestRecord, size_bytes: u64, now: &Digests) -> Result<(), DiskError> {
+    if let Some((kind, expected, found)) = old.digests.whole.differs(&now.whole) {
+        let (kind, expected, found) = (kind.name(), expected.to_owned(), found.to_owned());
+        return Err(DiskError::DigestMismatch { path: path.to_owned(), kind, expected, found });
+    }
+    let (then, now) = (&old.digests.xxh3_per_mib, &now.xxh3_per_mib);
+    let differ = then.iter().zip(now).position(|(then, now)| then != now);
+    let (expected, found) = match differ {
+        _ if then.is_empty() => return Ok(()),
+        Some(index) => {
+            let of = |digests: &[u64]| digests.get(index).copied().unwrap_or_default();
+            (format!("{:016x}", of(then)), format!("{:016x} in MiB {index}", of(now)))
+        }
+        None if old.size_bytes == size_bytes => return Ok(()),
+        None => (format!("that of {} bytes", old.size_bytes), format!("of {size_bytes} bytes")),
+    };
+    Err(DiskError::DigestMismatch { path: path.to_owned(), kind: "xxh3", expected, found })
+}
+
 /// What `backing.cfg` and `backing.digests` say, whatever the file's state.
 fn recorded(dir: &Dir, layout: &FileNames) -> Result<(Option<CopyCfg>, DigestRecord), DiskError> {
     let cfg = read_cfg(dir, layout)?;
@@ -296,14 +326,14 @@ fn recorded(dir: &Dir, layout: &FileNames) -> Result<(Option<CopyCfg>, DigestRec
     Ok((cfg, record))
 }
 
-fn read_cfg(dir: &Dir, layout: &FileNames) -> Result<Option<CopyCfg>, DiskError> {
+pub(super) fn read_cfg(dir: &Dir, layout: &FileNames) -> Result<Option<CopyCfg>, DiskError> {
     let Some(name) = &layout.cfg else { return Ok(None) };
     let Some(bytes) = dir.read_small(name)? else { return Ok(None) };
     Ok(serde_json::from_slice(&bytes).ok())
 }
 
 /// The record of a finished file, if it is valid and the file was not touched since.
-fn ready_record(
+pub(super) fn ready_record(
     dir: &Dir,
     layout: &FileNames,
     file: &File,

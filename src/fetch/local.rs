@@ -17,6 +17,7 @@ use rustix::io::Errno;
 
 use super::decode::Codec;
 use super::error::FetchError;
+use super::limit::RateLimit;
 use super::pipeline::{Feed, Stopped};
 use super::progress::Progress;
 use super::version::Remote;
@@ -120,7 +121,8 @@ impl LocalFile {
         Ok(())
     }
 
-    /// Copies `range` into `feed`. Blocks the thread; `pool` waits on `runtime`.
+    /// Copies `range` into `feed`. Blocks the thread; `pool` and `limit` wait on
+    /// `runtime`.
     pub(super) fn copy(
         &self,
         range: std::ops::Range<u64>,
@@ -128,6 +130,7 @@ impl LocalFile {
         pool: &BufShare,
         runtime: &tokio::runtime::Handle,
         progress: &Progress,
+        limit: &RateLimit,
     ) -> Result<Result<(), Stopped>, FetchError> {
         let mut at = range.start;
         while at < range.end {
@@ -150,6 +153,12 @@ impl LocalFile {
                 let mut buf = buf?;
                 self.read(&mut buf, at, len)?;
                 progress.add_received(len as u64);
+                runtime.block_on(async {
+                    tokio::select! {
+                        () = limit.spend(len) => {}
+                        () = progress.stopped() => {}
+                    }
+                });
                 at += len as u64;
                 feed.send(at - len as u64, buf)
             };

@@ -197,10 +197,11 @@ impl Run<'_> {
             };
         }
         let (pool, progress) = (self.share.clone(), Arc::clone(self.progress));
+        let limit = Arc::clone(&self.engine.limit);
         let runtime = tokio::runtime::Handle::current();
         let copied = blocking(move || {
             for range in missing {
-                let copied = source.copy(range, &feed, &pool, &runtime, &progress);
+                let copied = source.copy(range, &feed, &pool, &runtime, &progress, &limit);
                 if !matches!(copied, Ok(Ok(()))) {
                     return copied;
                 }

@@ -117,6 +117,7 @@ impl CopyInfo {
             virtual_size_bytes: self.virtual_size_bytes,
             size_bytes: self.size_bytes,
             digests: self.digests.clone(),
+            etag: self.etag.clone(),
         }
     }
 }
@@ -233,6 +234,31 @@ pub enum WorkerEvent {
         /// True if the partial file was removed; false if it is kept for a resume.
         cleaned: bool,
     },
+    /// The copy was read against its digests; only of a worker that [`Backend::scrub`] started.
+    Scrubbed(ScrubReport),
+}
+
+/// What came of a scrub. Without a class the copy is as good as before.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ScrubReport {
+    /// Bytes that were bad and are right again.
+    pub repaired_bytes: u64,
+    /// Bytes that are bad; 0 if all of the copy is.
+    pub bad_bytes: u64,
+    /// The copy is damaged, and whether trying again can help.
+    pub class: Option<FailureClass>,
+    /// True if it could not be found out.
+    pub unchecked: bool,
+    /// What was found, where, and what was done; may be empty.
+    pub message: String,
+}
+
+impl ScrubReport {
+    /// True if every byte is right now.
+    #[must_use]
+    pub fn is_good(&self) -> bool {
+        self.class.is_none() && !self.unchecked
+    }
 }
 
 /// A worker's report with the copy and the number of the worker.
@@ -357,13 +383,19 @@ pub struct BackendError {
     pub message: String,
 }
 
-/// What holds for all transfers of a node.
+/// What holds for the workers of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NodeSettings {
     /// Bytes per second at most, of all transfers together.
     pub rate_bytes_per_s: Option<u64>,
     /// Transfers at the same time; further ones wait.
     pub max_transfers: usize,
+    /// Bytes per second at most, of all copies between disks together.
+    pub disk_copy_rate_bytes_per_s: Option<u64>,
+    /// Copies between disks at the same time; further ones wait.
+    pub max_disk_copies: usize,
+    /// Bytes per second at most, of the scrub of each disk.
+    pub scrub_rate_bytes_per_s: Option<u64>,
 }
 
 /// What the manager asks of the store and the transfer on this node.
@@ -379,6 +411,14 @@ pub trait Backend: Send + Sync + 'static {
     /// durable what it has and ends.
     fn start(&self, task: CopyTask, events: Reporter) -> WorkerHandle;
 
+    /// Starts a worker that reads a complete copy against its digests and repairs it where it is,
+    /// from the copies on `ready_on`, else from the source. It says [`WorkerEvent::Scrubbed`] once.
+    /// Called inside a tokio runtime; returns at once.
+    fn scrub(&self, task: CopyTask, events: Reporter) -> WorkerHandle;
+
+    /// What was made of a copy's bytes is not to be used again: they were repaired. Quick.
+    fn forget_view(&self, copy: &CopyId);
+
     /// Steers the worker of a copy, if it has one. Quick.
     fn steer(&self, copy: &CopyId, steering: Steering);
 
@@ -386,9 +426,6 @@ pub trait Backend: Send + Sync + 'static {
     fn upload(&self, _copy: &CopyId) -> Option<Arc<Upload>> {
         None
     }
-
-    /// What holds for all transfers of the node. Quick.
-    fn settings(&self) -> NodeSettings;
 
     /// Changes what holds for all transfers from now on, also for those that run. Quick.
     fn set_settings(&self, settings: NodeSettings);
@@ -415,8 +452,8 @@ pub trait Backend: Send + Sync + 'static {
     /// image.
     fn open_arriving(&self, chain: &[Link]) -> Result<Arc<View>, BackendError>;
 
-    /// Who waits for bytes that are still to come gets an error: the engine ends. Quick.
-    fn dismiss_readers(&self);
+    /// Who waits for bytes that are still to come gets an error, which says `why`. Quick.
+    fn dismiss_readers(&self, why: &str);
 
     /// Inspects a complete copy whole. Blocks.
     ///

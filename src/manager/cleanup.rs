@@ -16,9 +16,6 @@ use super::error::ManagerError;
 use super::world::{Action, Copy, CopyState, Export, Image, Touched, World};
 use crate::names::{DiskUuid, ImageName};
 
-/// How long a copy that nobody uses stays, unless it is said: as Longhorn's setting has it.
-pub const CLEANUP_WAIT: Duration = Duration::from_secs(60 * 60);
-
 /// What a copy counts as, when it is asked whether enough are left without it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Worth {
@@ -58,17 +55,6 @@ impl Image {
 }
 
 impl World {
-    /// How long a copy that nobody uses stays from now on; `None` for ever.
-    pub fn set_cleanup_wait(&mut self, wait: Option<Duration>) {
-        self.cleanup_wait = wait;
-    }
-
-    /// How long a copy that nobody uses stays.
-    #[must_use]
-    pub fn cleanup_wait(&self) -> Option<Duration> {
-        self.cleanup_wait
-    }
-
     /// How many sessions are open on each exported image, as of now.
     pub fn see_sessions(&mut self, sessions: BTreeMap<ImageName, usize>) {
         self.sessions = sessions;
@@ -80,7 +66,7 @@ impl World {
         self.images.iter().filter(open).map(|(name, _)| name)
     }
 
-    fn now_unix_s(&self, now: Duration) -> u64 {
+    pub(super) fn now_unix_s(&self, now: Duration) -> u64 {
         self.started_unix_s.saturating_add(now.as_secs())
     }
 
@@ -113,7 +99,7 @@ impl World {
         let wanted: Vec<DiskUuid> = image.record.disks.keys().cloned().collect();
         let used: Vec<bool> =
             wanted.iter().map(|disk| self.user_of(name, disk).is_some()).collect();
-        let wait_s = self.cleanup_wait.map(|wait| wait.as_secs());
+        let wait_s = self.settings.cleanup_wait().map(|wait| wait.as_secs());
         let Some(image) = self.images.get_mut(name) else { return };
         let before = image.record.disks.clone();
         for (disk, used) in wanted.iter().zip(used) {
@@ -137,7 +123,7 @@ impl World {
 
     /// When the next copy is due to go; `None` if none is.
     pub(super) fn clean_up_due(&self) -> Option<Duration> {
-        let wait_s = self.cleanup_wait?.as_secs();
+        let wait_s = self.settings.cleanup_wait()?.as_secs();
         let copies = self.images.values().flat_map(|image| {
             image.record.disks.iter().map(move |(disk, want)| (image, disk, want))
         });

@@ -12,6 +12,7 @@ use super::error::ManagerError;
 use super::records::{
     AttachmentId, AttachmentRecord, ClassRecord, Expected, ImageRecord, Steering, Want,
 };
+use super::settings::SettingsChange;
 use super::steer::SteeringChange;
 use super::volume::NewVolume;
 use super::world::{Action, Attachment, AttachmentState, Change, Image, Touched, Worker, World};
@@ -87,8 +88,14 @@ pub enum Command {
     Cancel(ImageName),
     /// Remove its copies on these disks, all of them or none.
     CleanUp(ImageName, Vec<DiskUuid>),
-    /// How long copies that nobody uses stay from now on; `None` for ever.
-    SetCleanupWait(Option<Duration>),
+    /// A drill: the node counts as gone.
+    FailNode,
+    /// It is back.
+    ReturnNode,
+    /// Change what holds on this node: all of it, or nothing.
+    ChangeSettings(SettingsChange),
+    /// Read its complete copies against their digests: the one on a disk, or all.
+    Scrub(ImageName, Option<DiskUuid>),
     /// Remove it and its copies.
     Delete {
         /// Which.
@@ -162,10 +169,10 @@ impl World {
             Command::Steer(name, change) => self.steer(name, change, &mut touched)?,
             Command::Cancel(name) => self.cancel(name, &mut touched)?,
             Command::CleanUp(name, disks) => self.clean_up(name, &disks, &mut touched)?,
-            Command::SetCleanupWait(wait) => {
-                self.set_cleanup_wait(wait);
-                Outcome::Done
-            }
+            Command::Scrub(name, disk) => self.ask_for_scrub(name, disk.as_ref(), &mut touched)?,
+            Command::FailNode => self.fail_node(&mut touched),
+            Command::ReturnNode => self.return_node(&mut touched),
+            Command::ChangeSettings(change) => self.change_settings(&change, &mut touched)?,
             Command::Delete { name, sessions } => self.delete(name, sessions, &mut touched)?,
             Command::Attach(new) => self.attach(new, &mut touched)?,
             Command::Detach(id) => {
@@ -363,8 +370,10 @@ impl World {
         if copy.worker == Worker::Idle && !copy.state.is_sealed() {
             copy.failures = 0;
         }
-        image.record.disks.insert(disk.clone(), Want::default());
-        if before != Some(Want::default()) {
+        let scrub = before.as_ref().and_then(|want| want.scrub.clone());
+        let want = Want { scrub, ..Want::default() };
+        image.record.disks.insert(disk.clone(), want.clone());
+        if before != Some(want) {
             touched.actions.push(Action::SaveImage(Box::new(image.record.clone())));
             touched.images.insert(name.clone());
         }

@@ -6,7 +6,6 @@
 //! Start at [`Manager::start`].
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::sync::{broadcast, mpsc, oneshot};
 
@@ -15,6 +14,7 @@ use super::command::{Applied, Command, NewAttachment, NewImage};
 use super::error::ManagerError;
 use super::perform::Driver;
 use super::records::{AttachmentId, ClassRecord};
+use super::settings::{Settings, SettingsChange};
 use super::status::{AttachmentStatus, ImageStatus, VolumeStatus};
 use super::steer::SteeringChange;
 use super::volume::NewVolume;
@@ -66,6 +66,12 @@ pub enum Object {
     Volume(Box<VolumeStatus>),
     /// A volume that is no more, and the image that it stood on.
     VolumeGone(VolumeName, ImageName),
+    /// Something about an image that somebody should look at.
+    Warning(ImageName, String),
+    /// The node: whether it counts as gone.
+    Node(bool),
+    /// What holds on this node.
+    Settings(Box<Settings>),
 }
 
 /// One change, as watchers are told.
@@ -137,7 +143,8 @@ pub struct Manager {
 }
 
 impl Manager {
-    /// Reads the records, scans the disks, and starts the task; due copies start at once.
+    /// Reads the records, scans the disks, and starts the task; due copies start at once. `settings`
+    /// are those that the daemon is configured with; what was set before wins over them.
     ///
     /// # Errors
     /// [`CatalogError`] if the records can't be read or a found copy's record can't be stored.
@@ -145,11 +152,12 @@ impl Manager {
         catalog: Arc<dyn Catalog>,
         backend: Arc<dyn Backend>,
         exporter: Arc<dyn Exporter>,
+        settings: Settings,
     ) -> Result<Self, CatalogError> {
         let (tx, commands) = mpsc::channel(COMMANDS);
         let (reports_tx, reports) = mpsc::unbounded_channel();
         let mut driver = Driver::new(catalog, backend, exporter, reports_tx);
-        driver.restore().await?;
+        driver.restore(settings).await?;
         tokio::spawn(driver.run(commands, reports));
         Ok(Self { tx })
     }
@@ -206,12 +214,34 @@ impl Manager {
         self.command(Command::CleanUp(name, disks)).await?.image().map(|(image, _)| image)
     }
 
-    /// Says how long copies that nobody uses stay from now on; `None` for ever.
+    /// Reads complete copies of an image against their digests: the one on `disk`, or all.
+    ///
+    /// # Errors
+    /// [`ManagerError`]; nothing was changed.
+    pub async fn scrub(
+        &self,
+        name: ImageName,
+        disk: Option<DiskUuid>,
+    ) -> Result<ImageStatus, ManagerError> {
+        self.command(Command::Scrub(name, disk)).await?.image().map(|(image, _)| image)
+    }
+
+    /// A drill: the node counts as gone, or is back.
     ///
     /// # Errors
     /// [`ManagerError::Stopping`].
-    pub async fn set_cleanup_wait(&self, wait: Option<Duration>) -> Result<(), ManagerError> {
-        self.command(Command::SetCleanupWait(wait)).await.map(|_| ())
+    pub async fn set_node_failed(&self, failed: bool) -> Result<(), ManagerError> {
+        let command = if failed { Command::FailNode } else { Command::ReturnNode };
+        self.command(command).await.map(|_| ())
+    }
+
+    /// Changes what holds on this node: all of it, or nothing. Gives what holds then.
+    ///
+    /// # Errors
+    /// [`ManagerError::BadSetting`]; others if it can't be stored. Nothing was changed.
+    pub async fn change_settings(&self, change: SettingsChange) -> Result<Settings, ManagerError> {
+        self.command(Command::ChangeSettings(change)).await?;
+        self.read(|world| world.settings().clone()).await
     }
 
     /// Begins to delete an image. `None` if it is gone already.

@@ -36,6 +36,9 @@ pub enum ManagerError {
     /// No such copy.
     #[error("image {name}: has no copy on disk {disk}")]
     NoSuchCopy { name: ImageName, disk: DiskUuid },
+    /// No copy is complete.
+    #[error("image {name}: no copy is complete")]
+    NoCompleteCopy { name: ImageName },
     /// A copy is in use.
     #[error("image {name}: the copy on disk {disk} stays: {why}")]
     CopyInUse { name: ImageName, disk: DiskUuid, why: &'static str },
@@ -93,6 +96,9 @@ pub enum ManagerError {
     /// The priority is out of its range.
     #[error("priority {priority} is not usable; give -100 to 100")]
     BadPriority { priority: i32 },
+    /// A setting has no such value.
+    #[error("{key}: {value} is not usable; {rule}")]
+    BadSetting { key: &'static str, value: i64, rule: String },
     /// The catalog could not store the change.
     #[error("cannot store the change; nothing was done")]
     Catalog(#[from] CatalogError),

@@ -12,12 +12,19 @@ mod chain;
 mod class;
 mod cleanup;
 mod command;
+mod copies;
+mod drill;
 mod driver;
 mod error;
+mod facts;
 mod helm;
+mod mend;
 mod node;
 mod perform;
 pub mod records;
+mod recovery;
+mod scrub;
+mod settings;
 mod siblings;
 mod status;
 mod steer;
@@ -37,9 +44,9 @@ pub use crate::image::Format;
 pub use crate::import::Layout;
 pub use backend::{
     Backend, BackendError, Cancel, CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy,
-    FoundState, Link, NodeSettings, Phase, Progress, Report, Reporter, WorkerEvent, WorkerHandle,
+    FoundState, Link, NodeSettings, Phase, Progress, Report, Reporter, ScrubReport, WorkerEvent,
+    WorkerHandle,
 };
-pub use cleanup::CLEANUP_WAIT;
 pub use command::{Applied, Command, NewAttachment, NewImage, Outcome, READER_MAX_LEN};
 pub use driver::{Exporter, Manager, Object, Subscription, Told};
 pub use error::ManagerError;
@@ -47,8 +54,9 @@ pub use node::{Node, NodeError, NodeOptions};
 pub(crate) use perform::unix_now_s;
 pub use records::{
     AttachmentId, AttachmentRecord, BackupRecord, ClassRecord, Expected, Facts, ImageRecord,
-    Steering, VolumeRecord,
+    ScrubRecord, ScrubResult, Steering, VolumeRecord,
 };
+pub use settings::{Setting, Settings, SettingsChange, SettingsRecord};
 pub use status::{AttachmentStatus, CopyStatus, ImageStatus, ReplicaStatus, VolumeStatus};
 pub use steer::{PRIORITIES, SteeringChange};
 pub use step::{BACK_OFF_FIRST, BACK_OFF_MOST, back_off};

@@ -18,7 +18,8 @@ use super::records::Steering;
 use super::turns::Turns;
 use super::uploads::Uploads;
 use super::views::Views;
-use super::worker;
+use super::worker::{self, Worker};
+use super::{Cancel, ScrubReport, WorkerEvent, mend};
 use crate::disk::{self, CopyRecord, Disk, DiskError, Found};
 use crate::fetch::{Policy, RateLimit, Upload, one_line};
 use crate::image::qcow2::Terms;
@@ -99,6 +100,11 @@ pub struct Node {
     policy: Policy,
     limit: Arc<RateLimit>,
     turns: Arc<Turns>,
+    /// Of copies between disks.
+    copy_limit: Arc<RateLimit>,
+    copy_turns: Arc<Turns>,
+    /// Of the scrub of each disk.
+    scrub_limit: Arc<RateLimit>,
     helms: Arc<Helms>,
     uploads: Arc<Uploads>,
     /// Views that are open, for images that stand on them.
@@ -134,11 +140,37 @@ impl Node {
             policy: options.policy.clone(),
             limit: Arc::new(RateLimit::new(options.rate_bytes_per_s)),
             turns: Arc::new(Turns::new(options.max_transfers)),
+            copy_limit: Arc::default(),
+            copy_turns: Arc::new(Turns::new(1)),
+            scrub_limit: Arc::default(),
             helms: Arc::default(),
             uploads: Arc::default(),
             views: Views::default(),
             buffers_each: (options.buffers / options.max_transfers.max(1)).max(2),
         })
+    }
+
+    /// What becomes the worker of `task`, once it knows where to report.
+    fn worker(
+        &self,
+        task: CopyTask,
+    ) -> Result<impl FnOnce(Reporter, Cancel) -> Worker + use<>, BackendError> {
+        let slot = Arc::clone(self.slot(&task.id.disk)?);
+        let others =
+            task.ready_on.iter().filter_map(|disk| self.slot(disk).ok()).cloned().collect();
+        let shared = worker::Shared {
+            pool: self.pool.clone(),
+            policy: self.policy.clone(),
+            buffers: self.buffers_each,
+            limit: Arc::clone(&self.limit),
+            turns: Arc::clone(&self.turns),
+            copy_limit: Arc::clone(&self.copy_limit),
+            copy_turns: Arc::clone(&self.copy_turns),
+            scrub_limit: Arc::clone(&self.scrub_limit),
+            helms: Arc::clone(&self.helms),
+            uploads: Arc::clone(&self.uploads),
+        };
+        Ok(move |events, cancel| Worker { slot, others, shared, task, events, cancel })
     }
 
     fn slot(&self, disk: &DiskUuid) -> Result<&Arc<Slot>, BackendError> {
@@ -260,28 +292,26 @@ impl Backend for Node {
     }
 
     fn start(&self, task: CopyTask, events: Reporter) -> WorkerHandle {
-        let slot = self.slot(&task.id.disk).cloned();
-        let others =
-            task.ready_on.iter().filter_map(|disk| self.slot(disk).ok()).cloned().collect();
-        let shared = worker::Shared {
-            pool: self.pool.clone(),
-            policy: self.policy.clone(),
-            buffers: self.buffers_each,
-            limit: Arc::clone(&self.limit),
-            turns: Arc::clone(&self.turns),
-            helms: Arc::clone(&self.helms),
-            uploads: Arc::clone(&self.uploads),
-        };
-        WorkerHandle::spawn(move |cancel| async move {
-            match slot {
-                Ok(slot) => worker::run(slot, others, shared, task, events, cancel).await,
-                Err(error) => events.send(super::WorkerEvent::Failed {
-                    class: error.class,
-                    message: error.message,
-                    cleaned: true,
-                }),
-            }
-        })
+        match self.worker(task) {
+            Ok(worker) => WorkerHandle::spawn(|cancel| worker::run(worker(events, cancel))),
+            Err(BackendError { class, message }) => WorkerHandle::spawn(move |_| async move {
+                events.send(WorkerEvent::Failed { class, message, cleaned: true });
+            }),
+        }
+    }
+
+    fn scrub(&self, task: CopyTask, events: Reporter) -> WorkerHandle {
+        match self.worker(task) {
+            Ok(worker) => WorkerHandle::spawn(|cancel| mend::run(worker(events, cancel))),
+            Err(BackendError { message, .. }) => WorkerHandle::spawn(move |_| async move {
+                let report = ScrubReport { unchecked: true, message, ..ScrubReport::default() };
+                events.send(WorkerEvent::Scrubbed(report));
+            }),
+        }
+    }
+
+    fn forget_view(&self, copy: &CopyId) {
+        self.views.forget(copy);
     }
 
     fn steer(&self, copy: &CopyId, steering: Steering) {
@@ -293,13 +323,12 @@ impl Backend for Node {
         self.uploads.find(copy)
     }
 
-    fn settings(&self) -> NodeSettings {
-        NodeSettings { rate_bytes_per_s: self.limit.get(), max_transfers: self.turns.most() }
-    }
-
     fn set_settings(&self, settings: NodeSettings) {
         self.limit.set(settings.rate_bytes_per_s);
         self.turns.set_most(settings.max_transfers);
+        self.copy_limit.set(settings.disk_copy_rate_bytes_per_s);
+        self.copy_turns.set_most(settings.max_disk_copies);
+        self.scrub_limit.set(settings.scrub_rate_bytes_per_s);
     }
 
     fn remove(&self, copy: &CopyId) -> Result<(), BackendError> {
@@ -356,9 +385,9 @@ impl Backend for Node {
         Ok(Arc::new(view.keeping(base)))
     }
 
-    fn dismiss_readers(&self) {
+    fn dismiss_readers(&self, why: &str) {
         for slot in &self.slots {
-            slot.disk.dismiss_readers("the engine is stopping; read again when it is back");
+            slot.disk.dismiss_readers(why);
         }
     }
 

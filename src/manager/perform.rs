@@ -12,14 +12,15 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{broadcast, mpsc, watch};
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
 
-use super::backend::{Backend, CopyId, CopyTask, Report, Reporter};
+use super::backend::{Backend, CopyId, CopyTask, Report, Reporter, WorkerHandle};
 use super::command::{Command, Outcome};
 use super::driver::{Answer, Exporter, Message, Object, Subscription, Told};
 use super::error::ManagerError;
 use super::records::{AttachmentRecord, ClassRecord, ImageRecord, VolumeRecord};
+use super::settings::{Settings, SettingsRecord};
 use super::world::{Action, Change, Event, Records, World};
 use crate::catalog::{Catalog, CatalogError, Expect, Kind, Revision, list_as, put_as};
 use crate::names::ImageName;
@@ -28,6 +29,8 @@ use crate::names::ImageName;
 const CHANGES: usize = 1024;
 /// How often the disks are looked at without being asked.
 const DISKS_EVERY: Duration = Duration::from_secs(30);
+/// The key of the one record of settings.
+const SETTINGS: &str = "node";
 
 pub(super) struct Driver {
     world: World,
@@ -37,7 +40,7 @@ pub(super) struct Driver {
     exporter: Arc<dyn Exporter>,
     started: Instant,
     reports_tx: mpsc::UnboundedSender<Report>,
-    workers: HashMap<CopyId, (u64, watch::Sender<bool>)>,
+    workers: HashMap<CopyId, (u64, watch::Sender<bool>, AbortHandle)>,
     /// Blocking work, and workers' ends; each gives an event, if any.
     tasks: JoinSet<Option<Event>>,
     changes: broadcast::Sender<Arc<Told>>,
@@ -66,7 +69,7 @@ impl Driver {
         }
     }
 
-    pub(super) async fn restore(&mut self) -> Result<(), CatalogError> {
+    pub(super) async fn restore(&mut self, settings: Settings) -> Result<(), CatalogError> {
         let (catalog, backend) = (self.catalog.clone(), self.backend.clone());
         let read = move || -> Result<_, CatalogError> {
             let mut revisions = HashMap::new();
@@ -86,6 +89,13 @@ impl Driver {
                 classes: list(&*catalog, Kind::Class, &mut revisions, |r: &ClassRecord| {
                     r.name.to_string()
                 })?,
+                settings: settings.with(
+                    list(&*catalog, Kind::Setting, &mut revisions, |_: &SettingsRecord| {
+                        SETTINGS.to_owned()
+                    })?
+                    .pop()
+                    .unwrap_or_default(),
+                ),
             };
             Ok((records, revisions, backend.disks(), backend.scan()))
         };
@@ -93,6 +103,7 @@ impl Driver {
         self.revisions = revisions;
         let (world, actions) = World::restore(records, disks, found, unix_now_s());
         self.world = world;
+        self.backend.set_settings(self.world.settings().node());
         self.save_first(&actions).await?;
         let due = self.world.step(self.now(), Event::Tick);
         self.save_first(&due).await?;
@@ -150,7 +161,7 @@ impl Driver {
     /// An event's records are stored if they can be; if not, the files on disk still tell.
     async fn happen(&mut self, event: Event) {
         if let Event::Worker(Report { copy, generation, event: None }) = &event
-            && self.workers.get(copy).is_some_and(|(number, _)| number == generation)
+            && self.workers.get(copy).is_some_and(|(number, ..)| number == generation)
         {
             self.workers.remove(copy);
         }
@@ -260,10 +271,18 @@ impl Driver {
                 Action::SaveClass(record) => {
                     self.save(Kind::Class, record.name.as_str(), record.clone()).await?;
                 }
+                Action::SaveSettings(record) => {
+                    self.save(Kind::Setting, SETTINGS, record.clone()).await?;
+                }
                 Action::ForgetVolume(name) => self.forget(Kind::Volume, name.as_str()).await?,
                 Action::ForgetClass(name) => self.forget(Kind::Class, name.as_str()).await?,
-                Action::Start(..)
+                Action::ApplySettings(_)
+                | Action::Start(..)
+                | Action::Scrub(..)
+                | Action::ForgetView(_)
                 | Action::Cancel(_)
+                | Action::Kill(_)
+                | Action::DismissReaders
                 | Action::Steer(..)
                 | Action::Remove(_)
                 | Action::Publish(_)
@@ -306,10 +325,32 @@ impl Driver {
                 | Action::SaveVolume(_)
                 | Action::ForgetVolume(_)
                 | Action::SaveClass(_)
-                | Action::ForgetClass(_) => {}
-                Action::Start(task, generation) => self.start_worker(*task, generation),
+                | Action::ForgetClass(_)
+                | Action::SaveSettings(_) => {}
+                Action::ApplySettings(settings) => self.backend.set_settings(settings),
+                Action::Start(task, generation) => {
+                    tracing::info!(worker = %task.worker, disk = %task.id.disk, "worker starts");
+                    self.start_worker(*task, generation, |backend, task, reporter| {
+                        backend.start(task, reporter)
+                    });
+                }
+                Action::Scrub(task, generation) => {
+                    tracing::info!(worker = %task.worker, disk = %task.id.disk, "scrub starts");
+                    self.start_worker(*task, generation, |backend, task, reporter| {
+                        backend.scrub(task, reporter)
+                    });
+                }
+                Action::ForgetView(copy) => self.backend.forget_view(&copy),
+                Action::DismissReaders => {
+                    self.backend.dismiss_readers("the node has failed (a drill)")
+                }
+                Action::Kill(copy) => {
+                    if let Some((.., worker)) = self.workers.get(&copy) {
+                        worker.abort();
+                    }
+                }
                 Action::Cancel(copy) => {
-                    if let Some((_, cancel)) = self.workers.get(&copy) {
+                    if let Some((_, cancel, _)) = self.workers.get(&copy) {
                         cancel.send_replace(true);
                     }
                 }
@@ -341,14 +382,20 @@ impl Driver {
         }
     }
 
-    fn start_worker(&mut self, task: CopyTask, generation: u64) {
-        tracing::info!(worker = %task.worker, disk = %task.id.disk, "worker starts");
+    fn start_worker(
+        &mut self,
+        task: CopyTask,
+        generation: u64,
+        start: impl FnOnce(&dyn Backend, CopyTask, Reporter) -> WorkerHandle,
+    ) {
         let copy = task.id.clone();
         let reporter = Reporter::new(copy.clone(), generation, self.reports_tx.clone());
-        let (cancel, join) = self.backend.start(task, reporter.clone()).into_parts();
-        self.workers.insert(copy, (generation, cancel));
+        let (cancel, join) = start(&*self.backend, task, reporter.clone()).into_parts();
+        self.workers.insert(copy, (generation, cancel, join.abort_handle()));
         self.tasks.spawn(async move {
-            if let Err(error) = join.await {
+            if let Err(error) = join.await
+                && !error.is_cancelled()
+            {
                 tracing::error!(%error, "a worker died");
             }
             // In the same channel as its reports, so that it comes after them.
@@ -377,6 +424,14 @@ impl Driver {
             Change::VolumeDeleted(name, image) => {
                 Some(Object::VolumeGone(name.clone(), image.clone()))
             }
+            Change::Warning(name, message) => {
+                tracing::warn!(image = %name, "{message}");
+                Some(Object::Warning(name.clone(), message.clone()))
+            }
+            Change::NodeUpdated => Some(Object::Node(self.world.node_failed())),
+            Change::SettingsUpdated => {
+                Some(Object::Settings(Box::new(self.world.settings().clone())))
+            }
         };
         let Some(object) = object else { return };
         self.last_id += 1;
@@ -386,7 +441,7 @@ impl Driver {
 
     /// Cancels the workers and waits until they, and all blocking work, have ended.
     async fn stop(&mut self) {
-        for (_, cancel) in self.workers.values() {
+        for (_, cancel, _) in self.workers.values() {
             cancel.send_replace(true);
         }
         while self.tasks.join_next().await.is_some() {}

@@ -40,6 +40,9 @@ pub struct Facts {
     /// Digests of the file that were computed, a property each.
     #[serde(flatten)]
     pub digests: DigestMap,
+    /// The strong ETag of the source when it came: a repair asks for no other version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub etag: Option<String>,
 }
 
 /// How a user steers the transfers of an image.
@@ -65,6 +68,54 @@ pub struct Want {
     /// Nobody has used the copy since then, in seconds since 1970, UTC.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unused_since_unix_s: Option<u64>,
+    /// When the copy was last read against its digests, and what was found.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scrub: Option<ScrubRecord>,
+}
+
+/// What came of the last scrub of a copy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubRecord {
+    /// When it ended, in seconds since 1970, UTC.
+    pub at_unix_s: u64,
+    /// What was found.
+    pub result: ScrubResult,
+    /// Bytes that were bad and are right again.
+    #[serde(default)]
+    pub repaired_bytes: u64,
+    /// Bytes that are bad; 0 if all of it is.
+    #[serde(default)]
+    pub bad_bytes: u64,
+    /// What is worth knowing; may be empty.
+    #[serde(default)]
+    pub message: String,
+}
+
+/// What a scrub has found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScrubResult {
+    /// Every byte is right.
+    Good,
+    /// Some were not, and are right again.
+    Repaired,
+    /// Some are not.
+    Bad,
+    /// It could not be found out.
+    Unchecked,
+}
+
+impl ScrubResult {
+    /// The word for people and for the wire.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Good => "good",
+            Self::Repaired => "repaired",
+            Self::Bad => "bad",
+            Self::Unchecked => "unchecked",
+        }
+    }
 }
 
 /// One image: where it comes from, what is expected of it, where it is wanted.

@@ -13,7 +13,7 @@ use super::backend::CopyInfo;
 use super::node::Slot;
 use super::worker::{WorkError, Worker};
 use crate::disk::{CopyRecord, CopyState, DiskError, Sealed};
-use crate::fetch::{self, FetchError, one_line};
+use crate::fetch::{self, Engine, FetchError, one_line};
 use crate::image;
 use crate::import::ImportError;
 
@@ -68,9 +68,11 @@ impl Worker {
 
     async fn copy_from(&self, sealed: Sealed, record: CopyRecord) -> Result<CopyInfo, WorkError> {
         let helm = self.shared.helms.take(&self.task.id, self.task.steering);
-        let _turn = self.turn(&helm).await.map_err(ImportError::from)?;
+        // It costs the network nothing: it has turns and a rate of its own.
+        let _turn = self.turn(&self.shared.copy_turns, &helm).await.map_err(ImportError::from)?;
         let mut filling = self.on_disk(|slot, id| slot.disk.filling(&id)).await?;
-        let (engine, progress) = (self.engine(), Arc::clone(helm.progress()));
+        let engine = Engine { limit: Arc::clone(&self.shared.copy_limit), ..self.engine() };
+        let progress = Arc::clone(helm.progress());
         let copying = fetch::duplicate(&engine, &sealed, &record.digests, &mut filling, &progress);
         let copied = self.watch(copying, &progress).await.map_err(ImportError::from)?;
         self.judge_facts(&copied.digests)?;
@@ -90,6 +92,9 @@ fn is_of_the_other(error: &WorkError) -> bool {
         ),
         WorkError::Image(error) => error.class() == image::Class::Refuse,
         WorkError::OtherImage { .. } => true,
-        WorkError::Import(_) | WorkError::Disk(_) | WorkError::NoSource => false,
+        WorkError::Import(_)
+        | WorkError::Disk(_)
+        | WorkError::Unrepaired(_)
+        | WorkError::NoSource => false,
     }
 }

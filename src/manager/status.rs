@@ -8,7 +8,7 @@
 use std::path::PathBuf;
 
 use super::backend::{CopyId, CopyInfo, Progress};
-use super::records::{AttachmentId, AttachmentRecord, ImageRecord, VolumeRecord};
+use super::records::{AttachmentId, AttachmentRecord, ImageRecord, ScrubRecord, VolumeRecord};
 use super::volume::{ReplicaState, VolumeState};
 use super::world::{Attachment, AttachmentState, Copy, CopyState, Export, Image, World};
 use crate::names::{DiskUuid, ImageName};
@@ -32,6 +32,10 @@ pub struct CopyStatus {
     pub message: String,
     /// Since when nobody uses it, in seconds since 1970; `None` while somebody does.
     pub unused_since_unix_s: Option<u64>,
+    /// True while it is read against its digests, or waits to be.
+    pub scrubbing: bool,
+    /// What came of that the last time.
+    pub scrub: Option<ScrubRecord>,
 }
 
 /// One image, as it is now. Its `Debug` shows the source redacted.
@@ -180,5 +184,7 @@ fn copy_status(image: &Image, disk: &DiskUuid, copy: &Copy) -> CopyStatus {
         refused: copy.refused,
         message: copy.message.clone(),
         unused_since_unix_s: image.record.disks.get(disk).and_then(|d| d.unused_since_unix_s),
+        scrubbing: copy.scrubbing || copy.scrub_wanted,
+        scrub: image.record.disks.get(disk).and_then(|d| d.scrub.clone()),
     }
 }

@@ -117,7 +117,8 @@ pub(super) fn step(now: Duration, image: &mut Image, disk: &DiskUuid, touched: &
     if !copy.cancelled && (copy.state.is_sealed() || !paused) {
         return;
     }
-    // A copy that goes is closed first; nobody reads it, or who does was told.
+    // A copy that goes is closed first, also one that turned out bad meanwhile; nobody reads it, or
+    // who does was told.
     if copy.cancelled {
         match &image.export {
             Export::Opening(on) if on == disk => return,

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use super::backend::{CopyId, CopyInfo, CopyTask, FailureClass, Report, WorkerEvent};
 use super::chain::Chains;
-use super::records::Facts;
+use super::facts::{differs, merge};
+use super::records::ImageRecord;
 use super::world::{
     Action, AttachmentState, Change, Copy, CopyState, Event, Export, Image, Touched, Worker, World,
 };
@@ -46,10 +47,13 @@ impl World {
     /// Reconciles every image and tells the watchers what was touched.
     pub(super) fn finish(&mut self, now: Duration, mut touched: Touched) -> Vec<Action> {
         self.want_for_replicas(&mut touched);
+        self.lose_step(&mut touched);
+        self.recover_step(now, &mut touched);
         let names: Vec<ImageName> = self.images.keys().cloned().collect();
         for name in names {
             self.reconcile(now, &name, &mut touched);
         }
+        self.scrub_step(now, &mut touched);
         let mut actions = touched.actions;
         for name in &touched.images {
             actions.push(Action::Announce(Change::ImageUpdated(name.clone())));
@@ -74,18 +78,18 @@ impl World {
         actions
     }
 
-    fn copy_mut(&mut self, id: &CopyId) -> Option<(&mut Copy, &mut Export)> {
+    fn copy_mut(&mut self, id: &CopyId) -> Option<&mut Copy> {
         let image = self.images.get_mut(&id.image)?;
         if image.record.uuid != id.uuid {
             return None;
         }
-        image.copies.get_mut(&id.disk).map(|copy| (copy, &mut image.export))
+        image.copies.get_mut(&id.disk)
     }
 
     /// A worker's report (rules 4 to 7). One of an older worker changes nothing.
     fn hear(&mut self, now: Duration, report: Report, touched: &mut Touched) {
         let Report { copy: id, generation, event } = report;
-        let Some((copy, _)) = self.copy_mut(&id) else { return };
+        let Some(copy) = self.copy_mut(&id) else { return };
         let current = match copy.worker {
             Worker::Idle => return,
             Worker::Running(number) | Worker::Stopping(number) => number,
@@ -98,7 +102,12 @@ impl World {
         match event {
             None => {
                 copy.worker = Worker::Idle;
-                if stopping && !copy.state.is_sealed() {
+                copy.scrubbing = false;
+                let unfinished = matches!(
+                    copy.state,
+                    CopyState::Pending | CopyState::Starting | CopyState::InProgress
+                );
+                if stopping && unfinished {
                     steer::stopped(copy);
                 } else if matches!(copy.state, CopyState::Starting | CopyState::InProgress) {
                     let message = "its worker ended without a result".to_owned();
@@ -106,8 +115,11 @@ impl World {
                 }
                 touched.images.insert(id.image);
             }
-            Some(_) if stopping || unwanted || copy.state.is_sealed() => {}
-            Some(WorkerEvent::Started) => {
+            Some(WorkerEvent::Scrubbed(report)) if !unwanted && copy.scrubbing => {
+                self.scrubbed(now, &id, report, touched);
+            }
+            Some(_) if stopping || unwanted || copy.scrubbing || copy.state.is_sealed() => {}
+            Some(WorkerEvent::Started | WorkerEvent::Scrubbed(_)) => {
                 touched.progress.insert(id.image);
             }
             Some(WorkerEvent::Progress(progress)) => {
@@ -167,24 +179,34 @@ impl World {
         result: Result<(), (FailureClass, String)>,
         touched: &mut Touched,
     ) {
-        let Some((copy, export)) = self.copy_mut(id) else { return };
-        if *export != Export::Opening(id.disk.clone()) {
+        let image = self.images.get_mut(&id.image).filter(|image| image.record.uuid == id.uuid);
+        let Some(image) = image.filter(|i| i.export == Export::Opening(id.disk.clone())) else {
             return;
-        }
+        };
+        let Some(copy) = image.copies.get_mut(&id.disk) else { return };
         touched.images.insert(id.image.clone());
+        // What it says is of bytes that are bad, gone or others now.
+        let is_stale = std::mem::take(&mut image.stale);
         match result {
-            Ok(()) if !copy.state.is_sealed() => *export = Export::Streaming(id.disk.clone()),
+            Ok(()) if is_stale => {
+                image.export = Export::Open(id.disk.clone());
+                image.close(touched);
+            }
+            Err(_) if is_stale => image.export = Export::Closed,
+            Ok(()) if !copy.state.is_sealed() => {
+                image.export = Export::Streaming(id.disk.clone());
+            }
             Err((_, message)) if !copy.state.is_sealed() => {
-                *export = Export::Closed;
+                image.export = Export::Closed;
                 copy.no_stream = Some(message);
             }
             Ok(()) => {
-                *export = Export::Open(id.disk.clone());
+                image.export = Export::Open(id.disk.clone());
                 copy.state = CopyState::Ready;
                 copy.message.clear();
             }
             Err((class, message)) => {
-                *export = Export::Closed;
+                image.export = Export::Closed;
                 fail(copy, now, class, message, false);
                 self.note_refusal(id, touched);
             }
@@ -198,7 +220,7 @@ impl World {
         result: Result<(), String>,
         touched: &mut Touched,
     ) {
-        let Some((copy, _)) = self.copy_mut(id) else { return };
+        let Some(copy) = self.copy_mut(id) else { return };
         if !copy.removing {
             return;
         }
@@ -216,6 +238,14 @@ impl World {
     }
 
     fn reconcile(&mut self, now: Duration, name: &ImageName, touched: &mut Touched) {
+        if self.node_failed {
+            // Nothing is done on a node that is gone, but nobody reads there either.
+            let chains = self.chains_of(name);
+            if let Some(image) = self.images.get_mut(name).filter(|image| !image.record.deleting) {
+                publish_step(image, chains, touched);
+            }
+            return;
+        }
         if self.images.get(name).is_some_and(|image| !image.record.deleting) {
             self.clean_up_step(now, name, touched);
         }
@@ -235,6 +265,9 @@ impl World {
         let wanted: Vec<DiskUuid> = image.copies.keys().cloned().collect();
         for disk in &wanted {
             steer::step(now, image, disk, touched);
+        }
+        // What stops is told so before anything takes its place.
+        for disk in &wanted {
             start_step(now, image, disk, &fit, &mut self.generation, touched);
         }
         let streamed = matches!(&image.export, Export::Streaming(disk) if chains.is_whole_on(disk));
@@ -261,6 +294,16 @@ fn start_step(
     let first = being_brought_in(image, disk);
     let Some(copy) = image.copies.get_mut(disk) else { return };
     let busy = copy.worker != Worker::Idle || copy.removing || copy.cancelled;
+    let is_back = copy.state == CopyState::Unknown && !copy.refused && is_fit(disk);
+    if !busy && is_back && record.steering.paused {
+        // A worker might fetch. Whoever opens it looks at its record, and a scrub at all of it.
+        match copy.info.is_some() {
+            true => (copy.state, copy.scrub_wanted) = (CopyState::ReadyForTransfer, true),
+            false => steer::stopped(copy),
+        }
+        touched.images.insert(id.image);
+        return;
+    }
     if busy || copy.state.is_sealed() || copy.refused || record.steering.paused {
         return;
     }
@@ -292,8 +335,20 @@ fn start_step(
     }
     copy.state = CopyState::Starting;
     (copy.retry_at, copy.no_stream) = (None, None);
-    let task = CopyTask {
-        worker: copy.worker_name.clone(),
+    let task = task_of(record, id, copy.worker_name.clone(), ready);
+    touched.images.insert(record.name.clone());
+    touched.actions.push(Action::Start(Box::new(task), *generation));
+}
+
+/// What a worker is told.
+pub(super) fn task_of(
+    record: &ImageRecord,
+    id: CopyId,
+    worker: String,
+    ready_on: Vec<DiskUuid>,
+) -> CopyTask {
+    CopyTask {
+        worker,
         source: record.source.clone(),
         mirrors: record.mirrors.clone(),
         upload_bytes: record.upload_bytes,
@@ -305,15 +360,13 @@ fn start_step(
         expected: record.expected.clone(),
         declared_format: record.declared_format,
         facts: record.facts.clone(),
-        ready_on: ready,
+        ready_on,
         id,
-    };
-    touched.images.insert(record.name.clone());
-    touched.actions.push(Action::Start(Box::new(task), *generation));
+    }
 }
 
 /// Rule 17: the disks from which a copy for `disk` can be copied.
-fn ready_elsewhere(
+pub(super) fn ready_elsewhere(
     image: &Image,
     disk: &DiskUuid,
     is_fit: &dyn Fn(&DiskUuid) -> bool,
@@ -342,6 +395,13 @@ fn publish_step(image: &mut Image, chains: Chains, touched: &mut Touched) {
             copy.message.clone_from(why);
             touched.images.insert(image.record.name.clone());
         }
+    }
+    // A copy that is no longer good is closed, and so is what stands on it: readers get an error, or
+    // another copy, and never its bytes.
+    if let Export::Open(disk) = &image.export
+        && !chains.is_whole_on(disk)
+    {
+        image.close(touched);
     }
     if let Export::Streaming(disk) = &image.export
         && chains.is_whole_on(disk)
@@ -408,7 +468,13 @@ fn delete_step(now: Duration, image: &mut Image, touched: &mut Touched) -> bool 
 }
 
 /// One try of a copy has failed.
-fn fail(copy: &mut Copy, now: Duration, class: FailureClass, message: String, cleaned: bool) {
+pub(super) fn fail(
+    copy: &mut Copy,
+    now: Duration,
+    class: FailureClass,
+    message: String,
+    cleaned: bool,
+) {
     copy.state = if cleaned { CopyState::FailedAndCleanup } else { CopyState::Failed };
     copy.message = message;
     copy.progress.rate_bytes_per_s = 0;
@@ -427,32 +493,4 @@ fn fail(copy: &mut Copy, now: Duration, class: FailureClass, message: String, cl
             copy.retry_at = Some(now + back_off(copy.failures));
         }
     }
-}
-
-/// The first fact in which a new copy isn't the image that the earlier one was.
-pub(super) fn differs(known: &Facts, new: &Facts) -> Option<String> {
-    let differ = |what: &str, a: &dyn std::fmt::Display, b: &dyn std::fmt::Display| {
-        Some(format!(
-            "{what} is {b}, an earlier copy had {a}: the source has changed; \
-             delete the image, or create the new one under another name"
-        ))
-    };
-    if known.size_bytes != new.size_bytes {
-        return differ("size in bytes", &known.size_bytes, &new.size_bytes);
-    }
-    if known.virtual_size_bytes != new.virtual_size_bytes {
-        return differ("virtual size in bytes", &known.virtual_size_bytes, &new.virtual_size_bytes);
-    }
-    if known.format != new.format {
-        return differ("format", &known.format, &new.format);
-    }
-    let (kind, a, b) = known.digests.differs(&new.digests)?;
-    differ(kind.key(), &a, &b)
-}
-
-/// Known facts stand; a digest that was not known is added.
-fn merge(known: Option<Facts>, new: Facts) -> Facts {
-    let Some(mut known) = known else { return new };
-    known.digests.fill_from(&new.digests);
-    known
 }

@@ -21,7 +21,7 @@ impl World {
         };
         let mut streams = Vec::new();
         for (disk, copy) in &image.copies {
-            if !can_stream(copy) || !wanted(disk) {
+            if !can_stream(copy) || !wanted(disk) || !self.is_fit(disk) {
                 continue;
             }
             let mut chain = vec![image.link_on(disk)];

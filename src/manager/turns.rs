@@ -63,6 +63,7 @@ impl Turns {
     }
 
     /// How many may run at a time.
+    #[cfg(test)]
     pub(super) fn most(&self) -> usize {
         self.state().most
     }

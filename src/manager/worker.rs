@@ -16,6 +16,7 @@ use super::backend::{
     Cancel, CopyInfo, CopyTask, FailureClass, Phase, Progress, Reporter, WorkerEvent,
 };
 use super::helm::{Held, Helms};
+use super::mend::Unrepaired;
 use super::node::{OpenError, Slot, info_of, store_id};
 use super::records::Expected;
 use super::turns::{Turn, Turns};
@@ -42,6 +43,11 @@ pub(super) struct Shared {
     pub(super) buffers: usize,
     pub(super) limit: Arc<RateLimit>,
     pub(super) turns: Arc<Turns>,
+    /// Of copies between disks.
+    pub(super) copy_limit: Arc<RateLimit>,
+    pub(super) copy_turns: Arc<Turns>,
+    /// Of the scrub of each disk.
+    pub(super) scrub_limit: Arc<RateLimit>,
     pub(super) helms: Arc<Helms>,
     pub(super) uploads: Arc<Uploads>,
 }
@@ -55,6 +61,8 @@ pub(super) enum WorkError {
     Import(#[from] ImportError),
     #[error(transparent)]
     Image(#[from] ImageError),
+    #[error(transparent)]
+    Unrepaired(#[from] Unrepaired),
     #[error("no file here and no URL to fetch it from; delete the image, or create it with a URL")]
     NoSource,
     #[error(
@@ -80,12 +88,12 @@ impl WorkError {
             Self::Image(error) => error.class() == image::Class::Refuse,
             Self::OtherImage { .. } => true,
             Self::Import(error) => error.condemns_bytes(),
-            Self::Disk(_) | Self::NoSource => false,
+            Self::Disk(_) | Self::Unrepaired(_) | Self::NoSource => false,
         }
     }
 
     /// How the manager should take it; `None` if the worker was cancelled.
-    fn class(&self) -> Option<FailureClass> {
+    pub(super) fn class(&self) -> Option<FailureClass> {
         let retry = match self {
             Self::Disk(error) => error.may_retry(),
             Self::Import(error) => match error.class() {
@@ -94,6 +102,7 @@ impl WorkError {
                 Class::Refuse => false,
             },
             Self::Image(error) => error.class() == image::Class::Retry,
+            Self::Unrepaired(error) => error.may_retry,
             Self::NoSource | Self::OtherImage { .. } => false,
         };
         Some(if retry { FailureClass::Retry } else { FailureClass::Refuse })
@@ -101,16 +110,8 @@ impl WorkError {
 }
 
 /// Does the work of one copy and reports how it went.
-pub(super) async fn run(
-    slot: Arc<Slot>,
-    others: Vec<Arc<Slot>>,
-    shared: Shared,
-    task: CopyTask,
-    events: Reporter,
-    cancel: Cancel,
-) {
-    events.send(WorkerEvent::Started);
-    let worker = Worker { slot, others, shared, task, events, cancel };
+pub(super) async fn run(worker: Worker) {
+    worker.events.send(WorkerEvent::Started);
     match worker.bring_in().await {
         Ok(info) => worker.events.send(WorkerEvent::Ready(info)),
         Err(error) => {
@@ -123,14 +124,15 @@ pub(super) async fn run(
     }
 }
 
+/// The handler of one copy.
 pub(super) struct Worker {
-    slot: Arc<Slot>,
+    pub(super) slot: Arc<Slot>,
     /// Disks with a complete copy.
     pub(super) others: Vec<Arc<Slot>>,
     pub(super) shared: Shared,
     pub(super) task: CopyTask,
-    events: Reporter,
-    cancel: Cancel,
+    pub(super) events: Reporter,
+    pub(super) cancel: Cancel,
 }
 
 impl Worker {
@@ -162,12 +164,8 @@ impl Worker {
         let state = self.on_disk(|slot, id| slot.disk.copy_state(&id)).await?;
         match state {
             Some(CopyState::Ready(record)) => self.adopt(record).await,
-            Some(CopyState::Unchecked) => match self.verify().await {
-                Err(WorkError::Disk(DiskError::DigestMismatch { .. }))
-                    if self.task.source.is_some()
-                        || self.task.upload_bytes.is_some()
-                        || !self.others.is_empty() =>
-                {
+            Some(CopyState::Unchecked) => match self.check().await {
+                Err(error) if self.may_start_over(&error) => {
                     tracing::warn!(worker = %self.task.worker, "stored bytes are damaged: starting over");
                     self.on_disk(|slot, id| slot.disk.remove(&id)).await?;
                     self.fetch().await
@@ -176,6 +174,25 @@ impl Worker {
             },
             Some(CopyState::Filling { .. }) | None => self.fetch().await,
         }
+    }
+
+    /// True if only bytes that come anew can help, and some can.
+    fn may_start_over(&self, error: &WorkError) -> bool {
+        match error {
+            WorkError::Disk(DiskError::DigestMismatch { .. } | DiskError::NoDigests { .. }) => {
+                self.has_origin() || self.task.upload_bytes.is_some()
+            }
+            WorkError::Unrepaired(error) => error.start_over,
+            WorkError::Disk(_)
+            | WorkError::Import(_)
+            | WorkError::Image(_)
+            | WorkError::NoSource
+            | WorkError::OtherImage { .. } => false,
+        }
+    }
+
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.cancel.is_cancelled()
     }
 
     async fn adopt(&self, record: disk::CopyRecord) -> Result<CopyInfo, WorkError> {
@@ -189,7 +206,7 @@ impl Worker {
     }
 
     /// A finished file of unknown history: inspected and hashed before it counts.
-    async fn verify(&self) -> Result<CopyInfo, WorkError> {
+    pub(super) async fn verify(&self) -> Result<CopyInfo, WorkError> {
         let (events, cancel, declared, terms) =
             (self.events.clone(), self.cancel.clone(), self.declared(), self.terms());
         // What is expected is of the source's own bytes, and was proved when they came; the first
@@ -244,7 +261,7 @@ impl Worker {
     }
 
     /// The source with what is known of it.
-    fn from(&self, url: &SourceUrl) -> fetch::Source {
+    pub(super) fn from(&self, url: &SourceUrl) -> fetch::Source {
         let Expected { digests, checksum_url } = *self.task.expected.clone();
         let source = fetch::Source::new(url.clone()).expecting(digests.into());
         let source = source.listed_in(checksum_url);
@@ -276,7 +293,7 @@ impl Worker {
         }
         let source = self.task.source.as_ref().ok_or(WorkError::NoSource)?;
         let helm = self.shared.helms.take(&self.task.id, self.task.steering);
-        let _turn = self.turn(&helm).await.map_err(ImportError::from)?;
+        let _turn = self.turn(&self.shared.turns, &helm).await.map_err(ImportError::from)?;
         let mut filling = self.on_disk(|slot, id| slot.disk.filling(&id)).await?;
         let engine = self.engine();
         let progress = Arc::clone(helm.progress());
@@ -305,15 +322,15 @@ impl Worker {
     }
 
     /// Waits until it is this transfer's turn.
-    pub(super) async fn turn(&self, helm: &Held) -> Result<Turn, FetchError> {
-        if let Some(turn) = self.shared.turns.try_turn() {
+    pub(super) async fn turn(&self, turns: &Arc<Turns>, helm: &Held) -> Result<Turn, FetchError> {
+        if let Some(turn) = turns.try_turn() {
             return Ok(turn);
         }
         let waiting = Progress { message: "waiting for its turn".into(), ..Progress::default() };
         self.events.send(WorkerEvent::Progress(waiting));
         let mut cancel = self.cancel.clone();
         tokio::select! {
-            turn = self.shared.turns.turn(helm.priority()) => Ok(turn),
+            turn = turns.turn(helm.priority()) => Ok(turn),
             () = cancel.cancelled() => Err(FetchError::Cancelled),
         }
     }

@@ -14,12 +14,14 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::backend::{
-    CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy, FoundState, Link, Progress,
+    CopyId, CopyTask, DiskStatus, FailureClass, FoundCopy, FoundState, Link, NodeSettings,
 };
+pub(super) use super::copies::{Copy, Export, Image, Worker};
+use super::facts::differs;
 use super::records::{
     AttachmentId, AttachmentRecord, ClassRecord, ImageRecord, Steering, VolumeRecord, Want,
 };
-use super::step::differs;
+use super::settings::{Settings, SettingsRecord};
 use super::volume::Volume;
 use crate::import::Layout;
 use crate::names::{ClassName, DiskUuid, ImageName, VolumeName};
@@ -118,8 +120,20 @@ pub enum Action {
     SaveClass(Box<ClassRecord>),
     /// Remove the record.
     ForgetClass(ClassName),
+    /// Store the record.
+    SaveSettings(SettingsRecord),
+    /// What holds for all workers from now on.
+    ApplySettings(NodeSettings),
     /// Start the worker with this number.
     Start(Box<CopyTask>, u64),
+    /// Start a worker with this number that reads a complete copy against its digests.
+    Scrub(Box<CopyTask>, u64),
+    /// What was made of the copy's bytes is not to be used again.
+    ForgetView(CopyId),
+    /// End the copy's worker where it stands, as when its process is killed.
+    Kill(CopyId),
+    /// Who waits for bytes that are still to come gets an error.
+    DismissReaders,
     /// Ask the copy's worker to stop.
     Cancel(CopyId),
     /// Tell the copy's worker how it is steered.
@@ -160,6 +174,12 @@ pub enum Change {
     VolumeUpdated(VolumeName),
     /// It is gone; it stood on this image.
     VolumeDeleted(VolumeName, ImageName),
+    /// Something about an image that somebody should look at, in words.
+    Warning(ImageName, String),
+    /// What holds on this node was changed.
+    SettingsUpdated,
+    /// The node counts as gone, or is back.
+    NodeUpdated,
 }
 
 /// What happened, apart from commands.
@@ -175,118 +195,6 @@ pub enum Event {
     Disks(Vec<DiskStatus>),
     /// Time has passed, or the daemon has just started.
     Tick,
-}
-
-/// A copy's worker, as far as the world knows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Worker {
-    Idle,
-    Running(u64),
-    Stopping(u64),
-}
-
-/// Who has the image's export open.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Export {
-    Closed,
-    Opening(DiskUuid),
-    /// On a copy that is still arriving.
-    Streaming(DiskUuid),
-    Open(DiskUuid),
-}
-
-/// One image on one disk.
-#[derive(Clone, Debug)]
-pub(super) struct Copy {
-    pub(super) worker_name: String,
-    pub(super) state: CopyState,
-    pub(super) worker: Worker,
-    pub(super) removing: bool,
-    /// A user wants it no more: it stops, and its files go.
-    pub(super) cancelled: bool,
-    pub(super) progress: Progress,
-    pub(super) info: Option<CopyInfo>,
-    pub(super) failures: u32,
-    /// Bytes that were there at the last failure: more at the next one means that trying helps.
-    pub(super) bytes_at_failure: u64,
-    pub(super) retry_at: Option<Duration>,
-    pub(super) refused: bool,
-    /// Why it can't be read before it is complete, if that was tried.
-    pub(super) no_stream: Option<String>,
-    pub(super) message: String,
-}
-
-impl Copy {
-    pub(super) fn new(worker_name: String) -> Self {
-        Self {
-            worker_name,
-            state: CopyState::Pending,
-            worker: Worker::Idle,
-            removing: false,
-            cancelled: false,
-            progress: Progress::default(),
-            info: None,
-            failures: 0,
-            bytes_at_failure: 0,
-            retry_at: None,
-            refused: false,
-            no_stream: None,
-            message: String::new(),
-        }
-    }
-}
-
-#[derive(Clone, Debug)]
-pub(super) struct Image {
-    pub(super) record: ImageRecord,
-    pub(super) copies: BTreeMap<DiskUuid, Copy>,
-    pub(super) export: Export,
-}
-
-impl Image {
-    pub(super) fn new(record: ImageRecord) -> Self {
-        let mut image = Self { record, copies: BTreeMap::new(), export: Export::Closed };
-        let wanted: Vec<_> =
-            image.record.disks.iter().map(|(d, want)| (d.clone(), want.clone())).collect();
-        for (disk, want) in wanted {
-            let copy = image.copy_on(&disk);
-            if let Some(why) = want.refused {
-                (copy.state, copy.refused, copy.message) = (CopyState::Failed, true, why);
-            }
-        }
-        image
-    }
-
-    /// The copy on `disk`, wanted from now on.
-    pub(super) fn copy_on(&mut self, disk: &DiskUuid) -> &mut Copy {
-        self.record.disks.entry(disk.clone()).or_default();
-        self.copy_entry(disk)
-    }
-
-    /// The copy on `disk`, wanted or not.
-    pub(super) fn copy_entry(&mut self, disk: &DiskUuid) -> &mut Copy {
-        let name = worker_name(&self.record.name, disk, self.copies.keys());
-        self.copies.entry(disk.clone()).or_insert_with(|| Copy::new(name))
-    }
-
-    pub(super) fn copy_id(&self, disk: &DiskUuid) -> CopyId {
-        CopyId {
-            image: self.record.name.clone(),
-            uuid: self.record.uuid.clone(),
-            disk: disk.clone(),
-        }
-    }
-}
-
-/// `<image name>-<first 8 of disk UUID>`, or 16 when another disk begins with the same 8.
-fn worker_name<'a>(
-    image: &ImageName,
-    disk: &DiskUuid,
-    mut others: impl Iterator<Item = &'a DiskUuid>,
-) -> String {
-    let clash = others.any(|other| other != disk && other.first8() == disk.first8());
-    let part: String = disk.as_str().chars().take(if clash { 16 } else { 8 }).collect();
-    format!("{image}-{part}")
 }
 
 #[derive(Clone, Debug)]
@@ -307,6 +215,8 @@ pub struct Records {
     pub volumes: Vec<VolumeRecord>,
     /// The storage classes.
     pub classes: Vec<ClassRecord>,
+    /// What is configured, and what was set.
+    pub settings: Settings,
 }
 
 /// Everything that the manager knows.
@@ -320,8 +230,9 @@ pub struct World {
     pub(super) generation: u64,
     /// When the daemon started, in seconds since 1970.
     pub(super) started_unix_s: u64,
-    /// How long a copy that nobody uses stays; `None` for ever.
-    pub(super) cleanup_wait: Option<Duration>,
+    pub(super) settings: Settings,
+    /// It counts as gone, in a drill.
+    pub(super) node_failed: bool,
     /// Sessions that are open on exported images.
     pub(super) sessions: BTreeMap<ImageName, usize>,
     /// Exported images whose readers have lost what they read.
@@ -347,8 +258,8 @@ impl World {
         found: Vec<FoundCopy>,
         now_unix_s: u64,
     ) -> (Self, Vec<Action>) {
-        let mut world = Self { disks, started_unix_s: now_unix_s, ..Self::default() };
-        let Records { images, attachments, volumes, classes } = records;
+        let Records { images, attachments, volumes, classes, settings } = records;
+        let mut world = Self { disks, settings, started_unix_s: now_unix_s, ..Self::default() };
         world.images = images.into_iter().map(|r| (r.name.clone(), Image::new(r))).collect();
         world.classes = classes.into_iter().map(|c| (c.name.clone(), c)).collect();
         for record in volumes {
@@ -436,9 +347,21 @@ impl World {
     /// When something is due that no event will bring; `None` if nothing is.
     #[must_use]
     pub fn next_wake(&self) -> Option<Duration> {
+        if self.node_failed {
+            return None;
+        }
         let copies = self.images.values().flat_map(|i| i.copies.values());
         let idle = copies.filter(|c| c.worker == Worker::Idle && !c.removing);
-        idle.filter_map(|c| c.retry_at).chain(self.clean_up_due()).min()
+        idle.filter_map(|c| c.retry_at)
+            .chain(self.clean_up_due())
+            .chain(self.scrub_wake())
+            .chain(self.recovery_wake())
+            .min()
+    }
+
+    /// True if copies can be worked on and read there.
+    pub(super) fn is_fit(&self, disk: &DiskUuid) -> bool {
+        !self.node_failed && self.disk(disk).is_some_and(|disk| disk.healthy)
     }
 
     pub(super) fn disk(&self, uuid: &DiskUuid) -> Option<&DiskStatus> {

@@ -117,7 +117,8 @@ pub fn read(text: &str) -> Result<Vec<Document>, ManifestError> {
         let at = |line, fault| ManifestError { document: number, line, fault };
         let value = parse(part).map_err(|(within, fault)| at(line + within, fault))?;
         let mut found = Vec::new();
-        read_one(&value, true, &mut found).map_err(|fault| at(line, fault))?;
+        let within = |(within, fault)| at(line + within, fault);
+        read_one(&value, Some(part), &mut found).map_err(within)?;
         for (object, notes) in found {
             documents.push(Document { number, line, object, notes });
         }
@@ -155,10 +156,27 @@ fn cut(text: &str) -> Vec<(u64, &str)> {
     parts
 }
 
+/// A document from its first line on: a newline that is left of the separator's line is not counted.
+fn from_first_line(text: &str) -> &str {
+    text.strip_prefix("\r\n").or_else(|| text.strip_prefix('\n')).unwrap_or(text)
+}
+
+/// How many lines below a ConfigMap's first the text of its class begins. Of one in quotes, which may
+/// be folded, only where it stands is known.
+fn class_begins(config_map: &str) -> (u64, bool) {
+    let key = |line: &str| {
+        let line = line.trim_start().trim_start_matches(['"', '\'']);
+        let rest = line.strip_prefix(CLASS_KEY)?.trim_start_matches(['"', '\'']).trim_start();
+        rest.strip_prefix(':').map(|rest| rest.trim_start().starts_with('|'))
+    };
+    let mut lines = (0..).zip(from_first_line(config_map).lines());
+    let found = lines.find_map(|(index, line)| Some((index, key(line)?)));
+    found.map_or((0, false), |(index, is_block)| (index + u64::from(is_block), is_block))
+}
+
 /// A document's value; of an error, how many lines below the document's first it is.
 fn parse(text: &str) -> Result<Value, (u64, Fault)> {
-    // A newline that is left of the separator's line is not counted.
-    let text = text.strip_prefix("\r\n").or_else(|| text.strip_prefix('\n')).unwrap_or(text);
+    let text = from_first_line(text);
     serde_saphyr::from_str(text).map_err(|error| {
         let within = error.location().map_or(0, |at| at.line().saturating_sub(1));
         let what = error.without_snippet().to_string();
@@ -174,26 +192,41 @@ fn parse(text: &str) -> Result<Value, (u64, Fault)> {
     })
 }
 
+/// Where Longhorn's ConfigMap has its class.
+const CLASS_KEY: &str = "storageclass.yaml";
+
 type Found = (Object, Vec<String>);
 
-fn read_one(value: &Value, is_outer: bool, found: &mut Vec<Found>) -> Result<(), Fault> {
+/// Adds what a document has; of an error, how many lines below the document's first it is. `outer` is
+/// the document's text, unless it is in another one.
+fn read_one(
+    value: &Value,
+    outer: Option<&str>,
+    found: &mut Vec<Found>,
+) -> Result<(), (u64, Fault)> {
+    let here = |fault| (0, fault);
     let text = |field: &str| value[field].as_str().unwrap_or_default().chars().take(80).collect();
     let (kind, api): (String, String) = (text("kind"), text("apiVersion"));
     let group = api.split('/').next().unwrap_or_default();
     let one = match (kind.as_str(), group) {
-        ("StorageClass", "storage.k8s.io") => parse_class(value)?,
-        ("PersistentVolumeClaim", "v1") => parse_claim(value)?,
-        ("BackingImage", "longhorn.io") => parse_image(value)?,
-        ("Volume", "longhorn.io") => parse_volume(value)?,
-        ("ConfigMap", "v1") if is_outer && value["data"]["storageclass.yaml"].is_string() => {
-            let inner = value["data"]["storageclass.yaml"].as_str().unwrap_or_default();
-            for (_, part) in cut(inner) {
-                let value = parse(part).map_err(|(_, fault)| fault)?;
-                read_one(&value, false, found)?;
+        ("StorageClass", "storage.k8s.io") => parse_class(value).map_err(here)?,
+        ("PersistentVolumeClaim", "v1") => parse_claim(value).map_err(here)?,
+        ("BackingImage", "longhorn.io") => parse_image(value).map_err(here)?,
+        ("Volume", "longhorn.io") => parse_volume(value).map_err(here)?,
+        ("ConfigMap", "v1") if outer.is_some() && value["data"][CLASS_KEY].is_string() => {
+            let inner = value["data"][CLASS_KEY].as_str().unwrap_or_default();
+            let (start, is_block) = class_begins(outer.unwrap_or_default());
+            for (first, part) in cut(inner) {
+                let at = |(within, fault)| match is_block {
+                    true => (start + first - 1 + within, fault),
+                    false => (start, fault),
+                };
+                let value = parse(part).map_err(at)?;
+                read_one(&value, None, found).map_err(at)?;
             }
             return Ok(());
         }
-        _ => return Err(Fault::Kind { kind, api }),
+        _ => return Err(here(Fault::Kind { kind, api })),
     };
     found.push(one);
     Ok(())

@@ -66,6 +66,30 @@ fn the_page_s_example_is_read_parameter_for_parameter() {
 }
 
 #[test]
+fn a_fault_inside_a_config_map_names_its_own_line() {
+    let map = |class: &str| {
+        let head = "# one\n---\napiVersion: v1\nkind: ConfigMap\ndata:\n";
+        format!("{head}  other: x\n  storageclass.yaml: {class}")
+    };
+    for (class, line, words) in [
+        ("|\n    kind: StorageClass\n    a: [\n", 9, "YAML"),
+        ("|\n    kind: Pod\n", 8, "Pod"),
+        (
+            "|-\n    # said\n    ---\n    kind: StorageClass\n    ---\n    kind: Pod\n",
+            10,
+            "StorageClass",
+        ),
+        ("\"kind: Pod\\n\"\n", 7, "Pod"),
+        ("|\n    kind: ConfigMap\n    apiVersion: v1\n", 8, "ConfigMap"),
+    ] {
+        let error = read(&map(class)).unwrap_err();
+        let text = error.to_string();
+        assert_eq!((error.document, error.line), (1, line), "{class:?}: {text}");
+        assert!(text.contains(words) || words == "YAML", "{text}");
+    }
+}
+
+#[test]
 fn every_parameter_of_today_is_read_or_said() {
     let text = class(&format!(
         "  numberOfReplicas: \"2\"\n  backingImage: bi-download\n  \

@@ -25,6 +25,12 @@ fn random_move(node: &mut Node, kind: u8, pick: usize) {
         }
         5 | 6 => {
             let Some(id) = some(&running) else { return };
+            if node.scrubbing.contains(&id) {
+                let class = [None, Some(FailureClass::Retry), Some(FailureClass::Refuse)][pick % 3];
+                let repaired_bytes = pick as u64 / 3 % 2;
+                let report = ScrubReport { class, repaired_bytes, ..ScrubReport::default() };
+                return node.report(&id, WorkerEvent::Scrubbed(report));
+            }
             let events = [
                 WorkerEvent::Started,
                 WorkerEvent::Progress(Progress { bytes_done: 7, ..Progress::default() }),
@@ -71,8 +77,8 @@ fn random_move(node: &mut Node, kind: u8, pick: usize) {
             drop(node.command(Command::CleanUp(name(image), on[..1 + pick % 2].to_vec())));
         }
         18 => {
-            let wait = (!pick.is_multiple_of(5)).then(|| Duration::from_secs(pick as u64));
-            node.command(Command::SetCleanupWait(wait)).unwrap();
+            let minutes = i64::try_from(pick % 20).unwrap() - 1;
+            node.command(set(Setting::CleanupWait, minutes)).unwrap();
         }
         20 => {
             let disks: Vec<usize> = (0..=pick % 3).map(|n| (n + pick / 3) % 3).collect();
@@ -88,6 +94,24 @@ fn random_move(node: &mut Node, kind: u8, pick: usize) {
             node.world.see_lost(Vec::new());
         }
         23 => drop(node.command(Command::DeleteVolume(volume_name(["v", "w"][pick % 2])))),
+        26 => {
+            let change =
+                if pick.is_multiple_of(2) { Command::FailNode } else { Command::ReturnNode };
+            node.command(change).unwrap();
+        }
+        27 => {
+            let healthy = |n| DiskStatus { healthy: pick / 2 % 4 != n, ..disk_status(n) };
+            node.event(Event::Disks((0..DISKS.len()).map(healthy).collect()));
+        }
+        28 => {
+            let seconds = i64::try_from(pick % 400).unwrap() - 1;
+            node.command(set(Setting::RecoveryWait, seconds)).unwrap();
+        }
+        29 => drop(node.command(Command::Scrub(name(image), None))),
+        30 => {
+            let minutes = i64::try_from(pick % 3).unwrap();
+            node.command(set(Setting::ScrubInterval, minutes)).unwrap();
+        }
         _ => node.event(Event::Tick),
     }
 }
@@ -97,12 +121,17 @@ proptest! {
 
     #[test]
     fn any_order_of_events_keeps_the_rules_and_converges(
-        moves in proptest::collection::vec((0u8..27, 0usize..1000), 0..80)
+        moves in proptest::collection::vec((0u8..33, 0usize..1000), 0..80)
     ) {
         let mut node = Node::new();
         for (kind, pick) in moves {
             random_move(&mut node, kind, pick);
         }
+        node.command(Command::ReturnNode).unwrap();
+        node.event(Event::Disks((0..DISKS.len()).map(disk_status).collect()));
+        // Else there is always one that is due, and what is refused is tried again and again.
+        node.command(set(Setting::RecoveryWait, -1)).unwrap();
+        node.command(set(Setting::ScrubInterval, 0)).unwrap();
         node.settle();
         for image in node.world.images() {
             prop_assert!(!image.record.deleting);

@@ -7,7 +7,7 @@ const MINUTE: Duration = Duration::from_secs(60);
 /// A node on which `a` has complete copies on `disks`, and the wait is an hour.
 fn with_copies(disks: &[usize]) -> Node {
     let mut node = Node::new();
-    node.command(Command::SetCleanupWait(Some(60 * MINUTE))).unwrap();
+    node.command(set(Setting::CleanupWait, 60)).unwrap();
     node.command(create("a")).unwrap();
     for on in disks {
         node.command(Command::Fetch(name("a"), Some(disk(*on)))).unwrap();
@@ -111,10 +111,10 @@ fn the_least_number_of_copies_is_the_image_s_own_and_failed_ones_do_not_count_as
 #[test]
 fn a_wait_of_nothing_is_at_once_and_without_one_nothing_goes() {
     let mut node = with_copies(&[0, 1]);
-    node.command(Command::SetCleanupWait(None)).unwrap();
+    node.command(set(Setting::CleanupWait, -1)).unwrap();
     pass(&mut node, 100_000 * MINUTE);
     assert_eq!((copies(&node).len(), node.world.next_wake()), (2, None));
-    node.command(Command::SetCleanupWait(Some(Duration::ZERO))).unwrap();
+    node.command(set(Setting::CleanupWait, 0)).unwrap();
     bring_in(&mut node);
     assert_eq!(copies(&node).len(), 1);
 }
@@ -124,7 +124,6 @@ fn the_stamp_survives_a_restart() {
     let mut node = with_copies(&[0, 1]);
     pass(&mut node, 59 * MINUTE);
     node.restart();
-    node.command(Command::SetCleanupWait(Some(60 * MINUTE))).unwrap();
     bring_in(&mut node);
     assert_eq!(copies(&node), [0, 1]);
     pass(&mut node, MINUTE);

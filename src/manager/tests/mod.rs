@@ -6,7 +6,9 @@
 mod any_order;
 mod chain;
 mod cleanup;
+mod health;
 mod rules;
+mod scrub;
 mod steering;
 mod streaming;
 mod volumes;
@@ -102,6 +104,19 @@ fn attach(image: &str, on: Option<usize>, reader: &str) -> Command {
     })
 }
 
+fn set(setting: Setting, value: i64) -> Command {
+    Command::ChangeSettings([(setting, Some(value))].into())
+}
+
+/// A node that does nothing by itself as time goes by.
+fn quiet() -> Settings {
+    Settings::configured([
+        (Setting::CleanupWait, -1),
+        (Setting::RecoveryWait, -1),
+        (Setting::ScrubInterval, 0),
+    ])
+}
+
 /// A node that does what the world asks, and panics when it asks for something forbidden.
 #[derive(Default)]
 struct Node {
@@ -111,10 +126,16 @@ struct Node {
     attachments: BTreeMap<AttachmentId, AttachmentRecord>,
     volumes: BTreeMap<VolumeName, VolumeRecord>,
     classes: BTreeMap<ClassName, ClassRecord>,
+    settings: SettingsRecord,
+    applied: Option<NodeSettings>,
     running: BTreeMap<CopyId, u64>,
     /// Everything that was started, in order.
     tasks: Vec<CopyTask>,
     stopping: BTreeSet<CopyId>,
+    /// Of those that run, the scrubs.
+    scrubbing: BTreeSet<CopyId>,
+    /// What watchers were warned of.
+    warnings: Vec<String>,
     files: BTreeMap<CopyId, Option<CopyInfo>>,
     removing: BTreeSet<CopyId>,
     publishing: BTreeSet<CopyId>,
@@ -132,6 +153,7 @@ impl Node {
     fn restart(&mut self) {
         self.running.clear();
         self.stopping.clear();
+        self.scrubbing.clear();
         self.removing.clear();
         self.publishing.clear();
         self.exported.clear();
@@ -148,6 +170,7 @@ impl Node {
                 attachments: self.attachments.values().cloned().collect(),
                 volumes: self.volumes.values().cloned().collect(),
                 classes: self.classes.values().cloned().collect(),
+                settings: quiet().with(self.settings.clone()),
             },
             (0..DISKS.len()).map(disk_status).collect(),
             found.collect(),
@@ -200,9 +223,12 @@ impl Node {
                 Action::SaveClass(record) => {
                     self.classes.insert(record.name.clone(), *record);
                 }
+                Action::SaveSettings(record) => self.settings = record,
+                Action::ApplySettings(settings) => self.applied = Some(settings),
                 Action::ForgetClass(name) => assert!(self.classes.remove(&name).is_some()),
                 Action::Start(task, number) => {
                     let record = &self.images[&task.id.image];
+                    assert!(!self.world.node_failed(), "nothing starts on a node that is gone");
                     assert!(!record.steering.paused, "nothing is fetched while paused");
                     assert_eq!(record.steering, task.steering);
                     assert!(record.disks.contains_key(&task.id.disk), "recorded before it starts");
@@ -225,6 +251,21 @@ impl Node {
                     );
                     self.files.entry(task.id.clone()).or_insert(None);
                     self.tasks.push(*task);
+                }
+                Action::Scrub(task, number) => {
+                    let record = &self.images[&task.id.image];
+                    assert!(!record.deleting && !self.removing.contains(&task.id));
+                    assert!(self.files[&task.id].is_some(), "only a complete copy is scrubbed");
+                    let on_disk = |id: &&CopyId| id.disk == task.id.disk;
+                    assert!(!self.scrubbing.iter().any(|id| on_disk(&id)), "one on a disk");
+                    assert!(self.running.insert(task.id.clone(), number).is_none(), "one worker");
+                    self.scrubbing.insert(task.id.clone());
+                }
+                Action::ForgetView(id) => assert!(self.files[&id].is_some()),
+                Action::DismissReaders => assert!(self.world.node_failed()),
+                Action::Kill(id) => {
+                    assert!(self.world.node_failed() && self.running.contains_key(&id));
+                    self.stopping.insert(id);
                 }
                 Action::Cancel(id) => {
                     assert!(self.running.contains_key(&id) && self.stopping.insert(id));
@@ -258,9 +299,9 @@ impl Node {
                 }
                 Action::Stream(chain) => {
                     let (top, beneath) = chain.split_first().unwrap();
-                    let image = self.world.image(&top.copy.image).unwrap();
-                    let copy = image.copies.iter().find(|c| c.disk == top.copy.disk).unwrap();
-                    assert!(!copy.state.is_sealed(), "a complete one is published");
+                    let state = self.world.images[&top.copy.image].copies[&top.copy.disk].state;
+                    assert!(!state.is_sealed(), "a complete one is published");
+                    assert!(!self.world.node_failed());
                     assert!(beneath.iter().all(|link| self.files[&link.copy].is_some()));
                     let wants = |a: &AttachmentRecord| a.stream && a.image == top.copy.image;
                     assert!(self.attachments.values().any(wants), "only for who asked");
@@ -268,6 +309,9 @@ impl Node {
                     assert!(self.publishing.insert(top.copy.clone()), "once");
                 }
                 Action::Withdraw(name) => assert!(self.exported.remove(&name).is_some()),
+                Action::Announce(Change::Warning(name, message)) => {
+                    self.warnings.push(format!("{name}: {message}"));
+                }
                 Action::Announce(_) => {}
             }
         }
@@ -283,7 +327,10 @@ impl Node {
         if let WorkerEvent::Ready(info) = &event {
             self.files.insert(id.clone(), Some(info.clone()));
         }
-        let ends = matches!(event, WorkerEvent::Ready(_) | WorkerEvent::Failed { .. });
+        let ends = matches!(
+            event,
+            WorkerEvent::Ready(_) | WorkerEvent::Failed { .. } | WorkerEvent::Scrubbed(_)
+        );
         let generation = self.running[id];
         self.event(Event::Worker(Report { copy: id.clone(), generation, event: Some(event) }));
         if ends {
@@ -293,6 +340,7 @@ impl Node {
 
     fn end(&mut self, id: &CopyId) {
         self.stopping.remove(id);
+        self.scrubbing.remove(id);
         let generation = self.running.remove(id).unwrap();
         self.event(Event::Worker(Report { copy: id.clone(), generation, event: None }));
     }
@@ -325,6 +373,8 @@ impl Node {
             if let Some(id) = self.running.keys().next().cloned() {
                 if self.stopping.contains(&id) {
                     self.end(&id);
+                } else if self.scrubbing.contains(&id) {
+                    self.report(&id, WorkerEvent::Scrubbed(ScrubReport::default()));
                 } else {
                     self.report(&id, WorkerEvent::Ready(info(4096)));
                 }
@@ -339,6 +389,25 @@ impl Node {
             }
         }
         panic!("does not converge");
+    }
+
+    /// Everything that is asked for now goes well, and no time passes.
+    fn settle_now(&mut self) {
+        loop {
+            if let Some(id) = self.running.keys().next().cloned() {
+                match (self.stopping.contains(&id), self.scrubbing.contains(&id)) {
+                    (true, _) => self.end(&id),
+                    (_, true) => self.report(&id, WorkerEvent::Scrubbed(ScrubReport::default())),
+                    (..) => self.report(&id, WorkerEvent::Ready(info(4096))),
+                }
+            } else if let Some(id) = self.publishing.iter().next().cloned() {
+                self.published(&id, Ok(()));
+            } else if let Some(id) = self.removing.iter().next().cloned() {
+                self.removed(&id, true);
+            } else {
+                return;
+            }
+        }
     }
 
     fn state(&self, image: &str, on: usize) -> Option<CopyState> {
