@@ -18,7 +18,7 @@ use super::raw::HoleMap;
 use super::{Decoded, DecodedCache, Format, ImageError, Info, ReadError, blocks, qcow2};
 use crate::disk::Sealed;
 use crate::map::format::{Header, Kind};
-use crate::map::{FileMap, MappedData, SharedTable};
+use crate::map::{FileMap, GuestSlice, MappedData, SharedTable};
 use crate::units::{FileOffset, GuestOffset};
 
 /// How the bytes of a run of one layer are had.
@@ -201,6 +201,23 @@ impl Layer {
         self.data_map
             .read(self.data_file(), buf, at)
             .map_err(|source| ReadError::io(self.data_path(), at.0, len, source))
+    }
+
+    /// The same, into the memory of a guest.
+    pub(super) fn read_to_guest(
+        &self,
+        to: &[GuestSlice<'_>],
+        at: FileOffset,
+    ) -> Result<(), ReadError> {
+        self.data_map.read_to_guest(self.data_file(), to, at).map_err(|source| {
+            let len = to.iter().map(GuestSlice::len).sum();
+            ReadError::io(self.data_path(), at.0, len, source)
+        })
+    }
+
+    /// Whether a range of the data file was in memory when it was read last.
+    pub(super) fn is_resident(&self, at: FileOffset, len: usize) -> bool {
+        self.data_map.is_resident(at, len)
     }
 
     /// The run that begins at `at` and ends at guest byte `end` at the latest; `at < end <=` the
