@@ -35,6 +35,7 @@ fn still_serves(vm: &mut Vm) {
 fn another_is_served(server: &TestServer) {
     server.until_free();
     still_serves(&mut Vm::start(&server.socket(), ALL, 1));
+    server.until_free();
 }
 
 #[test]
@@ -259,7 +260,7 @@ fn messages_that_cannot_be_end_the_session_and_the_next_frontend_is_served() {
 fn queues_at_places_that_cannot_be_stand_and_nothing_else_does() {
     let (server, _dir, mut vm) = started();
     vm.add_queue();
-    for user in [0, USER + 1, USER + MEMORY - 16, u64::MAX - 15] {
+    for user in [16, USER + MEMORY, USER + MEMORY - 16, u64::MAX - 15] {
         let config = vhost::VringConfigData {
             queue_max_size: QUEUE_SIZE,
             queue_size: QUEUE_SIZE,
@@ -289,7 +290,10 @@ fn a_call_that_is_full_holds_up_no_end_of_its_session() {
     vm.frontend.set_vring_enable(0, false).unwrap();
     vm.frontend.set_vring_enable(0, true).unwrap();
     still_serves(&mut vm);
-    full.write(u64::MAX - 2).ok();
+    // The same at the end of the session.
+    full.read().unwrap();
+    full.write(u64::MAX - 1).unwrap();
+    vm.read(0, 0, 512);
     drop(vm);
     another_is_served(&server);
 }
