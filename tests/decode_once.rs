@@ -103,17 +103,24 @@ fn memory_for_sixteen_readers_is_that_for_one_and_bounded() {
     assert!(held(REPLICAS, 4 << 20) <= 4 << 20, "no more than it may");
 }
 
-#[test]
-fn a_forward_reader_of_small_pieces_finds_the_next_clusters_decoded() {
-    if !have_qemu() {
-        return;
-    }
+/// A view of a compressed image with its own cache, the image's bytes, and how many clusters of it
+/// are compressed.
+fn zlib_view() -> (Vec<u8>, u64, Arc<DecodedCache>, View) {
     let dir = TempDir::new().unwrap();
     let image = compressed(dir.path(), "zlib");
     let (want, count) = (qemu_bytes(&image).unwrap(), compressed_clusters(&image));
     let cache = DecodedCache::new(64 << 20);
     let sealed = Sealed::open_path(&image).unwrap();
     let view = View::open_with_cache(sealed, None, Arc::clone(&cache)).unwrap();
+    (want, count, cache, view)
+}
+
+#[test]
+fn a_forward_reader_of_small_pieces_finds_the_next_clusters_decoded() {
+    if !have_qemu() {
+        return;
+    }
+    let (want, count, cache, view) = zlib_view();
     for (at, want) in (0..).step_by(4096).zip(want.chunks(4096)) {
         let mut part = vec![0; want.len()];
         view.read_at(&mut part, GuestOffset(at)).unwrap();
@@ -128,12 +135,7 @@ fn a_hint_over_nbd_has_clusters_decoded_before_they_are_read() {
     if !have_qemu() {
         return;
     }
-    let dir = TempDir::new().unwrap();
-    let image = compressed(dir.path(), "zlib");
-    let (want, count) = (qemu_bytes(&image).unwrap(), compressed_clusters(&image));
-    let cache = DecodedCache::new(64 << 20);
-    let sealed = Sealed::open_path(&image).unwrap();
-    let view = View::open_with_cache(sealed, None, Arc::clone(&cache)).unwrap();
+    let (want, count, cache, view) = zlib_view();
     let server = TestServer::start();
     server.exports.add("disk", Arc::new(view), "").unwrap();
     let mut wire = server.connect();

@@ -6,12 +6,8 @@ mod nbd_support;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use nbd_support::{KIB, MIB, TestServer, Wire, patterned};
+use nbd_support::{EINVAL, EOVERFLOW, EPERM, ERR_INVALID, KIB, MIB, TestServer, Wire, patterned};
 
-const EPERM: u32 = 1;
-const EINVAL: u32 = 22;
-const EOVERFLOW: u32 = 75;
-const ERR_INVALID: u32 = 0x8000_0003;
 const ERR_EXT_HEADER_REQD: u32 = 0x8000_000a;
 const PAYLOAD: u16 = 1 << 5;
 const REQ_ONE: u16 = 1 << 3;

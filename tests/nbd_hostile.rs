@@ -9,14 +9,10 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use bedplate::serve::nbd::Limits;
-use nbd_support::{MIB, TestServer, Wire, patterned};
+use nbd_support::{EINVAL, EOVERFLOW, EPERM, ERR_INVALID, MIB, TestServer, Wire, patterned};
 
-const EPERM: u32 = 1;
 const EIO: u32 = 5;
-const EINVAL: u32 = 22;
-const EOVERFLOW: u32 = 75;
 const ERR_UNSUP: u32 = 0x8000_0001;
-const ERR_INVALID: u32 = 0x8000_0003;
 const ERR_UNKNOWN: u32 = 0x8000_0006;
 
 /// A server with one export of 4 MiB, and its bytes.

@@ -3,15 +3,14 @@
 //! The first byte chooses how far the handshake has come, and how the bytes are cut up.
 #![no_main]
 
+mod common;
+
 use std::io;
-use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use bedplate::disk::Sealed;
-use bedplate::image::View;
 use bedplate::map::Piece;
-use bedplate::serve::Exports;
 use bedplate::serve::nbd::{Limits, Transport, serve};
+use common::exports;
 use libfuzzer_sys::fuzz_target;
 
 /// Gives its input a few bytes at a time, and counts what comes back.
@@ -39,21 +38,6 @@ impl Transport for Script<'_> {
     fn set_time_left(&mut self, _left: Option<Duration>) -> io::Result<()> {
         Ok(())
     }
-}
-
-/// One sparse export of 1 MiB, for all runs.
-fn exports() -> &'static Exports {
-    static EXPORTS: OnceLock<Exports> = OnceLock::new();
-    EXPORTS.get_or_init(|| {
-        let file = tempfile::NamedTempFile::new().expect("a temporary file");
-        std::fs::write(file.path(), vec![1; 300_000]).expect("a temporary file");
-        file.as_file().set_len(1 << 20).expect("a temporary file");
-        let sealed = Sealed::open_path(file.path()).expect("the file was just made");
-        let exports = Exports::new();
-        let view = View::open(sealed, None).expect("any bytes are a raw image");
-        exports.add("disk", Arc::new(view), "fuzzed").expect("a new name");
-        exports
-    })
 }
 
 fuzz_target!(|data: &[u8]| {

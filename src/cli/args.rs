@@ -400,6 +400,9 @@ pub struct AttachArgs {
     /// What the reader calls itself
     #[arg(long, value_name = "LABEL")]
     pub reader: Option<String>,
+    /// Read it while it is still arriving: what is read next is fetched first
+    #[arg(long)]
+    pub stream: bool,
     /// Return at once, and print the attachment's id
     #[arg(long)]
     pub no_wait: bool,

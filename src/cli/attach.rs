@@ -8,7 +8,7 @@ use super::exit::CliError;
 use super::follow::{self, OnFailure};
 use super::output::Output;
 use crate::control::client::Client;
-use crate::control::types::{Attachment, CreateAttachment};
+use crate::control::types::{Attachment, CreateAttachment, Wait};
 
 pub(super) async fn run(
     args: &AttachArgs,
@@ -20,11 +20,16 @@ pub(super) async fn run(
         image: args.name.to_string(),
         disk: args.disk.clone(),
         reader: args.reader.clone(),
+        wait: if args.stream { Wait::Stream } else { Wait::Ready },
     };
     let mut held: Attachment = client.post("/v1/attachments", &body).await?;
     if !args.no_wait {
         let disk = Some(held.disk.as_str());
-        follow::until_ready(&client, args.name.as_str(), disk, OnFailure::Wait, output).await?;
+        if args.stream {
+            follow::until_readable(&client, &held).await?;
+        } else {
+            follow::until_ready(&client, args.name.as_str(), disk, OnFailure::Wait, output).await?;
+        }
         held = client.get(&format!("/v1/attachments/{}", held.id)).await?;
     }
     if output.json {

@@ -12,7 +12,7 @@ use super::exit::{CliError, Exit};
 use super::output::Output;
 use super::progress::{Meter, Moment};
 use crate::control::client::Client;
-use crate::control::types::{Copy, Event, Image};
+use crate::control::types::{Attachment, Copy, Event, Image};
 
 /// What to do when a try of the copy has failed and the daemon will try again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +56,33 @@ pub(super) async fn until_ready(
             }
         }
         // The stream ends when the daemon does; asking again tells which it was.
+        let _alive: crate::control::types::Health = client.get("/healthz").await?;
+    }
+}
+
+/// Waits until `held` can be read, which does not wait until its image is complete.
+///
+/// # Errors
+/// As [`until_ready`]; the attachment was deleted.
+pub(super) async fn until_readable(client: &Client, held: &Attachment) -> Result<(), CliError> {
+    loop {
+        let mut events = client.events(Some(&held.image)).await?;
+        while let Some(event) = events.next().await? {
+            match event.kind.as_str() {
+                "lagged" => break,
+                "image.deleted" => return Err(gone(&held.image)),
+                "attachment.snapshot" | "attachment.created" | "attachment.updated" => {
+                    let now: Attachment = object(&event)?;
+                    match now.state.as_str() {
+                        _ if now.id != held.id => {}
+                        "ready" => return Ok(()),
+                        "failed" => return Err(CliError::new(Exit::Refused, now.message, "")),
+                        _waiting => {}
+                    }
+                }
+                _ => {}
+            }
+        }
         let _alive: crate::control::types::Health = client.get("/healthz").await?;
     }
 }

@@ -79,8 +79,11 @@ async fn bring_in_and_serve(
     signals: &mut Signals,
     output: &Output,
 ) -> Result<(), CliError> {
-    let body =
-        CreateAttachment { image: name.to_string(), disk: None, reader: Some(READER.to_owned()) };
+    let body = CreateAttachment {
+        image: name.to_string(),
+        reader: Some(READER.to_owned()),
+        ..CreateAttachment::default()
+    };
     let held: Attachment = client.post("/v1/attachments", &body).await?;
     let disk = Some(held.disk.as_str());
     let waiting = follow::until_ready(client, name.as_str(), disk, OnFailure::GiveUp, output);

@@ -17,7 +17,7 @@ use super::error::ApiError;
 use super::inspection::Inspection;
 use super::types::{
     Attachment, Attachments, ChangeSettings, CleanUp, CreateAttachment, CreateImage, Disks, Doctor,
-    FetchImage, Health, Image, Images, Settings, SteerImage,
+    FetchImage, Health, Image, Images, Settings, SteerImage, Wait,
 };
 use super::wire;
 use crate::fetch::{DigestKind, DigestMap, Policy};
@@ -315,6 +315,7 @@ pub(super) async fn create_attachment(
         image: ImageName::parse(&body.image)?,
         disk: body.disk.as_deref().map(DiskUuid::parse).transpose()?,
         reader: body.reader.unwrap_or_default(),
+        stream: body.wait == Wait::Stream,
         created_unix_s: unix_now_s(),
     };
     let (attachment, is_new) = app.manager.attach(new).await?;

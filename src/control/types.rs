@@ -199,6 +199,9 @@ pub struct Attachment {
     pub disk: String,
     /// What the reader calls itself; may be empty.
     pub reader: String,
+    /// What it waits for.
+    #[serde(default)]
+    pub wait: Wait,
     /// `waiting`, `ready` or `failed`.
     pub state: String,
     /// Why it waits or failed; may be empty.
@@ -459,6 +462,21 @@ pub struct CreateAttachment {
     /// What the reader calls itself. With a label, repeating the request gives the same one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reader: Option<String>,
+    /// `ready` (default): it can be read when the image is complete and checked. `stream`: as soon
+    /// as its first bytes are here; what is not here yet is fetched first, and waited for.
+    #[serde(default)]
+    pub wait: Wait,
+}
+
+/// What an attachment waits for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Wait {
+    /// The whole image, checked.
+    #[default]
+    Ready,
+    /// Its first bytes.
+    Stream,
 }
 
 /// Why a request was refused.

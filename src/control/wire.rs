@@ -7,7 +7,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use super::types::{Attachment, Copy, Digests, Disk, Event, Image, Nbd, Settings};
+use super::types::{Attachment, Copy, Digests, Disk, Event, Image, Nbd, Settings, Wait};
 use crate::manager::{
     AttachmentState, AttachmentStatus, Change, CopyState, CopyStatus, DiskStatus, ImageStatus,
     NodeSettings,
@@ -79,6 +79,7 @@ pub(crate) fn attachment(status: &AttachmentStatus, nbd_socket: &Path) -> Attach
         image: record.image.to_string(),
         disk: record.disk.to_string(),
         reader: record.reader.clone(),
+        wait: if record.stream { Wait::Stream } else { Wait::Ready },
         state: status.state.as_str().to_owned(),
         message: status.message.clone(),
         nbd: ready.then(|| nbd(&record.image, nbd_socket)),

@@ -7,6 +7,7 @@
 
 use std::sync::Arc;
 
+use crate::image::View;
 use crate::manager::{Backend, BackendError, Exporter, FailureClass, Link};
 use crate::names::ImageName;
 use crate::serve::{self, ServeError};
@@ -43,9 +44,8 @@ impl NodeExports {
     }
 }
 
-impl Exporter for NodeExports {
-    fn publish(&self, chain: &[Link]) -> Result<(), BackendError> {
-        let view = self.backend.open_view(chain)?;
+impl NodeExports {
+    fn add(&self, chain: &[Link], view: Arc<View>) -> Result<(), BackendError> {
         let Some(Link { copy, .. }) = chain.first() else { return Ok(()) };
         let description = format!("{} {}, copy on disk {}", copy.image, copy.uuid, copy.disk);
         // What it stands on belongs to what its bytes are.
@@ -61,6 +61,20 @@ impl Exporter for NodeExports {
                 Err(BackendError { class: FailureClass::Retry, message })
             }
         }
+    }
+}
+
+impl Exporter for NodeExports {
+    fn publish(&self, chain: &[Link]) -> Result<(), BackendError> {
+        self.add(chain, self.backend.open_view(chain)?)
+    }
+
+    fn stream(&self, chain: &[Link]) -> Result<(), BackendError> {
+        self.add(chain, self.backend.open_arriving(chain)?)
+    }
+
+    fn is_lost(&self, image: &ImageName) -> bool {
+        self.registry.get(image.as_str()).is_some_and(|export| export.view().has_failed())
     }
 
     fn withdraw(&self, image: &ImageName) {

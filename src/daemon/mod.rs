@@ -16,6 +16,7 @@ mod sockets;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::watch;
@@ -41,6 +42,10 @@ pub const REPLICA_SOCKET: &str = "replica.sock";
 /// Name of the catalog there.
 pub const CATALOG: &str = "catalog.redb";
 
+/// When the engine ends, sessions are hung up after their farewell; then those are ended that wait
+/// for bytes which are still to come.
+const DISMISS_AFTER: Duration = Duration::from_secs(3);
+
 /// Starts daemons.
 #[derive(Debug)]
 pub struct Daemon;
@@ -48,6 +53,7 @@ pub struct Daemon;
 /// A running daemon. Dropping it ends nothing in order; call [`DaemonHandle::shutdown`].
 pub struct DaemonHandle {
     control: server::Server,
+    backend: Arc<dyn Backend>,
     manager: Manager,
     nbd: ServerThread,
     replica: ServerThread,
@@ -128,7 +134,7 @@ impl Daemon {
         let disks = config.disks.clone();
         let app = App::new(AppParts {
             manager: manager.clone(),
-            backend,
+            backend: backend.clone(),
             nbd_socket: nbd_socket.clone(),
             doctor: Box::new(move || doctor::of_running_daemon(&disks)),
             served: Box::new(move |name| served(&registry, name)),
@@ -150,7 +156,16 @@ impl Daemon {
             control = %control_socket.display(), nbd = %nbd_socket.display(),
             replica = %replica_socket.display(), "daemon is ready"
         );
-        Ok(DaemonHandle { control, manager, nbd, replica, nbd_socket, replica_socket, closing })
+        Ok(DaemonHandle {
+            control,
+            backend,
+            manager,
+            nbd,
+            replica,
+            nbd_socket,
+            replica_socket,
+            closing,
+        })
     }
 }
 
@@ -178,9 +193,17 @@ impl DaemonHandle {
     pub async fn shutdown(self) {
         self.closing.send_replace(true);
         self.control.shutdown().await;
-        self.manager.stop().await;
-        self.replica.stop().await;
-        self.nbd.stop().await;
+        let stop =
+            async { tokio::join!(self.manager.stop(), self.replica.stop(), self.nbd.stop()) };
+        tokio::pin!(stop);
+        tokio::select! {
+            _all = &mut stop => {}
+            // Hung up by now; only who waits for bytes to come has not heard of it.
+            () = tokio::time::sleep(DISMISS_AFTER) => {
+                self.backend.dismiss_readers();
+                let _all = stop.await;
+            }
+        }
         tracing::info!("daemon has ended");
     }
 }

@@ -5,10 +5,14 @@
 //! Never: invents a key in Longhorn's files.
 //! Start at [`CopyCfg`].
 
-use std::fs::Metadata;
+use std::fs::{File, Metadata};
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+
+use super::filling::SealRecord;
+use super::{DigestKind, Dir, DiskError};
 
 /// `longhorn-disk.cfg`.
 #[derive(Debug, Serialize, Deserialize)]
@@ -38,6 +42,38 @@ pub struct CopyCfg {
     pub current_checksum: String,
     /// Modification time of the file, see [`go_time`].
     pub modification_time: String,
+}
+
+impl CopyCfg {
+    /// The record of `file`, at `data_path`, as it is now.
+    pub(super) fn of_file(
+        data_path: &Path,
+        file: &File,
+        record: &SealRecord,
+    ) -> Result<Self, DiskError> {
+        let meta = file.metadata().map_err(|e| DiskError::io("stat", data_path, e))?;
+        let current = record.digests.whole.get(DigestKind::Sha512).unwrap_or_default();
+        Ok(Self {
+            name: data_path.display().to_string(),
+            uuid: record.uuid.clone(),
+            size: clamp_i64(meta.len()),
+            virtual_size: clamp_i64(record.virtual_size_bytes),
+            real_size: clamp_i64(meta.blocks().saturating_mul(512)),
+            expected_checksum: record.expected_sha512.clone().unwrap_or_default(),
+            current_checksum: current.to_owned(),
+            modification_time: go_time(&meta),
+        })
+    }
+
+    /// Writes it to `name`, durably.
+    pub(super) fn store(&self, dir: &Dir, name: &str) -> Result<(), DiskError> {
+        let json = serde_json::to_vec(self).unwrap_or_default();
+        dir.replace(name, &json)
+    }
+}
+
+fn clamp_i64(bytes: u64) -> i64 {
+    i64::try_from(bytes).unwrap_or(i64::MAX)
 }
 
 /// A file's modification time as Go's `time.Time.UTC().String()` prints it:

@@ -1,6 +1,6 @@
-//! A file that is still being brought in: has writes, has no reads for servers.
+//! A file that is still being brought in: has writes; servers have it as [`Arriving`], if at all.
 //!
-//! Why: unfinished bytes must never be served, and nothing may write once they are.
+//! Why: bytes that are not there must never be served, and nothing may write once all are.
 //! How: the data goes to `*.tmp`, its durable units to the presence file; [`Filling::seal`]
 //! consumes the writer's side and renames. A unit that is not known to be durable is a hole before
 //! it is written again, so that a zero run needs no write.
@@ -17,9 +17,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::fs::{FallocateFlags, FlockOperation, OFlags, SeekFrom};
 use rustix::io::Errno;
 
-use super::cfg::{CopyCfg, go_time};
+use super::arriving::{Arriving, Place};
+use super::cfg::CopyCfg;
 use super::digests::{DigestRecord, Digests};
-use super::kinds::DigestKind;
 use super::presence::{MAX_FILE_BYTES, Presence, Version};
 use super::space::{Reservation, Space};
 use super::{Dir, DiskError, Sealed};
@@ -99,6 +99,10 @@ pub struct Filling {
     presence: Option<Arc<Mutex<Presence>>>,
     total_bytes: Option<u64>,
     reservation: Option<Arc<Reservation>>,
+    /// Where readers find the file before it is complete, if they may.
+    place: Option<Place>,
+    /// As they have it, once its length is known.
+    arriving: Option<Arc<Arriving>>,
 }
 
 /// Why a file was not sealed. It can go on filling, or be discarded.
@@ -122,7 +126,29 @@ impl Filling {
         let total_bytes = presence.as_ref().and_then(|p| p.version().total_bytes);
         let presence = presence.map(|p| Arc::new(Mutex::new(p)));
         let file = Arc::new(file);
-        Ok(Self { dir, layout, space, file, presence, total_bytes, reservation: None })
+        Ok(Self {
+            dir,
+            layout,
+            space,
+            file,
+            presence,
+            total_bytes,
+            reservation: None,
+            place: None,
+            arriving: None,
+        })
+    }
+
+    /// Lets readers find the file at `place` while it is filling.
+    pub(super) fn shown_at(self, place: Place) -> Self {
+        Self { place: Some(place), ..self }
+    }
+
+    /// The file as readers have it, who do not wait until it is complete; `None` while its length is
+    /// not known, or if nobody may.
+    #[must_use]
+    pub fn arriving(&self) -> Option<&Arc<Arriving>> {
+        self.arriving.as_ref()
     }
 
     /// Bytes that are durable of an unfinished file, and its length if known; without touching it.
@@ -207,7 +233,17 @@ impl Filling {
         // The bits must be gone for good before the bytes that they speak for are.
         self.dir.remove_file(&self.layout.presence)?;
         self.dir.sync()?;
-        self.file.set_len(0).map_err(|e| DiskError::io("truncate", &path, e))?;
+        if let Some(place) = &self.place {
+            // Whoever reads the old file must not see it become another.
+            self.dir.remove_file(&self.layout.partial)?;
+            self.file = Arc::new(lock_partial(&self.dir, &self.layout.partial)?);
+            self.arriving = None;
+            if version.total_bytes.is_none() {
+                place.no_length();
+            }
+        } else {
+            self.file.set_len(0).map_err(|e| DiskError::io("truncate", &path, e))?;
+        }
         self.total_bytes = version.total_bytes;
         let presence = Presence::create(&self.dir, &self.layout.presence, version.clone())?;
         self.presence = Some(Arc::new(Mutex::new(presence)));
@@ -220,7 +256,7 @@ impl Filling {
     /// # Errors
     /// As [`Filling::begin`].
     pub fn begin_sparse(&mut self, version: &Version, keep: bool) -> Result<(), DiskError> {
-        if keep {
+        if keep && !self.is_unsure() {
             return self.prepare(Some(0));
         }
         self.start_over(version)?;
@@ -241,7 +277,17 @@ impl Filling {
     /// # Errors
     /// As [`Filling::begin`].
     pub fn resume(&mut self) -> Result<(), DiskError> {
+        if let (true, Some(version)) = (self.is_unsure(), self.version()) {
+            self.start_over(&version)?;
+        }
         self.prepare(None)
+    }
+
+    /// True if readers have been given bytes that never became durable, as a sync has failed: these
+    /// would have to be written again under their eyes.
+    fn is_unsure(&self) -> bool {
+        let inode = self.file.metadata().map_or(0, |meta| meta.ino());
+        self.place.as_ref().is_some_and(|place| place.conflicts(inode, &self.missing()))
     }
 
     /// `need`: bytes that will be written; `None`: everything that is missing.
@@ -263,7 +309,13 @@ impl Filling {
         for range in &missing {
             self.punch_if_data(range).map_err(|e| DiskError::io("punch a hole in", &path, e))?;
         }
-        set_len(padded)
+        set_len(padded)?;
+        if let Some(place) = &self.place {
+            let file = self.dir.open_file(&self.layout.partial, OFlags::RDONLY)?;
+            let begun = place.begin(file, path.clone(), total, &missing);
+            self.arriving = Some(begun.map_err(|e| DiskError::io("show", &path, e))?);
+        }
+        Ok(())
     }
 
     /// Bytes that were written but never became durable may be anything: back to a hole.
@@ -309,6 +361,7 @@ impl Filling {
             direct: direct.ok().map(Arc::new),
             presence: Arc::clone(presence),
             reservation: self.reservation.clone(),
+            arriving: self.arriving.clone(),
             total_known: self.total_bytes.is_some(),
         })
     }
@@ -366,8 +419,8 @@ impl Filling {
             record.digest_record(total).store(&self.dir, name)?;
         }
         if let Some(name) = &self.layout.cfg {
-            let cfg = copy_cfg(&self.dir.join(&self.layout.data), &self.file, record)?;
-            store_cfg(&self.dir, name, &cfg)?;
+            let data_path = self.dir.join(&self.layout.data);
+            CopyCfg::of_file(&data_path, &self.file, record)?.store(&self.dir, name)?;
         }
         self.dir.rename(&self.layout.partial, &self.layout.data)?;
         // Not before the rename: an unprivileged owner could not open it again to go on.
@@ -375,7 +428,11 @@ impl Filling {
             .map_err(|e| DiskError::io("chmod", &path, e.into()))?;
         self.dir.remove_file(&self.layout.presence)?;
         let file = self.dir.open_file(&self.layout.data, OFlags::RDONLY)?;
-        Sealed::from_file(file, self.dir.join(&self.layout.data))
+        let sealed = Sealed::from_file(file, self.dir.join(&self.layout.data))?;
+        if let Some(arriving) = &self.arriving {
+            arriving.complete();
+        }
+        Ok(sealed)
     }
 
     /// Removes the unfinished file and its bits.
@@ -383,6 +440,9 @@ impl Filling {
     /// # Errors
     /// [`DiskError::Io`].
     pub fn discard(self) -> Result<(), DiskError> {
+        if let Some(place) = &self.place {
+            place.lose("what has arrived of the image was refused; see the image's message");
+        }
         self.dir.remove_file(&self.layout.presence)?;
         self.dir.remove_file(&self.layout.partial)?;
         self.dir.sync()
@@ -397,6 +457,7 @@ pub(super) struct WriteSide {
     pub(super) direct: Option<Arc<File>>,
     pub(super) presence: Arc<Mutex<Presence>>,
     pub(super) reservation: Option<Arc<Reservation>>,
+    pub(super) arriving: Option<Arc<Arriving>>,
     pub(super) total_known: bool,
 }
 
@@ -435,37 +496,4 @@ fn believable(dir: &Dir, layout: &FileNames, file: &File) -> Result<Option<Prese
         };
         len >= here_to
     }))
-}
-
-fn clamp_i64(bytes: u64) -> i64 {
-    i64::try_from(bytes).unwrap_or(i64::MAX)
-}
-
-/// Longhorn's record of the file as it is now.
-pub(super) fn copy_cfg(
-    data_path: &std::path::Path,
-    file: &File,
-    record: &SealRecord,
-) -> Result<CopyCfg, DiskError> {
-    let meta = file.metadata().map_err(|e| DiskError::io("stat", data_path, e))?;
-    Ok(CopyCfg {
-        name: data_path.display().to_string(),
-        uuid: record.uuid.clone(),
-        size: clamp_i64(meta.len()),
-        virtual_size: clamp_i64(record.virtual_size_bytes),
-        real_size: clamp_i64(meta.blocks().saturating_mul(512)),
-        expected_checksum: record.expected_sha512.clone().unwrap_or_default(),
-        current_checksum: record
-            .digests
-            .whole
-            .get(DigestKind::Sha512)
-            .unwrap_or_default()
-            .to_owned(),
-        modification_time: go_time(&meta),
-    })
-}
-
-pub(super) fn store_cfg(dir: &Dir, name: &str, cfg: &CopyCfg) -> Result<(), DiskError> {
-    let json = serde_json::to_vec(cfg).unwrap_or_default();
-    dir.replace(name, &json)
 }

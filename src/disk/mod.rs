@@ -7,6 +7,7 @@
 //! Never: talks to a network, or knows what an image's bytes mean.
 //! Start at [`Disk::open`], then [`Filling`].
 
+mod arriving;
 mod cfg;
 mod digests;
 mod dir;
@@ -24,6 +25,7 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
+pub use arriving::{Arriving, Found, GoesOn, Waits};
 pub use cfg::{CopyCfg, go_time};
 pub use digests::{DigestRecord, Digests, Hasher, xxh3_of, xxh3_of_zero_mib};
 pub use dir::Dir;

@@ -9,12 +9,14 @@
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{FlockOperation, OFlags};
 
+use super::arriving::{Arrivals, Found};
 use super::cfg::{CopyCfg, DiskCfg, go_time};
 use super::digests::{DigestRecord, Digests};
-use super::filling::{FileNames, Filling, SealRecord, copy_cfg, store_cfg};
+use super::filling::{FileNames, Filling, SealRecord};
 use super::readback::hash_file;
 use super::space::Space;
 use super::{DigestKind, DigestSet, Dir, DiskError, Hasher, Sealed};
@@ -31,6 +33,7 @@ pub struct Disk {
     images: Dir,
     uuid: DiskUuid,
     space: Space,
+    arrivals: Arrivals,
     _lock: File,
 }
 
@@ -99,7 +102,7 @@ impl Disk {
         let uuid = disk_uuid(&root, create)?;
         let images = root.make_dir(IMAGES_DIR)?;
         let space = Space::of(&root)?;
-        Ok(Self { root, images, uuid, space, _lock: lock })
+        Ok(Self { root, images, uuid, space, arrivals: Arrivals::default(), _lock: lock })
     }
 
     /// The disk's UUID.
@@ -180,7 +183,20 @@ impl Disk {
     /// [`DiskError::Io`].
     pub fn filling(&self, id: &CopyId) -> Result<Filling, DiskError> {
         let dir = self.images.make_dir(&id.dir_name())?;
-        Filling::open(dir, FileNames::copy(), self.space.clone())
+        let filling = Filling::open(dir, FileNames::copy(), self.space.clone())?;
+        Ok(filling.shown_at(self.arrivals.place(id)))
+    }
+
+    /// What there is to read of a copy that is not complete; waits up to `patience` for its transfer
+    /// to begin.
+    #[must_use]
+    pub fn arriving(&self, id: &CopyId, patience: Duration) -> Found {
+        self.arrivals.find(id, patience)
+    }
+
+    /// Readers of files that are not complete get errors from now on, those who wait too.
+    pub fn dismiss_readers(&self, why: &str) {
+        self.arrivals.fail_all(why);
     }
 
     /// The sealed file of a ready copy.
@@ -240,7 +256,7 @@ impl Disk {
             record.digest_record(size_bytes).store(&dir, name)?;
         }
         if let Some(name) = &layout.cfg {
-            store_cfg(&dir, name, &copy_cfg(&path, &file, &record)?)?;
+            CopyCfg::of_file(&path, &file, &record)?.store(&dir, name)?;
         }
         Ok(CopyRecord { size_bytes, virtual_size_bytes, digests, declared: record.declared })
     }
@@ -252,6 +268,7 @@ impl Disk {
     pub fn remove(&self, id: &CopyId) -> Result<(), DiskError> {
         let Some(dir) = self.copy_dir(id)? else { return Ok(()) };
         let layout = FileNames::copy();
+        self.arrivals.place(id).lose("the copy was removed");
         // The bits go first: without them nothing of an unfinished file is believed.
         dir.remove_file(&layout.presence)?;
         for name in dir.names()? {

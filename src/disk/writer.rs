@@ -212,6 +212,11 @@ impl Work {
         let reaped = self.reap(usize::MAX);
         let done = std::mem::take(&mut self.done);
         let committed = self.committer.finish(done);
+        if let Some(arriving) = &self.side.arriving
+            && (self.committer.failed || committed.is_err())
+        {
+            arriving.fail("what has arrived of the image could not be made durable; attach again");
+        }
         worked.and(reaped).and(committed)
     }
 
@@ -353,6 +358,9 @@ impl Work {
         }
         let Some(Pending { range, .. }) = self.pending.remove(&tag) else { return };
         self.done_bytes += range.end - range.start;
+        if let Some(arriving) = &self.side.arriving {
+            arriving.note(&range);
+        }
         match self.done.last_mut() {
             Some(last) if last.end == range.start => last.end = range.end,
             Some(_) | None => self.done.push(range),

@@ -30,6 +30,9 @@ pub(super) struct Claim {
     pub(super) buf: Option<Buf>,
 }
 
+/// How far ahead of a lone stream nothing is taken out of its way: it would have to be begun anew.
+const SOON_BYTES: u64 = 1 << 20;
+
 /// What a connection is to do next.
 #[derive(Debug)]
 pub(super) enum Turn {
@@ -118,6 +121,23 @@ impl Book {
         self.active += 1;
         let asked_end = if self.target == 1 { whole.end } else { range.end };
         Some(Claim { range, asked_end, permits: Some(permits), buf: None })
+    }
+
+    /// Takes the first part of `wanted`, in whole units and to the end of its MiB at most, that nobody
+    /// has; `None` if there is none, or if a lone stream is about to come there.
+    pub(super) fn take_wanted(
+        &mut self,
+        wanted: &Range<u64>,
+        mut permits: BufPermits,
+    ) -> Option<Claim> {
+        let soon = match (self.target, self.todo.lowest()) {
+            (1, Some(lowest)) if self.connections > 0 => lowest.start..lowest.start + SOON_BYTES,
+            _several_or_none => 0..0,
+        };
+        let range = self.todo.take_within(wanted, &soon)?;
+        permits.keep(blocks_of(&range));
+        self.active += 1;
+        Some(Claim { asked_end: range.end, range, permits: Some(permits), buf: None })
     }
 
     /// Lets a piece go on with the MiB at `at`, if nobody has it. Its buffer is not reserved: it is

@@ -26,21 +26,29 @@ use crate::ring::Buf;
 /// A running digest thread.
 #[derive(Debug)]
 pub(super) struct DigestThread {
-    blocks: Sender<Block>,
+    blocks: Sender<Handed>,
     end: Sender<u64>,
     quit: Arc<AtomicBool>,
     thread: JoinHandle<Result<Digests, DiskError>>,
 }
 
+/// A block on its way to the thread.
+#[derive(Debug)]
+pub(super) struct Handed {
+    pub(super) block: Block,
+    /// It may wait in memory for its turn. What was taken out of turn is read back in its own.
+    pub(super) may_wait: bool,
+}
+
 /// A way to hand blocks over.
 #[derive(Clone, Debug)]
-pub(super) struct DigestFeed(Sender<Block>);
+pub(super) struct DigestFeed(Sender<Handed>);
 
 impl DigestFeed {
     /// Hands bytes over; false if the thread has ended, with an error that
     /// [`DigestThread::finish`] tells.
-    pub(super) fn send(&self, block: Block) -> bool {
-        self.0.send(block).is_ok()
+    pub(super) fn send(&self, block: Block, may_wait: bool) -> bool {
+        self.0.send(Handed { block, may_wait }).is_ok()
     }
 }
 
@@ -156,7 +164,7 @@ struct Work {
     stored: Stored,
     /// What will be handed over, or was and waits in `early`, from the current position on.
     missing: VecDeque<Range<u64>>,
-    queue: Receiver<Block>,
+    queue: Receiver<Handed>,
     early: BTreeMap<u64, Early>,
     /// How many of `early` are held, and may be.
     held: usize,
@@ -166,9 +174,9 @@ struct Work {
 impl Work {
     fn run(&mut self, end: &Receiver<u64>, go_on: &dyn Fn() -> bool) -> Result<(), DiskError> {
         self.advance(go_on)?;
-        while let Ok(block) = self.queue.recv() {
+        while let Ok(Handed { block, may_wait }) = self.queue.recv() {
             let start = block.range().start;
-            let early = Early::of(block, self.held < self.most_held);
+            let early = Early::of(block, may_wait && self.held < self.most_held);
             self.held += usize::from(matches!(early, Early::Held(_)));
             self.early.insert(start, early);
             self.advance(go_on)?;
@@ -239,7 +247,7 @@ impl Work {
         }
         let (queue, early) = (&self.queue, &mut self.early);
         hash_range(&self.stored.file, &self.stored.path, from..to, &mut self.hasher, &mut |_| {
-            while let Ok(block) = queue.try_recv() {
+            while let Ok(Handed { block, .. }) = queue.try_recv() {
                 early.insert(block.range().start, Early::of(block, false));
             }
             go_on()

@@ -3,7 +3,9 @@
 //! Why: one connection seldom fills the way, and one that breaks must not stop the others.
 //! How: each connection is a task that takes the lowest piece nobody has, with the buffers for it,
 //! asks for it and cuts its body into blocks. A single connection asks for all that follows and
-//! takes it MiB by MiB, so that on a fast way there is one request; `scale` says when more would help. What a connection did not finish goes back, buffers included, to be taken first.
+//! takes it MiB by MiB, so that on a fast way there is one request; `scale` says when more would
+//! help, and `demand` what readers wait for. What a connection did not finish goes back, buffers
+//! included, to be taken first.
 //! Never: lets bytes of two versions in (each answer is held against the first), or retries
 //! without a bound.
 //! Start at [`Fleet::run`].
@@ -16,6 +18,7 @@ use tokio::sync::{Notify, watch};
 
 use super::book::{Book, Claim, Turn};
 use super::crew::Crew;
+use super::demand::Demand;
 use super::error::FetchError;
 use super::http::Answer;
 use super::limit::RateLimit;
@@ -40,6 +43,8 @@ pub(super) struct Fleet {
     pub(super) limit: Arc<RateLimit>,
     pub(super) book: Mutex<Book>,
     pub(super) state: State,
+    /// What readers wait for, if they can be served out of turn.
+    pub(super) demand: Option<Demand>,
 }
 
 /// How the connections hear of each other.
@@ -108,9 +113,11 @@ impl Fleet {
     pub(super) async fn run(self: &Arc<Self>, first: Option<First>) -> Outcome {
         let mut crew = Crew::new(self, self.most_connections());
         crew.join(first);
+        let mut demanded = self.serve_demand();
         let outcome = crew.work().await;
         let _ = self.state.halt.send(true);
         crew.dismiss().await;
+        while demanded.join_next().await.is_some() {}
         self.progress.set_connections(0);
         self.book().flush(&self.feed, &self.share);
         match outcome {
@@ -127,11 +134,15 @@ impl Fleet {
     /// Several connections need a version that proves each answer, and buffers for each.
     fn most_connections(&self) -> usize {
         // Where ways are several, the digest of the whole is the proof anyhow.
-        let proved = self.agreed.remote.etag.is_some() || self.ways.several();
-        if !self.agreed.can_resume || !proved {
+        if !self.agreed.proves_parts() && !(self.agreed.can_resume && self.ways.several()) {
             return 1;
         }
         self.policy.max_connections.min(self.share.most() / 2).max(1)
+    }
+
+    /// For who has to end when all others do.
+    pub(super) fn halted(&self) -> watch::Receiver<bool> {
+        self.state.halt.subscribe()
     }
 
     /// One connection, until nothing is left for it or it fails.
@@ -154,12 +165,12 @@ impl Fleet {
     async fn pieces(&self, way: &Way, mut first: Option<First>) -> Result<(), Broken> {
         while let Some(claim) = self.claim(first.is_some()).await? {
             // Whatever happens to this future, what was claimed goes back.
-            let mut held = Held { fleet: self, claim: Some(claim) };
+            let mut held = Held::new(self, claim);
             let open = match first.take() {
                 Some(first) => first,
                 None => self.ask(way, held.claim()).await?,
             };
-            self.stream(way, open, &mut held).await?;
+            self.stream(way, open, &mut held, false).await?;
             way.worked();
         }
         Ok(())
@@ -194,7 +205,7 @@ impl Fleet {
         }
     }
 
-    async fn ask(&self, way: &Way, claim: &Claim) -> Result<First, FetchError> {
+    pub(super) async fn ask(&self, way: &Way, claim: &Claim) -> Result<First, FetchError> {
         let begin = Instant::now();
         let whole = Some(claim.asked_end) == self.total;
         let asked_end = if whole { u64::MAX } else { claim.asked_end };
@@ -216,8 +227,15 @@ impl Fleet {
         }
     }
 
-    /// Reads the body of an answer into the claim and, if it goes on, into what follows.
-    async fn stream(&self, way: &Way, open: First, held: &mut Held<'_>) -> Result<(), Broken> {
+    /// Reads the body of an answer into the claim and, if it goes on, into what follows. `urgent`:
+    /// somebody waits for it.
+    pub(super) async fn stream(
+        &self,
+        way: &Way,
+        open: First,
+        held: &mut Held<'_>,
+        urgent: bool,
+    ) -> Result<(), Broken> {
         let First { mut answer, asked_end } = open;
         let end = match self.total {
             Some(total) => asked_end.min(total),
@@ -225,10 +243,11 @@ impl Fleet {
         };
         let Claim { range, permits, buf, .. } = held.claim_mut();
         let (start, permits, buf) = (range.start, permits.take(), buf.take());
-        let (feed, share) = (self.feed.clone(), self.share.clone());
+        let feed = if urgent { self.feed.out_of_turn() } else { self.feed.clone() };
+        let share = self.share.clone();
         let mut cutter = Cutter::resume(feed, share, start, permits, buf);
         self.progress.set_phase(Phase::Fetching);
-        let read = self.read(way, &mut answer, end, &mut cutter, held).await;
+        let read = self.read(way, &mut answer, end, &mut cutter, held, urgent).await;
         let at = cutter.at();
         // A body that ended well ends where a range does; one that broke goes on in its buffer.
         let flushed = if read.is_ok() { cutter.flush(true) } else { Ok(()) };
@@ -251,6 +270,7 @@ impl Fleet {
         end: u64,
         cutter: &mut Cutter,
         held: &mut Held<'_>,
+        urgent: bool,
     ) -> Result<(), Broken> {
         // For what a body that is over may not have.
         let mut beyond = [0];
@@ -263,6 +283,9 @@ impl Fleet {
             if at >= held.claim().range.end && at < end && !held.extend(at) {
                 // Somebody else has what follows: this body is of no more use.
                 return Ok(());
+            }
+            if let Some(demand) = self.demand.as_ref().filter(|_| !urgent) {
+                demand.yield_to_it().await;
             }
             let portion = self.limit.portion().min(self.progress.limit().portion());
             let most = portion.min(held.claim().range.end.min(end) - at);
@@ -295,9 +318,19 @@ impl Fleet {
 }
 
 /// Why a connection has to end.
-enum Broken {
+pub(super) enum Broken {
     Stopped,
     Error(FetchError),
+}
+
+impl Broken {
+    /// For people.
+    pub(super) fn report(&self) -> String {
+        match self {
+            Self::Stopped => Stopped.to_string(),
+            Self::Error(error) => error.report(),
+        }
+    }
 }
 
 impl From<FetchError> for Broken {
@@ -307,13 +340,19 @@ impl From<FetchError> for Broken {
 }
 
 /// A claim in work: what is left of it goes back to the book on drop.
-struct Held<'a> {
+pub(super) struct Held<'a> {
     fleet: &'a Fleet,
     claim: Option<Claim>,
 }
 
+impl<'a> Held<'a> {
+    pub(super) fn new(fleet: &'a Fleet, claim: Claim) -> Self {
+        Self { fleet, claim: Some(claim) }
+    }
+}
+
 impl Held<'_> {
-    fn claim(&self) -> &Claim {
+    pub(super) fn claim(&self) -> &Claim {
         self.claim.as_ref().expect("a claim leaves only in drop")
     }
 

@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, TryRecvError};
 
-use super::digest::Stored;
+use super::digest::{Handed, Stored};
 use crate::disk::{
     Block, DigestSet, Digests, DiskError, Hasher, UNIT_BYTES, hash_range, xxh3_of, xxh3_of_zero_mib,
 };
@@ -98,7 +98,7 @@ impl Loose {
     /// Takes all blocks; `end` gives the file's length if it became whole.
     pub(super) fn run(
         mut self,
-        blocks: &Receiver<Block>,
+        blocks: &Receiver<Handed>,
         end: &Receiver<u64>,
         go_on: &dyn Fn() -> bool,
     ) -> Result<Digests, DiskError> {
@@ -111,7 +111,7 @@ impl Loose {
                 }
                 next => next.ok(),
             };
-            let Some(block) = next else { break };
+            let Some(Handed { block, .. }) = next else { break };
             self.take(&block);
         }
         // No end means that the transfer failed: then the digests are wanted by nobody.
@@ -322,7 +322,8 @@ mod tests {
             }
             let (send, queue) = mpsc::channel();
             let (end, end_queue) = mpsc::channel();
-            blocks.into_iter().for_each(|block| send.send(block).unwrap());
+            let handed = |block| Handed { block, may_wait: true };
+            blocks.into_iter().for_each(|block| send.send(handed(block)).unwrap());
             end.send(total).unwrap();
             drop(send);
             let stored = Stored { file: Arc::new(file), path: "x".into() };

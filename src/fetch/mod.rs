@@ -12,6 +12,7 @@
 mod book;
 mod crew;
 pub mod decode;
+mod demand;
 mod digest;
 mod duplicate;
 mod error;

@@ -30,6 +30,8 @@ pub struct Pipeline {
 pub struct Feed {
     to: Destination,
     progress: Arc<Progress>,
+    /// What is handed over may wait for its digest in memory.
+    may_wait: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -75,7 +77,7 @@ impl Pipeline {
         let digest = DigestThread::start(stored, missing, most_held, digests, watched)?;
         let writer = Writer::start(filling, &probe.when(!digests.is_empty()))?;
         let to = Destination::File { writer: writer.sender(), digest: digest.feed() };
-        let feed = Feed { to, progress: Arc::clone(progress) };
+        let feed = Feed { to, progress: Arc::clone(progress), may_wait: true };
         Ok(Self { writer, digest, feed })
     }
 
@@ -117,7 +119,13 @@ impl Feed {
         digest: Option<DigestFeed>,
         progress: &Arc<Progress>,
     ) -> Self {
-        Self { to: Destination::Taker { taker, digest }, progress: Arc::clone(progress) }
+        let to = Destination::Taker { taker, digest };
+        Self { to, progress: Arc::clone(progress), may_wait: true }
+    }
+
+    /// The same way, for bytes that are taken out of turn: their buffers do not wait for the digest.
+    pub(super) fn out_of_turn(&self) -> Self {
+        Self { may_wait: false, ..self.clone() }
     }
 
     /// Hands a buffer over that begins at `start` of the file and ends at a MiB or at the end.
@@ -132,7 +140,7 @@ impl Feed {
             Destination::File { .. } => self.send_block(|| Block::Data { at, buf: buf.clone() }),
             Destination::Taker { taker, digest } => {
                 let block = Block::Data { at, buf: Arc::clone(&buf) };
-                if digest.as_ref().is_some_and(|digest| !digest.send(block)) {
+                if digest.as_ref().is_some_and(|digest| !digest.send(block, self.may_wait)) {
                     return Err(Stopped);
                 }
                 taker.take(start, buf)
@@ -160,7 +168,7 @@ impl Feed {
     fn send_block(&self, block: impl Fn() -> Block) -> Result<(), Stopped> {
         let Destination::File { writer, digest } = &self.to else { return Err(Stopped) };
         let range = block().range();
-        if !digest.send(block()) {
+        if !digest.send(block(), self.may_wait) {
             return Err(Stopped);
         }
         writer.send(block()).map_err(|_| Stopped)?;

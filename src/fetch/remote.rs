@@ -211,6 +211,7 @@ impl<'a> SourceFile<'a> {
             limit: Arc::clone(&self.engine.limit),
             book: Mutex::new(Book::new(ranges)),
             state: fleet::State::default(),
+            demand: None,
         });
         fleet.run(None).await
     }

@@ -10,6 +10,7 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
+use crate::disk::UNIT_BYTES;
 use crate::ring::BLOCK_BYTES;
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
@@ -51,6 +52,30 @@ impl Todo {
         Some(piece)
     }
 
+    /// Takes the first bytes of `wanted` that nobody has, in whole units, to the end of a MiB at most;
+    /// not what begins in `but`.
+    pub(super) fn take_within(
+        &mut self,
+        wanted: &Range<u64>,
+        but: &Range<u64>,
+    ) -> Option<Range<u64>> {
+        let index = self.0.partition_point(|range| range.end <= wanted.start);
+        let whole = self.0.get(index).cloned().filter(|range| range.start < wanted.end)?;
+        let start = (wanted.start / UNIT_BYTES * UNIT_BYTES).max(whole.start);
+        let cut = (start / BLOCK + 1) * BLOCK;
+        let end = wanted.end.next_multiple_of(UNIT_BYTES).min(cut).min(whole.end);
+        if but.contains(&start) || start >= end {
+            return None;
+        }
+        let parts = [whole.start..start, end..whole.end];
+        let left = parts.into_iter().filter(|part| !part.is_empty());
+        self.0.remove(index);
+        for (offset, part) in left.enumerate() {
+            self.0.insert(index + offset, part);
+        }
+        Some(start..end)
+    }
+
     /// Takes the MiB that begins at `at`, if nobody has it and nothing lower is left.
     pub(super) fn take_at(&mut self, at: u64) -> Option<Range<u64>> {
         (self.0.front()?.start == at).then(|| self.take(1))?
@@ -80,6 +105,22 @@ mod tests {
         assert_eq!(todo.take_at(3 * BLOCK), None);
         assert_eq!(todo.take(9), Some(5 * BLOCK..5 * BLOCK + 7));
         assert_eq!(todo.take(9), None);
+    }
+
+    #[test]
+    fn what_is_wanted_is_taken_in_whole_units_out_of_the_middle() {
+        let mut todo = Todo::new(vec![UNIT..3 * BLOCK, 5 * BLOCK..5 * BLOCK + 7]);
+        let none = 0..0;
+        assert_eq!(todo.take_within(&(BLOCK + 5..BLOCK + 6), &none), Some(BLOCK..BLOCK + UNIT));
+        assert_eq!(todo.take_within(&(BLOCK + 5..BLOCK + 6), &none), None);
+        assert_eq!(todo.take_within(&(0..1), &none), None);
+        let soon = UNIT..BLOCK;
+        assert_eq!(todo.take_within(&(0..9 * BLOCK), &soon), None);
+        assert_eq!(todo.take_within(&(0..9 * BLOCK), &none), Some(UNIT..BLOCK));
+        let last = 5 * BLOCK..5 * BLOCK + 7;
+        assert_eq!(todo.take_within(&(4 * BLOCK..9 * BLOCK), &none), Some(last));
+        assert_eq!(todo.take(9), Some(BLOCK + UNIT..3 * BLOCK));
+        assert!(todo.is_empty());
     }
 
     #[test]

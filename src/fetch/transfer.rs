@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex};
 use super::book::Book;
 use super::crew;
 use super::decode::Codec;
+use super::demand::Demand;
 use super::error::{Class, FetchError};
 use super::expect::Expect;
 use super::fleet::{self, First, Fleet, Outcome};
@@ -271,6 +272,8 @@ impl Run<'_> {
             None => std::iter::once(0..u64::MAX).collect(),
         };
         let (remote, mirrors) = (agreed.remote.clone(), clients.split_off(1));
+        let arriving = self.filling.arriving().filter(|_| agreed.proves_parts() && total.is_some());
+        let demand = arriving.map(|file| Demand::new(Arc::clone(file), &self.engine.pool));
         let fleet = Arc::new(Fleet {
             ways: Ways::new(clients.remove(0), remote, mirrors),
             policy: self.engine.policy.clone(),
@@ -282,6 +285,7 @@ impl Run<'_> {
             limit: Arc::clone(&self.engine.limit),
             book: Mutex::new(Book::new(missing)),
             state: fleet::State::default(),
+            demand,
         });
         let outcome = fleet.run(Some(first)).await;
         self.unproven |= fleet.is_unproven();

@@ -80,6 +80,11 @@ pub(super) struct Agreed {
 }
 
 impl Agreed {
+    /// True if each answer to a part of the source proves by itself that it is of this version.
+    pub(super) fn proves_parts(&self) -> bool {
+        self.can_resume && self.remote.etag.is_some()
+    }
+
     /// Holds a further answer, with its version, its range and its total, against the first.
     ///
     /// # Errors

@@ -64,7 +64,9 @@ impl Drop for Hinted {
 pub(super) fn decode(layer: &Arc<Layer>, at: GuestOffset) -> Result<Decoded, ReadError> {
     let Some((start, end)) = layer.cluster_around(at) else { return layer.decoded(at) };
     let goes_forward = layer.forward.next.swap(end, Ordering::Relaxed) == start && start > 0;
-    if goes_forward && !layer.forward.busy.swap(true, Ordering::Acquire) {
+    // On a thread of the pool nobody waits for bytes to come.
+    let is_here = layer.arriving().is_none();
+    if goes_forward && is_here && !layer.forward.busy.swap(true, Ordering::Acquire) {
         let until = end.saturating_add(AHEAD_BYTES).min(layer.size_bytes());
         layer.forward.next.store(until, Ordering::Relaxed);
         let ahead = Arc::clone(layer);

@@ -7,13 +7,11 @@
 //! Never: follows a path from inside the file, or decodes data.
 //! Start at [`inspect`].
 
-use std::fs::File;
-use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use super::format::{PROBE_LEN_BYTES, looks_like};
 use super::qcow2::{self, Compression};
-use super::{Format, ImageError, blocks, detect};
+use super::{Format, ImageError, Source, blocks, detect};
 
 /// What a file is. `clusters` is known only after a full check.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,7 +60,7 @@ pub struct ClusterCounts {
 /// # Errors
 /// [`ImageError`] that names the first field at fault, or the read that failed.
 pub fn inspect(
-    file: &File,
+    file: &dyn Source,
     path: &Path,
     declared: Option<Format>,
     terms: &qcow2::Terms<'_>,
@@ -103,7 +101,7 @@ pub fn inspect(
 ///
 /// # Errors
 /// As [`inspect`].
-pub fn peek(file: &File, path: &Path, declared: Option<Format>) -> Result<Info, ImageError> {
+pub fn peek(file: &dyn Source, path: &Path, declared: Option<Format>) -> Result<Info, ImageError> {
     let mut info = identify(file, path, declared)?;
     if info.format == Format::Qcow2 {
         let terms = qcow2::Terms { backing: true, ..qcow2::Terms::default() };
@@ -117,18 +115,19 @@ pub fn peek(file: &File, path: &Path, declared: Option<Format>) -> Result<Info, 
 
 /// What the first bytes and the file's inode say; the fields of formats are not filled in yet.
 pub(super) fn identify(
-    file: &File,
+    file: &dyn Source,
     path: &Path,
     declared: Option<Format>,
 ) -> Result<Info, ImageError> {
-    let meta = file.metadata().map_err(|source| ImageError::read(path, 0, 0, source))?;
-    if meta.len() == 0 {
+    let failed = |source| ImageError::read(path, 0, 0, source);
+    let len_bytes = file.len_bytes().map_err(failed)?;
+    if len_bytes == 0 {
         return Err(ImageError::Empty { path: path.to_owned() });
     }
     let first_bytes = read_up_to(file, PROBE_LEN_BYTES, path)?;
-    let mut info = Info::of_head(&first_bytes, meta.len(), path, declared)?;
-    info.allocated_bytes = meta.blocks().saturating_mul(512);
-    if info.format == Format::Raw && ends_as_vhd(file, meta.len()) {
+    let mut info = Info::of_head(&first_bytes, len_bytes, path, declared)?;
+    info.allocated_bytes = file.allocated_bytes().map_err(failed)?;
+    if info.format == Format::Raw && ends_as_vhd(file, len_bytes) {
         let note =
             "served as a raw disk, but it ends like a fixed VHD; declare it vhd if it is one";
         info.notes.push(note.to_owned());
@@ -138,10 +137,11 @@ pub(super) fn identify(
 
 /// True if the file ends with the footer of a VHD. One that cannot be read does not: the data there
 /// will say so.
-fn ends_as_vhd(file: &File, len_bytes: u64) -> bool {
+fn ends_as_vhd(file: &dyn Source, len_bytes: u64) -> bool {
     let mut last = [0; 512];
-    let at = len_bytes.checked_sub(512);
-    at.is_some_and(|at| file.read_exact_at(&mut last, at).is_ok()) && blocks::is_vhd_footer(&last)
+    // It is worth a note, not a wait.
+    let at = len_bytes.checked_sub(512).filter(|&at| file.is_here(at, 512));
+    at.is_some_and(|at| file.read_exact(&mut last, at).is_ok()) && blocks::is_vhd_footer(&last)
 }
 
 impl Info {
@@ -189,14 +189,14 @@ impl Info {
 
 /// The first `len_bytes` of the file, or all of a shorter one.
 pub(super) fn read_up_to(
-    file: &File,
+    file: &dyn Source,
     len_bytes: usize,
     path: &Path,
 ) -> Result<Vec<u8>, ImageError> {
     let mut bytes = vec![0; len_bytes];
     let mut filled = 0;
     while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-        match file.read_at(rest, filled as u64) {
+        match file.read_some(rest, filled as u64) {
             Ok(0) => break,
             Ok(count) => filled += count,
             Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}

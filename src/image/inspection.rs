@@ -9,13 +9,11 @@
 //! Start at [`Inspection::of_file`].
 
 use std::fmt;
-use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::qcow2::{Fault, Image, Snapshot, Tally, Terms};
-use super::{Class, Format, ImageError, Info, blocks, info};
+use super::{Class, Format, ImageError, Info, Source, blocks, info};
 
 /// What can be done with an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -72,7 +70,7 @@ impl Inspection {
     /// # Errors
     /// The host failed to read it. A bad image is no error but a finding.
     pub fn of_file(
-        file: &File,
+        file: &dyn Source,
         path: &Path,
         declared: Option<Format>,
         terms: &Terms<'_>,
@@ -100,7 +98,7 @@ impl Inspection {
         };
         let read = |range: Range<u64>, bytes: &mut [u8]| {
             let len = bytes.len();
-            file.read_exact_at(bytes, range.start)
+            file.read_exact(bytes, range.start)
                 .map_err(|source| ImageError::read(path, range.start, len, source))
         };
         let tally = image.tally(read)?;

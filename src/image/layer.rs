@@ -2,8 +2,9 @@
 //!
 //! Why: an overlay and its backing files are separate files, shared by many views; each resolves
 //! what it has, and says where it has nothing.
-//! How: a layer is a sealed file with its map and its tables. Data is in that file, or in an
-//! external data file if the image has one; [`super::View`] asks its layers from the top down.
+//! How: a layer is a file with its map and its tables. Data is in that file, or in an external data
+//! file if the image has one; [`super::View`] asks its layers from the top down. A file that is still
+//! arriving makes its readers wait for what is not here.
 //! Never: opens another file: what lies beneath, or beside, was given.
 //! Start at [`Layer::run_at`].
 
@@ -15,8 +16,9 @@ use super::ahead::Forward;
 use super::decoded::Key;
 use super::decoder::Room;
 use super::raw::HoleMap;
+use super::source::{LayerFile, Source};
 use super::{Decoded, DecodedCache, Format, ImageError, Info, ReadError, blocks, qcow2};
-use crate::disk::Sealed;
+use crate::disk::{Arriving, Sealed};
 use crate::map::format::{Header, Kind};
 use crate::map::{FileMap, GuestSlice, MappedData, SharedTable};
 use crate::units::{FileOffset, GuestOffset};
@@ -50,9 +52,14 @@ enum Tables {
 }
 
 impl Tables {
-    fn raw(file: &File, path: &Path, len_bytes: u64) -> Result<Self, ImageError> {
-        HoleMap::of_file(file, len_bytes).map(Self::Raw).map_err(|source| {
-            let path = path.to_owned();
+    fn raw(file: &LayerFile, len_bytes: u64) -> Result<Self, ImageError> {
+        let holes = match file.arriving() {
+            // What is a hole now may become data.
+            Some(_) => HoleMap::all_data(len_bytes),
+            None => HoleMap::of_file(file.file(), len_bytes),
+        };
+        holes.map(Self::Raw).map_err(|source| {
+            let path = file.path().to_owned();
             ImageError::Map { path, what: "the map of holes", len_bytes, source }
         })
     }
@@ -80,18 +87,14 @@ impl Tables {
     }
 
     /// A VMDK, VHD or VHDX image's; a fixed VHD is a raw disk with something after it.
-    fn of_blocks(
-        file: &File,
-        path: &Path,
-        info: &mut Info,
-        len_bytes: u64,
-    ) -> Result<Self, ImageError> {
+    fn of_blocks(file: &LayerFile, info: &mut Info, len_bytes: u64) -> Result<Self, ImageError> {
+        let path = file.path();
         let Some(image) = blocks::Image::open(file, path, info.format, len_bytes)? else {
-            return Self::raw(file, path, len_bytes);
+            return Self::raw(file, len_bytes);
         };
         image.describe(info);
         match image.layout() {
-            None => Self::raw(file, path, info.virtual_size_bytes),
+            None => Self::raw(file, info.virtual_size_bytes),
             Some(layout) => {
                 Ok(Self::Blocks(Box::new(blocks::BlockMap::new(layout.clone(), path)?)))
             }
@@ -99,10 +102,10 @@ impl Tables {
     }
 }
 
-/// A sealed file and what it says.
+/// A file and what it says.
 #[derive(Debug)]
 pub(super) struct Layer {
-    sealed: Sealed,
+    file: LayerFile,
     /// The external data file, if there is one.
     data: Option<Sealed>,
     /// The file with the data, mapped: [`data`](Self::data_file).
@@ -118,36 +121,41 @@ pub(super) struct Layer {
 }
 
 impl Layer {
-    /// Opens `sealed`, of which `info` is known; `terms` say what else was given.
+    /// Opens `file`, of which `info` is known; `terms` say what else was given.
     pub(super) fn open(
-        sealed: Sealed,
+        file: LayerFile,
         mut info: Info,
         data: Option<Sealed>,
         terms: &qcow2::Terms<'_>,
         cache: Arc<DecodedCache>,
     ) -> Result<Self, ImageError> {
-        let (file, path) = (sealed.file(), sealed.path());
+        let path = file.path();
         // The length at which the file was sealed counts, should it differ by now.
-        let len_bytes = sealed.len_bytes().min(info.file_size_bytes);
+        let len_bytes = file.len_bytes().min(info.file_size_bytes);
         let tables = match info.format {
             Format::Raw | Format::Vmdk | Format::Vhd | Format::Vhdx => {
-                Tables::of_blocks(file, path, &mut info, len_bytes)?
+                Tables::of_blocks(&file, &mut info, len_bytes)?
             }
             Format::Qcow2 => {
-                let image = qcow2::Image::open(file, path, len_bytes, terms)?;
+                let image = qcow2::Image::open(&file, path, len_bytes, terms)?;
                 image.describe(&mut info);
                 Tables::Qcow2(Box::new(qcow2::ClusterMap::new(image, path)?))
             }
         };
-        let mapped = data.as_ref().unwrap_or(&sealed);
-        let len_bytes = data.as_ref().map_or(len_bytes, Sealed::len_bytes);
-        let data_map = MappedData::new(mapped.file(), len_bytes).map_err(|source| {
-            ImageError::Map { path: mapped.path().to_owned(), what: "the file", len_bytes, source }
+        let (mapped, path, len_bytes) = match &data {
+            Some(data) => (data.file(), data.path(), data.len_bytes()),
+            None => (file.file(), path, len_bytes),
+        };
+        let data_map = MappedData::new(mapped, len_bytes).map_err(|source| ImageError::Map {
+            path: path.to_owned(),
+            what: "the file",
+            len_bytes,
+            source,
         })?;
         let id = cache.register_view();
         let decoded = tables.decoded(&info);
         let forward = Forward::default();
-        Ok(Self { sealed, data, data_map, info, tables, decoded, cache, id, forward })
+        Ok(Self { file, data, data_map, info, tables, decoded, cache, id, forward })
     }
 
     pub(super) fn size_bytes(&self) -> u64 {
@@ -159,18 +167,29 @@ impl Layer {
     }
 
     /// The file itself.
-    pub(super) fn sealed(&self) -> &Sealed {
-        &self.sealed
+    pub(super) fn file(&self) -> &LayerFile {
+        &self.file
+    }
+
+    /// While the file that data is in, or the one that says where, is not complete.
+    #[inline]
+    pub(super) fn arriving(&self) -> Option<&Arriving> {
+        self.file.arriving()
+    }
+
+    /// While the file that data is in is not complete.
+    pub(super) fn arriving_data(&self) -> Option<&Arriving> {
+        if self.data.is_some() { None } else { self.arriving() }
     }
 
     /// The file that [`LayerKind::Data`] is in.
     pub(super) fn data_file(&self) -> &File {
-        self.data.as_ref().unwrap_or(&self.sealed).file()
+        self.data.as_ref().map_or_else(|| self.file.file(), Sealed::file)
     }
 
     /// Where that file was opened, for messages.
     pub(super) fn data_path(&self) -> &Path {
-        self.data.as_ref().unwrap_or(&self.sealed).path()
+        self.data.as_ref().map_or_else(|| self.file.path(), Sealed::path)
     }
 
     pub(super) fn map(&self) -> &FileMap {
@@ -198,9 +217,11 @@ impl Layer {
     /// pread what was not, so that the disk is read ahead, and an unreadable page is an error.
     pub(super) fn read_data(&self, buf: &mut [u8], at: FileOffset) -> Result<(), ReadError> {
         let len = buf.len();
-        self.data_map
-            .read(self.data_file(), buf, at)
-            .map_err(|source| ReadError::io(self.data_path(), at.0, len, source))
+        let failed = |source| ReadError::io(self.data_path(), at.0, len, source);
+        if let Some(arriving) = self.arriving_data() {
+            arriving.wait(at.0, len as u64).map_err(failed)?;
+        }
+        self.data_map.read(self.data_file(), buf, at).map_err(failed)
     }
 
     /// The same, into the memory of a guest.
@@ -209,10 +230,12 @@ impl Layer {
         to: &[GuestSlice<'_>],
         at: FileOffset,
     ) -> Result<(), ReadError> {
-        self.data_map.read_to_guest(self.data_file(), to, at).map_err(|source| {
-            let len = to.iter().map(GuestSlice::len).sum();
-            ReadError::io(self.data_path(), at.0, len, source)
-        })
+        let len: usize = to.iter().map(GuestSlice::len).sum();
+        let failed = |source| ReadError::io(self.data_path(), at.0, len, source);
+        if let Some(arriving) = self.arriving_data() {
+            arriving.wait(at.0, len as u64).map_err(failed)?;
+        }
+        self.data_map.read_to_guest(self.data_file(), to, at).map_err(failed)
     }
 
     /// Whether a range of the data file was in memory when it was read last.
@@ -223,14 +246,24 @@ impl Layer {
     /// The run that begins at `at` and ends at guest byte `end` at the latest; `at < end <=` the
     /// layer's size.
     pub(super) fn run_at(&self, at: GuestOffset, end: u64) -> Result<LayerRun, ReadError> {
+        self.run_from(&self.file, at, end)
+    }
+
+    /// As [`run_at`](Self::run_at), with tables that are read from `file`, should they not be known.
+    pub(super) fn run_from(
+        &self,
+        file: &dyn Source,
+        at: GuestOffset,
+        end: u64,
+    ) -> Result<LayerRun, ReadError> {
         match &self.tables {
             Tables::Raw(holes) => {
                 let (hole, end) = holes.run_at(at.0, end);
                 let kind = if hole { LayerKind::Zero } else { LayerKind::Data(FileOffset(at.0)) };
                 Ok(LayerRun { kind, len_bytes: end - at.0 })
             }
-            Tables::Qcow2(clusters) => clusters.run_at(self.sealed.file(), at, end),
-            Tables::Blocks(blocks) => blocks.run_at(self.sealed.file(), at, end),
+            Tables::Qcow2(clusters) => clusters.run_at(file, at, end),
+            Tables::Blocks(blocks) => blocks.run_at(file, at, end),
         }
     }
 
@@ -250,6 +283,15 @@ impl Layer {
         Some((start.0, (start.0 + size).min(self.size_bytes())))
     }
 
+    /// Where the compressed cluster around `at` is in the file, and how many bytes of it are enough.
+    pub(super) fn encoded_range(&self, at: GuestOffset) -> Option<(u64, u64)> {
+        match &self.tables {
+            Tables::Raw(_) => None,
+            Tables::Qcow2(clusters) => clusters.encoded_range(at),
+            Tables::Blocks(blocks) => blocks.encoded_range(at),
+        }
+    }
+
     /// The decoded cluster around `at` and where it begins, if it is in the cache.
     pub(super) fn cached(&self, at: GuestOffset) -> Option<Decoded> {
         let (cluster, start) = self.cluster_of(at)?;
@@ -262,7 +304,7 @@ impl Layer {
         let not_encoded = || ReadError::NotEncoded { at };
         let (cluster, start) = self.cluster_of(at).ok_or_else(not_encoded)?;
         let index = self.decoded.as_ref().map(|table| (table, cluster));
-        let (file, room) = (self.sealed.file(), Room { slab: self.cache.slab(), index });
+        let (file, room) = (&self.file, Room { slab: self.cache.slab(), index });
         let decode = || match &self.tables {
             Tables::Raw(_) => Err(not_encoded()),
             Tables::Qcow2(clusters) => clusters.decode(file, at, room),

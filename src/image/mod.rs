@@ -10,6 +10,7 @@
 //! VMDK, VHD and VHDX are in [`blocks`].
 
 mod ahead;
+mod arrival;
 pub mod blocks;
 mod crew;
 mod decoded;
@@ -22,6 +23,7 @@ mod inspection;
 mod layer;
 pub mod qcow2;
 mod raw;
+mod source;
 mod tally;
 mod view;
 
@@ -31,4 +33,5 @@ pub use error::{Class, ImageError, ReadError};
 pub use format::{Format, UnknownFormat, detect};
 pub use info::{ClusterCounts, Info, inspect, peek};
 pub use inspection::{Finding, Inspection, Verdict};
+pub use source::{LayerFile, Source};
 pub use view::{Handout, MAX_LAYERS, Opening, Run, RunKind, Stored, View};

@@ -38,10 +38,7 @@ impl HoleMap {
     /// # Errors
     /// The system refuses the shared memory.
     pub(super) fn of_file(file: &File, len_bytes: u64) -> io::Result<Self> {
-        let units = len_bytes.div_ceil(UNIT_BYTES).max(1);
-        let (kind, unit_bits, size_bytes) = (Kind::Bits, UNIT_BITS, len_bytes);
-        let header = Header { kind, unit_bits, units, size_bytes, ..Header::EMPTY };
-        let map = Self { data: SharedTable::new("bedplate-holes", &header)? };
+        let map = Self::new(len_bytes)?;
         let mut at = 0;
         while at < len_bytes {
             let (start, end) = match next_data(file, at) {
@@ -56,6 +53,23 @@ impl HoleMap {
             at = (last + 1) * UNIT_BYTES;
         }
         Ok(map)
+    }
+
+    /// Of a file that nobody can ask yet: everything is data.
+    ///
+    /// # Errors
+    /// As [`of_file`](Self::of_file).
+    pub(super) fn all_data(len_bytes: u64) -> io::Result<Self> {
+        let map = Self::new(len_bytes)?;
+        map.data.words().iter().for_each(|word| word.store(u64::MAX, Ordering::Relaxed));
+        Ok(map)
+    }
+
+    fn new(len_bytes: u64) -> io::Result<Self> {
+        let units = len_bytes.div_ceil(UNIT_BYTES).max(1);
+        let (kind, unit_bits, size_bytes) = (Kind::Bits, UNIT_BITS, len_bytes);
+        let header = Header { kind, unit_bits, units, size_bytes, ..Header::EMPTY };
+        Ok(Self { data: SharedTable::new("bedplate-holes", &header)? })
     }
 
     /// The bits, for readers in other processes.

@@ -12,11 +12,12 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::layer::{Layer, LayerKind};
+use super::layer::{Layer, LayerKind, LayerRun};
 use super::qcow2::BackingFormat;
+use super::source::LayerFile;
 use super::{Decoded, DecodedCache, Format, ImageError, Info, ReadError, info, qcow2};
 use super::{ahead, crew};
-use crate::disk::Sealed;
+use crate::disk::{Arriving, Sealed};
 use crate::map::{FileMap, GuestSlice, KernelSlice, SharedTable};
 use crate::units::{FileOffset, GuestOffset};
 
@@ -90,6 +91,8 @@ pub struct Handout<'a> {
     pub len_bytes: u64,
     /// What its units are.
     pub map: &'a SharedTable,
+    /// Which units of the file are here, if not all are.
+    pub presence: Option<&'a SharedTable>,
     /// Where its decoded blocks are, in the slab of [`View::cache`].
     pub decoded: Option<&'a SharedTable>,
 }
@@ -126,16 +129,18 @@ impl View {
         Self::open_as(sealed, Opening { declared, cache: Some(cache), ..Opening::default() })
     }
 
-    /// As [`open`](Self::open), in any way.
+    /// As [`open`](Self::open), in any way; `file` may be one that is still arriving. Opening waits
+    /// for its header then, and reading for what is read; its tables are not checked as a whole.
     ///
     /// # Errors
     /// As [`open`](Self::open); also if what was given is not what the image needs:
     /// [`ImageError::NoSnapshot`], [`ImageError::NotNeeded`], [`ImageError::BaseFormat`],
     /// [`ImageError::TooManyLayers`].
-    pub fn open_as(sealed: Sealed, opening: Opening<'_>) -> Result<Self, ImageError> {
+    pub fn open_as(file: impl Into<LayerFile>, opening: Opening<'_>) -> Result<Self, ImageError> {
         let Opening { declared, snapshot, base, data, cache } = opening;
-        let path = sealed.path().to_owned();
-        let info = info::identify(sealed.file(), &path, declared)?;
+        let file = file.into();
+        let path = file.path().to_owned();
+        let info = info::identify(&file, &path, declared)?;
         let terms = qcow2::Terms {
             snapshot,
             backing: base.is_some(),
@@ -143,7 +148,7 @@ impl View {
         };
         let gave_data = data.is_some();
         let cache = cache.unwrap_or_else(DecodedCache::process_wide);
-        let layer = Layer::open(sealed, info, data, &terms, cache)?;
+        let layer = Layer::open(file, info, data, &terms, cache)?;
         check_given(&layer, &path, &terms, gave_data, base)?;
         let mut layers = vec![Arc::new(layer)];
         layers.extend(base.iter().flat_map(|base| base.layers.iter().cloned()));
@@ -157,6 +162,10 @@ impl View {
     #[must_use]
     pub fn keeping(self, base: Option<Arc<View>>) -> Self {
         Self { _base: base, ..self }
+    }
+
+    pub(super) fn layers(&self) -> &[Arc<Layer>] {
+        &self.layers
     }
 
     fn top(&self) -> &Layer {
@@ -184,13 +193,13 @@ impl View {
     /// Where the file was opened, for messages.
     #[must_use]
     pub fn path(&self) -> &Path {
-        self.top().sealed().path()
+        self.top().file().path()
     }
 
     /// The stored file, read-only: the image's own, not one that it stands on.
     #[must_use]
     pub fn file(&self) -> &File {
-        self.top().sealed().file()
+        self.top().file().file()
     }
 
     /// The data files of all layers, whole and mapped, from the image itself down.
@@ -216,7 +225,9 @@ impl View {
         self.layers.iter().map(move |layer| {
             let (map, decoded) = layer.tables();
             let decoded = decoded.filter(|_| Arc::ptr_eq(cache, layer.cache()));
-            Handout { data: layer.data_file(), len_bytes: layer.map().len_bytes(), map, decoded }
+            let presence = layer.arriving_data().map(Arriving::table);
+            let (data, len_bytes) = (layer.data_file(), layer.map().len_bytes());
+            Handout { data, len_bytes, map, presence, decoded }
         })
     }
 
@@ -273,10 +284,22 @@ impl View {
     }
 
     /// A run and the layer that has it.
+    #[inline]
     fn layer_run_at(
         &self,
         at: GuestOffset,
         limit_bytes: u64,
+    ) -> Result<(Run, Option<&Arc<Layer>>), ReadError> {
+        self.layer_run_by(at, limit_bytes, Layer::run_at)
+    }
+
+    /// As [`layer_run_at`](Self::layer_run_at), where `run_at` says what a layer has.
+    #[inline]
+    pub(super) fn layer_run_by(
+        &self,
+        at: GuestOffset,
+        limit_bytes: u64,
+        run_at: impl Fn(&Layer, GuestOffset, u64) -> Result<LayerRun, ReadError>,
     ) -> Result<(Run, Option<&Arc<Layer>>), ReadError> {
         let size_bytes = self.size_bytes();
         if at.0 >= size_bytes || limit_bytes == 0 {
@@ -289,7 +312,7 @@ impl View {
             if at.0 >= layer_end {
                 break;
             }
-            let run = layer.run_at(at, layer_end)?;
+            let run = run_at(layer, at, layer_end)?;
             let kind = match run.kind {
                 LayerKind::Data(at) => RunKind::Data(Stored { layer: number, at }),
                 LayerKind::Zero => RunKind::Zero,
@@ -324,6 +347,9 @@ impl View {
     /// Decodes what is compressed in `[at, at + len)` and not in the cache, on all cores, as far as
     /// 32 clusters; returns how far that is. Errors are met again by who reads.
     pub fn prepare(&self, at: GuestOffset, len_bytes: u64) -> GuestOffset {
+        if self.bring(at, len_bytes).is_err() {
+            return at.advance(len_bytes);
+        }
         let (jobs, until) = self.not_decoded(at, len_bytes, MAX_PREPARED);
         let decode = |(layer, at): (&Arc<Layer>, GuestOffset)| layer.decoded(at).map(|_| ());
         let _met_again_by_the_reader = crew::together(jobs, decode);
@@ -335,6 +361,10 @@ impl View {
     /// nobody who reads.
     pub fn will_read(&self, at: GuestOffset, len_bytes: u64) {
         let Some(top) = self.layers.first() else { return };
+        if self.is_arriving() {
+            self.ask(at, len_bytes);
+            return;
+        }
         if top.forward.begin_hint() {
             let (jobs, _) = self.not_decoded(at, len_bytes, MAX_HINTED);
             let jobs = jobs.into_iter().map(|(layer, at)| (Arc::clone(layer), at)).collect();
@@ -378,6 +408,7 @@ impl View {
         if at.checked_add(len_bytes).is_none_or(|end| end.0 > size_bytes) {
             return Err(ReadError::PastEnd { at, len_bytes, size_bytes });
         }
+        self.bring(at, len_bytes)?;
         let (mut rest, mut at, mut jobs) = (buf, at, Vec::new());
         while !rest.is_empty() {
             let (run, layer) = self.layer_run_at(at, rest.len() as u64)?;

@@ -407,6 +407,17 @@ pub trait Backend: Send + Sync + 'static {
     /// [`BackendError`]; with [`FailureClass::Refuse`] if the bytes are no usable image.
     fn open_view(&self, chain: &[Link]) -> Result<Arc<View>, BackendError>;
 
+    /// As [`open_view`](Self::open_view), for a copy that is still arriving on complete ones. Blocks
+    /// until its header is here.
+    ///
+    /// # Errors
+    /// [`BackendError`]: nothing arrives, its source does not tell how long it is, or it is no usable
+    /// image.
+    fn open_arriving(&self, chain: &[Link]) -> Result<Arc<View>, BackendError>;
+
+    /// Who waits for bytes that are still to come gets an error: the engine ends. Quick.
+    fn dismiss_readers(&self);
+
     /// Inspects a complete copy whole. Blocks.
     ///
     /// # Errors

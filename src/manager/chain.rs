@@ -16,7 +16,7 @@ use crate::image::MAX_LAYERS;
 use crate::names::{DiskUuid, ImageName};
 
 impl Image {
-    fn link_on(&self, disk: &DiskUuid) -> Link {
+    pub(super) fn link_on(&self, disk: &DiskUuid) -> Link {
         Link { copy: self.copy_id(disk), snapshot: self.record.snapshot.clone() }
     }
 }

@@ -98,7 +98,7 @@ impl World {
         }
         let exported = match &image.export {
             Export::Closed => false,
-            Export::Opening(on) | Export::Open(on) => on == disk,
+            Export::Opening(on) | Export::Open(on) | Export::Streaming(on) => on == disk,
         };
         // All readers of an image read by its one export, whichever copies they are attached to.
         let read = self.readers_of(name).next().is_some()

@@ -68,6 +68,8 @@ pub struct NewAttachment {
     /// What the reader calls itself. With a label, the same image, disk and label are the same
     /// attachment; without one, each is new.
     pub reader: String,
+    /// True if it does not wait until the copy is complete.
+    pub stream: bool,
     /// Seconds since 1970, UTC.
     pub created_unix_s: u64,
 }
@@ -327,7 +329,8 @@ impl World {
         self.usable(&new.image)?;
         let disk = self.choose_disk(&new.image, new.disk)?;
         let known = self.attachments_of(&new.image).find(|a| {
-            !new.reader.is_empty() && a.record.reader == new.reader && a.record.disk == disk
+            let labels = (&a.record.reader, &a.record.disk, a.record.stream);
+            !new.reader.is_empty() && labels == (&new.reader, &disk, new.stream)
         });
         let known = known.map(|a| a.record.id.clone());
         self.want_chain(&new.image, &disk, touched);
@@ -339,6 +342,7 @@ impl World {
             image: new.image.clone(),
             disk,
             reader: new.reader,
+            stream: new.stream,
             created_unix_s: new.created_unix_s,
         };
         touched.actions.push(Action::SaveAttachment(record.clone()));

@@ -34,6 +34,16 @@ pub trait Exporter: Send + Sync + 'static {
     /// [`BackendError`] if its view can't be opened.
     fn publish(&self, chain: &[Link]) -> Result<(), BackendError>;
 
+    /// As [`publish`](Self::publish), for a copy that is still arriving. Blocks until its first
+    /// bytes are here.
+    ///
+    /// # Errors
+    /// [`BackendError`] if it can't be read before it is complete.
+    fn stream(&self, chain: &[Link]) -> Result<(), BackendError>;
+
+    /// True if the readers of the image's export have lost what they read. Quick.
+    fn is_lost(&self, image: &ImageName) -> bool;
+
     /// Closes the image's export and its sessions. Quick.
     fn withdraw(&self, image: &ImageName);
 

@@ -22,6 +22,7 @@ mod siblings;
 mod status;
 mod steer;
 mod step;
+mod stream;
 #[cfg(test)]
 mod tests;
 mod turns;

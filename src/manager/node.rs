@@ -7,6 +7,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::backend::{
     Backend, BackendError, CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy,
@@ -18,12 +19,15 @@ use super::turns::Turns;
 use super::uploads::Uploads;
 use super::views::Views;
 use super::worker;
-use crate::disk::{self, CopyRecord, Disk, DiskError};
+use crate::disk::{self, CopyRecord, Disk, DiskError, Found};
 use crate::fetch::{Policy, RateLimit, Upload, one_line};
 use crate::image::qcow2::Terms;
 use crate::image::{self, Format, ImageError, Inspection, Opening, View};
 use crate::names::DiskUuid;
 use crate::ring::{BufPool, Choice, Probe, probe};
+
+/// How long an attachment that does not wait waits for the first bytes of its image.
+const ARRIVAL_PATIENCE: Duration = Duration::from_secs(30);
 
 /// How a node is set up.
 #[derive(Clone, Debug)]
@@ -326,6 +330,36 @@ impl Backend for Node {
             class: FailureClass::Refuse,
             message: "an empty chain of images".to_owned(),
         })
+    }
+
+    fn open_arriving(&self, chain: &[Link]) -> Result<Arc<View>, BackendError> {
+        let later = |class, message: &str| BackendError { class, message: message.to_owned() };
+        let Some((link, beneath)) = chain.split_first() else {
+            return Err(later(FailureClass::Refuse, "an empty chain of images"));
+        };
+        let base = if beneath.is_empty() { None } else { Some(self.open_view(beneath)?) };
+        let slot = self.slot(&link.copy.disk)?;
+        let file = match slot.disk.arriving(&store_id(&link.copy), ARRIVAL_PATIENCE) {
+            Found::File(file) => file,
+            Found::NotYet => {
+                let text = "waits until the image is complete: nothing of it has arrived yet";
+                return Err(later(FailureClass::Retry, text));
+            }
+            Found::NoLength => {
+                let text = "waits until the image is complete: its source does not tell its length";
+                return Err(later(FailureClass::Refuse, text));
+            }
+        };
+        let snapshot = link.snapshot.as_deref();
+        let opening = Opening { snapshot, base: base.as_deref(), ..Opening::default() };
+        let view = View::open_as(file, opening).map_err(|e| backend_error(&OpenError::Image(e)))?;
+        Ok(Arc::new(view.keeping(base)))
+    }
+
+    fn dismiss_readers(&self) {
+        for slot in &self.slots {
+            slot.disk.dismiss_readers("the engine is stopping; read again when it is back");
+        }
     }
 
     fn inspect(&self, copy: &CopyId, has_base: bool) -> Result<Inspection, BackendError> {

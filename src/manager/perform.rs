@@ -169,8 +169,10 @@ impl Driver {
             let sessions = self.exporter.sessions(&name);
             (name, sessions)
         };
+        let lost = names.iter().filter(|name| self.exporter.is_lost(name)).cloned().collect();
         let sessions = names.into_iter().map(count).collect();
         self.world.see_sessions(sessions);
+        self.world.see_lost(lost);
     }
 
     async fn look_at_disks(&mut self) {
@@ -265,6 +267,7 @@ impl Driver {
                 | Action::Steer(..)
                 | Action::Remove(_)
                 | Action::Publish(_)
+                | Action::Stream(_)
                 | Action::Withdraw(_)
                 | Action::Announce(_) => {}
             }
@@ -322,6 +325,13 @@ impl Driver {
                     let exporter = self.exporter.clone();
                     self.tasks.spawn_blocking(move || {
                         let result = exporter.publish(&chain).map_err(|e| (e.class, e.message));
+                        chain.into_iter().next().map(|top| Event::Published(top.copy, result))
+                    });
+                }
+                Action::Stream(chain) => {
+                    let exporter = self.exporter.clone();
+                    self.tasks.spawn_blocking(move || {
+                        let result = exporter.stream(&chain).map_err(|e| (e.class, e.message));
                         chain.into_iter().next().map(|top| Event::Published(top.copy, result))
                     });
                 }

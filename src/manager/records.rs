@@ -186,6 +186,9 @@ pub struct AttachmentRecord {
     /// What the reader calls itself; may be empty.
     #[serde(default)]
     pub reader: String,
+    /// True if it does not wait until the copy is complete.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stream: bool,
     /// Seconds since 1970, UTC.
     pub created_unix_s: u64,
 }

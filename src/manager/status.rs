@@ -159,13 +159,13 @@ impl World {
                 .map(|(disk, copy)| copy_status(image, disk, copy))
                 .collect(),
             attachments: self.readers_of(&image.record.name).count(),
-            exported: matches!(image.export, Export::Open(_)),
+            exported: matches!(image.export, Export::Open(_) | Export::Streaming(_)),
         }
     }
 
     fn attachment_status(&self, attachment: &Attachment) -> AttachmentStatus {
         let record = &attachment.record;
-        let (state, message) = self.reader_state(&record.image, &record.disk);
+        let (state, message) = self.attachment_state(record);
         AttachmentStatus { record: attachment.record.clone(), state, message }
     }
 }

@@ -117,15 +117,15 @@ pub(super) fn step(now: Duration, image: &mut Image, disk: &DiskUuid, touched: &
     if !copy.cancelled && (copy.state.is_sealed() || !paused) {
         return;
     }
-    // A complete copy that goes is closed first; nobody reads it.
-    if copy.cancelled && copy.state.is_sealed() {
+    // A copy that goes is closed first; nobody reads it, or who does was told.
+    if copy.cancelled {
         match &image.export {
             Export::Opening(on) if on == disk => return,
-            Export::Open(on) if on == disk => {
+            Export::Open(on) | Export::Streaming(on) if on == disk => {
                 image.export = Export::Closed;
                 touched.actions.push(Action::Withdraw(image.record.name.clone()));
             }
-            Export::Opening(_) | Export::Open(_) | Export::Closed => {}
+            Export::Opening(_) | Export::Open(_) | Export::Streaming(_) | Export::Closed => {}
         }
     }
     match copy.worker {

@@ -11,10 +11,10 @@ use std::time::Duration;
 use super::backend::{CopyId, CopyInfo, CopyTask, FailureClass, Report, WorkerEvent};
 use super::chain::Chains;
 use super::records::Facts;
-use super::steer;
 use super::world::{
     Action, AttachmentState, Change, Copy, CopyState, Event, Export, Image, Touched, Worker, World,
 };
+use super::{steer, stream};
 use crate::names::{DiskUuid, ImageName};
 
 /// Wait after the first failure; doubles with each further one (rule 7).
@@ -60,7 +60,7 @@ impl World {
         let states: Vec<(_, AttachmentState)> = self
             .attachments
             .iter()
-            .map(|(id, a)| (id.clone(), self.reader_state(&a.record.image, &a.record.disk).0))
+            .map(|(id, a)| (id.clone(), self.attachment_state(&a.record).0))
             .collect();
         for (id, state) in states {
             if let Some(attachment) = self.attachments.get_mut(&id)
@@ -173,6 +173,11 @@ impl World {
         }
         touched.images.insert(id.image.clone());
         match result {
+            Ok(()) if !copy.state.is_sealed() => *export = Export::Streaming(id.disk.clone()),
+            Err((_, message)) if !copy.state.is_sealed() => {
+                *export = Export::Closed;
+                copy.no_stream = Some(message);
+            }
             Ok(()) => {
                 *export = Export::Open(id.disk.clone());
                 copy.state = CopyState::Ready;
@@ -214,7 +219,8 @@ impl World {
         if self.images.get(name).is_some_and(|image| !image.record.deleting) {
             self.clean_up_step(now, name, touched);
         }
-        let chains = self.chains_of(name);
+        let (chains, streams) = (self.chains_of(name), self.streams_of(name));
+        let is_lost = self.lost.contains(name);
         let Some(image) = self.images.get_mut(name) else { return };
         if image.record.deleting {
             if delete_step(now, image, touched) {
@@ -231,7 +237,12 @@ impl World {
             steer::step(now, image, disk, touched);
             start_step(now, image, disk, &fit, &mut self.generation, touched);
         }
+        let streamed = matches!(&image.export, Export::Streaming(disk) if chains.is_whole_on(disk));
+        if !streamed {
+            stream::close_step(image, is_lost, !chains.whole.is_empty(), touched);
+        }
         publish_step(image, chains, touched);
+        stream::open_step(image, streams, touched);
     }
 }
 
@@ -280,7 +291,7 @@ fn start_step(
         copy.message.clear();
     }
     copy.state = CopyState::Starting;
-    copy.retry_at = None;
+    (copy.retry_at, copy.no_stream) = (None, None);
     let task = CopyTask {
         worker: copy.worker_name.clone(),
         source: record.source.clone(),
@@ -332,8 +343,14 @@ fn publish_step(image: &mut Image, chains: Chains, touched: &mut Touched) {
             touched.images.insert(image.record.name.clone());
         }
     }
+    if let Export::Streaming(disk) = &image.export
+        && chains.is_whole_on(disk)
+    {
+        // It is the same file, complete now.
+        image.export = Export::Open(disk.clone());
+    }
     match &image.export {
-        Export::Opening(_) => {}
+        Export::Opening(_) | Export::Streaming(_) => {}
         Export::Open(_) => {
             for (disk, copy) in &mut image.copies {
                 if copy.state == CopyState::ReadyForTransfer && chains.is_whole_on(disk) {
@@ -359,7 +376,7 @@ fn publish_step(image: &mut Image, chains: Chains, touched: &mut Touched) {
 fn delete_step(now: Duration, image: &mut Image, touched: &mut Touched) -> bool {
     match image.export {
         Export::Opening(_) => return false,
-        Export::Open(_) => {
+        Export::Open(_) | Export::Streaming(_) => {
             image.export = Export::Closed;
             touched.actions.push(Action::Withdraw(image.record.name.clone()));
         }

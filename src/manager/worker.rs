@@ -380,7 +380,7 @@ impl Worker {
             // The last block may be padded: the file must have its length to be judged by it.
             filling.trim()?;
             let (file, path) = (filling.file(), filling.path());
-            let inspected = image::inspect(file, &path, declared, &terms.borrow());
+            let inspected = image::inspect(&**file, &path, declared, &terms.borrow());
             let info = inspected.map_err(|error| error.said_of(&name))?;
             let record = SealRecord {
                 uuid,

@@ -129,6 +129,8 @@ pub enum Action {
     /// Open the first copy for readers, on the others, which it stands on; answer with
     /// [`Event::Published`].
     Publish(Vec<Link>),
+    /// As [`Action::Publish`], for a copy that is still arriving.
+    Stream(Vec<Link>),
     /// Close the image's export.
     Withdraw(ImageName),
     /// Tell the watchers.
@@ -165,7 +167,7 @@ pub enum Change {
 pub enum Event {
     /// A worker's report; `event` is `None` once its task has ended.
     Worker(super::backend::Report),
-    /// The answer to [`Action::Publish`].
+    /// The answer to [`Action::Publish`] or [`Action::Stream`].
     Published(CopyId, Result<(), (FailureClass, String)>),
     /// The answer to [`Action::Remove`].
     Removed(CopyId, Result<(), String>),
@@ -188,6 +190,8 @@ pub(super) enum Worker {
 pub(super) enum Export {
     Closed,
     Opening(DiskUuid),
+    /// On a copy that is still arriving.
+    Streaming(DiskUuid),
     Open(DiskUuid),
 }
 
@@ -207,6 +211,8 @@ pub(super) struct Copy {
     pub(super) bytes_at_failure: u64,
     pub(super) retry_at: Option<Duration>,
     pub(super) refused: bool,
+    /// Why it can't be read before it is complete, if that was tried.
+    pub(super) no_stream: Option<String>,
     pub(super) message: String,
 }
 
@@ -224,6 +230,7 @@ impl Copy {
             bytes_at_failure: 0,
             retry_at: None,
             refused: false,
+            no_stream: None,
             message: String::new(),
         }
     }
@@ -317,6 +324,8 @@ pub struct World {
     pub(super) cleanup_wait: Option<Duration>,
     /// Sessions that are open on exported images.
     pub(super) sessions: BTreeMap<ImageName, usize>,
+    /// Exported images whose readers have lost what they read.
+    pub(super) lost: BTreeSet<ImageName>,
 }
 
 /// What a change has touched, until it is told at the end.
@@ -441,6 +450,24 @@ impl World {
         name: &'a ImageName,
     ) -> impl Iterator<Item = &'a Attachment> {
         self.attachments.values().filter(move |a| &a.record.image == name)
+    }
+
+    /// What an attachment can expect now.
+    pub(super) fn attachment_state(&self, record: &AttachmentRecord) -> (AttachmentState, String) {
+        let image = self.images.get(&record.image);
+        let copy = image.and_then(|image| image.copies.get(&record.disk));
+        match (image, copy) {
+            (Some(image), Some(copy)) if record.stream && !copy.state.is_sealed() => {
+                if image.export == Export::Streaming(record.disk.clone()) {
+                    let text = "still arriving; what is not here yet is waited for";
+                    return (AttachmentState::Ready, text.to_owned());
+                }
+                let (state, text) = self.reader_state(&record.image, &record.disk);
+                let why = copy.no_stream.clone().filter(|_| state == AttachmentState::Waiting);
+                (state, why.unwrap_or(text))
+            }
+            _of_a_complete_copy => self.reader_state(&record.image, &record.disk),
+        }
     }
 
     /// What a reader of the copy of `image` on `disk` can expect now.

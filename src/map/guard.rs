@@ -220,12 +220,12 @@ mod x86_64 {
     #[cold]
     fn has_read_a_disk() -> bool {
         let mut usage = MaybeUninit::<libc::rusage>::uninit();
-        // SAFETY: `usage` has room for what the call fills in.
+        // SAFETY: RUSAGE_THREAD writes one rusage, of which `usage` has the size and alignment.
         let done = unsafe { libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr()) };
         if done != 0 {
             return true;
         }
-        // SAFETY: a call that succeeded has filled it in.
+        // SAFETY: getrusage returned 0, so that all fields of `usage` were written.
         let faults = unsafe { usage.assume_init() }.ru_majflt;
         MAJOR_FAULTS.replace(faults) != faults
     }

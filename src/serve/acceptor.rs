@@ -18,8 +18,8 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::SocketFlags;
 
-use super::ServeError;
-use super::nbd::{Listener, Socket};
+use super::listener::Listener;
+use super::{ServeError, Socket};
 
 /// Enough for a session, whose buffers are all on the heap; only touched pages cost memory.
 const STACK_BYTES: usize = 512 << 10;

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use super::nbd::Socket;
+use super::Socket;
 use super::replica::Handout;
 use super::{Counters, ServeError, Warmth};
 use crate::image::View;

@@ -13,11 +13,14 @@ pub mod vhost_user;
 mod acceptor;
 mod error;
 mod exports;
+mod listener;
+mod socket;
 mod stats;
 mod warmth;
 
 pub use acceptor::Stopper;
 pub use error::ServeError;
 pub use exports::{Attachment, Export, Exports};
+pub use socket::Socket;
 pub use stats::{CounterValues, Counters};
 pub use warmth::{Wanted, Warmth};

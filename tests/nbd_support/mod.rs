@@ -19,8 +19,14 @@ use std::thread::JoinHandle;
 
 use bedplate::disk::Sealed;
 use bedplate::image::View;
-use bedplate::serve::nbd::{Limits, Server, Stopper};
-use bedplate::serve::{Exports, ServeError};
+use bedplate::serve::nbd::{Limits, Server};
+use bedplate::serve::{Exports, ServeError, Stopper};
+
+// Error numbers and option errors as the protocol has them.
+pub const EPERM: u32 = 1;
+pub const EINVAL: u32 = 22;
+pub const EOVERFLOW: u32 = 75;
+pub const ERR_INVALID: u32 = 0x8000_0003;
 
 pub const KIB: usize = 1024;
 pub const MIB: usize = 1024 * KIB;
@@ -289,14 +295,14 @@ impl Wire {
         (size, u16::from_be_bytes(data[10..12].try_into().unwrap()))
     }
 
+    fn head(magic: u32, flags: u16, command: u16, cookie: u64, at: u64, len: &[u8]) -> Vec<u8> {
+        let (magic, flags, command) =
+            (magic.to_be_bytes(), flags.to_be_bytes(), command.to_be_bytes());
+        [&magic[..], &flags, &command, &cookie.to_be_bytes(), &at.to_be_bytes(), len].concat()
+    }
+
     pub fn request_bytes(flags: u16, command: u16, cookie: u64, at: u64, len: u32) -> Vec<u8> {
-        let mut bytes = 0x2560_9513_u32.to_be_bytes().to_vec();
-        bytes.extend_from_slice(&flags.to_be_bytes());
-        bytes.extend_from_slice(&command.to_be_bytes());
-        bytes.extend_from_slice(&cookie.to_be_bytes());
-        bytes.extend_from_slice(&at.to_be_bytes());
-        bytes.extend_from_slice(&len.to_be_bytes());
-        bytes
+        Self::head(0x2560_9513, flags, command, cookie, at, &len.to_be_bytes())
     }
 
     pub fn request(&mut self, flags: u16, command: u16, cookie: u64, at: u64, len: u32) {
@@ -317,13 +323,7 @@ impl Wire {
 
     /// A request with an extended header; with flag 1 << 5 `len` is that of a payload.
     pub fn extended_bytes(flags: u16, command: u16, cookie: u64, at: u64, len: u64) -> Vec<u8> {
-        let mut bytes = 0x21e4_1c71_u32.to_be_bytes().to_vec();
-        bytes.extend_from_slice(&flags.to_be_bytes());
-        bytes.extend_from_slice(&command.to_be_bytes());
-        bytes.extend_from_slice(&cookie.to_be_bytes());
-        bytes.extend_from_slice(&at.to_be_bytes());
-        bytes.extend_from_slice(&len.to_be_bytes());
-        bytes
+        Self::head(0x21e4_1c71, flags, command, cookie, at, &len.to_be_bytes())
     }
 
     /// Sends such a request, and takes all chunks of its reply.

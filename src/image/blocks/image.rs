@@ -6,9 +6,7 @@
 //! Never: reads data, or more of the table than a page at a time.
 //! Start at [`Image::parse`].
 
-use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::layout::{Block, Layout, Page};
@@ -16,7 +14,7 @@ use super::parts::{Parts, Want};
 use super::{vhd, vhdx, vmdk};
 use crate::image::qcow2::Compression;
 use crate::image::tally::Tally;
-use crate::image::{Format, ImageError, Info};
+use crate::image::{Format, ImageError, Info, Source};
 
 /// What a file of one of these formats is.
 #[derive(Clone, Debug)]
@@ -51,7 +49,7 @@ impl Image {
     /// # Errors
     /// [`ImageError`] with the first field at fault, or the read that failed.
     pub fn open(
-        file: &File,
+        file: &dyn Source,
         path: &Path,
         format: Format,
         file_len_bytes: u64,
@@ -95,7 +93,7 @@ impl Image {
     ///
     /// # Errors
     /// The read that failed; damaged entries are in the tally.
-    pub fn tally(&self, file: &File, path: &Path) -> Result<Tally, ImageError> {
+    pub fn tally(&self, file: &dyn Source, path: &Path) -> Result<Tally, ImageError> {
         let mut tally = Tally::default();
         let Some(layout) = &self.layout else { return Ok(tally) };
         for page in layout.pages() {
@@ -126,10 +124,10 @@ impl Image {
     }
 }
 
-fn read(file: &File, path: &Path, range: Range<u64>) -> Result<Vec<u8>, ImageError> {
+fn read(file: &dyn Source, path: &Path, range: Range<u64>) -> Result<Vec<u8>, ImageError> {
     let len = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
     let mut bytes = vec![0; len];
-    file.read_exact_at(&mut bytes, range.start)
+    file.read_exact(&mut bytes, range.start)
         .map_err(|source| ImageError::read(path, range.start, len, source))?;
     Ok(bytes)
 }

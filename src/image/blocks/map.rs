@@ -10,8 +10,6 @@
 //!
 //! The words are those of [`mod@format`]; that of a compressed grain has its file offset.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -21,7 +19,7 @@ use super::layout::{Block, GRAIN_MARKER_BYTES, Layout, Page};
 use crate::image::decoder::{self, Decoder, Room};
 use crate::image::fault::EntryFault;
 use crate::image::layer::{LayerKind, LayerRun};
-use crate::image::{ImageError, ReadError};
+use crate::image::{ImageError, ReadError, Source};
 use crate::map::SharedTable;
 use crate::map::format::{self, DAMAGED, DATA, ENCODED, KIND_BITS, ZERO};
 use crate::units::{FileOffset, GuestOffset};
@@ -84,7 +82,7 @@ impl BlockMap {
     /// The entry of `at` is damaged, or could not be read.
     pub(in crate::image) fn run_at(
         &self,
-        file: &File,
+        file: &dyn Source,
         at: GuestOffset,
         end: u64,
     ) -> Result<LayerRun, ReadError> {
@@ -107,7 +105,13 @@ impl BlockMap {
 
     /// The first block after `first` whose word is not as `expected`, which is given the distance
     /// from `first`. Does not look further than guest byte `end`, nor very far.
-    fn extend(&self, file: &File, first: u64, end: u64, expected: impl Fn(u64) -> u64) -> u64 {
+    fn extend(
+        &self,
+        file: &dyn Source,
+        first: u64,
+        end: u64,
+        expected: impl Fn(u64) -> u64,
+    ) -> u64 {
         let last = end.div_ceil(self.layout.block_bytes()).min(first + MAX_RUN_BLOCKS);
         let same =
             |&block: &u64| self.word(file, block).is_ok_and(|word| word == expected(block - first));
@@ -115,7 +119,7 @@ impl BlockMap {
     }
 
     /// The word of `block`, filled in.
-    fn word(&self, file: &File, block: u64) -> Result<u64, ReadError> {
+    fn word(&self, file: &dyn Source, block: u64) -> Result<u64, ReadError> {
         let word = self.slot(block);
         match word.load(Ordering::Relaxed) {
             UNKNOWN => {}
@@ -138,7 +142,7 @@ impl BlockMap {
     }
 
     #[cold]
-    fn fill(&self, file: &File, page: &Page) -> Result<(), ReadError> {
+    fn fill(&self, file: &dyn Source, page: &Page) -> Result<(), ReadError> {
         let bytes = self.read_page(file, page)?;
         for (block, (_, judged)) in (page.first_block..).zip(self.layout.judge_page(page, &bytes)) {
             let word = match judged {
@@ -153,18 +157,18 @@ impl BlockMap {
         Ok(())
     }
 
-    fn read_page(&self, file: &File, page: &Page) -> Result<Vec<u8>, ReadError> {
+    fn read_page(&self, file: &dyn Source, page: &Page) -> Result<Vec<u8>, ReadError> {
         let stored = page.stored.clone().unwrap_or_default();
         let len = usize::try_from(stored.end - stored.start).unwrap_or(usize::MAX);
         let mut bytes = vec![0; len];
-        file.read_exact_at(&mut bytes, stored.start)
+        file.read_exact(&mut bytes, stored.start)
             .map_err(|source| ReadError::io(&self.path, stored.start, len, source))?;
         Ok(bytes)
     }
 
     /// Why the entry of `block` is damaged: reads and judges it once more.
     #[cold]
-    fn damage(&self, file: &File, block: u64) -> ReadError {
+    fn damage(&self, file: &dyn Source, block: u64) -> ReadError {
         let page = self.layout.page_of(block);
         let bytes = match self.read_page(file, &page) {
             Ok(bytes) => bytes,
@@ -182,11 +186,27 @@ impl BlockMap {
         ReadError::fault(&self.path, fault)
     }
 
+    /// Where the compressed grain around `at` is in the file, and how many bytes it has at most, its
+    /// marker among them; `None` for another kind of block, or one that is not known yet.
+    pub(in crate::image) fn encoded_range(&self, at: GuestOffset) -> Option<(u64, u64)> {
+        let (block, _) = self.block_of(at);
+        let word = self.slot(block).load(Ordering::Relaxed);
+        let stored_at = word & !(ENCODED | KIND_BITS);
+        let left = self.layout.file_len_bytes.saturating_sub(stored_at);
+        let most = GRAIN_MARKER_BYTES + self.layout.block_bytes();
+        (word & ENCODED != 0).then(|| (stored_at, most.min(left)))
+    }
+
     /// Decodes the compressed grain around `at`; ends with the block or with the disk.
     ///
     /// # Errors
     /// [`ReadError::NotEncoded`], [`ReadError::Decode`], or those of `run_at`.
-    pub fn decode(&self, file: &File, at: GuestOffset, room: Room<'_>) -> Result<Bytes, ReadError> {
+    pub fn decode(
+        &self,
+        file: &dyn Source,
+        at: GuestOffset,
+        room: Room<'_>,
+    ) -> Result<Bytes, ReadError> {
         let (block, start) = self.block_of(at);
         let word = self.word(file, block)?;
         let stored_at = match word & KIND_BITS {
@@ -205,7 +225,7 @@ impl BlockMap {
     fn decode_with(
         &self,
         decoder: &mut Decoder,
-        file: &File,
+        file: &dyn Source,
         grain: &Grain,
         block: &mut [u8],
     ) -> Result<(), ReadError> {
@@ -213,8 +233,7 @@ impl BlockMap {
         let damaged = |what| ReadError::Decode { path: self.path.clone(), what, at, stored_at };
         let read = |bytes: &mut [u8], at| {
             let len = bytes.len();
-            file.read_exact_at(bytes, at)
-                .map_err(|source| ReadError::io(&self.path, at, len, source))
+            file.read_exact(bytes, at).map_err(|source| ReadError::io(&self.path, at, len, source))
         };
         let mut marker = [0; 12];
         read(&mut marker, stored_at.0)?;

@@ -5,9 +5,7 @@
 //! Never: decodes data, or keeps a table.
 //! Start at [`Image::tally`].
 
-use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::entry::{self, Cluster, Limits};
@@ -16,7 +14,7 @@ use super::open::Image;
 use super::table::{self, Entry, UnitRuns};
 use crate::image::fault::{EntryFault, Fault};
 use crate::image::tally::{Odd, Tally};
-use crate::image::{ImageError, Info};
+use crate::image::{ImageError, Info, Source};
 use crate::units::FileOffset;
 
 /// An L2 table of an image.
@@ -38,10 +36,10 @@ impl Image {
     ///
     /// # Errors
     /// [`ImageError`] with the first entry at fault, or the read that failed.
-    pub fn check(&self, file: &File, path: &Path, info: &mut Info) -> Result<(), ImageError> {
+    pub fn check(&self, file: &dyn Source, path: &Path, info: &mut Info) -> Result<(), ImageError> {
         let tally = self.tally(|range, bytes| {
             let len = bytes.len();
-            file.read_exact_at(bytes, range.start)
+            file.read_exact(bytes, range.start)
                 .map_err(|source| ImageError::read(path, range.start, len, source))
         })?;
         if let Some(&fault) = tally.faults().first() {

@@ -9,15 +9,11 @@
 //! Never: takes a lock to look up, or reads compressed bytes from the map.
 //! Start at [`ClusterMap::run_at`].
 
-use std::fs::File;
-use std::num::NonZeroU64;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
-use rustix::fs::Advice;
 
 use super::entry::{Limits, Packed};
 use super::header::Header;
@@ -27,7 +23,7 @@ use super::word::{self, Meaning, Span};
 use crate::image::decoder::{self, Decoder, Room};
 use crate::image::fault::EntryFault;
 use crate::image::layer::{LayerKind, LayerRun};
-use crate::image::{ImageError, ReadError};
+use crate::image::{ImageError, ReadError, Source};
 use crate::map::{SharedTable, format};
 use crate::units::{FileOffset, GuestOffset};
 
@@ -118,7 +114,7 @@ impl ClusterMap {
     /// The entry of `at` is damaged, or its L2 table could not be read.
     pub(in crate::image) fn run_at(
         &self,
-        file: &File,
+        file: &dyn Source,
         at: GuestOffset,
         end: u64,
     ) -> Result<LayerRun, ReadError> {
@@ -152,7 +148,7 @@ impl ClusterMap {
 
     /// The first unit from `next` on whose word is not as `expected`, which is given the distance
     /// from `next`. Does not look further than guest byte `end`.
-    fn extend(&self, file: &File, next: u64, end: u64, expected: impl Fn(u64) -> u64) -> u64 {
+    fn extend(&self, file: &dyn Source, next: u64, end: u64, expected: impl Fn(u64) -> u64) -> u64 {
         let last = end.div_ceil(1 << self.image.header.unit_bits());
         let mut unit = next;
         while unit < last {
@@ -214,7 +210,7 @@ impl ClusterMap {
         }
     }
 
-    fn meaning(&self, file: &File, unit: u64) -> Result<Meaning, ReadError> {
+    fn meaning(&self, file: &dyn Source, unit: u64) -> Result<Meaning, ReadError> {
         let bits = self.image.header.cluster_bits;
         let (index, _) = self.span_of(unit);
         if self.span(index) == Span::Empty {
@@ -235,7 +231,7 @@ impl ClusterMap {
     /// Reads the part of an L2 table around `unit`, and fills in its words. The kernel is asked for
     /// all of the table when the first part of it is read.
     #[cold]
-    fn fill(&self, file: &File, unit: u64) -> Result<(), ReadError> {
+    fn fill(&self, file: &dyn Source, unit: u64) -> Result<(), ReadError> {
         let (limits, header) = (self.image.limits(), &self.image.header);
         let (index, span) = self.span_of(unit);
         let (Span::Unread(table) | Span::Begun(table)) = self.span(index) else { return Ok(()) };
@@ -247,16 +243,14 @@ impl ClusterMap {
         let start = ((unit >> in_cluster_bits) - first) / per_read * per_read;
         let count = per_read.min(clusters - start);
         if self.span(index) == Span::Unread(table) {
-            let len = NonZeroU64::new(clusters * entry_bytes);
-            let _hint_only = rustix::fs::fadvise(file, table.0, len, Advice::WillNeed);
+            file.will_read(table.0, clusters * entry_bytes);
             self.span_word(index).store(Span::Begun(table).to_word(), Ordering::Release);
         }
         let mut buffer = [0; L2_READ_BYTES];
         let len = usize::try_from(count * entry_bytes).unwrap_or(0);
         let (bytes, _) = buffer.split_at_mut(len.min(L2_READ_BYTES));
         let at = table.0 + start * entry_bytes;
-        file.read_exact_at(bytes, at)
-            .map_err(|source| ReadError::io(&self.path, at, len, source))?;
+        file.read_exact(bytes, at).map_err(|source| ReadError::io(&self.path, at, len, source))?;
         let units = (first + start) << in_cluster_bits;
         let words = self.words(units..span.end.min(units + (count << in_cluster_bits)));
         let clusters = words.chunks(1 << in_cluster_bits).zip(table::entries(header, bytes));
@@ -289,7 +283,7 @@ impl ClusterMap {
 
     /// Why the entry of `unit` is damaged: reads and judges it once more.
     #[cold]
-    fn damage(&self, file: &File, unit: u64) -> ReadError {
+    fn damage(&self, file: &dyn Source, unit: u64) -> ReadError {
         let header = &self.image.header;
         let (index, units) = self.span_of(unit);
         let (Span::Begun(table) | Span::Unread(table)) = self.span(index) else {
@@ -299,7 +293,7 @@ impl ClusterMap {
         let at = FileOffset(table.0 + in_span * header.l2_entry_bytes());
         let mut bytes = [0; 16];
         let (bytes, _) = bytes.split_at_mut(if header.extended_l2 { 16 } else { 8 });
-        if let Err(source) = file.read_exact_at(bytes, at.0) {
+        if let Err(source) = file.read_exact(bytes, at.0) {
             return ReadError::io(&self.path, at.0, bytes.len(), source);
         }
         let Some(entry) = table::entries(header, bytes).next() else { return self.changed(at, 0) };
@@ -315,6 +309,23 @@ impl ClusterMap {
         ReadError::fault(&self.path, fault.at(at))
     }
 
+    /// Where the compressed cluster around `at` is in the file, and its length in bytes; `None` for
+    /// another kind of cluster, or one that is not known yet.
+    pub(in crate::image) fn encoded_range(&self, at: GuestOffset) -> Option<(u64, u64)> {
+        let unit = at.0 >> self.image.header.unit_bits();
+        let (index, _) = self.span_of(unit);
+        if self.span(index) == Span::Empty {
+            return None;
+        }
+        match word::meaning(self.word(unit), self.image.header.cluster_bits) {
+            Meaning::Encoded(packed) => {
+                let packed = packed.clamp(self.image.file_len_bytes);
+                Some((packed.at.0, packed.len_bytes))
+            }
+            _another_kind => None,
+        }
+    }
+
     /// Decodes the compressed cluster around `at`; ends with the cluster or with the disk.
     ///
     /// Reads the stored bytes with pread, and puts the result where `room` says. Decoders are shared
@@ -322,7 +333,12 @@ impl ClusterMap {
     ///
     /// # Errors
     /// [`ReadError::NotEncoded`], [`ReadError::Decode`], or those of `run_at`.
-    pub fn decode(&self, file: &File, at: GuestOffset, room: Room<'_>) -> Result<Bytes, ReadError> {
+    pub fn decode(
+        &self,
+        file: &dyn Source,
+        at: GuestOffset,
+        room: Room<'_>,
+    ) -> Result<Bytes, ReadError> {
         let (cluster, start) = self.cluster_of(at);
         let unit = at.0 >> self.image.header.unit_bits();
         let packed = match self.meaning(file, unit)? {
@@ -343,7 +359,7 @@ impl ClusterMap {
     fn decode_with(
         &self,
         decoder: &mut Decoder,
-        file: &File,
+        file: &dyn Source,
         packed: Packed,
         start: GuestOffset,
         cluster: &mut [u8],
@@ -351,7 +367,7 @@ impl ClusterMap {
         let Decoder { codec, stored } = decoder;
         let len = usize::try_from(packed.len_bytes).expect("at most 4 MiB");
         stored.resize(len, 0);
-        file.read_exact_at(stored, packed.at.0)
+        file.read_exact(stored, packed.at.0)
             .map_err(|source| ReadError::io(&self.path, packed.at.0, len, source))?;
         codec.decode(self.image.header.compression, stored, cluster).map_err(|fault| {
             let (path, what) = (self.path.clone(), fault.text());

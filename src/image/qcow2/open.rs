@@ -6,10 +6,8 @@
 //! Never: reads more than 2 MiB of header and 32 MiB of L1 table.
 //! Start at [`Image::open`].
 
-use std::fs::File;
 use std::io::{self, BufReader, Read};
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::entry::{Limits, decode_l1};
@@ -18,7 +16,7 @@ use super::places::{L1, L2Tables};
 use super::snapshot::{self, Snapshot, TableError};
 use crate::image::fault::{EntryFault, Fault};
 use crate::image::info::read_up_to;
-use crate::image::{ImageError, Info};
+use crate::image::{ImageError, Info, Source};
 use crate::units::FileOffset;
 
 /// Enough for the header and the extensions of nearly every image.
@@ -72,7 +70,7 @@ impl Image {
     /// [`ImageError`] with the first field at fault, or the read that failed;
     /// [`ImageError::NoSnapshot`].
     pub fn open(
-        file: &File,
+        file: &dyn Source,
         path: &Path,
         file_len_bytes: u64,
         terms: &Terms<'_>,
@@ -95,8 +93,7 @@ impl Image {
         for at in (start..end).step_by(L1_READ_BYTES) {
             let len = usize::try_from(end - at).unwrap_or(L1_READ_BYTES).min(L1_READ_BYTES);
             let bytes = buffer.get_mut(..len).expect("at most the buffer");
-            file.read_exact_at(bytes, at)
-                .map_err(|source| ImageError::read(path, at, len, source))?;
+            file.read_exact(bytes, at).map_err(|source| ImageError::read(path, at, len, source))?;
             image.take_l1(bytes, path)?;
         }
         image.with_l2_tables(path)
@@ -135,7 +132,7 @@ impl Image {
     ///
     /// # Errors
     /// As [`open`](Self::open).
-    pub fn snapshots(&self, file: &File, path: &Path) -> Result<Vec<Snapshot>, ImageError> {
+    pub fn snapshots(&self, file: &dyn Source, path: &Path) -> Result<Vec<Snapshot>, ImageError> {
         self.header.snapshots_in(ReadFrom { file, at: self.header.snapshots_at }, path)
     }
 
@@ -198,13 +195,13 @@ impl Image {
 
 /// Reads from a place in a file on.
 struct ReadFrom<'a> {
-    file: &'a File,
+    file: &'a dyn Source,
     at: u64,
 }
 
 impl Read for ReadFrom<'_> {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        let count = self.file.read_at(bytes, self.at)?;
+        let count = self.file.read_some(bytes, self.at)?;
         self.at += count as u64;
         Ok(count)
     }
@@ -252,7 +249,7 @@ fn each_snapshot(
 /// else by its name; the first if there are several.
 fn find_snapshot(
     header: &Header,
-    file: &File,
+    file: &dyn Source,
     path: &Path,
     wanted: Option<&str>,
 ) -> Result<Option<Snapshot>, ImageError> {

@@ -80,6 +80,13 @@ fn random_move(node: &mut Node, kind: u8, pick: usize) {
         }
         21 => drop(node.command(Command::AttachVolume(volume_name(["v", "w"][pick % 2])))),
         22 => drop(node.command(Command::DetachVolume(volume_name(["v", "w"][pick % 2])))),
+        24 => drop(node.command(stream(image, Some(pick % 3), ["", "vm"][pick % 2]))),
+        25 => {
+            // Its readers have lost what they read: noticed at the next event.
+            node.world.see_lost(vec![name(image)]);
+            node.event(Event::Tick);
+            node.world.see_lost(Vec::new());
+        }
         23 => drop(node.command(Command::DeleteVolume(volume_name(["v", "w"][pick % 2])))),
         _ => node.event(Event::Tick),
     }
@@ -90,7 +97,7 @@ proptest! {
 
     #[test]
     fn any_order_of_events_keeps_the_rules_and_converges(
-        moves in proptest::collection::vec((0u8..25, 0usize..1000), 0..80)
+        moves in proptest::collection::vec((0u8..27, 0usize..1000), 0..80)
     ) {
         let mut node = Node::new();
         for (kind, pick) in moves {

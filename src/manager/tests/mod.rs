@@ -8,6 +8,7 @@ mod chain;
 mod cleanup;
 mod rules;
 mod steering;
+mod streaming;
 mod volumes;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -84,8 +85,15 @@ fn create_upload(image: &str, bytes: u64) -> Command {
     Command::Create(NewImage { source: None, upload_bytes: Some(bytes), ..new })
 }
 
+/// A reader that does not wait until the image is complete.
+fn stream(image: &str, on: Option<usize>, reader: &str) -> Command {
+    let Command::Attach(new) = attach(image, on, reader) else { panic!() };
+    Command::Attach(NewAttachment { stream: true, ..new })
+}
+
 fn attach(image: &str, on: Option<usize>, reader: &str) -> Command {
     Command::Attach(NewAttachment {
+        stream: false,
         id: AttachmentId::random().unwrap(),
         image: name(image),
         disk: on.map(disk),
@@ -247,6 +255,15 @@ impl Node {
                     assert!(self.files[&id].is_some(), "only a sealed copy is published");
                     assert!(!self.exported.contains_key(&id.image));
                     assert!(self.publishing.insert(id), "once");
+                }
+                Action::Stream(chain) => {
+                    let (top, beneath) = chain.split_first().unwrap();
+                    assert!(self.files[&top.copy].is_none(), "a complete one is published");
+                    assert!(beneath.iter().all(|link| self.files[&link.copy].is_some()));
+                    let wants = |a: &AttachmentRecord| a.stream && a.image == top.copy.image;
+                    assert!(self.attachments.values().any(wants), "only for who asked");
+                    assert!(!self.exported.contains_key(&top.copy.image));
+                    assert!(self.publishing.insert(top.copy.clone()), "once");
                 }
                 Action::Withdraw(name) => assert!(self.exported.remove(&name).is_some()),
                 Action::Announce(_) => {}

@@ -189,6 +189,10 @@ impl<T: Transport> Session<'_, T> {
         let mut at = GuestOffset(range.offset);
         let mut left = range.len_bytes;
         let export = self.agreed.attachment.export();
+        if export.view().is_arriving() {
+            export.view().ask(at, left);
+            return;
+        }
         let mut decoding = false;
         for _ in 0..MAX_LOOKUPS {
             let Ok(run) = self.run_at(at, left) else { return };
@@ -258,8 +262,9 @@ impl<T: Transport> Session<'_, T> {
                 Err(_) if !extents.is_empty() => return Ok(()),
                 Err(error) => return Err((at, error)),
             };
-            let flags = context.state(run.kind);
-            let len_bytes = run.len_bytes.min(left);
+            let view = self.agreed.attachment.export().view();
+            let (flags, len_bytes) = context.state(view, at, run);
+            let len_bytes = len_bytes.min(left);
             if let Some(last) = extents.last_mut().filter(|last| last.flags == flags) {
                 last.len_bytes += len_bytes;
             } else if extents.len() < max_extents {

@@ -3,12 +3,12 @@
 //! Why: a copy tool asks which ranges are holes, a scheduler which of them are on this node.
 //! How: a context is a name, a number in replies, and the state of each kind of run; a set of them is
 //! a few bits.
-//! Never: guesses: the state of a run follows from its kind alone, and a new kind does not compile
-//! until each context knows it.
+//! Never: guesses: a new kind of run does not compile until each context knows it.
 //! Start at [`Context::state`]. Protocol: "Metadata querying".
 
 use super::wire::{allocation, presence};
-use crate::image::RunKind;
+use crate::image::{Run, RunKind, View};
+use crate::units::GuestOffset;
 
 /// What BLOCK_STATUS can report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,14 +41,18 @@ impl Context {
         }
     }
 
-    /// State flags of a run of this kind.
+    /// State flags of the run of `view` that begins at `at`, and for how many bytes they hold: all of
+    /// the run, or the beginning of it.
     #[must_use]
-    pub fn state(self, kind: RunKind) -> u32 {
-        match (self, kind) {
-            (Self::Allocation, RunKind::Zero) => allocation::HOLE_ZERO,
-            (Self::Allocation, RunKind::Data(_) | RunKind::Encoded) => allocation::DATA,
+    pub fn state(self, view: &View, at: GuestOffset, run: Run) -> (u32, u64) {
+        match (self, run.kind) {
+            (Self::Allocation, RunKind::Zero) => (allocation::HOLE_ZERO, run.len_bytes),
+            (Self::Allocation, RunKind::Data(_) | RunKind::Encoded) => {
+                (allocation::DATA, run.len_bytes)
+            }
             (Self::Presence, RunKind::Zero | RunKind::Data(_) | RunKind::Encoded) => {
-                presence::PRESENT
+                let (is_here, len_bytes) = view.presence(at, run);
+                (if is_here { presence::PRESENT } else { presence::ABSENT }, len_bytes)
             }
         }
     }

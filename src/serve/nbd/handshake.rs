@@ -13,9 +13,9 @@ use super::contexts::Contexts;
 use super::limits::{Limits, MAX_READ_BYTES, PREFERRED_BLOCK_BYTES};
 use super::options::{self, InfoRequest, Malformed, MetaRequest};
 use super::style::Style;
-use super::transport::Socket;
 use super::wire::{self, ExportNameReply, Greeting, InfoBlockSize, InfoExport, OptionHead};
 use super::wire::{OptionReplyHead, export_flag, handshake_flag, info, option, option_reply};
+use crate::serve::Socket;
 use crate::serve::{Attachment, Export, Exports};
 
 /// What client and server have agreed on.

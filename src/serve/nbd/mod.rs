@@ -6,7 +6,8 @@
 //! Never: changes a byte, lets one client hold up another, or panics on what a client says.
 //! Start at [`Server::bind`]; a session without a socket is [`serve`]. Layers, lowest first:
 //! `wire` (records), `contexts`, `options` (parsing), `handshake` (negotiation), `style` (headers of
-//! each kind), `reply` (gathering and sending), `commands` (runs to replies), `session` (the loop), `server` (accept and shutdown).
+//! each kind), `reply` (gathering and sending), `commands` (runs to replies), `session` (the loop),
+//! `server` (where sessions come from).
 //! Protocol: NetworkBlockDevice/nbd `doc/proto.md`.
 
 mod activation;
@@ -14,7 +15,6 @@ mod commands;
 mod contexts;
 mod handshake;
 mod limits;
-mod listener;
 mod options;
 mod reply;
 mod server;
@@ -24,10 +24,9 @@ mod transport;
 pub mod wire;
 
 pub use limits::{Limits, MAX_READ_BYTES, PREFERRED_BLOCK_BYTES};
-pub(in crate::serve) use listener::Listener;
-pub use server::{Server, Stopper};
+pub use server::Server;
 pub use session::{End, serve};
-pub use transport::{Socket, Transport};
+pub use transport::Transport;
 
 #[cfg(test)]
 mod tests;

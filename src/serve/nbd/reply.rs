@@ -303,7 +303,8 @@ impl Batch {
         view: &View,
         warmth: &Warmth,
     ) -> Result<Sent, End> {
-        if !self.wanted.is_empty() {
+        // What is around them may not be there yet.
+        if !self.wanted.is_empty() && !view.is_arriving() {
             warmth.warm(view, &self.wanted);
         }
         let mut from = Position::default();

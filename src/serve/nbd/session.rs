@@ -16,9 +16,10 @@ use super::limits::{Limits, MAX_READ_BYTES};
 use super::options::{Malformed, StatusFilter};
 use super::reply::{Batch, Extent, Sent, send_all};
 use super::style::{Asked, Incoming, Style};
-use super::transport::{Socket, Transport};
+use super::transport::Transport;
 use super::wire::{self, NbdError, command, command_flag};
-use crate::serve::{CounterValues, Exports};
+use crate::serve::{CounterValues, Exports, Socket};
+use crate::units::GuestOffset;
 
 /// Bytes that are received at once in the transmission phase, at least: a thousand requests.
 const INBOX_BYTES: usize = 32 << 10;
@@ -88,6 +89,7 @@ pub fn serve<T: Transport>(
         next_read: u64::MAX,
         in_a_row: 0,
         errors_logged: 0,
+        deferred: Vec::new(),
     };
     match session.run() {
         Ok(never) => match never {},
@@ -144,6 +146,8 @@ pub(super) struct Session<'a, T> {
     next_read: u64,
     in_a_row: u32,
     pub(super) errors_logged: u32,
+    /// Reads of what is still to come, in the order in which they were asked.
+    deferred: Vec<Incoming>,
 }
 
 /// A request whose range is inside the export, with its fields in host order.
@@ -160,9 +164,40 @@ impl<T: Transport> Session<'_, T> {
             let result = self.answer_arrived();
             // What was asked before the end of a session is answered first.
             self.flush()?;
+            self.answer_deferred()?;
             result?;
             self.inbox.fill(self.transport)?;
         }
+    }
+
+    /// True for a read of an image that is still arriving, some of which is not here: all of that has
+    /// been asked for, and the read is answered when the others are.
+    fn defer(&mut self, request: &Incoming) -> bool {
+        let view = self.agreed.attachment.export().view();
+        let is_plain =
+            request.command == command::READ && request.flags & command_flag::PAYLOAD_LEN == 0;
+        if !is_plain || !view.is_arriving() {
+            return false;
+        }
+        let len_bytes = request.len_bytes.min(MAX_READ_BYTES.into());
+        let is_here = view.ask(GuestOffset(request.offset), len_bytes);
+        if !is_here {
+            self.deferred.push(*request);
+        }
+        !is_here
+    }
+
+    /// Answers what waited, as it comes.
+    fn answer_deferred(&mut self) -> Result<(), End> {
+        for request in std::mem::take(&mut self.deferred) {
+            let view = self.agreed.attachment.export().view();
+            let len_bytes = request.len_bytes.min(MAX_READ_BYTES.into());
+            // An error is met again by the read, which tells the client.
+            let _met_again = view.bring(GuestOffset(request.offset), len_bytes);
+            self.answer(&request)?;
+            self.flush()?;
+        }
+        Ok(())
     }
 
     /// Answers all whole requests in the inbox.
@@ -174,7 +209,9 @@ impl<T: Transport> Session<'_, T> {
             };
             self.inbox.check_magic(style)?;
             self.inbox.consume(len);
-            self.answer(&request)?;
+            if !self.defer(&request) {
+                self.answer(&request)?;
+            }
             if self.batch.room(self.limits.batch_bytes) == 0 {
                 self.flush()?;
             }

@@ -174,6 +174,8 @@ pub mod allocation {
 pub mod presence {
     /// The bytes are on this node: a read waits for no network.
     pub const PRESENT: u32 = 1;
+    /// They are still to come.
+    pub const ABSENT: u32 = 0;
 }
 
 /// Error values of the transmission phase.

@@ -46,7 +46,7 @@ impl Handout {
                 file: handout.put_file(layer.data),
                 map: handout.put(layer.map.fd()),
                 decoded: layer.decoded.map_or(NONE, |table| handout.put(table.fd())),
-                presence: NONE,
+                presence: layer.presence.map_or(NONE, |table| handout.put(table.fd())),
                 later: [0; 2],
             };
             handout.layers.push(part);

@@ -19,8 +19,8 @@ use crate::peer::{Allowed, Peer};
 use crate::replica::socket;
 use crate::replica::wire::{MAX_NAME_BYTES, Request};
 use crate::serve::acceptor::{Acceptor, Stopper};
-use crate::serve::nbd::{Listener, Socket};
-use crate::serve::{Exports, ServeError};
+use crate::serve::listener::Listener;
+use crate::serve::{Exports, ServeError, Socket};
 
 /// Longest request, and one byte more, which none has.
 const REQUEST_BYTES: usize = size_of::<Request>() + MAX_NAME_BYTES + 1;

@@ -16,8 +16,7 @@ use crate::replica::wire::{
     ATTACH, EXTENT, KIND_DATA, KIND_ENCODED, KIND_ZERO, MAGIC, MAX_NAME_BYTES, MAX_READ_BYTES,
     READ, Reply, Request, Status,
 };
-use crate::serve::nbd::Socket;
-use crate::serve::{Attachment, CounterValues, Export, Exports};
+use crate::serve::{Attachment, CounterValues, Export, Exports, Socket};
 use crate::units::GuestOffset;
 
 /// A reader's session.

@@ -229,6 +229,9 @@ impl<'a> Disk<'a> {
                 at = at.advance(left);
                 continue;
             }
+            if view.is_arriving() {
+                self.bring(at, inside)?;
+            }
             let run = view.run_at(at, inside)?;
             match run.kind {
                 RunKind::Zero => {
@@ -261,15 +264,35 @@ impl<'a> Disk<'a> {
         Ok(())
     }
 
+    /// Waits for what is not on this node yet, but not for a queue that is to stop.
+    #[cold]
+    fn bring(&self, at: GuestOffset, len_bytes: u64) -> Result<(), Failure> {
+        let goes_on = || !self.stop.load(Ordering::Relaxed);
+        match self.view().bring_while(at, len_bytes, Some(&goes_on)) {
+            Err(_) if !goes_on() => Err(Failure::Stopped),
+            other => other.map_err(Failure::from),
+        }
+    }
+
     /// Whether all that a request reads was in memory when it was read last.
     pub(super) fn is_resident(&self, request: Request) -> bool {
+        if matches!(request, Request::Read { .. }) && self.view().is_arriving() {
+            return false;
+        }
         let mut is_cold = false;
         self.each_stored(request, |view, stored, len| is_cold |= !view.is_resident(stored, len));
         !is_cold
     }
 
-    /// Tells the kernel what a request will read from a disk, and does not wait.
+    /// Tells the kernel what a request will read from a disk, or the transfer what it will want, and
+    /// does not wait.
     pub(super) fn hint(&self, request: Request) {
+        if let Request::Read { at, len_bytes } = request
+            && self.view().is_arriving()
+        {
+            self.view().ask(GuestOffset(at), len_bytes);
+            return;
+        }
         self.each_stored(request, |view, stored, len| {
             if let Some(map) = view.map(stored.layer).filter(|_| !view.is_resident(stored, len)) {
                 map.will_need(stored.at, len);

@@ -21,7 +21,8 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 use super::Limits;
 use super::backend::Backend;
 use crate::serve::acceptor::{Acceptor, Stopper};
-use crate::serve::nbd::{Listener, Socket};
+use crate::serve::listener::Listener;
+use crate::serve::socket::Socket;
 use crate::serve::{Exports, ServeError};
 
 /// A listening server that does not run yet.

@@ -16,7 +16,7 @@ use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-use crate::serve::ServeError;
+use super::ServeError;
 
 /// Room for a path in a socket address, without the final NUL.
 const MAX_PATH_BYTES: usize = 107;
@@ -27,8 +27,8 @@ const MODE: u32 = 0o660;
 
 /// A listening socket. If it was made at a path, dropping it removes the path.
 #[derive(Debug)]
-pub(in crate::serve) struct Listener {
-    pub(in crate::serve) fd: OwnedFd,
+pub(super) struct Listener {
+    pub(super) fd: OwnedFd,
     made: Option<Made>,
 }
 
@@ -51,7 +51,7 @@ impl Listener {
     /// # Errors
     /// [`ServeError::PathTooLong`], [`ServeError::Live`], [`ServeError::NotASocket`], or
     /// [`ServeError::Socket`] for the system's reasons.
-    pub(in crate::serve) fn bind(path: &Path, kind: SocketType) -> Result<Self, ServeError> {
+    pub(super) fn bind(path: &Path, kind: SocketType) -> Result<Self, ServeError> {
         let address = address(path)?;
         let fd = new_socket(kind).map_err(|errno| socket_error("make a socket", path, errno))?;
         // On Linux the file gets the mode that the socket has when it is bound: no moment at
@@ -82,7 +82,7 @@ impl Listener {
     }
 
     /// Where it listens, if it was made at a path.
-    pub(in crate::serve) fn path(&self) -> Option<&Path> {
+    pub(super) fn path(&self) -> Option<&Path> {
         self.made.as_ref().map(|made| made.path.as_path())
     }
 }

@@ -1,0 +1,186 @@
+//! What readers wait for, before all else.
+//!
+//! Why: who reads an image that is still arriving needs this block now, not when its turn comes.
+//! How: a few connections beside those of the fleet take what is wanted out of the book, a MiB of the
+//! file at most, and ask for it. Who reads forward gets more than it asked for, twice as much each
+//! time. The fleet's own connections rest while one of these is on its way.
+//! Never: asks for what somebody has, or is about to have; or keeps a buffer from the fleet.
+//! Start at [`Demand::new`] and [`Fleet::serve_demand`].
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+
+use super::book::Claim;
+use super::fleet::{Fleet, Held};
+use crate::disk::Arriving;
+use crate::ring::{BufPool, BufShare};
+
+/// Connections for what is wanted.
+const CONNECTIONS: usize = 4;
+/// Buffers for them.
+const BUFFERS: usize = 2 * CONNECTIONS;
+/// Least bytes that are asked for: a small request costs as much as this.
+const LEAST_BYTES: u64 = 256 << 10;
+/// Most bytes for one who reads forward.
+const MOST_BYTES: u64 = 4 << 20;
+/// Readers that are watched for going forward.
+const WATCHED: usize = 8;
+/// How long the fleet rests at most before each read of its own while something wanted is on its way.
+const REST: Duration = Duration::from_millis(100);
+/// How long a connection rests that has failed; the fleet takes over what it left.
+const AFTER_FAILURE: Duration = Duration::from_secs(1);
+
+/// What is wanted of one transfer.
+#[derive(Debug)]
+pub(super) struct Demand {
+    arriving: Arc<Arriving>,
+    share: BufShare,
+    /// Pieces on their way.
+    active: AtomicUsize,
+    done: Notify,
+    /// Where readers are, each with the bytes that it got last; the latest last.
+    forward: Mutex<Vec<(u64, u64)>>,
+}
+
+impl Demand {
+    /// Of the readers of `arriving`.
+    pub(super) fn new(arriving: Arc<Arriving>, pool: &BufPool) -> Self {
+        let share = pool.share(BUFFERS, BUFFERS);
+        let (active, done, forward) = (AtomicUsize::new(0), Notify::new(), Mutex::default());
+        Self { arriving, share, active, done, forward }
+    }
+
+    /// Lets what is wanted pass, for a while.
+    pub(super) async fn yield_to_it(&self) {
+        let done = self.done.notified();
+        if self.active.load(Ordering::Relaxed) > 0 {
+            let _passed_or_not = tokio::time::timeout(REST, done).await;
+        }
+    }
+
+    /// How much is fetched for a wish: more, the longer it goes forward.
+    fn widen(&self, wanted: &Range<u64>) -> Range<u64> {
+        let mut forward = self.forward.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = forward.iter().position(|&(next, _)| next == wanted.start);
+        let len = match known.map(|index| forward.remove(index)) {
+            Some((_, last)) => (2 * last).min(MOST_BYTES),
+            None => LEAST_BYTES,
+        };
+        let len = len.max(wanted.end - wanted.start);
+        if forward.len() >= WATCHED {
+            forward.remove(0);
+        }
+        // Where the reader will find the next thing missing.
+        let end = (wanted.start + len).next_multiple_of(crate::disk::UNIT_BYTES);
+        forward.push((end, len));
+        wanted.start..end
+    }
+}
+
+/// A piece on its way.
+struct OnItsWay<'a>(&'a Demand);
+
+impl<'a> OnItsWay<'a> {
+    fn new(demand: &'a Demand) -> Self {
+        demand.active.fetch_add(1, Ordering::Relaxed);
+        Self(demand)
+    }
+}
+
+impl Drop for OnItsWay<'_> {
+    fn drop(&mut self) {
+        if self.0.active.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.0.done.notify_waiters();
+        }
+    }
+}
+
+impl Fleet {
+    /// Starts the connections for what is wanted; they end when everybody does.
+    pub(super) fn serve_demand(self: &Arc<Self>) -> JoinSet<()> {
+        let mut tasks = JoinSet::new();
+        if self.demand.is_some() {
+            for _ in 0..CONNECTIONS {
+                tasks.spawn(Arc::clone(self).demand_connection());
+            }
+        }
+        tasks
+    }
+
+    async fn demand_connection(self: Arc<Self>) {
+        let Some(demand) = &self.demand else { return };
+        let mut halt = self.halted();
+        loop {
+            let one = async {
+                let wanted = demand.arriving.wanted().await;
+                self.fetch_wanted(demand, &wanted).await;
+            };
+            tokio::select! {
+                () = one => {}
+                _ = halt.wait_for(|halt| *halt) => return,
+            }
+        }
+    }
+
+    /// Fetches the first piece of a wish that nobody has begun; the rest is left to be taken next.
+    async fn fetch_wanted(&self, demand: &Demand, wanted: &Range<u64>) {
+        let Ok(permits) = demand.share.reserve(2).await else { return };
+        let wide = demand.widen(wanted);
+        let Some(claim) = self.book().take_wanted(&wide, permits) else { return };
+        let rest = claim.range.end..wide.end;
+        if !rest.is_empty() {
+            demand.arriving.will_read(rest.start, rest.end - rest.start);
+        }
+        let way = self.ways.pick();
+        let brought = {
+            let _on_its_way = OnItsWay::new(demand);
+            self.bring_wanted(&way.0, claim).await
+        };
+        if let Err(error) = brought {
+            tracing::warn!(error = %error, "what a reader waits for could not be fetched");
+            tokio::time::sleep(AFTER_FAILURE).await;
+        }
+    }
+
+    async fn bring_wanted(&self, way: &super::ways::Way, claim: Claim) -> Result<(), String> {
+        // Whatever happens, what was claimed goes back.
+        let mut held = Held::new(self, claim);
+        let open = self.ask(way, held.claim()).await.map_err(|error| error.report())?;
+        self.stream(way, open, &mut held, true).await.map_err(|broken| broken.report())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_goes_forward_gets_more_each_time_and_who_jumps_does_not() {
+        let disk = tempfile::tempdir().unwrap();
+        let disk = crate::disk::Disk::open(disk.path(), true).unwrap();
+        let id = crate::disk::CopyId {
+            name: crate::names::ImageName::parse("a").unwrap(),
+            uuid: crate::names::ImageUuid::parse("0a").unwrap(),
+        };
+        let mut filling = disk.filling(&id).unwrap();
+        let version = crate::disk::Version { total_bytes: Some(1 << 30), tag: String::new() };
+        filling.begin(&version).unwrap();
+        let arriving = filling.arriving().cloned().unwrap();
+        let demand = Demand::new(arriving, &BufPool::new(8));
+        let mut at = 0;
+        for want in [256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20, 4 << 20] {
+            let wide = demand.widen(&(at..at + 4096));
+            assert_eq!(wide, at..at + want);
+            at = wide.end;
+            // Somebody else jumps about.
+            let jump = (700 << 20) + at * 3;
+            assert_eq!(demand.widen(&(jump..jump + 1)).end - jump, 256 << 10);
+        }
+        assert_eq!(demand.widen(&(at..at + (9 << 20))).end, at + (9 << 20));
+    }
+}

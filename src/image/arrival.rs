@@ -1,0 +1,153 @@
+//! Reading an image while it is still arriving.
+//!
+//! Why: a guest boots from an image of which only a little is here; all that a request needs must be
+//! asked for at once, and its reader wait once.
+//! How: a range is walked as a read would walk it, with files that do not wait: tables, data and
+//! compressed clusters that are missing are asked for, and the first of them is what to wait for. A
+//! table that has come may lead to more, so the walk is made again.
+//! Never: waits on a thread that decodes for others, or costs a complete image more than a glance.
+//! Start at [`View::bring`].
+
+use std::sync::Arc;
+
+use super::layer::Layer;
+use super::source::Impatient;
+use super::{ReadError, Run, RunKind, Stored, View};
+use crate::disk::{Arriving, GoesOn};
+use crate::units::GuestOffset;
+
+/// Runs that one walk looks at.
+const MAX_RUNS: usize = 1 << 16;
+
+/// What is missing of a layer's file.
+struct Missing<'a> {
+    layer: &'a Arc<Layer>,
+    at: u64,
+    len_bytes: u64,
+}
+
+impl View {
+    /// True while a file of this view is not complete.
+    #[inline]
+    #[must_use]
+    pub fn is_arriving(&self) -> bool {
+        self.layers().iter().any(|layer| layer.arriving().is_some())
+    }
+
+    /// True if a file of this view will never be complete: reads are errors from then on.
+    #[must_use]
+    pub fn has_failed(&self) -> bool {
+        self.layers().iter().filter_map(|layer| layer.arriving()).any(Arriving::has_failed)
+    }
+
+    /// Asks for all that a read of `[at, at + len)` needs and that is not here; true if nothing is
+    /// missing. Does not wait.
+    pub fn ask(&self, at: GuestOffset, len_bytes: u64) -> bool {
+        self.first_missing(at, len_bytes).is_none()
+    }
+
+    /// Waits until all is here that a read of `[at, at + len)` needs.
+    ///
+    /// # Errors
+    /// [`ReadError::Io`]: it will not come, or nothing has come for a long time. Damaged tables are
+    /// no error here; who reads meets them.
+    pub fn bring(&self, at: GuestOffset, len_bytes: u64) -> Result<(), ReadError> {
+        self.bring_while(at, len_bytes, None)
+    }
+
+    /// As [`bring`](Self::bring), while `goes_on` says so; it is asked often.
+    ///
+    /// # Errors
+    /// Also [`ReadError::Io`] (`Interrupted`) once it does not.
+    pub fn bring_while(
+        &self,
+        at: GuestOffset,
+        len_bytes: u64,
+        goes_on: GoesOn<'_>,
+    ) -> Result<(), ReadError> {
+        while self.is_arriving() {
+            let Some(Missing { layer, at, len_bytes }) = self.first_missing(at, len_bytes) else {
+                break;
+            };
+            let Some(arriving) = layer.arriving() else { continue };
+            arriving.wait_while(at, len_bytes, goes_on).map_err(|source| {
+                let len = usize::try_from(len_bytes).unwrap_or(usize::MAX);
+                ReadError::io(arriving.path(), at, len, source)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Of a run that begins at `at`: whether its beginning is on this node, and how far that holds.
+    #[must_use]
+    pub fn presence(&self, at: GuestOffset, run: Run) -> (bool, u64) {
+        let arriving = |layer: u8| self.layers().get(usize::from(layer))?.arriving_data();
+        match run.kind {
+            RunKind::Data(Stored { layer, at }) => match arriving(layer) {
+                Some(file) => {
+                    let (is_here, until) = file.run_at(at.0, at.0 + run.len_bytes);
+                    (is_here, until - at.0)
+                }
+                None => (true, run.len_bytes),
+            },
+            RunKind::Encoded if self.is_arriving() => {
+                (self.first_missing(at, 1).is_none(), run.len_bytes)
+            }
+            RunKind::Encoded | RunKind::Zero => (true, run.len_bytes),
+        }
+    }
+
+    /// Asks for what is missing of a range; gives the first of it.
+    fn first_missing(&self, mut at: GuestOffset, len_bytes: u64) -> Option<Missing<'_>> {
+        let end = at.0.saturating_add(len_bytes).min(self.size_bytes());
+        let mut first = None;
+        for _ in 0..MAX_RUNS {
+            if at.0 >= end {
+                break;
+            }
+            let table = std::cell::Cell::new(None);
+            let found = self.layer_run_by(at, end - at.0, |layer, at, end| {
+                let file = Impatient::new(layer.file());
+                let run = layer.run_from(&file, at, end);
+                if let (Err(_), Some((at, len_bytes))) = (&run, file.missing())
+                    && let Some(layer) = self.shared(layer)
+                {
+                    table.set(Some(Missing { layer, at, len_bytes }));
+                }
+                run
+            });
+            let Ok((run, layer)) = found else {
+                // Without the table nobody knows what comes after it; or it is damaged.
+                return first.or(table.into_inner());
+            };
+            let missing = layer.and_then(|layer| self.missing_of(layer, run, at));
+            first = first.or(missing);
+            at = at.advance(run.len_bytes);
+        }
+        first
+    }
+
+    /// Asks for what is missing of a run's bytes.
+    fn missing_of<'a>(
+        &self,
+        layer: &'a Arc<Layer>,
+        run: Run,
+        at: GuestOffset,
+    ) -> Option<Missing<'a>> {
+        let (arriving, (at, len_bytes)) = match run.kind {
+            RunKind::Zero => return None,
+            RunKind::Data(stored) => (layer.arriving_data()?, (stored.at.0, run.len_bytes)),
+            RunKind::Encoded if layer.cached(at).is_some() => return None,
+            RunKind::Encoded => (layer.arriving()?, layer.encoded_range(at)?),
+        };
+        if arriving.is_here(at, len_bytes) {
+            return None;
+        }
+        arriving.will_read(at, len_bytes);
+        Some(Missing { layer, at, len_bytes })
+    }
+
+    fn shared(&self, layer: &Layer) -> Option<&Arc<Layer>> {
+        self.layers().iter().find(|shared| std::ptr::eq(&raw const ***shared, layer))
+    }
+}

@@ -1,0 +1,74 @@
+//! Attachments that do not wait until the image is complete.
+//!
+//! Why: a guest can boot from an image whose download began a second ago.
+//! How: while such an attachment waits for a copy that is being brought in, its export is opened on
+//! the file as it arrives. When the copy is sealed the export stays: it is the same file. If what
+//! arrives turns out wrong, or the transfer begins anew, the export is closed and opened again.
+//! Never: opens an arriving file for who did not ask for that, or one on an incomplete base.
+//! Start at [`World::streams_of`].
+
+use super::backend::Link;
+use super::world::{Action, Copy, CopyState, Export, Image, Touched, World};
+use crate::names::{DiskUuid, ImageName};
+
+impl World {
+    /// The copies of `name` that are being brought in and that a reader wants at once, each with what
+    /// it stands on, which is complete.
+    pub(super) fn streams_of(&self, name: &ImageName) -> Vec<(DiskUuid, Vec<Link>)> {
+        let Some(image) = self.images.get(name) else { return Vec::new() };
+        let wanted = |disk: &DiskUuid| {
+            self.attachments_of(name).any(|a| a.record.stream && a.record.disk == *disk)
+        };
+        let mut streams = Vec::new();
+        for (disk, copy) in &image.copies {
+            if !can_stream(copy) || !wanted(disk) {
+                continue;
+            }
+            let mut chain = vec![image.link_on(disk)];
+            if let Some(base) = &image.record.base {
+                let Ok(beneath) = self.chain_on(base, disk) else { continue };
+                chain.extend(beneath);
+            }
+            streams.push((disk.clone(), chain));
+        }
+        streams
+    }
+
+    /// The images whose readers have lost what they read.
+    pub fn see_lost(&mut self, lost: Vec<ImageName>) {
+        self.lost = lost.into_iter().collect();
+    }
+}
+
+fn can_stream(copy: &Copy) -> bool {
+    copy.state == CopyState::InProgress && !copy.cancelled && copy.no_stream.is_none()
+}
+
+/// Closes the export of a copy that has not become complete, and will not soon. `others`: a complete
+/// copy could be opened in its place.
+pub(super) fn close_step(image: &mut Image, is_lost: bool, others: bool, touched: &mut Touched) {
+    let Export::Streaming(disk) = &image.export else { return };
+    let is_gone = image.copies.get(disk).is_none_or(|copy| {
+        let has_failed = copy.refused || copy.state == CopyState::FailedAndCleanup;
+        copy.cancelled || has_failed || others && copy.state != CopyState::InProgress
+    });
+    if is_gone || is_lost {
+        image.export = Export::Closed;
+        touched.actions.push(Action::Withdraw(image.record.name.clone()));
+        touched.images.insert(image.record.name.clone());
+    }
+}
+
+/// Opens an export on an arriving copy.
+pub(super) fn open_step(
+    image: &mut Image,
+    streams: Vec<(DiskUuid, Vec<Link>)>,
+    touched: &mut Touched,
+) {
+    if image.export == Export::Closed
+        && let Some((disk, chain)) = streams.into_iter().next()
+    {
+        touched.actions.push(Action::Stream(chain));
+        image.export = Export::Opening(disk);
+    }
+}
