@@ -270,6 +270,10 @@ A configuration file has these keys; only disks is needed:
   disks = [\"/mnt/a\", \"/mnt/b\"]      # the first also holds the catalog and the sockets
   control_socket = \"/run/bedplate/control.sock\"
   nbd_socket = \"/run/bedplate/nbd.sock\"
+  vm_sockets = \"/run/bedplate\"       # directory of the sockets of VMs
+  vm_gid = 64055                      # the group that may use them
+  vm_poll_us = 32                     # how long a queue is looked at before its thread sleeps
+  vm_queues = 16                      # that a VM may have
   control_uids = [1000]               # besides root and the daemon's own user
   control_gids = [64055]
   sink = \"auto\"                       # auto, uring, threads or uncached
@@ -390,6 +394,7 @@ Examples:
   bedplate attach debian-12
   bedplate attach debian-12 --reader vm-7
   nbdinfo \"$(bedplate attach debian-12 --reader vm-7)\"
+  bedplate attach debian-12 --vm --reader vm-7     # a path for -chardev socket,path=
   bedplate attach debian-12 --no-wait --json | jq -r .id")]
 pub struct AttachArgs {
     /// The image
@@ -403,6 +408,9 @@ pub struct AttachArgs {
     /// Read it while it is still arriving: what is read next is fetched first
     #[arg(long)]
     pub stream: bool,
+    /// For a VM: print the path of its own vhost-user socket, which is there until it is detached
+    #[arg(long)]
+    pub vm: bool,
     /// Return at once, and print the attachment's id
     #[arg(long)]
     pub no_wait: bool,

@@ -208,8 +208,18 @@ pub struct Attachment {
     pub message: String,
     /// Where to read; `null` until it is ready.
     pub nbd: Option<Nbd>,
+    /// Where its VM reads; `null` until it is ready, and for readers that are no VM.
+    #[serde(default)]
+    pub vm: Option<Vm>,
     /// RFC 3339, UTC.
     pub created_at: String,
+}
+
+/// The disk of one VM, over vhost-user.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vm {
+    /// Path of its Unix socket.
+    pub socket: String,
 }
 
 /// One event of `/v1/events`.
@@ -466,6 +476,9 @@ pub struct CreateAttachment {
     /// as its first bytes are here; what is not here yet is fetched first, and waited for.
     #[serde(default)]
     pub wait: Wait,
+    /// True for a VM: it gets a socket of its own, for vhost-user.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub vm: bool,
 }
 
 /// What an attachment waits for.

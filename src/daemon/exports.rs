@@ -8,7 +8,8 @@
 use std::sync::Arc;
 
 use crate::image::View;
-use crate::manager::{Backend, BackendError, Exporter, FailureClass, Link};
+use super::vms::Vms;
+use crate::manager::{AttachmentId, Backend, BackendError, Exporter, FailureClass, Link};
 use crate::names::ImageName;
 use crate::serve::{self, ServeError};
 
@@ -17,6 +18,7 @@ pub(super) struct NodeExports {
     backend: Arc<dyn Backend>,
     registry: Arc<serve::Exports>,
     default: Option<ImageName>,
+    vms: Vms,
 }
 
 impl NodeExports {
@@ -24,8 +26,14 @@ impl NodeExports {
         backend: Arc<dyn Backend>,
         registry: Arc<serve::Exports>,
         default: Option<ImageName>,
+        vms: Vms,
     ) -> Self {
-        Self { backend, registry, default }
+        Self { backend, registry, default, vms }
+    }
+
+    /// Ends the sessions of all VMs, and waits until they have ended. Blocks.
+    pub(super) fn leave_vms(&self) {
+        self.vms.end();
     }
 
     /// The configured image if it is there, else the only one, else none.
@@ -87,6 +95,14 @@ impl Exporter for NodeExports {
 
     fn sessions(&self, image: &ImageName) -> usize {
         self.registry.in_use(image.as_str())
+    }
+
+    fn serve_vm(&self, id: &AttachmentId, image: &ImageName) {
+        self.vms.serve(id, image, &self.registry);
+    }
+
+    fn leave_vm(&self, id: &AttachmentId) {
+        self.vms.leave(id);
     }
 }
 

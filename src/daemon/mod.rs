@@ -13,6 +13,7 @@ mod error;
 mod exports;
 pub mod logging;
 mod sockets;
+mod vms;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::watch;
 
 use crate::catalog::{Catalog, Embedded};
-use crate::control::{App, AppParts, HttpCounters, Served, server};
+use crate::control::{App, AppParts, HttpCounters, Served, Sockets, server};
 use crate::image::DecodedCache;
 use crate::manager::{Backend, Manager, Node};
 use crate::names::ImageName;
@@ -55,6 +56,7 @@ pub struct DaemonHandle {
     control: server::Server,
     backend: Arc<dyn Backend>,
     manager: Manager,
+    exporter: Arc<exports::NodeExports>,
     nbd: ServerThread,
     replica: ServerThread,
     nbd_socket: PathBuf,
@@ -100,6 +102,8 @@ impl Daemon {
         let control_socket = config.control_socket()?;
         let nbd_socket = config.nbd_socket()?;
         let replica_socket = config.replica_socket()?;
+        let vm_limits = config.vm_limits()?;
+        let sockets = Sockets { nbd: nbd_socket.clone(), vms: config.vm_sockets()? };
         let catalog: Arc<dyn Catalog> = Arc::new(open_catalog(first).await?);
 
         let registry = Arc::new(serve::Exports::new());
@@ -113,12 +117,14 @@ impl Daemon {
                 return Err(error);
             }
         };
+        let vms = vms::Vms::new(sockets.clone(), config.vm_gid, vm_limits);
         let exporter = Arc::new(exports::NodeExports::new(
             backend.clone(),
             registry.clone(),
             config.default_export.clone(),
+            vms,
         ));
-        let manager = match Manager::start(catalog, backend.clone(), exporter).await {
+        let manager = match Manager::start(catalog, backend.clone(), exporter.clone()).await {
             Ok(manager) => manager,
             Err(error) => {
                 replica.stop().await;
@@ -135,7 +141,7 @@ impl Daemon {
         let app = App::new(AppParts {
             manager: manager.clone(),
             backend: backend.clone(),
-            nbd_socket: nbd_socket.clone(),
+            sockets,
             doctor: Box::new(move || doctor::of_running_daemon(&disks)),
             served: Box::new(move |name| served(&registry, name)),
             closing: watch_closing,
@@ -147,6 +153,7 @@ impl Daemon {
             Ok(control) => control,
             Err(error) => {
                 manager.stop().await;
+                leave_vms(exporter).await;
                 replica.stop().await;
                 nbd.stop().await;
                 return Err(error.into());
@@ -160,6 +167,7 @@ impl Daemon {
             control,
             backend,
             manager,
+            exporter,
             nbd,
             replica,
             nbd_socket,
@@ -193,8 +201,9 @@ impl DaemonHandle {
     pub async fn shutdown(self) {
         self.closing.send_replace(true);
         self.control.shutdown().await;
+        let (manager, vms) = (&self.manager, leave_vms(self.exporter));
         let stop =
-            async { tokio::join!(self.manager.stop(), self.replica.stop(), self.nbd.stop()) };
+            async { tokio::join!(manager.stop(), vms, self.replica.stop(), self.nbd.stop()) };
         tokio::pin!(stop);
         tokio::select! {
             _all = &mut stop => {}
@@ -230,6 +239,10 @@ impl ServerThread {
         (self.stop)();
         let _panicked = tokio::task::spawn_blocking(move || self.thread.join()).await;
     }
+}
+
+async fn leave_vms(exporter: Arc<exports::NodeExports>) {
+    let _panicked = tokio::task::spawn_blocking(move || exporter.leave_vms()).await;
 }
 
 /// An image that is open takes some descriptors, and each reader one; the usual soft limit is for
