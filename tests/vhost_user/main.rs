@@ -10,7 +10,9 @@ mod control_support;
 #[path = "../nbd_support/mod.rs"]
 mod nbd_support;
 
+mod boot;
 mod client;
+mod daemon;
 mod hostile;
 mod reads;
 mod sessions;
