@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 
 use sha2::{Digest, Sha256};
 
@@ -117,7 +117,7 @@ fn make_initramfs(dir: &Path, modules: &Path) -> PathBuf {
 }
 
 /// `bedplate export --vhost-user`, killed when dropped.
-struct Export(Child);
+struct Export(Child, #[expect(dead_code, reason = "kept open")] BufReader<ChildStdout>);
 
 impl Export {
     fn start(image: &Path, socket: &Path) -> Self {
@@ -130,9 +130,11 @@ impl Export {
             .spawn()
             .unwrap();
         let mut first = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut first).unwrap();
+        let mut said = BufReader::new(child.stdout.take().unwrap());
+        said.read_line(&mut first).unwrap();
         assert!(first.contains("virtual"), "{first}");
-        Self(child)
+        // Who cannot say how it is used ends.
+        Self(child, said)
     }
 }
 
@@ -154,7 +156,13 @@ impl Drop for Qemu {
 
 #[test]
 fn a_debian_guest_reads_its_disk_to_the_end_although_its_server_is_killed_meanwhile() {
-    if !have(&["qemu-system-x86_64", "qemu-img", "busybox", "dpkg"]) {
+    if !have(&["qemu-system-x86_64", "qemu-img", "dpkg"]) {
+        return;
+    }
+    // It knows no --version.
+    if !Command::new("busybox").arg("true").status().is_ok_and(|status| status.success()) {
+        assert!(std::env::var_os("REQUIRE_TOOLS").is_none(), "busybox is required");
+        println!("SKIPPED: busybox is not installed");
         return;
     }
     let Some((kernel, modules)) = kernel() else {
