@@ -61,9 +61,8 @@ fn refuse<T>(what: &'static str) -> Result<T> {
 impl Backend {
     /// The device of a frontend that has said nothing yet.
     pub(super) fn new(attachment: Attachment, limits: &Limits) -> Self {
-        let export = attachment.export();
         let queues = limits.queues.clamp(1, u16::from(u8::MAX));
-        let device = Device::new(export.view().size_bytes(), queues, export.identity());
+        let device = Device::of(attachment.export(), queues);
         let queues = (0..queues).map(|_| Queue::default()).collect();
         let attachment = Arc::new(attachment);
         Self { attachment, device, poll: limits.poll, features: 0, memory: None, queues }

@@ -10,6 +10,7 @@ use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{Immutable, IntoBytes};
 
 use super::limits::{SEG_MAX, SIZE_MAX};
+use crate::serve::Export;
 
 /// Bytes of a sector, the unit of all positions.
 pub(super) const SECTOR_BYTES: u64 = 512;
@@ -73,9 +74,14 @@ pub(super) struct Device {
 }
 
 impl Device {
+    /// The disk of an export.
+    pub(super) fn of(export: &Export, queues: u16) -> Self {
+        Self::new(export.view().size_bytes(), queues, export.identity())
+    }
+
     /// A disk of `size_bytes` with `queues` queues. A last sector that the image does not fill is a
     /// whole one for the guest, with zeroes at its end: nothing of the image is cut off.
-    pub(super) fn new(size_bytes: u64, queues: u16, identity: &str) -> Self {
+    fn new(size_bytes: u64, queues: u16, identity: &str) -> Self {
         let capacity_sectors = size_bytes.div_ceil(SECTOR_BYTES);
         let config = Config {
             capacity_sectors: U64::new(capacity_sectors),

@@ -7,7 +7,7 @@
 //! answers them in order, so that after a restart the index of the last answer says where to go on.
 //! Never: changes a byte of an image, believes a length, an address or an index, or touches the
 //! guest's memory where a fault would be a signal.
-//! Start at [`Server::bind`]. Layers, lowest first: `device` (what the disk says of itself), `chain`
+//! Start at [`Server::bind`]; a queue without a frontend is [`drain`]. Layers, lowest first: `device` (what the disk says of itself), `chain`
 //! (descriptors), `ring` (a queue's indices), `request` (reads), `worker` (a queue's thread),
 //! `backend` (the frontend's messages), `server` (the socket).
 //! Protocol: qemu `docs/interop/vhost-user.rst`; virtio 1.2, 2.7 (split queues) and 5.2 (block).
@@ -21,8 +21,7 @@ mod ring;
 mod server;
 mod worker;
 
-#[cfg(test)]
-mod tests;
-
 pub use limits::Limits;
+pub use ring::{Place, RingFault};
 pub use server::Server;
+pub use worker::drain;

@@ -24,28 +24,33 @@ const ANSWER_BYTES: usize = 8;
 
 /// Where a queue is, as its frontend says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Place {
+pub struct Place {
     /// Number of entries.
-    pub(super) size: u16,
+    pub size: u16,
     /// Address of the descriptors in the frontend.
-    pub(super) descriptors: u64,
+    pub descriptors: u64,
     /// Of the ring of requests.
-    pub(super) available: u64,
+    pub available: u64,
     /// Of the ring of answers.
-    pub(super) used: u64,
+    pub used: u64,
 }
 
 /// Why a queue cannot go on: its guest must set it up again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum RingFault {
+pub enum RingFault {
+    /// It has another number of entries than a queue may have.
     #[error("a queue has 1 to {MAX_QUEUE_SIZE} entries, a power of two")]
     Size,
+    /// It is where no queue can be.
     #[error("the queue's address is not aligned, or not in the guest's memory")]
     Place,
+    /// The index of requests cannot be.
     #[error("the guest says that more requests wait than the queue has entries")]
     Index,
+    /// The first descriptor of a request cannot be.
     #[error("a request begins at a descriptor that the queue does not have")]
     Head,
+    /// Its memory has gone, or that of a status.
     #[error("the queue's memory cannot be reached any more")]
     Memory,
 }

@@ -27,7 +27,7 @@ use super::limits::MAX_BATCH;
 use super::request::{Disk, Request, Unserved};
 use super::ring::{Place, Ring, RingFault};
 use crate::map::GuestMemory;
-use crate::serve::{Attachment, CounterValues};
+use crate::serve::{Attachment, CounterValues, Export};
 
 /// Enough for a read of a compressed cluster; only touched pages cost memory.
 const STACK_BYTES: usize = 512 << 10;
@@ -143,65 +143,61 @@ fn serve(job: &Job, stop: &Stop, index: u8) -> Option<u16> {
         }
     };
     let disk = Disk { export, device: &job.device, memory: &job.memory, stop: &stop.asked };
-    let mut queue = Queue { job, stop, disk, batch: Batch::default(), patience: Duration::ZERO };
+    let mut queue = Queue { job, stop, batch: Batch::new(disk), patience: Duration::ZERO };
     if let Err(fault) = queue.run(&mut ring) {
         fail(fault);
     }
     Some(ring.answered())
 }
 
-/// Requests that were taken together; the chains are used again.
-#[derive(Default)]
-struct Batch {
+/// Serves the requests that wait in a queue, at most `most`, on this thread, and tells nobody:
+/// for whoever has a queue and no frontend. Returns where to go on, modulo 2^16.
+///
+/// # Errors
+/// [`RingFault`]: the queue cannot be, or cannot go on.
+pub fn drain(
+    export: &Export,
+    memory: &GuestMemory,
+    place: Place,
+    features: u64,
+    most: usize,
+) -> Result<u16, RingFault> {
+    let (stop, device) = (AtomicBool::new(false), Device::of(export, 1));
+    let mut ring = Ring::new(memory, place, features)?;
+    let mut batch = Batch::new(Disk { export, device: &device, memory, stop: &stop });
+    let mut done = 0;
+    while done < most {
+        let waiting = ring.waiting()?;
+        if waiting == 0 {
+            break;
+        }
+        done += batch.take(&mut ring, usize::from(waiting))?;
+        batch.serve(&mut ring, |_| Ok(()))?;
+    }
+    Ok(ring.answered())
+}
+
+/// Requests that are taken together; the chains are used again.
+struct Batch<'a> {
+    disk: Disk<'a>,
     chains: Vec<Chain>,
     requests: Vec<Request>,
 }
 
-struct Queue<'a> {
-    job: &'a Job,
-    stop: &'a Stop,
-    disk: Disk<'a>,
-    batch: Batch,
-    /// How long it looks before it sleeps, now.
-    patience: Duration,
-}
-
-impl Queue<'_> {
-    fn is_to_stop(&self) -> bool {
-        self.stop.asked.load(Ordering::Relaxed)
+impl<'a> Batch<'a> {
+    fn new(disk: Disk<'a>) -> Self {
+        Self { disk, chains: Vec::new(), requests: Vec::new() }
     }
 
-    fn run(&mut self, ring: &mut Ring<'_>) -> Result<(), RingFault> {
-        ring.ask_for_silence()?;
-        while !self.is_to_stop() {
-            let waiting = ring.waiting()?;
-            if waiting > 0 {
-                self.take(ring, usize::from(waiting))?;
-                let served = self.serve_batch(ring);
-                // Also if it was left in the middle: nobody else tells of what was answered.
-                self.tell(ring)?;
-                if !served? {
-                    return Ok(());
-                }
-                continue;
-            }
-            if self.look(ring)? || ring.ask_to_be_told()? {
-                continue;
-            }
-            self.sleep();
-            ring.ask_for_silence()?;
-        }
-        Ok(())
-    }
-
-    fn take(&mut self, ring: &mut Ring<'_>, waiting: usize) -> Result<(), RingFault> {
-        let Batch { chains, requests } = &mut self.batch;
+    /// Takes requests of which so many wait; returns how many it took.
+    fn take(&mut self, ring: &mut Ring<'_>, waiting: usize) -> Result<usize, RingFault> {
+        let Self { disk, chains, requests } = self;
         let count = waiting.min(MAX_BATCH);
         chains.resize_with(count.max(chains.len()), Chain::default);
         requests.clear();
         for chain in chains.iter_mut().take(count) {
             let request = match ring.take(chain)? {
-                Ok(()) => self.disk.parse(chain),
+                Ok(()) => disk.parse(chain),
                 Err(bad) => {
                     tracing::debug!(?bad, "a VM's request is none");
                     Request::Mute
@@ -209,20 +205,24 @@ impl Queue<'_> {
             };
             requests.push(request);
         }
-        Ok(())
+        Ok(count)
     }
 
-    /// Serves what was taken; false if it is to stop.
-    fn serve_batch(&mut self, ring: &mut Ring<'_>) -> Result<bool, RingFault> {
+    /// Serves what was taken, and calls `tell` after what a disk was waited for; false if it is to
+    /// stop.
+    fn serve(
+        &mut self,
+        ring: &mut Ring<'_>,
+        tell: impl Fn(&mut Ring<'_>) -> Result<(), RingFault>,
+    ) -> Result<bool, RingFault> {
         let mut sum = CounterValues::default();
         let mut result = Ok(true);
-        let Batch { chains, requests } = &self.batch;
         let mut hinted = false;
-        for (number, (chain, request)) in chains.iter().zip(requests).enumerate() {
+        for (number, (chain, request)) in self.chains.iter().zip(&self.requests).enumerate() {
             let is_cold = !self.disk.is_resident(*request);
             if is_cold && !hinted {
                 // So that a disk sees all of them at once.
-                requests.iter().skip(number).for_each(|request| self.disk.hint(*request));
+                self.requests.iter().skip(number).for_each(|request| self.disk.hint(*request));
                 hinted = true;
             }
             let served = match self.disk.serve(chain, *request) {
@@ -240,24 +240,51 @@ impl Queue<'_> {
             sum.bytes += served.image_bytes;
             sum.errors += u64::from(served.failed);
             result = ring.answer(chain.head, served.written_bytes).map(|()| true);
+            if result.is_ok() && is_cold {
+                result = tell(ring).map(|()| true);
+            }
             if result.is_err() {
                 break;
-            }
-            if is_cold {
-                self.tell(ring)?;
             }
         }
         self.disk.export.counters().add_batch(sum);
         result
     }
+}
 
-    /// Tells the guest of answers, if it wants to know.
-    fn tell(&self, ring: &mut Ring<'_>) -> Result<(), RingFault> {
-        if ring.wants_to_be_told()?
-            && let Some(call) = &self.job.call
-        {
-            // A full eventfd tells as well.
-            let _told_already = rustix::io::write(&**call, &1u64.to_ne_bytes());
+struct Queue<'a> {
+    job: &'a Job,
+    stop: &'a Stop,
+    batch: Batch<'a>,
+    /// How long it looks before it sleeps, now.
+    patience: Duration,
+}
+
+impl Queue<'_> {
+    fn is_to_stop(&self) -> bool {
+        self.stop.asked.load(Ordering::Relaxed)
+    }
+
+    fn run(&mut self, ring: &mut Ring<'_>) -> Result<(), RingFault> {
+        ring.ask_for_silence()?;
+        while !self.is_to_stop() {
+            let waiting = ring.waiting()?;
+            if waiting > 0 {
+                self.batch.take(ring, usize::from(waiting))?;
+                let job = self.job;
+                let served = self.batch.serve(ring, |ring| tell(job, ring));
+                // Also if it was left in the middle: nobody else tells of what was answered.
+                tell(job, ring)?;
+                if !served? {
+                    return Ok(());
+                }
+                continue;
+            }
+            if self.look(ring)? || ring.ask_to_be_told()? {
+                continue;
+            }
+            self.sleep();
+            ring.ask_for_silence()?;
         }
         Ok(())
     }
@@ -304,4 +331,15 @@ impl Queue<'_> {
             if half < SHORTEST_LOOK { Duration::ZERO } else { half }
         };
     }
+}
+
+/// Tells the guest of answers, if it wants to know.
+fn tell(job: &Job, ring: &mut Ring<'_>) -> Result<(), RingFault> {
+    if ring.wants_to_be_told()?
+        && let Some(call) = &job.call
+    {
+        // A full eventfd tells as well.
+        let _told_already = rustix::io::write(&**call, &1u64.to_ne_bytes());
+    }
+    Ok(())
 }
