@@ -124,14 +124,18 @@ impl Book {
     }
 
     /// Takes the first part of `wanted`, in whole units and to the end of its MiB at most, that nobody
-    /// has; `None` if there is none, or if a lone stream is about to come there.
+    /// has; `None` if there is none, or if a lone stream is about to come there. `urgent`: it should
+    /// have come there by now.
     pub(super) fn take_wanted(
         &mut self,
         wanted: &Range<u64>,
         mut permits: BufPermits,
+        urgent: bool,
     ) -> Option<Claim> {
         let soon = match (self.target, self.todo.lowest()) {
-            (1, Some(lowest)) if self.connections > 0 => lowest.start..lowest.start + SOON_BYTES,
+            (1, Some(lowest)) if self.connections > 0 && !urgent => {
+                lowest.start..lowest.start + SOON_BYTES
+            }
             _several_or_none => 0..0,
         };
         let range = self.todo.take_within(wanted, &soon)?;

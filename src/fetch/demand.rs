@@ -10,7 +10,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
@@ -32,6 +32,8 @@ const MOST_BYTES: u64 = 4 << 20;
 const WATCHED: usize = 8;
 /// How long the fleet rests at most before each read of its own while something wanted is on its way.
 const REST: Duration = Duration::from_millis(100);
+/// When a lone stream has not come to what was left to it, it is fetched all the same.
+const OVERDUE: Duration = Duration::from_millis(500);
 /// How long a connection rests that has failed; the fleet takes over what it left.
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
 
@@ -43,6 +45,8 @@ pub(super) struct Demand {
     /// Pieces on their way.
     active: AtomicUsize,
     done: Notify,
+    /// What was left to a lone stream that was about to come there, and when.
+    left: Mutex<Option<(u64, Instant)>>,
     /// Where readers are, each with the bytes that it got last; the latest last.
     forward: Mutex<Vec<(u64, u64)>>,
 }
@@ -51,8 +55,9 @@ impl Demand {
     /// Of the readers of `arriving`.
     pub(super) fn new(arriving: Arc<Arriving>, pool: &BufPool) -> Self {
         let share = pool.share(BUFFERS, BUFFERS);
-        let (active, done, forward) = (AtomicUsize::new(0), Notify::new(), Mutex::default());
-        Self { arriving, share, active, done, forward }
+        let (active, done) = (AtomicUsize::new(0), Notify::new());
+        let (left, forward) = (Mutex::default(), Mutex::default());
+        Self { arriving, share, active, done, left, forward }
     }
 
     /// Lets what is wanted pass, for a while.
@@ -60,6 +65,19 @@ impl Demand {
         let done = self.done.notified();
         if self.active.load(Ordering::Relaxed) > 0 {
             let _passed_or_not = tokio::time::timeout(REST, done).await;
+        }
+    }
+
+    /// True if what begins here was left to the stream some time ago, and still has not come.
+    fn is_overdue(&self, at: u64) -> bool {
+        let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        left.is_some_and(|(start, since)| start == at && since.elapsed() >= OVERDUE)
+    }
+
+    fn leave(&self, at: u64) {
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        if left.is_none_or(|(start, _)| start != at) {
+            *left = Some((at, Instant::now()));
         }
     }
 
@@ -131,7 +149,10 @@ impl Fleet {
     async fn fetch_wanted(&self, demand: &Demand, wanted: &Range<u64>) {
         let Ok(permits) = demand.share.reserve(2).await else { return };
         let wide = demand.widen(wanted);
-        let Some(claim) = self.book().take_wanted(&wide, permits) else { return };
+        let urgent = demand.is_overdue(wanted.start);
+        let Some(claim) = self.book().take_wanted(&wide, permits, urgent) else {
+            return demand.leave(wanted.start);
+        };
         let rest = claim.range.end..wide.end;
         if !rest.is_empty() {
             demand.arriving.will_read(rest.start, rest.end - rest.start);
