@@ -7,8 +7,8 @@
 
 use std::sync::Arc;
 
-use crate::image::View;
 use super::vms::Vms;
+use crate::image::View;
 use crate::manager::{AttachmentId, Backend, BackendError, Exporter, FailureClass, Link};
 use crate::names::ImageName;
 use crate::serve::{self, ServeError};

@@ -415,11 +415,7 @@ unsafe fn copy_by_kernel(
 }
 
 /// Fills `to` in order with the bytes of `file` from `at` on.
-pub(super) fn read_file(
-    file: &File,
-    to: &[GuestSlice<'_>],
-    mut at: FileOffset,
-) -> io::Result<()> {
+pub(super) fn read_file(file: &File, to: &[GuestSlice<'_>], mut at: FileOffset) -> io::Result<()> {
     let iovec = |s: &GuestSlice<'_>| libc::iovec { iov_base: s.base.cast(), iov_len: s.len };
     let mut left: Vec<libc::iovec> = to.iter().map(iovec).collect();
     let mut rest = left.as_mut_slice();
@@ -551,8 +547,7 @@ mod tests {
         let file = memfd(1 << 20);
         let region = GuestRegion { file: file.try_clone().unwrap(), ..region(0, 0, 1 << 20) };
         let memory = GuestMemory::new(vec![region]).unwrap();
-        let slices: Vec<_> =
-            (0..5_000).map(|n| memory.at_guest(n * 8, 3).unwrap()).collect();
+        let slices: Vec<_> = (0..5_000).map(|n| memory.at_guest(n * 8, 3).unwrap()).collect();
         read_file(&image, &slices, FileOffset(1000)).unwrap();
         let mut got = Vec::new();
         (&file).read_to_end(&mut got).unwrap();

@@ -208,15 +208,14 @@ impl Vm {
     }
 
     pub fn try_share(&self, regions: &[(u64, u64, u64, u64)]) -> vhost::Result<()> {
-        let region = |&(guest, len, user, offset): &(u64, u64, u64, u64)| {
-            VhostUserMemoryRegionInfo {
+        let region =
+            |&(guest, len, user, offset): &(u64, u64, u64, u64)| VhostUserMemoryRegionInfo {
                 guest_phys_addr: guest,
                 memory_size: len,
                 userspace_addr: user,
                 mmap_offset: offset,
                 mmap_handle: self.memory.as_raw_fd(),
-            }
-        };
+            };
         let regions: Vec<_> = regions.iter().map(region).collect();
         self.frontend.set_mem_table(&regions).map(|_bases| ())
     }
@@ -225,8 +224,7 @@ impl Vm {
     pub fn add_queue(&mut self) {
         let base = self.queues.len() as u64 * 32 * KIB;
         let event = || EventFd::new(EFD_NONBLOCK).unwrap();
-        let queue =
-            VmQueue { base, kick: event(), call: event(), err: event(), made: 0, seen: 0 };
+        let queue = VmQueue { base, kick: event(), call: event(), err: event(), made: 0, seen: 0 };
         self.queues.push(queue);
         self.give(self.queues.len() - 1);
     }

@@ -11,8 +11,8 @@ use vhost::vhost_user::VhostUserFrontend;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::client::{
-    ALL, Desc, INDIRECT, KIB, MEMORY, MIB, NEXT, PROTOCOL, QUEUE_SIZE, TestServer, UNTOUCHED,
-    USER, VERSION_1, Vm, WRITE, memfd, until,
+    ALL, Desc, INDIRECT, KIB, MEMORY, MIB, NEXT, PROTOCOL, QUEUE_SIZE, TestServer, UNTOUCHED, USER,
+    VERSION_1, Vm, WRITE, memfd, until,
 };
 use crate::nbd_support::patterned;
 

@@ -193,8 +193,8 @@ impl VhostUserBackendReqHandlerMut for Backend {
             Ok(memory) => memory,
             Err(error) => {
                 let export = self.attachment.export().name();
-                let error = crate::fetch::one_line(&error);
-                tracing::warn!(export, %error, "a VM's memory is refused");
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(export, error, "a VM's memory is refused");
                 return Err(Error::InvalidParam);
             }
         };
@@ -255,7 +255,9 @@ impl VhostUserBackendReqHandlerMut for Backend {
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
         let features = VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::MQ;
-        Ok(features | VhostUserProtocolFeatures::REPLY_ACK | VhostUserProtocolFeatures::RESET_DEVICE)
+        Ok(features
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::RESET_DEVICE)
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {

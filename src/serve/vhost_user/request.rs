@@ -201,8 +201,8 @@ impl<'a> Disk<'a> {
         let export = self.export.name();
         match failure {
             Failure::Image(error) => {
-                let error = crate::fetch::one_line(error);
-                tracing::warn!(export, at, len_bytes, %error, "a VM's read failed");
+                let error = error as &dyn std::error::Error;
+                tracing::warn!(export, at, len_bytes, error, "a VM's read failed");
             }
             Failure::Memory => tracing::warn!(
                 export,

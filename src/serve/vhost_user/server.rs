@@ -91,12 +91,7 @@ enum End {
 }
 
 /// One frontend, to its end.
-fn converse(
-    socket: &Socket,
-    exports: &Exports,
-    export: &str,
-    limits: &Limits,
-) -> Result<(), End> {
+fn converse(socket: &Socket, exports: &Exports, export: &str, limits: &Limits) -> Result<(), End> {
     let attachment = exports.attach(export, Some(socket.clone())).ok_or(End::Unknown)?;
     wait_for_message(socket, limits.handshake)?;
     tracing::info!(export, "a VM has come");
