@@ -18,7 +18,7 @@ use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{Ordering, fence};
 
-use rustix::fs::{FileType, OFlags};
+use rustix::fs::{FileType, FsWord, OFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 
 use super::guard::{self, Copied};
@@ -29,9 +29,9 @@ const MAX_REGIONS: usize = 64;
 /// All of them together: 64 TiB, half of what a process can address.
 const MAX_BYTES: u64 = 1 << 46;
 /// `statfs` type of tmpfs, which memfds are in.
-const TMPFS: i64 = 0x0102_1994;
+const TMPFS: FsWord = 0x0102_1994;
 /// `statfs` type of hugetlbfs.
-const HUGETLBFS: i64 = 0x9584_58f6;
+const HUGETLBFS: FsWord = 0x9584_58f6;
 /// Slices that one call to the kernel takes (`IOV_MAX`).
 const MAX_SLICES: usize = 1024;
 
@@ -214,8 +214,7 @@ impl Region {
             return Err(refuse(region, "what is behind it is no file"));
         }
         let system = rustix::fs::fstatfs(file).map_err(|errno| failed(errno.into()))?;
-        #[allow(clippy::unnecessary_cast, reason = "not everywhere an i64")]
-        if ![TMPFS, HUGETLBFS].contains(&(system.f_type as i64)) {
+        if ![TMPFS, HUGETLBFS].contains(&system.f_type) {
             let rule = "its file is no shared memory; use a memfd (memory-backend-memfd,share=on)";
             return Err(refuse(region, rule));
         }
@@ -376,16 +375,19 @@ unsafe fn copy(
     len: usize,
     direction: Direction,
 ) -> Result<(), Unreachable> {
-    // SAFETY: what the caller vouches for is what is asked.
-    let done = match len {
-        0 => true,
-        1 | 2 | 4 | 8 | 16 => unsafe { guard::copy_word(from, to, len) },
-        _ => unsafe { guard::copy(from, to, len) != Copied::Not },
+    // SAFETY: both ranges are mapped, one of them is a guest's and the other ours, which is what the
+    // caller vouches for, and both routines ask for no more.
+    let done = unsafe {
+        match len {
+            0 => true,
+            1 | 2 | 4 | 8 | 16 => guard::copy_word(from, to, len),
+            _ => guard::copy(from, to, len) != Copied::Not,
+        }
     };
     if done {
         return Ok(());
     }
-    // SAFETY: as above.
+    // SAFETY: the same two ranges.
     unsafe { copy_by_kernel(from, to, len, direction) }
 }
 
