@@ -92,32 +92,25 @@ impl Daemon {
         backend: Arc<dyn Backend>,
     ) -> Result<DaemonHandle, DaemonError> {
         let first = config.disks.first().ok_or(DaemonError::NoDisk)?;
-        if let Some(bytes) = config.decoded_cache
-            && !DecodedCache::set_process_capacity(bytes)
-        {
-            tracing::warn!(bytes, "decoded_cache: in use already; as it was set first");
-        }
+        set_decoded_cache(config);
         raise_descriptor_limit();
         let cleanup_wait = config.cleanup_wait()?;
         let control_socket = config.control_socket()?;
         let nbd_socket = config.nbd_socket()?;
         let replica_socket = config.replica_socket()?;
-        let vm_limits = config.vm_limits()?;
         let sockets = Sockets { nbd: nbd_socket.clone(), vms: config.vm_sockets()? };
+        let vms = vms::Vms::new(sockets.clone(), config.vm_gid, config.vm_limits()?);
         let catalog: Arc<dyn Catalog> = Arc::new(open_catalog(first).await?);
 
         let registry = Arc::new(serve::Exports::new());
         let nbd = start_nbd(&nbd_socket, registry.clone())?;
-        let allowed =
-            Allowed { uids: config.replica_uids.clone(), gids: config.replica_gids.clone() };
-        let replica = match start_replica(&replica_socket, registry.clone(), allowed) {
+        let replica = match start_replica(&replica_socket, registry.clone(), config) {
             Ok(replica) => replica,
             Err(error) => {
                 nbd.stop().await;
                 return Err(error);
             }
         };
-        let vms = vms::Vms::new(sockets.clone(), config.vm_gid, vm_limits);
         let exporter = Arc::new(exports::NodeExports::new(
             backend.clone(),
             registry.clone(),
@@ -127,8 +120,7 @@ impl Daemon {
         let manager = match Manager::start(catalog, backend.clone(), exporter.clone()).await {
             Ok(manager) => manager,
             Err(error) => {
-                replica.stop().await;
-                nbd.stop().await;
+                stop_readers(exporter, replica, nbd).await;
                 return Err(error.into());
             }
         };
@@ -153,9 +145,7 @@ impl Daemon {
             Ok(control) => control,
             Err(error) => {
                 manager.stop().await;
-                leave_vms(exporter).await;
-                replica.stop().await;
-                nbd.stop().await;
+                stop_readers(exporter, replica, nbd).await;
                 return Err(error.into());
             }
         };
@@ -241,6 +231,25 @@ impl ServerThread {
     }
 }
 
+fn set_decoded_cache(config: &Config) {
+    if let Some(bytes) = config.decoded_cache
+        && !DecodedCache::set_process_capacity(bytes)
+    {
+        tracing::warn!(bytes, "decoded_cache: in use already; as it was set first");
+    }
+}
+
+/// Ends what readers are served by, of a daemon that does not start.
+async fn stop_readers(
+    exporter: Arc<exports::NodeExports>,
+    replica: ServerThread,
+    nbd: ServerThread,
+) {
+    leave_vms(exporter).await;
+    replica.stop().await;
+    nbd.stop().await;
+}
+
 async fn leave_vms(exporter: Arc<exports::NodeExports>) {
     let _panicked = tokio::task::spawn_blocking(move || exporter.leave_vms()).await;
 }
@@ -264,8 +273,9 @@ fn start_nbd(socket: &Path, registry: Arc<Exports>) -> Result<ServerThread, Daem
 fn start_replica(
     socket: &Path,
     registry: Arc<Exports>,
-    allowed: Allowed,
+    config: &Config,
 ) -> Result<ServerThread, DaemonError> {
+    let allowed = Allowed { uids: config.replica_uids.clone(), gids: config.replica_gids.clone() };
     let server = replica::Server::bind(socket, registry, allowed, replica::Limits::default())?;
     let stopper = server.stopper();
     ServerThread::start("replica", move || stopper.stop(), move || server.run())

@@ -143,7 +143,7 @@ impl<'a> Disk<'a> {
     fn read_request(&self, sector: u64, len_bytes: u64) -> Request {
         let sectors = len_bytes / SECTOR_BYTES;
         let fits = sector.checked_add(sectors).is_some_and(|e| e <= self.device.capacity_sectors());
-        if !fits || len_bytes % SECTOR_BYTES != 0 || len_bytes > MAX_READ_BYTES {
+        if !fits || !len_bytes.is_multiple_of(SECTOR_BYTES) || len_bytes > MAX_READ_BYTES {
             return Request::Ended(Status::IoError);
         }
         Request::Read { at: sector * SECTOR_BYTES, len_bytes }
