@@ -7,6 +7,7 @@
 
 use std::sync::Arc;
 
+use super::Config;
 use super::vms::Vms;
 use crate::image::View;
 use crate::manager::{AttachmentId, Backend, BackendError, Exporter, FailureClass, Link};
@@ -24,10 +25,11 @@ pub(super) struct NodeExports {
 impl NodeExports {
     pub(super) fn new(
         backend: Arc<dyn Backend>,
-        registry: Arc<serve::Exports>,
-        default: Option<ImageName>,
+        registry: &Arc<serve::Exports>,
+        config: &Config,
         vms: Vms,
     ) -> Self {
+        let (registry, default) = (Arc::clone(registry), config.default_export.clone());
         Self { backend, registry, default, vms }
     }
 

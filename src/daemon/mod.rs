@@ -111,12 +111,8 @@ impl Daemon {
                 return Err(error);
             }
         };
-        let exporter = Arc::new(exports::NodeExports::new(
-            backend.clone(),
-            registry.clone(),
-            config.default_export.clone(),
-            vms,
-        ));
+        let exporter = exports::NodeExports::new(backend.clone(), &registry, config, vms);
+        let exporter = Arc::new(exporter);
         let manager = match Manager::start(catalog, backend.clone(), exporter.clone()).await {
             Ok(manager) => manager,
             Err(error) => {
