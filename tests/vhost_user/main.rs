@@ -5,6 +5,8 @@
 //! descriptors as a test says. A QEMU with a Debian kernel reads the disk to its end.
 //! Never: a time limit to pass: waits are for a condition, with a deadline far away.
 
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 #[path = "../control_support/mod.rs"]
 mod control_support;
 #[path = "../nbd_support/mod.rs"]
