@@ -18,6 +18,7 @@ mod metrics;
 pub mod routes;
 pub mod server;
 pub mod types;
+pub mod types_attachment;
 pub mod types_volume;
 mod upload;
 pub mod upload_client;

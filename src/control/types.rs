@@ -8,6 +8,8 @@
 
 use serde::{Deserialize, Serialize};
 
+pub use super::types_attachment::{Vm, Wait};
+
 use crate::fetch::{Access, DigestKind, DigestMap};
 
 /// Digests of an image's file, lower-case hex.
@@ -213,13 +215,6 @@ pub struct Attachment {
     pub vm: Option<Vm>,
     /// RFC 3339, UTC.
     pub created_at: String,
-}
-
-/// The disk of one VM, over vhost-user.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Vm {
-    /// Path of its Unix socket.
-    pub socket: String,
 }
 
 /// One event of `/v1/events`.
@@ -479,17 +474,6 @@ pub struct CreateAttachment {
     /// True for a VM: it gets a socket of its own, for vhost-user.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub vm: bool,
-}
-
-/// What an attachment waits for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Wait {
-    /// The whole image, checked.
-    #[default]
-    Ready,
-    /// Its first bytes.
-    Stream,
 }
 
 /// Why a request was refused.

@@ -266,7 +266,7 @@ pub struct GuestSlice<'a> {
 
 // SAFETY: as for a region; the borrow keeps the range mapped.
 unsafe impl Send for GuestSlice<'_> {}
-// SAFETY: as above.
+// SAFETY: a shared slice gives no more than a copy of it does, which `Send` allows already.
 unsafe impl Sync for GuestSlice<'_> {}
 
 impl<'a> GuestSlice<'a> {
