@@ -277,6 +277,10 @@ A configuration file has these keys; only disks is needed:
   disks = [\"/mnt/a\", \"/mnt/b\"]      # the first also holds the catalog and the sockets
   control_socket = \"/run/bedplate/control.sock\"
   nbd_socket = \"/run/bedplate/nbd.sock\"
+  vm_sockets = \"/run/bedplate\"       # directory of the sockets of VMs
+  vm_gid = 64055                      # the group that may use them
+  vm_poll_us = 32                     # how long a queue is looked at before its thread sleeps
+  vm_queues = 16                      # that a VM may have
   control_uids = [1000]               # besides root and the daemon's own user
   control_gids = [64055]
   sink = \"auto\"                       # auto, uring, threads or uncached

@@ -17,6 +17,7 @@ Examples:
   bedplate attach debian-12
   bedplate attach debian-12 --reader vm-7
   nbdinfo \"$(bedplate attach debian-12 --reader vm-7)\"
+  bedplate attach debian-12 --vm --reader vm-7     # a path for -chardev socket,path=
   bedplate attach debian-12 --no-wait --json | jq -r .id")]
 pub struct AttachArgs {
     /// The image
@@ -30,6 +31,9 @@ pub struct AttachArgs {
     /// Read it while it is still arriving: what is read next is fetched first
     #[arg(long)]
     pub stream: bool,
+    /// For a VM: print the path of its own vhost-user socket, which is there until it is detached
+    #[arg(long)]
+    pub vm: bool,
     /// Return at once, and print the attachment's id
     #[arg(long)]
     pub no_wait: bool,

@@ -30,6 +30,9 @@ pub struct ExportArgs {
     /// Unix socket to serve NBD on [default: the one that a service manager passed, LISTEN_FDS]
     #[arg(long, value_name = "SOCKET")]
     pub nbd: Option<PathBuf>,
+    /// Unix socket to serve the disk of one VM on, over vhost-user, instead of NBD
+    #[arg(long, value_name = "SOCKET", conflicts_with = "nbd")]
+    pub vhost_user: Option<PathBuf>,
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at its type")]
     pub view: ViewArgs,

@@ -22,6 +22,7 @@ pub(super) async fn run(
         disk: args.disk.clone(),
         reader: args.reader.clone(),
         wait: if args.stream { Wait::Stream } else { Wait::Ready },
+        vm: args.vm,
     };
     let mut held: Attachment = client.post("/v1/attachments", &body).await?;
     if !args.no_wait {
@@ -36,10 +37,14 @@ pub(super) async fn run(
     if output.json {
         return output.object(&held);
     }
-    match &held.nbd {
-        Some(nbd) if !args.no_wait => {
+    let place = match &held.vm {
+        Some(vm) => Some(&vm.socket),
+        None => held.nbd.as_ref().map(|nbd| &nbd.uri),
+    };
+    match place {
+        Some(place) if !args.no_wait => {
             output.note(&format!("attached as {}; detach with `bedplate detach {0}`", held.id));
-            output.line(&nbd.uri)
+            output.line(place)
         }
         Some(_) | None => output.line(&held.id),
     }

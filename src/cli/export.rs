@@ -16,7 +16,7 @@ use super::run::usage;
 use super::signals::Signals;
 use crate::control::nbd_uri;
 use crate::names::ImageName;
-use crate::serve::{Exports, nbd};
+use crate::serve::{Exports, ServeError, Stopper, nbd, vhost_user};
 use crate::units::human_bytes;
 
 pub(super) fn run(args: &ExportArgs, _global: &Global, output: &Output) -> Result<(), CliError> {
@@ -34,19 +34,19 @@ pub(super) fn run(args: &ExportArgs, _global: &Global, output: &Output) -> Resul
         .build()
         .map_err(|e| CliError::retry(&e))?;
     let mut signals = runtime.block_on(async { Signals::new() })?;
-    let server = listen(args, exports)?;
-    let (stopper, socket) = (server.stopper(), server.path().map(std::path::Path::to_owned));
-    let thread = std::thread::spawn(move || server.run());
-    let uri = socket.map(|socket| nbd_uri(&name, &socket));
+    let Listening { stopper, uri, vm, run } = listen(args, exports, &name)?;
+    let thread = std::thread::spawn(run);
     let (format, size) = (view.format(), view.size_bytes());
     let shown = if output.json {
         output.object(&json!({
             "name": name, "format": format.to_string(), "virtual_size_bytes": size, "uri": uri,
+            "vhost_user": vm,
         }))
     } else {
         output.line(&format!("{name}  {format}  {} virtual", human_bytes(size))).and_then(|()| {
             let lines = uri.as_deref().map_or_else(Vec::new, |uri| usage(uri).to_vec());
-            lines.iter().try_for_each(|line| output.line(line))
+            lines.iter().try_for_each(|line| output.line(line))?;
+            vm.iter().try_for_each(|socket| output.line(&vm_usage(socket)))
         })
     };
     if shown.is_ok() {
@@ -60,14 +60,45 @@ pub(super) fn run(args: &ExportArgs, _global: &Global, output: &Output) -> Resul
     }
 }
 
+/// A server that listens.
+struct Listening {
+    stopper: Stopper,
+    /// Of an NBD server, unless its socket was passed.
+    uri: Option<String>,
+    /// The path of a VM's disk.
+    vm: Option<String>,
+    run: Box<dyn FnOnce() -> Result<(), ServeError> + Send>,
+}
+
 /// The server on the socket that was asked for, or that a service manager passed.
-fn listen(args: &ExportArgs, exports: Arc<Exports>) -> Result<nbd::Server, CliError> {
-    let limits = nbd::Limits::default();
-    if let Some(path) = &args.nbd {
-        let socket = std::path::absolute(path).map_err(|e| CliError::refused(&e))?;
-        return nbd::Server::bind(&socket, exports, limits).map_err(|e| CliError::refused(&e));
+fn listen(args: &ExportArgs, exports: Arc<Exports>, name: &str) -> Result<Listening, CliError> {
+    let absolute = |path| std::path::absolute(path).map_err(|e| CliError::refused(&e));
+    if let Some(path) = &args.vhost_user {
+        let socket = absolute(path)?;
+        let limits = vhost_user::Limits::default();
+        let server = vhost_user::Server::bind(&socket, exports, name, limits)
+            .map_err(|e| CliError::refused(&e))?;
+        let (stopper, vm) = (server.stopper(), Some(socket.display().to_string()));
+        return Ok(Listening { stopper, uri: None, vm, run: Box::new(move || server.run()) });
     }
-    let passed =
-        nbd::Server::from_activation(exports, limits).map_err(|e| CliError::refused(&e))?;
-    passed.ok_or_else(|| CliError::new(Exit::Usage, "no socket to serve on", "give --nbd SOCKET"))
+    let limits = nbd::Limits::default();
+    let server = match &args.nbd {
+        Some(path) => Some(nbd::Server::bind(&absolute(path)?, exports, limits)),
+        None => nbd::Server::from_activation(exports, limits).transpose(),
+    };
+    let server = server.transpose().map_err(|e| CliError::refused(&e))?.ok_or_else(|| {
+        let hint = "give --nbd SOCKET, or --vhost-user SOCKET";
+        CliError::new(Exit::Usage, "no socket to serve on", hint)
+    })?;
+    let (stopper, uri) = (server.stopper(), server.path().map(|socket| nbd_uri(name, socket)));
+    Ok(Listening { stopper, uri, vm: None, run: Box::new(move || server.run()) })
+}
+
+/// What QEMU is to be told.
+fn vm_usage(socket: &str) -> String {
+    format!(
+        "qemu-system-x86_64 -object memory-backend-memfd,id=mem,size=1G,share=on -m 1G \\\n  \
+         -machine q35,memory-backend=mem -chardev socket,id=disk,path={socket},reconnect=1 \\\n  \
+         -device vhost-user-blk-pci,chardev=disk ..."
+    )
 }

@@ -130,7 +130,7 @@ async fn apply_claim(app: &App, claim: Claim, notes: &mut Vec<String>) -> Answer
 
 async fn create_volume(app: &App, new: NewVolume, notes: &mut Vec<String>) -> Answer<&'static str> {
     let (volume, is_new) = app.manager.create_volume(new).await?;
-    let message = wire_volume::volume(&volume, &app.nbd_socket).message;
+    let message = wire_volume::volume(&volume, &app.sockets).message;
     if !message.is_empty() {
         notes.push(message);
     }

@@ -68,15 +68,15 @@ fn snapshot(app: &App, all: &Subscription, only: Option<&ImageName>) -> VecDeque
     let id = all.last_id;
     let mut first = VecDeque::new();
     for image in all.images.iter().filter(|i| only.is_none_or(|o| *o == i.record.name)) {
-        let object = json!(wire::image(image, &app.nbd_socket));
+        let object = json!(wire::image(image, &app.sockets));
         first.push_back(Event { id, kind: "image.snapshot".to_owned(), object });
     }
     for held in all.attachments.iter().filter(|a| only.is_none_or(|o| *o == a.record.image)) {
-        let object = json!(wire::attachment(held, &app.nbd_socket));
+        let object = json!(wire::attachment(held, &app.sockets));
         first.push_back(Event { id, kind: "attachment.snapshot".to_owned(), object });
     }
     for volume in all.volumes.iter().filter(|v| only.is_none_or(|o| *o == v.record.image)) {
-        let object = json!(wire_volume::volume(volume, &app.nbd_socket));
+        let object = json!(wire_volume::volume(volume, &app.sockets));
         first.push_back(Event { id, kind: "volume.snapshot".to_owned(), object });
     }
     first.push_back(Event { id, kind: "snapshot.end".to_owned(), object: json!({}) });
@@ -96,7 +96,7 @@ impl Watcher {
             };
             match change {
                 Ok(told) if self.wants(&told) => {
-                    return Some(wire::event(&told, &self.app.nbd_socket));
+                    return Some(wire::event(&told, &self.app.sockets));
                 }
                 Ok(_) => {}
                 Err(RecvError::Closed) => return None,

@@ -35,11 +35,11 @@ pub(super) type Answer<T> = Result<T, ApiError>;
 pub const OPENAPI: &str = include_str!("openapi.json");
 
 fn show(app: &App, status: &ImageStatus) -> Json<Image> {
-    Json(wire::image(status, &app.nbd_socket))
+    Json(wire::image(status, &app.sockets))
 }
 
 fn show_attachment(app: &App, status: &AttachmentStatus) -> Json<Attachment> {
-    Json(wire::attachment(status, &app.nbd_socket))
+    Json(wire::attachment(status, &app.sockets))
 }
 
 pub(super) fn no_image(name: &ImageName) -> ApiError {
@@ -48,7 +48,7 @@ pub(super) fn no_image(name: &ImageName) -> ApiError {
 
 pub(super) async fn list_images(State(app): State<App>) -> Answer<Json<Images>> {
     let all = app.manager.read(crate::manager::World::images).await?;
-    Ok(Json(Images { images: all.iter().map(|i| wire::image(i, &app.nbd_socket)).collect() }))
+    Ok(Json(Images { images: all.iter().map(|i| wire::image(i, &app.sockets)).collect() }))
 }
 
 pub(super) async fn create_image(
@@ -278,7 +278,7 @@ pub(super) async fn list_disks(State(app): State<App>) -> Answer<Json<Disks>> {
 
 pub(super) async fn list_attachments(State(app): State<App>) -> Answer<Json<Attachments>> {
     let all = app.manager.read(crate::manager::World::attachments).await?;
-    let attachments = all.iter().map(|a| wire::attachment(a, &app.nbd_socket)).collect();
+    let attachments = all.iter().map(|a| wire::attachment(a, &app.sockets)).collect();
     Ok(Json(Attachments { attachments }))
 }
 
@@ -292,6 +292,7 @@ pub(super) async fn create_attachment(
         disk: body.disk.as_deref().map(DiskUuid::parse).transpose()?,
         reader: body.reader.unwrap_or_default(),
         stream: body.wait == Wait::Stream,
+        vm: body.vm,
         created_unix_s: unix_now_s(),
     };
     let (attachment, is_new) = app.manager.attach(new).await?;

@@ -20,6 +20,7 @@ pub mod server;
 pub mod settings;
 mod stats;
 pub mod types;
+pub mod types_attachment;
 pub mod types_health;
 pub mod types_stats;
 pub mod types_volume;
@@ -34,7 +35,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 use crate::image::Waits;
-use crate::manager::{Backend, Manager};
+use crate::manager::{AttachmentId, Backend, Manager};
 use crate::serve::{CounterValues, Times, Via};
 pub use metrics::HttpCounters;
 pub use wire::{nbd_uri, rfc3339};
@@ -49,8 +50,8 @@ pub struct AppParts {
     pub manager: Manager,
     /// For the disks, as they are now.
     pub backend: Arc<dyn Backend>,
-    /// Where the NBD server listens.
-    pub nbd_socket: std::path::PathBuf,
+    /// Where readers are served.
+    pub sockets: Sockets,
     /// Looks at the host and the daemon; may block.
     pub doctor: Box<dyn Fn() -> Vec<types::Check> + Send + Sync>,
     /// What an image's export has served; zeroes if it is not exported.
@@ -59,6 +60,23 @@ pub struct AppParts {
     pub closing: watch::Receiver<bool>,
     /// Counts of answers.
     pub http: HttpCounters,
+}
+
+/// Where readers are served.
+#[derive(Clone, Debug)]
+pub struct Sockets {
+    /// The socket of the NBD server.
+    pub nbd: std::path::PathBuf,
+    /// The directory with a socket for each VM.
+    pub vms: std::path::PathBuf,
+}
+
+impl Sockets {
+    /// The socket of the VM with this attachment.
+    #[must_use]
+    pub fn vm(&self, id: &AttachmentId) -> std::path::PathBuf {
+        self.vms.join(format!("vm-{id}.sock"))
+    }
 }
 
 /// What readers did with one export, for `/metrics`.

@@ -8,6 +8,7 @@
 
 use serde::{Deserialize, Serialize};
 
+pub use super::types_attachment::{Vm, Wait};
 use super::types_health::Scrub;
 use crate::fetch::{Access, DigestKind, DigestMap};
 
@@ -215,6 +216,9 @@ pub struct Attachment {
     pub message: String,
     /// Where to read; `null` until it is ready.
     pub nbd: Option<Nbd>,
+    /// Where its VM reads; `null` until it is ready, and for readers that are no VM.
+    #[serde(default)]
+    pub vm: Option<Vm>,
     /// RFC 3339, UTC.
     pub created_at: String,
 }
@@ -448,17 +452,9 @@ pub struct CreateAttachment {
     /// as its first bytes are here; what is not here yet is fetched first, and waited for.
     #[serde(default)]
     pub wait: Wait,
-}
-
-/// What an attachment waits for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Wait {
-    /// The whole image, checked.
-    #[default]
-    Ready,
-    /// Its first bytes.
-    Stream,
+    /// True for a VM: it gets a socket of its own, for vhost-user.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub vm: bool,
 }
 
 /// Why a request was refused.

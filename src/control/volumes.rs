@@ -22,12 +22,12 @@ use crate::manifest;
 use crate::names::{ClassName, DiskUuid, ImageName, VolumeName};
 
 fn show(app: &App, status: &VolumeStatus) -> Json<Volume> {
-    Json(wire_volume::volume(status, &app.nbd_socket))
+    Json(wire_volume::volume(status, &app.sockets))
 }
 
 pub(super) async fn list_volumes(State(app): State<App>) -> Answer<Json<Volumes>> {
     let all = app.manager.read(World::volumes).await?;
-    let volumes = all.iter().map(|v| wire_volume::volume(v, &app.nbd_socket)).collect();
+    let volumes = all.iter().map(|v| wire_volume::volume(v, &app.sockets)).collect();
     Ok(Json(Volumes { volumes }))
 }
 

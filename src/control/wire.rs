@@ -6,8 +6,9 @@
 
 use std::path::Path;
 
+use super::Sockets;
 use super::settings::Settings;
-use super::types::{Attachment, Copy, Digests, Disk, Event, Image, Nbd, Wait};
+use super::types::{Attachment, Copy, Digests, Disk, Event, Image, Nbd, Vm, Wait};
 use super::types_health::{Node, Scrub};
 use crate::manager::{
     AttachmentState, AttachmentStatus, Change, CopyState, CopyStatus, DiskStatus, ImageStatus,
@@ -15,7 +16,7 @@ use crate::manager::{
 use crate::names::ImageName;
 
 /// An image for the wire.
-pub(crate) fn image(status: &ImageStatus, nbd_socket: &Path) -> Image {
+pub(crate) fn image(status: &ImageStatus, sockets: &Sockets) -> Image {
     let record = &status.record;
     let facts = record.facts.as_ref();
     let sealed: Vec<u64> =
@@ -44,7 +45,7 @@ pub(crate) fn image(status: &ImageStatus, nbd_socket: &Path) -> Image {
         copies: status.copies.iter().map(copy).collect(),
         attachments: status.attachments as u64,
         deleting: record.deleting,
-        nbd: status.exported.then(|| nbd(&record.name, nbd_socket)),
+        nbd: status.exported.then(|| nbd(&record.name, &sockets.nbd)),
         created_at: rfc3339(record.created_unix_s),
     }
 }
@@ -79,7 +80,7 @@ fn copy(status: &CopyStatus) -> Copy {
 }
 
 /// An attachment for the wire.
-pub(crate) fn attachment(status: &AttachmentStatus, nbd_socket: &Path) -> Attachment {
+pub(crate) fn attachment(status: &AttachmentStatus, sockets: &Sockets) -> Attachment {
     let record = &status.record;
     let ready = status.state == AttachmentState::Ready;
     Attachment {
@@ -90,7 +91,9 @@ pub(crate) fn attachment(status: &AttachmentStatus, nbd_socket: &Path) -> Attach
         wait: if record.stream { Wait::Stream } else { Wait::Ready },
         state: status.state.as_str().to_owned(),
         message: status.message.clone(),
-        nbd: ready.then(|| nbd(&record.image, nbd_socket)),
+        nbd: ready.then(|| nbd(&record.image, &sockets.nbd)),
+        vm: (ready && record.vm)
+            .then(|| Vm { socket: sockets.vm(&record.id).display().to_string() }),
         created_at: rfc3339(record.created_unix_s),
     }
 }
@@ -110,7 +113,7 @@ pub(crate) fn disk(status: &DiskStatus) -> Disk {
 }
 
 /// A change for the wire.
-pub(crate) fn event(told: &crate::manager::Told, nbd_socket: &Path) -> Event {
+pub(crate) fn event(told: &crate::manager::Told, sockets: &Sockets) -> Event {
     use crate::manager::Object;
     let kind = match told.change {
         Change::ImageCreated(_) => "image.created",
@@ -128,11 +131,11 @@ pub(crate) fn event(told: &crate::manager::Told, nbd_socket: &Path) -> Event {
         Change::SettingsUpdated => "settings.updated",
     };
     let object = match &told.object {
-        Object::Image(status) => serde_json::json!(image(status, nbd_socket)),
+        Object::Image(status) => serde_json::json!(image(status, sockets)),
         Object::ImageGone(name) => serde_json::json!({ "name": name }),
-        Object::Attachment(status) => serde_json::json!(attachment(status, nbd_socket)),
+        Object::Attachment(status) => serde_json::json!(attachment(status, sockets)),
         Object::AttachmentGone(id, name) => serde_json::json!({ "id": id, "image": name }),
-        Object::Volume(status) => serde_json::json!(super::wire_volume::volume(status, nbd_socket)),
+        Object::Volume(status) => serde_json::json!(super::wire_volume::volume(status, sockets)),
         Object::VolumeGone(name, image) => serde_json::json!({ "name": name, "image": image }),
         Object::Warning(name, message) => serde_json::json!({ "name": name, "message": message }),
         Object::Node(failed) => serde_json::json!(Node::new(*failed)),

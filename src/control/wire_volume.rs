@@ -4,8 +4,7 @@
 //! Never: puts a whole URL into an answer.
 //! Start at [`volume`].
 
-use std::path::Path;
-
+use super::Sockets;
 use super::types_volume::{Backup, Class, Condition, Replica, Volume};
 use super::wire::{nbd, rfc3339};
 use crate::manager::{ClassRecord, ReplicaState, ReplicaStatus, VolumeStatus};
@@ -15,7 +14,7 @@ use crate::names::ImageName;
 const WAIT_FOR_BACKING_IMAGE: &str = "WaitForBackingImage";
 
 /// A volume for the wire.
-pub(crate) fn volume(status: &VolumeStatus, nbd_socket: &Path) -> Volume {
+pub(crate) fn volume(status: &VolumeStatus, sockets: &Sockets) -> Volume {
     let record = &status.record;
     let here = status.replicas.len();
     let fewer = usize::try_from(record.replicas).is_ok_and(|wanted| here < wanted);
@@ -34,7 +33,7 @@ pub(crate) fn volume(status: &VolumeStatus, nbd_socket: &Path) -> Volume {
         robustness: status.robustness().to_owned(),
         size_bytes: record.size_bytes,
         number_of_replicas: record.replicas,
-        replicas: status.replicas.iter().map(|r| replica(r, &record.image, nbd_socket)).collect(),
+        replicas: status.replicas.iter().map(|r| replica(r, &record.image, sockets)).collect(),
         backup: record.backup.as_ref().map(|backup| Backup {
             volume: backup.volume.clone(),
             backup: backup.backup.clone(),
@@ -49,7 +48,7 @@ pub(crate) fn volume(status: &VolumeStatus, nbd_socket: &Path) -> Volume {
     }
 }
 
-fn replica(status: &ReplicaStatus, image: &ImageName, nbd_socket: &Path) -> Replica {
+fn replica(status: &ReplicaStatus, image: &ImageName, sockets: &Sockets) -> Replica {
     let (waits, reason) = match status.state {
         ReplicaState::Stopped => ("False", "Detached"),
         ReplicaState::Waiting => ("True", "Waiting"),
@@ -79,7 +78,7 @@ fn replica(status: &ReplicaStatus, image: &ImageName, nbd_socket: &Path) -> Repl
             message,
         }],
         path: status.path.as_ref().map(|path| path.display().to_string()),
-        nbd: (status.state == ReplicaState::Running).then(|| nbd(image, nbd_socket)),
+        nbd: (status.state == ReplicaState::Running).then(|| nbd(image, &sockets.nbd)),
     }
 }
 

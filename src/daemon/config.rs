@@ -7,6 +7,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
 
@@ -14,6 +15,12 @@ use super::{CONTROL_SOCKET, DaemonError, NBD_SOCKET, REPLICA_SOCKET, sockets};
 use crate::fetch::{AddressPolicy, Trust};
 use crate::manager::{NodeOptions, Setting, Settings};
 use crate::names::ImageName;
+use crate::serve::vhost_user;
+
+/// Queues of a VM that may be set.
+const MAX_VM_QUEUES: u16 = 128;
+/// Longer looking is a processor for each queue.
+const MAX_VM_POLL_US: u32 = 10_000;
 
 /// What a daemon is told.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -34,6 +41,15 @@ pub struct Config {
     /// Groups whose members may attach. Default: none.
     #[serde(default)]
     pub replica_gids: Vec<u32>,
+    /// Directory of the sockets of VMs, one for each attachment. Default: `<first disk>/bedplate`.
+    pub vm_sockets: Option<PathBuf>,
+    /// Group that these sockets belong to, such as that of QEMU's user. Default: the daemon's.
+    pub vm_gid: Option<u32>,
+    /// Microseconds that a queue of a VM is looked at before its thread sleeps, at most; 0: never.
+    /// Default: 32.
+    pub vm_poll_us: Option<u32>,
+    /// Queues that a VM may use, each a thread. Default: 16.
+    pub vm_queues: Option<u16>,
     /// Users, besides root and the daemon's own, that may use the control socket. Default: none.
     #[serde(default)]
     pub control_uids: Vec<u32>,
@@ -199,6 +215,41 @@ impl Config {
     /// As [`Config::control_socket`].
     pub fn replica_socket(&self) -> Result<PathBuf, DaemonError> {
         self.socket(self.replica_socket.as_deref(), REPLICA_SOCKET)
+    }
+
+    /// Where the sockets of VMs are to be.
+    ///
+    /// # Errors
+    /// As [`Config::control_socket`].
+    pub fn vm_sockets(&self) -> Result<PathBuf, DaemonError> {
+        // An attachment's id has 8 characters.
+        let name = "vm-00000000.sock";
+        let given = self.vm_sockets.as_ref().map(|dir| dir.join(name));
+        let path = self.socket(given.as_deref(), name)?;
+        Ok(path.parent().unwrap_or(Path::new("/")).to_owned())
+    }
+
+    /// What a VM may cost.
+    ///
+    /// # Errors
+    /// [`DaemonError::BadSetting`] for a number of queues or microseconds that cannot be.
+    pub fn vm_limits(&self) -> Result<vhost_user::Limits, DaemonError> {
+        let mut limits = vhost_user::Limits::default();
+        if let Some(queues) = self.vm_queues {
+            if !(1..=MAX_VM_QUEUES).contains(&queues) {
+                let rule = format!("give 1 to {MAX_VM_QUEUES}");
+                return Err(DaemonError::BadSetting { key: "vm_queues", rule });
+            }
+            limits.queues = queues;
+        }
+        if let Some(micros) = self.vm_poll_us {
+            if micros > MAX_VM_POLL_US {
+                let rule = format!("give 0 to {MAX_VM_POLL_US}");
+                return Err(DaemonError::BadSetting { key: "vm_poll_us", rule });
+            }
+            limits.poll = Duration::from_micros(u64::from(micros));
+        }
+        Ok(limits)
     }
 
     fn socket(&self, given: Option<&Path>, name: &str) -> Result<PathBuf, DaemonError> {

@@ -7,8 +7,10 @@
 
 use std::sync::Arc;
 
+use super::Config;
+use super::vms::Vms;
 use crate::image::View;
-use crate::manager::{Backend, BackendError, Exporter, FailureClass, Link};
+use crate::manager::{AttachmentId, Backend, BackendError, Exporter, FailureClass, Link};
 use crate::names::ImageName;
 use crate::serve::{self, ServeError};
 
@@ -17,15 +19,23 @@ pub(super) struct NodeExports {
     backend: Arc<dyn Backend>,
     registry: Arc<serve::Exports>,
     default: Option<ImageName>,
+    vms: Vms,
 }
 
 impl NodeExports {
     pub(super) fn new(
         backend: Arc<dyn Backend>,
-        registry: Arc<serve::Exports>,
-        default: Option<ImageName>,
+        registry: &Arc<serve::Exports>,
+        config: &Config,
+        vms: Vms,
     ) -> Self {
-        Self { backend, registry, default }
+        let (registry, default) = (Arc::clone(registry), config.default_export.clone());
+        Self { backend, registry, default, vms }
+    }
+
+    /// Ends the sessions of all VMs, and waits until they have ended. Blocks.
+    pub(super) fn leave_vms(&self) {
+        self.vms.end();
     }
 
     /// The configured image if it is there, else the only one, else none.
@@ -87,6 +97,14 @@ impl Exporter for NodeExports {
 
     fn sessions(&self, image: &ImageName) -> usize {
         self.registry.in_use(image.as_str())
+    }
+
+    fn serve_vm(&self, id: &AttachmentId, image: &ImageName) {
+        self.vms.serve(id, image, &self.registry);
+    }
+
+    fn leave_vm(&self, id: &AttachmentId) {
+        self.vms.leave(id);
     }
 }
 

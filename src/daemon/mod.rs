@@ -13,6 +13,7 @@ mod error;
 mod exports;
 pub mod logging;
 mod sockets;
+mod vms;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::watch;
 
 use crate::catalog::{Catalog, Embedded};
-use crate::control::{App, AppParts, HttpCounters, Served, server};
+use crate::control::{App, AppParts, HttpCounters, Served, Sockets, server};
 use crate::image::DecodedCache;
 use crate::manager::{Backend, Manager, Node};
 use crate::names::ImageName;
@@ -55,6 +56,7 @@ pub struct DaemonHandle {
     control: server::Server,
     backend: Arc<dyn Backend>,
     manager: Manager,
+    exporter: Arc<exports::NodeExports>,
     nbd: ServerThread,
     replica: ServerThread,
     nbd_socket: PathBuf,
@@ -95,39 +97,36 @@ impl Daemon {
         let control_socket = config.control_socket()?;
         let nbd_socket = config.nbd_socket()?;
         let replica_socket = config.replica_socket()?;
+        let sockets = Sockets { nbd: nbd_socket.clone(), vms: config.vm_sockets()? };
+        let vms = vms::Vms::new(sockets.clone(), config.vm_gid, config.vm_limits()?);
         let catalog: Arc<dyn Catalog> = Arc::new(open_catalog(first).await?);
 
         let registry = Arc::new(serve::Exports::new());
         let nbd = start_nbd(&nbd_socket, registry.clone())?;
-        let allowed =
-            Allowed { uids: config.replica_uids.clone(), gids: config.replica_gids.clone() };
-        let replica = match start_replica(&replica_socket, registry.clone(), allowed) {
+        let replica = match start_replica(&replica_socket, registry.clone(), config) {
             Ok(replica) => replica,
             Err(error) => {
                 nbd.stop().await;
                 return Err(error);
             }
         };
-        let exporter = Arc::new(exports::NodeExports::new(
-            backend.clone(),
-            registry.clone(),
-            config.default_export.clone(),
-        ));
-        let manager = match Manager::start(catalog, backend.clone(), exporter, settings).await {
-            Ok(manager) => manager,
-            Err(error) => {
-                replica.stop().await;
-                nbd.stop().await;
-                return Err(error.into());
-            }
-        };
+        let exporter = exports::NodeExports::new(backend.clone(), &registry, config, vms);
+        let exporter = Arc::new(exporter);
+        let manager =
+            match Manager::start(catalog, backend.clone(), exporter.clone(), settings).await {
+                Ok(manager) => manager,
+                Err(error) => {
+                    stop_readers(exporter, replica, nbd).await;
+                    return Err(error.into());
+                }
+            };
 
         let (closing, watch_closing) = watch::channel(false);
         let disks = config.disks.clone();
         let app = App::new(AppParts {
             manager: manager.clone(),
             backend: backend.clone(),
-            nbd_socket: nbd_socket.clone(),
+            sockets,
             doctor: Box::new(move || doctor::of_running_daemon(&disks)),
             served: Box::new(move |name| served(&registry, name)),
             closing: watch_closing,
@@ -139,8 +138,7 @@ impl Daemon {
             Ok(control) => control,
             Err(error) => {
                 manager.stop().await;
-                replica.stop().await;
-                nbd.stop().await;
+                stop_readers(exporter, replica, nbd).await;
                 return Err(error.into());
             }
         };
@@ -152,6 +150,7 @@ impl Daemon {
             control,
             backend,
             manager,
+            exporter,
             nbd,
             replica,
             nbd_socket,
@@ -185,8 +184,9 @@ impl DaemonHandle {
     pub async fn shutdown(self) {
         self.closing.send_replace(true);
         self.control.shutdown().await;
+        let (manager, vms) = (&self.manager, leave_vms(self.exporter));
         let stop =
-            async { tokio::join!(self.manager.stop(), self.replica.stop(), self.nbd.stop()) };
+            async { tokio::join!(manager.stop(), vms, self.replica.stop(), self.nbd.stop()) };
         tokio::pin!(stop);
         tokio::select! {
             _all = &mut stop => {}
@@ -234,6 +234,21 @@ fn prepare_process(config: &Config) {
     raise_descriptor_limit();
 }
 
+/// Ends what readers are served by, of a daemon that does not start.
+async fn stop_readers(
+    exporter: Arc<exports::NodeExports>,
+    replica: ServerThread,
+    nbd: ServerThread,
+) {
+    leave_vms(exporter).await;
+    replica.stop().await;
+    nbd.stop().await;
+}
+
+async fn leave_vms(exporter: Arc<exports::NodeExports>) {
+    let _panicked = tokio::task::spawn_blocking(move || exporter.leave_vms()).await;
+}
+
 /// An image that is open takes some descriptors, and each reader one; the usual soft limit is for
 /// programs that use select.
 fn raise_descriptor_limit() {
@@ -253,8 +268,9 @@ fn start_nbd(socket: &Path, registry: Arc<Exports>) -> Result<ServerThread, Daem
 fn start_replica(
     socket: &Path,
     registry: Arc<Exports>,
-    allowed: Allowed,
+    config: &Config,
 ) -> Result<ServerThread, DaemonError> {
+    let allowed = Allowed { uids: config.replica_uids.clone(), gids: config.replica_gids.clone() };
     let server = replica::Server::bind(socket, registry, allowed, replica::Limits::default())?;
     let stopper = server.stopper();
     ServerThread::start("replica", move || stopper.stop(), move || server.run())

@@ -33,8 +33,13 @@ const BITS: u64 = u64::BITS as u64;
 const MAX_WANTED: usize = 256;
 /// How often who waits says again what it waits for.
 const SAY_AGAIN: Duration = Duration::from_secs(1);
+/// How often who may give up is asked whether it does.
+const ASK_AGAIN: Duration = Duration::from_millis(20);
 /// How long who waits does so while nothing at all arrives.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Whether who waits still wants to; `None`: to the end.
+pub type GoesOn<'a> = Option<&'a dyn Fn() -> bool>;
 
 const _: () = assert!(1 << UNIT_BITS == UNIT_BYTES);
 
@@ -210,6 +215,14 @@ impl Arriving {
     /// `UnexpectedEof` past the file's end; `TimedOut` if nothing arrived for a minute; otherwise the
     /// file will never be whole.
     pub fn wait(&self, at: u64, len_bytes: u64) -> io::Result<()> {
+        self.wait_while(at, len_bytes, None)
+    }
+
+    /// As [`wait`](Self::wait), while `goes_on` says so; it is asked often.
+    ///
+    /// # Errors
+    /// Also `Interrupted` once it does not.
+    pub fn wait_while(&self, at: u64, len_bytes: u64, goes_on: GoesOn<'_>) -> io::Result<()> {
         let end = at.checked_add(len_bytes).filter(|&end| end <= self.len_bytes);
         let Some(end) = end else { return Err(io::ErrorKind::UnexpectedEof.into()) };
         if self.is_whole() {
@@ -218,22 +231,23 @@ impl Arriving {
         if self.here_up_to(at, end) >= end && !self.has_failed() {
             return Ok(());
         }
-        self.wait_for(at, end)
+        self.wait_for(at, end, goes_on)
     }
 
     #[cold]
-    fn wait_for(&self, at: u64, end: u64) -> io::Result<()> {
+    fn wait_for(&self, at: u64, end: u64, goes_on: GoesOn<'_>) -> io::Result<()> {
         let begun = Instant::now();
         self.counts.misses.fetch_add(1, Ordering::Relaxed);
         self.waiting.fetch_add(1, Ordering::SeqCst);
-        let result = self.wait_counted(at, end);
+        let result = self.wait_counted(at, end, goes_on);
         self.waiting.fetch_sub(1, Ordering::SeqCst);
         let waited = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.counts.waited_ns.fetch_add(waited, Ordering::Relaxed);
         result
     }
 
-    fn wait_counted(&self, at: u64, end: u64) -> io::Result<()> {
+    fn wait_counted(&self, at: u64, end: u64, goes_on: GoesOn<'_>) -> io::Result<()> {
+        let step = if goes_on.is_some() { ASK_AGAIN } else { SAY_AGAIN };
         let mut moved = self.moved.load(Ordering::Relaxed);
         let (mut still_since, mut said) = (Instant::now(), None::<Instant>);
         let mut state = self.state();
@@ -246,6 +260,9 @@ impl Arriving {
             let missing = self.here_up_to(at, end);
             if missing >= end {
                 return Ok(());
+            }
+            if goes_on.is_some_and(|goes_on| !goes_on()) {
+                return Err(io::ErrorKind::Interrupted.into());
             }
             let now = Instant::now();
             if said.is_none_or(|said| now.duration_since(said) >= SAY_AGAIN) {
@@ -260,7 +277,7 @@ impl Arriving {
                 let what = "nothing has arrived of the image for a minute; see its progress";
                 return Err(io::Error::new(io::ErrorKind::TimedOut, what));
             }
-            let waited = self.changed.wait_timeout(state, SAY_AGAIN);
+            let waited = self.changed.wait_timeout(state, step);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }

@@ -29,7 +29,7 @@ mod writer;
 mod tests;
 
 pub use arrivals::Found;
-pub use arriving::{Arriving, Waits};
+pub use arriving::{Arriving, GoesOn, Waits};
 pub use cfg::{CopyCfg, go_time};
 pub use digests::{DigestRecord, Digests, Hasher, xxh3_of, xxh3_of_zero_mib};
 pub use dir::Dir;

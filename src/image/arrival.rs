@@ -13,7 +13,7 @@ use std::sync::Arc;
 use super::layer::Layer;
 use super::source::Impatient;
 use super::{ReadError, Run, RunKind, Stored, View};
-use crate::disk::{Arriving, Waits};
+use crate::disk::{Arriving, GoesOn, Waits};
 use crate::units::GuestOffset;
 
 /// Runs that one walk looks at.
@@ -62,12 +62,25 @@ impl View {
     /// [`ReadError::Io`]: it will not come, or nothing has come for a long time. Damaged tables are
     /// no error here; who reads meets them.
     pub fn bring(&self, at: GuestOffset, len_bytes: u64) -> Result<(), ReadError> {
+        self.bring_while(at, len_bytes, None)
+    }
+
+    /// As [`bring`](Self::bring), while `goes_on` says so; it is asked often.
+    ///
+    /// # Errors
+    /// Also [`ReadError::Io`] (`Interrupted`) once it does not.
+    pub fn bring_while(
+        &self,
+        at: GuestOffset,
+        len_bytes: u64,
+        goes_on: GoesOn<'_>,
+    ) -> Result<(), ReadError> {
         while self.is_arriving() {
             let Some(Missing { layer, at, len_bytes }) = self.first_missing(at, len_bytes) else {
                 break;
             };
             let Some(arriving) = layer.arriving() else { continue };
-            arriving.wait(at, len_bytes).map_err(|source| {
+            arriving.wait_while(at, len_bytes, goes_on).map_err(|source| {
                 let len = usize::try_from(len_bytes).unwrap_or(usize::MAX);
                 ReadError::io(arriving.path(), at, len, source)
             })?;

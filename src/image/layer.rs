@@ -20,7 +20,7 @@ use super::source::{LayerFile, Source};
 use super::{Decoded, DecodedCache, Format, ImageError, Info, ReadError, blocks, qcow2};
 use crate::disk::{Arriving, Sealed};
 use crate::map::format::{Header, Kind};
-use crate::map::{FileMap, MappedData, SharedTable};
+use crate::map::{FileMap, GuestSlice, MappedData, SharedTable};
 use crate::units::{FileOffset, GuestOffset};
 
 /// How the bytes of a run of one layer are had.
@@ -222,6 +222,25 @@ impl Layer {
             arriving.wait(at.0, len as u64).map_err(failed)?;
         }
         self.data_map.read(self.data_file(), buf, at).map_err(failed)
+    }
+
+    /// The same, into the memory of a guest.
+    pub(super) fn read_to_guest(
+        &self,
+        to: &[GuestSlice<'_>],
+        at: FileOffset,
+    ) -> Result<(), ReadError> {
+        let len: usize = to.iter().map(GuestSlice::len).sum();
+        let failed = |source| ReadError::io(self.data_path(), at.0, len, source);
+        if let Some(arriving) = self.arriving_data() {
+            arriving.wait(at.0, len as u64).map_err(failed)?;
+        }
+        self.data_map.read_to_guest(self.data_file(), to, at).map_err(failed)
+    }
+
+    /// Whether a range of the data file was in memory when it was read last.
+    pub(super) fn is_resident(&self, at: FileOffset, len: usize) -> bool {
+        self.data_map.is_resident(at, len)
     }
 
     /// The run that begins at `at` and ends at guest byte `end` at the latest; `at < end <=` the

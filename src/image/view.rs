@@ -18,7 +18,7 @@ use super::source::LayerFile;
 use super::{Decoded, DecodedCache, Format, ImageError, Info, ReadError, info, qcow2};
 use super::{ahead, crew};
 use crate::disk::{Arriving, Sealed};
-use crate::map::{FileMap, KernelSlice, SharedTable};
+use crate::map::{FileMap, GuestSlice, KernelSlice, SharedTable};
 use crate::units::{FileOffset, GuestOffset};
 
 /// Files that a view may be made of: an image and its backing files.
@@ -235,6 +235,26 @@ impl View {
     #[must_use]
     pub fn cache(&self) -> &DecodedCache {
         self.top().cache()
+    }
+
+    /// Copies what is stored at a place into the memory of a guest: `to` is filled in order.
+    ///
+    /// # Errors
+    /// [`ReadError::Io`]: it cannot be read, or the guest's memory not be written (EFAULT).
+    pub fn read_to_guest(&self, stored: Stored, to: &[GuestSlice<'_>]) -> Result<(), ReadError> {
+        let Some(layer) = self.layers.get(usize::from(stored.layer)) else {
+            let len_bytes = to.iter().map(|slice| slice.len() as u64).sum();
+            let at = GuestOffset(stored.at.0);
+            return Err(ReadError::PastEnd { at, len_bytes, size_bytes: 0 });
+        };
+        layer.read_to_guest(to, stored.at)
+    }
+
+    /// Whether a stored range was in memory when it was read last.
+    #[must_use]
+    pub fn is_resident(&self, stored: Stored, len: usize) -> bool {
+        let layer = self.layers.get(usize::from(stored.layer));
+        layer.is_none_or(|layer| layer.is_resident(stored.at, len))
     }
 
     /// QCOW2 only: what every guest cluster is, in shared memory that a reader may map.

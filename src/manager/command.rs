@@ -71,6 +71,8 @@ pub struct NewAttachment {
     pub reader: String,
     /// True if it does not wait until the copy is complete.
     pub stream: bool,
+    /// True for a VM, which gets a socket of its own.
+    pub vm: bool,
     /// Seconds since 1970, UTC.
     pub created_unix_s: u64,
 }
@@ -336,8 +338,8 @@ impl World {
         self.usable(&new.image)?;
         let disk = self.choose_disk(&new.image, new.disk)?;
         let known = self.attachments_of(&new.image).find(|a| {
-            let labels = (&a.record.reader, &a.record.disk, a.record.stream);
-            !new.reader.is_empty() && labels == (&new.reader, &disk, new.stream)
+            let labels = (&a.record.reader, &a.record.disk, a.record.stream, a.record.vm);
+            !new.reader.is_empty() && labels == (&new.reader, &disk, new.stream, new.vm)
         });
         let known = known.map(|a| a.record.id.clone());
         self.want_chain(&new.image, &disk, touched);
@@ -350,6 +352,7 @@ impl World {
             disk,
             reader: new.reader,
             stream: new.stream,
+            vm: new.vm,
             created_unix_s: new.created_unix_s,
         };
         touched.actions.push(Action::SaveAttachment(record.clone()));

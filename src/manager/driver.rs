@@ -49,6 +49,12 @@ pub trait Exporter: Send + Sync + 'static {
 
     /// Sessions that are open on the image's export now.
     fn sessions(&self, image: &ImageName) -> usize;
+
+    /// Makes the socket of an attachment that is a VM, if it is not there already. Quick.
+    fn serve_vm(&self, id: &AttachmentId, image: &ImageName);
+
+    /// Takes the socket of an attachment away, and its session, if there are any. Quick.
+    fn leave_vm(&self, id: &AttachmentId);
 }
 
 /// What a change is about, as it is after the change.

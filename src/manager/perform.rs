@@ -404,7 +404,30 @@ impl Driver {
         });
     }
 
+    /// The socket of an attachment that is a VM follows its record.
+    fn follow_vm(&self, change: &Change) {
+        match change {
+            Change::AttachmentCreated(id) | Change::AttachmentUpdated(id) => {
+                if let Some(held) = self.world.attachment(id).filter(|held| held.record.vm) {
+                    self.exporter.serve_vm(id, &held.record.image);
+                }
+            }
+            Change::AttachmentDeleted(id, _) => self.exporter.leave_vm(id),
+            Change::ImageCreated(_)
+            | Change::ImageUpdated(_)
+            | Change::ImageProgress(_)
+            | Change::ImageDeleted(_)
+            | Change::VolumeCreated(_)
+            | Change::VolumeUpdated(_)
+            | Change::VolumeDeleted(..)
+            | Change::Warning(..)
+            | Change::NodeUpdated
+            | Change::SettingsUpdated => {}
+        }
+    }
+
     fn announce(&mut self, change: Change) {
+        self.follow_vm(&change);
         let object = match &change {
             Change::ImageCreated(name)
             | Change::ImageUpdated(name)

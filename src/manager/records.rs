@@ -240,6 +240,9 @@ pub struct AttachmentRecord {
     /// True if it does not wait until the copy is complete.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub stream: bool,
+    /// True if it is a VM, which gets a socket of its own.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub vm: bool,
     /// Seconds since 1970, UTC.
     pub created_unix_s: u64,
 }

@@ -12,7 +12,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use crate::units::FileOffset;
-use crate::{Copied, FileMap, Resident};
+use crate::{Copied, FileMap, GuestSlice, Resident, guest};
 
 /// A longer read gains nothing from the map.
 const MAX_COPY_BYTES: usize = 4 << 20;
@@ -59,5 +59,44 @@ impl MappedData {
         file.read_exact_at(buf, at.0)?;
         self.resident.note(at, len);
         Ok(())
+    }
+
+    /// As [`read`](Self::read), into the memory of a guest: `to` is filled in order.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read); EFAULT also if the guest's memory cannot be written.
+    pub fn read_to_guest(
+        &self,
+        file: &File,
+        to: &[GuestSlice<'_>],
+        at: FileOffset,
+    ) -> io::Result<()> {
+        let len = to.iter().map(GuestSlice::len).sum();
+        if len <= MAX_COPY_BYTES && self.resident.holds(at, len) && self.copy_all(to, at, len) {
+            return Ok(());
+        }
+        guest::read_file(file, to, at)?;
+        self.resident.note(at, len);
+        Ok(())
+    }
+
+    /// False if a page could not be had, of the file or of the guest.
+    fn copy_all(&self, to: &[GuestSlice<'_>], at: FileOffset, len: usize) -> bool {
+        let mut next = at;
+        for slice in to {
+            match self.map.copy_to_guest(*slice, next) {
+                Copied::Fast => {}
+                Copied::Slow => self.resident.forget_around(at, len),
+                Copied::Not => return false,
+            }
+            next = next.advance(slice.len() as u64);
+        }
+        true
+    }
+
+    /// Whether a range was in memory when it was read last.
+    #[must_use]
+    pub fn is_resident(&self, at: FileOffset, len: usize) -> bool {
+        self.resident.holds(at, len)
     }
 }

@@ -15,6 +15,7 @@ use std::ptr::{self, NonNull};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use super::guard::{self, Copied};
+use super::guest::GuestSlice;
 use super::slab::CHUNK_BYTES;
 use crate::units::FileOffset;
 
@@ -169,8 +170,17 @@ impl FileMap {
     pub fn copy_to(&self, buf: &mut [u8], at: FileOffset) -> Copied {
         let Some(start) = self.checked_start(at, buf.len()) else { return Copied::Not };
         let from = self.base.as_ptr().cast::<u8>().cast_const().wrapping_add(start);
-        // SAFETY: the range is in our own map, which `&self` keeps mapped.
-        unsafe { guard::copy(from, buf) }
+        // SAFETY: the range is in our own map, which `&self` keeps mapped; `buf` is ours to write.
+        unsafe { guard::copy(from, buf.as_mut_ptr(), buf.len()) }
+    }
+
+    /// As [`copy_to`](Self::copy_to), into the memory of a guest.
+    pub fn copy_to_guest(&self, to: GuestSlice<'_>, at: FileOffset) -> Copied {
+        let Some(start) = self.checked_start(at, to.len()) else { return Copied::Not };
+        let from = self.base.as_ptr().cast::<u8>().cast_const().wrapping_add(start);
+        // SAFETY: the range is in our own map, which `&self` keeps mapped; the slice's memory is
+        // mapped as long as it lives, writable, and never seen as Rust memory.
+        unsafe { guard::copy(from, to.as_ptr(), to.len()) }
     }
 
     fn checked_start(&self, at: FileOffset, len: usize) -> Option<usize> {

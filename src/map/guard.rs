@@ -1,4 +1,4 @@
-//! A copy out of a mapped file that a bad page ends with an error.
+//! A copy out of a mapped file, or into one, that a bad page ends with an error.
 //!
 //! Why: a system call for each read of data that is in memory costs three times the read itself;
 //! but a page that cannot be read (a bad sector, a file cut short) is a SIGBUS to a load.
@@ -21,12 +21,18 @@ pub enum Copied {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use x86_64::copy;
+pub(super) use x86_64::{copy, copy_word};
 
 /// No guarded copy on this processor.
 #[cfg(not(target_arch = "x86_64"))]
-pub(super) unsafe fn copy(_from: *const u8, _to: &mut [u8]) -> Copied {
+pub(super) unsafe fn copy(_from: *const u8, _to: *mut u8, _len: usize) -> Copied {
     Copied::Not
+}
+
+/// No guarded copy on this processor.
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) unsafe fn copy_word(_from: *const u8, _to: *mut u8, _len: usize) -> bool {
+    false
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -46,9 +52,10 @@ mod x86_64 {
     const SLOW_CYCLES_PER_BYTE: u64 = 3;
 
     // Copies rdx bytes from [rsi] to [rdi] and returns 0; after a fault, in a load, the handler
-    // goes on at `_fault`, which returns how many bytes are left: at least 1. Loads of a round come
-    // before its stores, so that a fault is always one of the map's. The first routine is for every
-    // x86-64; the second has registers of twice the size, and ends in the first.
+    // goes on at `_fault`, which returns how many bytes are left: at least 1. The same goes for a
+    // store, where the target is a map too (a guest's memory). The first routine is for every x86-64;
+    // the second has registers of twice the size, and ends in the first; the third copies 16, 8, 4, 2
+    // or 1 bytes (no other count, of which it copies nothing) in one load and one store.
     global_asm!(
         ".pushsection .text.bedplate_guarded_copy,\"ax\",@progbits",
         ".balign 64",
@@ -107,30 +114,68 @@ mod x86_64 {
         "    vzeroupper",
         // What is left is less than a round.
         "3:  jmp bedplate_guarded_copy",
+        ".size bedplate_guarded_copy_avx, . - bedplate_guarded_copy_avx",
+        ".balign 64",
+        ".globl bedplate_guarded_word",
+        ".hidden bedplate_guarded_word",
+        ".type bedplate_guarded_word,@function",
+        "bedplate_guarded_word:",
+        "    cmp rdx, 2",
+        "    je 2f",
+        "    cmp rdx, 16",
+        "    je 6f",
+        "    cmp rdx, 8",
+        "    je 5f",
+        "    cmp rdx, 4",
+        "    je 4f",
+        "    cmp rdx, 1",
+        "    jne bedplate_guarded_copy_fault",
+        "    mov al, [rsi]",
+        "    mov [rdi], al",
+        "    xor eax, eax",
+        "    ret",
+        "2:  mov ax, [rsi]",
+        "    mov [rdi], ax",
+        "    xor eax, eax",
+        "    ret",
+        "4:  mov eax, [rsi]",
+        "    mov [rdi], eax",
+        "    xor eax, eax",
+        "    ret",
+        "5:  mov rax, [rsi]",
+        "    mov [rdi], rax",
+        "    xor eax, eax",
+        "    ret",
+        "6:  movups xmm0, [rsi]",
+        "    movups [rdi], xmm0",
+        "    xor eax, eax",
+        "    ret",
         ".globl bedplate_guarded_copy_fault",
         ".hidden bedplate_guarded_copy_fault",
         "bedplate_guarded_copy_fault:",
         "    mov rax, rdx",
         "    ret",
-        ".size bedplate_guarded_copy_avx, . - bedplate_guarded_copy_avx",
+        ".size bedplate_guarded_word, . - bedplate_guarded_word",
         ".popsection",
     );
 
     unsafe extern "C" {
         fn bedplate_guarded_copy(to: *mut u8, from: *const u8, len: usize) -> usize;
         fn bedplate_guarded_copy_avx(to: *mut u8, from: *const u8, len: usize) -> usize;
+        fn bedplate_guarded_word(to: *mut u8, from: *const u8, len: usize) -> usize;
         fn bedplate_guarded_copy_fault();
     }
 
     /// The action for SIGBUS before ours; `None` if the handler could not be installed.
     static BEFORE: OnceLock<Option<libc::sigaction>> = OnceLock::new();
 
-    /// Copies `to.len()` bytes from `from` on.
+    /// Copies `len` bytes from `from` to `to`.
     ///
     /// # Safety
-    /// The range must be mapped readable for as long as this runs; what it holds, and whether its
-    /// pages can be read, does not matter.
-    pub(crate) unsafe fn copy(from: *const u8, to: &mut [u8]) -> Copied {
+    /// `from` must be mapped readable and `to` writable, `len` bytes of each, for as long as this
+    /// runs; neither may be memory that a Rust reference to anything else covers. What the ranges
+    /// hold, and whether their pages can be had, does not matter.
+    pub(crate) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) -> Copied {
         if BEFORE.get_or_init(install).is_none() {
             return Copied::Not;
         }
@@ -139,16 +184,29 @@ mod x86_64 {
             true => bedplate_guarded_copy_avx,
             false => bedplate_guarded_copy,
         };
-        // SAFETY: the routine writes `to.len()` bytes at `to` at most, and reads as many at `from`,
-        // which the caller keeps mapped. A SIGBUS in a load ends it with a count above 0. It uses
-        // only registers that a C call may change and this processor has, and no stack.
-        let left = unsafe { routine(to.as_mut_ptr(), from, to.len()) };
+        // SAFETY: the routine writes `len` bytes at `to` at most, and reads as many at `from`; the
+        // caller keeps both mapped. A SIGBUS in it ends it with a count above 0. It uses only
+        // registers that a C call may change and this processor has, and no stack.
+        let left = unsafe { routine(to, from, len) };
         if left > 0 {
             return Copied::Not;
         }
         let took = cycles().wrapping_sub(start);
-        let most = SLOW_CYCLES + SLOW_CYCLES_PER_BYTE * to.len() as u64;
+        let most = SLOW_CYCLES + SLOW_CYCLES_PER_BYTE * len as u64;
         if took > most && has_read_a_disk() { Copied::Slow } else { Copied::Fast }
+    }
+
+    /// Copies 1, 2, 4, 8 or 16 bytes with one load and one store; false, if that was no such length
+    /// or a page could not be had. Up to 8 bytes at an aligned address nobody sees a half of them.
+    ///
+    /// # Safety
+    /// As for [`copy`].
+    pub(crate) unsafe fn copy_word(from: *const u8, to: *mut u8, len: usize) -> bool {
+        if BEFORE.get_or_init(install).is_none() {
+            return false;
+        }
+        // SAFETY: as in `copy`: it touches `len` bytes of each range at most.
+        unsafe { bedplate_guarded_word(to, from, len) == 0 }
     }
 
     thread_local! {
@@ -191,7 +249,7 @@ mod x86_64 {
         (done == 0).then(|| unsafe { before.assume_init() })
     }
 
-    /// Only loads and stores, so that it is safe at any instruction. Both routines, and their error
+    /// Only loads and stores, so that it is safe at any instruction. All routines, and their error
     /// exit after them, are in one section.
     extern "C" fn on_sigbus(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
         let begin = bedplate_guarded_copy as *const () as usize;

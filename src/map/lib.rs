@@ -5,9 +5,11 @@
 //! How: a mapped image is an address for the kernel: [`send_pieces`] and [`FileMap::populate`]
 //! report EFAULT where a load instruction would die; or it is copied from by one guarded routine
 //! ([`FileMap::copy_to`]), which ends with an error there. Tables of our own live in a memfd that
-//! cannot shrink, and are read as atomics.
-//! Never: hands out a `&[u8]` into a mapped file, or maps a file for writing.
-//! Start at [`FileMap`], [`send_pieces`] and [`SharedTable`].
+//! cannot shrink, and are read as atomics. A guest's memory, which its owner can cut short, is
+//! reached by the same guarded routines ([`GuestMemory`]).
+//! Never: hands out a `&[u8]` into a mapped file, or maps a file for writing that is not a guest's
+//! memory.
+//! Start at [`FileMap`], [`send_pieces`], [`SharedTable`] and [`GuestMemory`].
 
 pub mod units;
 
@@ -15,6 +17,7 @@ mod data;
 mod file;
 pub mod format;
 mod guard;
+mod guest;
 mod protect;
 mod resident;
 mod send;
@@ -24,6 +27,7 @@ mod table;
 pub use data::MappedData;
 pub use file::{FileMap, KernelSlice};
 pub use guard::Copied;
+pub use guest::{GuestMemory, GuestMemoryError, GuestRegion, GuestSlice, Unreachable};
 pub use protect::read_only;
 pub use resident::Resident;
 pub use send::{MAX_PIECES, Piece, send_pieces};

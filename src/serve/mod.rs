@@ -4,10 +4,11 @@
 //! How: [`Exports`] says which view has which name and who reads it now; each server is a folder
 //! that looks names up there. [`Warmth`] keeps what is known about pages in memory, for all.
 //! Never: changes a byte of an image, or opens one.
-//! Start at [`Exports`], [`nbd::Server`] and [`replica::Server`].
+//! Start at [`Exports`], [`nbd::Server`], [`replica::Server`] and [`vhost_user::Server`].
 
 pub mod nbd;
 pub mod replica;
+pub mod vhost_user;
 
 mod acceptor;
 mod error;

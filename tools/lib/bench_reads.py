@@ -29,7 +29,7 @@ _PLAIN_TIMES, _DECODED_TIMES, _CODEC_SPEED, _OPEN_MS = 1.3, 1.5, 0.9, 5
 
 
 def run(bench):
-    program = _build()
+    program = build("read-peers")
     rounds.say("  one thread reads; bedplate may keep 512 MiB decoded, which is more than the "
                "image has. What is not `the first` was read once before")
     rounds.say("  max RSS counts pages of mapped files")
@@ -49,10 +49,10 @@ def run(bench):
     _large(bench, program)
 
 
-def _build():
-    """Builds the project of the peers, which is no part of bedplate's own build."""
+def build(name):
+    """Builds a program of the peers' project, which is no part of bedplate's own build."""
     manifest = _PROJECT / "Cargo.toml"
-    argv = ["cargo", "build", "--release", "--locked", "--manifest-path", manifest]
+    argv = ["cargo", "build", "--release", "--locked", "--bin", name, "--manifest-path", manifest]
     rounds.say(f"\n{NAME}: `cargo build --release` in {_PROJECT.relative_to(bedplate.ROOT)} makes "
                "one program of bedplate and its peers; some minutes for the first time")
     try:
@@ -62,7 +62,7 @@ def _build():
              manifest], check=True, capture_output=True)
     except (FileNotFoundError, subprocess.CalledProcessError) as failed:
         raise procs.Failure(f"cannot build tools/peers: {failed}") from None
-    return Path(json.loads(described.stdout)["target_directory"]) / "release" / "read-peers"
+    return Path(json.loads(described.stdout)["target_directory"]) / "release" / name
 
 
 class _Reads:

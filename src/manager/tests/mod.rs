@@ -96,6 +96,7 @@ fn stream(image: &str, on: Option<usize>, reader: &str) -> Command {
 fn attach(image: &str, on: Option<usize>, reader: &str) -> Command {
     Command::Attach(NewAttachment {
         stream: false,
+        vm: false,
         id: AttachmentId::random().unwrap(),
         image: name(image),
         disk: on.map(disk),

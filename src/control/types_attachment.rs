@@ -1,0 +1,26 @@
+//! What belongs to an attachment on the wire.
+//!
+//! Why: as `types`, for readers.
+//! How: plain values, with the names that JSON has.
+//! Never: computes.
+//! Start at [`Vm`].
+
+use serde::{Deserialize, Serialize};
+
+/// The disk of one VM, over vhost-user.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vm {
+    /// Path of its Unix socket.
+    pub socket: String,
+}
+
+/// What an attachment waits for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Wait {
+    /// The whole image, checked.
+    #[default]
+    Ready,
+    /// Its first bytes.
+    Stream,
+}
