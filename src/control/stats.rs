@@ -52,6 +52,7 @@ fn of_image(image: &ImageStatus, served: &Served) -> ImageStats {
         nbd: latency(Via::Nbd),
         replica: latency(Via::Replica),
         attach: latency(Via::Attach),
+        vm: latency(Via::Vm),
     }
 }
 

@@ -49,6 +49,8 @@ pub struct ImageStats {
     pub replica: Option<Latencies>,
     /// Times of their attaching.
     pub attach: Option<Latencies>,
+    /// Times of VMs' requests.
+    pub vm: Option<Latencies>,
 }
 
 /// How long something took. A quantile is the end of its bucket: up to twice the real one.

@@ -18,11 +18,13 @@ pub enum Via {
     Replica,
     /// The attach of such a reader.
     Attach,
+    /// A VM's request, from when it was taken from its queue until it was answered.
+    Vm,
 }
 
 impl Via {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Nbd, Self::Replica, Self::Attach];
+    pub const ALL: [Self; 4] = [Self::Nbd, Self::Replica, Self::Attach, Self::Vm];
 
     /// The word for people and for labels.
     #[must_use]
@@ -31,6 +33,7 @@ impl Via {
             Self::Nbd => "nbd",
             Self::Replica => "replica",
             Self::Attach => "attach",
+            Self::Vm => "vm",
         }
     }
 }
@@ -60,11 +63,12 @@ pub struct Times {
 
 impl Latency {
     fn of(&self, via: Via) -> &Histogram {
-        let [nbd, replica, attach] = &self.0;
+        let [nbd, replica, attach, vm] = &self.0;
         match via {
             Via::Nbd => nbd,
             Via::Replica => replica,
             Via::Attach => attach,
+            Via::Vm => vm,
         }
     }
 

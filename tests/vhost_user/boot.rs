@@ -68,7 +68,7 @@ fn download(to: &Path) {
     let name = text.split_whitespace().find(|word| word.starts_with("linux-image-6"));
     let Some(name) = name else { return };
     let got = Command::new("apt-get")
-        .args(["-q", "-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=20"])
+        .args(["-q", "-o", "Acquire::Retries=3", "-o", "Acquire::http::Timeout=60"])
         .args(["download", name])
         .current_dir(to)
         .output();

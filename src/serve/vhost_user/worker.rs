@@ -27,7 +27,7 @@ use super::limits::MAX_BATCH;
 use super::request::{Disk, Request, Unserved};
 use super::ring::{Place, Ring, RingFault};
 use crate::map::GuestMemory;
-use crate::serve::{Attachment, CounterValues, Export};
+use crate::serve::{Attachment, CounterValues, Export, Via};
 
 /// Enough for a read of a compressed cluster; only touched pages cost memory.
 const STACK_BYTES: usize = 512 << 10;
@@ -215,6 +215,7 @@ impl<'a> Batch<'a> {
         ring: &mut Ring<'_>,
         tell: impl Fn(&mut Ring<'_>) -> Result<(), RingFault>,
     ) -> Result<bool, RingFault> {
+        let begun = Instant::now();
         let mut sum = CounterValues::default();
         let mut result = Ok(true);
         let mut hinted = false;
@@ -248,6 +249,7 @@ impl<'a> Batch<'a> {
             }
         }
         self.disk.export.counters().add_batch(sum);
+        self.disk.export.latency().record(Via::Vm, begun.elapsed(), sum.requests);
         result
     }
 }
