@@ -33,6 +33,9 @@ pub enum DiskError {
     /// No disk here, and none was to be made.
     #[error("{}: no longhorn-disk.cfg here; give the disk's directory, or let `bedplate serve --disk` create it", path.display())]
     NotADisk { path: PathBuf },
+    /// What is at the disk's path now is something else.
+    #[error("{}: the disk is not there any more; mount it again", path.display())]
+    Gone { path: PathBuf },
     /// A name found on the disk or given to it breaks the rules.
     #[error(transparent)]
     Name(#[from] NameError),
@@ -77,6 +80,7 @@ impl DiskError {
             Self::Io { .. }
             | Self::Locked { .. }
             | Self::Busy { .. }
+            | Self::Gone { .. }
             | Self::NoSpace { .. }
             | Self::Full { .. } => true,
             Self::NotRegular { .. }

@@ -19,7 +19,7 @@ use super::digests::{DigestRecord, Digests};
 use super::filling::{FileNames, Filling, SealRecord};
 use super::readback::hash_file;
 use super::scrub;
-use super::space::Space;
+use super::space::{Space, Usage};
 use super::{DigestKind, DigestSet, Dir, DiskError, Hasher, Sealed};
 use crate::names::{DiskUuid, ImageName, ImageUuid};
 
@@ -122,6 +122,20 @@ impl Disk {
     #[must_use]
     pub fn space(&self) -> &Space {
         &self.space
+    }
+
+    /// The room on the disk, if it is still where it was: a file system that was unmounted can be
+    /// written to by who has it open, and nobody else would ever see that.
+    ///
+    /// # Errors
+    /// [`DiskError::Gone`]: nothing is there now, or something else; [`DiskError::Io`].
+    pub fn usage(&self) -> Result<Usage, DiskError> {
+        let path = self.root.path();
+        let place = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
+        let ours = rustix::fs::fstat(self.root.fd())
+            .map_err(|errno| DiskError::io("stat", path, errno.into()))?;
+        let is_here = rustix::fs::stat(path).is_ok_and(|there| place(there) == place(ours));
+        if is_here { self.space.usage() } else { Err(DiskError::Gone { path: path.to_owned() }) }
     }
 
     /// Where the sealed file of a copy is, or will be: the path that a replica opens.

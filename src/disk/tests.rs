@@ -234,3 +234,18 @@ fn removing_a_copy_leaves_nothing() {
     assert_eq!(temp.path().join("backing-images").read_dir().unwrap().count(), 0);
     disk.remove(&id()).unwrap();
 }
+
+#[test]
+fn a_disk_that_is_not_at_its_path_any_more_is_gone_and_comes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, away) = (dir.path().join("disk"), dir.path().join("away"));
+    let disk = Disk::open(&path, true).unwrap();
+    assert!(disk.usage().unwrap().total > 0);
+    std::fs::rename(&path, &away).unwrap();
+    assert!(matches!(disk.usage(), Err(DiskError::Gone { .. })));
+    std::fs::create_dir(&path).unwrap();
+    assert!(matches!(disk.usage(), Err(DiskError::Gone { .. })), "an empty mount point");
+    std::fs::remove_dir(&path).unwrap();
+    std::fs::rename(&away, &path).unwrap();
+    assert!(disk.usage().is_ok());
+}

@@ -254,7 +254,7 @@ fn backend_error(error: &OpenError) -> BackendError {
 impl Backend for Node {
     fn disks(&self) -> Vec<DiskStatus> {
         let status = |slot: &Arc<Slot>| {
-            let (usage, message) = match slot.disk.space().usage() {
+            let (usage, message) = match slot.disk.usage() {
                 Ok(usage) => (Some(usage), slot.probe.reason.clone().unwrap_or_default()),
                 Err(error) => (None, one_line(&error)),
             };

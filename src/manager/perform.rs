@@ -28,7 +28,7 @@ use crate::names::ImageName;
 /// Changes that a slow watcher may be behind before it is told and dropped.
 const CHANGES: usize = 1024;
 /// How often the disks are looked at without being asked.
-const DISKS_EVERY: Duration = Duration::from_secs(30);
+const DISKS_EVERY: Duration = Duration::from_secs(5);
 /// The key of the one record of settings.
 const SETTINGS: &str = "node";
 

@@ -27,11 +27,16 @@ pub struct Nginx {
 impl Nginx {
     /// Serves `bytes`.
     pub fn start(bytes: &[u8]) -> Self {
+        Self::start_with(|path| std::fs::write(path, bytes).unwrap())
+    }
+
+    /// Serves the file that `make` makes.
+    pub fn start_with(make: impl FnOnce(&Path)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let root = dir.path().join("files");
         std::fs::create_dir(&root).unwrap();
-        std::fs::write(root.join("a.img"), bytes).unwrap();
+        make(&root.join("a.img"));
         configure(dir.path(), port, "");
         let config = dir.path().join("nginx.conf");
         let mut command = Command::new("nginx");
@@ -44,7 +49,7 @@ impl Nginx {
         Self { url: format!("http://127.0.0.1:{port}/a.img"), dir, child, port }
     }
 
-    fn file(&self) -> std::path::PathBuf {
+    pub fn file(&self) -> std::path::PathBuf {
         self.dir.path().join("files/a.img")
     }
 

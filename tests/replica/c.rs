@@ -1,7 +1,11 @@
-//! The functions for C: the library is built, linked with a C program, and read through.
+//! The functions for C: the library is built, linked with a C program and with one in Go, and read
+//! through.
 
-use std::path::Path;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use sha2::Digest;
 
 use crate::nbd_support::{have, patterned, write_sparse};
 use crate::server::TestServer;
@@ -53,18 +57,27 @@ fn run(command: &mut Command) -> Vec<u8> {
     output.stdout
 }
 
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Builds the library; where it is.
+fn library() -> PathBuf {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("c-library");
+    run(Command::new(env!("CARGO"))
+        .current_dir(root())
+        .args(["rustc", "--quiet", "--locked", "-p", "bedplate-replica", "--features", "capi"])
+        .args(["--crate-type", "staticlib", "--target-dir"])
+        .arg(&target));
+    target.join("debug")
+}
+
 #[test]
 fn a_c_program_reads_the_same_bytes() {
     if !have(&["cc"]) {
         return;
     }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("c-library");
-    run(Command::new(env!("CARGO"))
-        .current_dir(root)
-        .args(["rustc", "--quiet", "--locked", "-p", "bedplate-replica", "--features", "capi"])
-        .args(["--crate-type", "staticlib", "--target-dir"])
-        .arg(&target));
+    let (root, library) = (root(), library());
     let server = TestServer::start();
     let dir = server.dir.path();
     let (source, program) = (dir.join("read.c"), dir.join("read"));
@@ -72,7 +85,7 @@ fn a_c_program_reads_the_same_bytes() {
     run(Command::new("cc")
         .args(["-Wall", "-Wextra", "-Werror", "-std=c11", "-o"])
         .args([&program, &source])
-        .arg(target.join("debug/libbedplate_replica.a"))
+        .arg(library.join("libbedplate_replica.a"))
         .arg("-I")
         .arg(root.join("src/replica"))
         .args(["-lpthread", "-ldl", "-lm"]));
@@ -84,4 +97,43 @@ fn a_c_program_reads_the_same_bytes() {
         let found = run(Command::new(&program).arg(server.socket()).args(["disk", mapped]));
         assert!(found == bytes, "mapped: {mapped}");
     }
+}
+
+#[test]
+fn a_go_program_reads_the_same_bytes_on_many_goroutines() {
+    // It has no --version.
+    if !Command::new("go").arg("version").output().is_ok_and(|output| output.status.success()) {
+        assert!(std::env::var_os("REQUIRE_TOOLS").is_none(), "go is required");
+        println!("SKIPPED: go is not installed");
+        return;
+    }
+    let server = TestServer::start();
+    let dir = server.dir.path();
+    let program = dir.join("reader");
+    run(Command::new("go")
+        .current_dir(root().join("tools/go-reader"))
+        .env("CGO_LDFLAGS", format!("-L{}", library().display()))
+        .env("GOFLAGS", "-buildvcs=false")
+        .env("GOCACHE", Path::new(env!("CARGO_TARGET_TMPDIR")).join("go-cache"))
+        .args(["build", "-o"])
+        .arg(&program)
+        .arg("."));
+    let bytes = patterned(12 * 1024 * 1024 + 333);
+    let path = dir.join("disk.raw");
+    write_sparse(&path, &bytes);
+    server.add("disk", &path);
+    let mut digest = String::new();
+    for byte in sha2::Sha256::digest(&bytes) {
+        write!(digest, "{byte:02x}").unwrap();
+    }
+    for mode in [&["-readers", "8"][..], &["-mapped", "-readers", "8"]] {
+        let said = run(Command::new(&program).args(mode).arg(server.socket()).arg("disk"));
+        let said = String::from_utf8(said).unwrap();
+        let begins = format!("size {}\nsha256 {digest}\ndata ", bytes.len());
+        assert!(said.starts_with(&begins), "{mode:?}: {said}");
+    }
+    let refused = Command::new(&program).arg(server.socket()).arg("no-such").output().unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(said.contains("no-such") && said.contains("no such file or directory"), "{said}");
 }

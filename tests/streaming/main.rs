@@ -7,11 +7,16 @@ mod control_support;
 #[expect(dead_code, clippy::cast_possible_truncation, reason = "this test uses a part")]
 #[path = "../transfer/fault_server.rs"]
 mod fault_server;
+#[path = "../guest_support/mod.rs"]
+mod guest_support;
 #[path = "../nbd_support/mod.rs"]
 mod nbd_support;
+#[path = "../nginx_support/mod.rs"]
+mod nginx_support;
 #[path = "../qcow2_common/mod.rs"]
 mod qcow2_common;
 
+mod boot;
 mod formats;
 mod lost;
 mod origin;

@@ -9,6 +9,8 @@
 
 #[path = "../control_support/mod.rs"]
 mod control_support;
+#[path = "../guest_support/mod.rs"]
+mod guest_support;
 #[path = "../nbd_support/mod.rs"]
 mod nbd_support;
 

@@ -1,0 +1,3 @@
+module bedplate.example/reader
+
+go 1.19
