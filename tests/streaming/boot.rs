@@ -62,9 +62,13 @@ fn a_guest_is_at_its_login_while_less_than_half_of_its_image_is_here() {
     let Some(kernel) = Kernel::find() else { return };
     let nginx = Nginx::start_with(make_disk);
     let daemon = Daemon::start();
-    let image = json!({"name": "img", "url": nginx.url, "rate_limit_bytes_per_s": RATE});
-    let (status, body) = daemon.curl("POST", "/v1/images", Some(&image.to_string()));
-    assert_eq!(status, 201, "{body}");
+    let image = json!({"name": "img", "url": nginx.url}).to_string();
+    assert_eq!(daemon.curl("POST", "/v1/images", Some(&image)).0, 201);
+    let set_rate = |rate: u64| {
+        let change = json!({"rate_limit_bytes_per_s": rate}).to_string();
+        assert_eq!(daemon.curl("PATCH", "/v1/images/img", Some(&change)).0, 200);
+    };
+    set_rate(RATE);
     let held = stream(&daemon);
     let uri = held["nbd"]["uri"].as_str().unwrap();
 
@@ -93,12 +97,13 @@ fn a_guest_is_at_its_login_while_less_than_half_of_its_image_is_here() {
     }
     let copy = daemon.get("/v1/images/img")["copies"][0].clone();
     let number = |key: &str| copy[key].as_u64().unwrap();
-    assert!(number("bytes_done") * 2 < number("bytes_total"), "{copy}");
+    let (done, total) = (number("bytes_done"), number("bytes_total"));
+    assert!(done * 2 < total, "{copy}");
+    println!("at its login after {}% of the image", done * 100 / total);
     assert_eq!(copy["state"], "in-progress");
     drop(qemu);
 
-    let change = json!({"rate_limit_bytes_per_s": 0}).to_string();
-    assert_eq!(daemon.curl("PATCH", "/v1/images/img", Some(&change)).0, 200);
+    set_rate(0);
     let image = daemon.wait_for("img", "ready");
     let sum = run("sha256sum", &[nginx.file().to_str().unwrap()]);
     assert_eq!(image["digests"]["sha256"].as_str(), sum.split(' ').next());
