@@ -16,7 +16,7 @@ mod sockets;
 mod vms;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -43,6 +43,8 @@ pub const REPLICA_SOCKET: &str = "replica.sock";
 /// Name of the catalog there.
 pub const CATALOG: &str = "catalog.redb";
 
+/// How long readers are kept waiting at the start while images are opened.
+const SETTLE: Duration = Duration::from_secs(10);
 /// When the engine ends, sessions are hung up after their farewell; then those are ended that wait
 /// for bytes which are still to come.
 const DISMISS_AFTER: Duration = Duration::from_secs(3);
@@ -67,6 +69,8 @@ pub struct DaemonHandle {
 /// A server on a thread of its own.
 struct ServerThread {
     stop: Box<dyn FnOnce() + Send>,
+    /// Held until it may answer.
+    gate: Option<mpsc::Sender<std::convert::Infallible>>,
     thread: std::thread::JoinHandle<()>,
 }
 
@@ -102,8 +106,8 @@ impl Daemon {
         let catalog: Arc<dyn Catalog> = Arc::new(open_catalog(first).await?);
 
         let registry = Arc::new(serve::Exports::new());
-        let nbd = start_nbd(&nbd_socket, registry.clone())?;
-        let replica = match start_replica(&replica_socket, registry.clone(), config) {
+        let mut nbd = start_nbd(&nbd_socket, registry.clone())?;
+        let mut replica = match start_replica(&replica_socket, registry.clone(), config) {
             Ok(replica) => replica,
             Err(error) => {
                 nbd.stop().await;
@@ -121,6 +125,10 @@ impl Daemon {
                 }
             };
 
+        // Who comes back to an engine that was started anew must find its image there.
+        manager.settled(SETTLE).await;
+        nbd.open();
+        replica.open();
         let (closing, watch_closing) = watch::channel(false);
         let disks = config.disks.clone();
         let app = App::new(AppParts {
@@ -207,7 +215,10 @@ impl ServerThread {
         run: impl FnOnce() -> Result<(), serve::ServeError> + Send + 'static,
     ) -> Result<Self, DaemonError> {
         let what = name.to_owned();
+        let (gate, opened) = mpsc::channel();
         let run = move || {
+            // Nothing is ever sent: the end of the other side is the sign.
+            let _opened = opened.recv();
             if let Err(error) = run() {
                 let error = crate::fetch::one_line(&error);
                 tracing::error!(%error, "the {what} server has ended");
@@ -215,10 +226,16 @@ impl ServerThread {
         };
         let thread = std::thread::Builder::new().name(format!("{name}-accept")).spawn(run);
         let thread = thread.map_err(|source| DaemonError::Thread { source })?;
-        Ok(Self { stop: Box::new(stop), thread })
+        Ok(Self { stop: Box::new(stop), gate: Some(gate), thread })
     }
 
-    async fn stop(self) {
+    /// Lets it answer who has connected.
+    fn open(&mut self) {
+        self.gate = None;
+    }
+
+    async fn stop(mut self) {
+        self.open();
         (self.stop)();
         let _panicked = tokio::task::spawn_blocking(move || self.thread.join()).await;
     }

@@ -6,6 +6,7 @@
 //! Start at [`Manager::start`].
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::{broadcast, mpsc, oneshot};
 
@@ -355,6 +356,18 @@ impl Manager {
         let look = Box::new(move |world: &World| drop(tx.send(look(world))));
         self.send(Message::Read(look)).await?;
         rx.await.map_err(|_| ManagerError::Stopping)
+    }
+
+    /// Returns once no complete copy is being opened for readers any more, or after `patience`.
+    pub async fn settled(&self, patience: Duration) {
+        let is_opening = async {
+            while self.read(World::is_opening).await.unwrap_or(false) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        if tokio::time::timeout(patience, is_opening).await.is_err() {
+            tracing::warn!("not all images are open yet; readers are let in");
+        }
     }
 
     /// Everything as it is, and every change after that.

@@ -34,6 +34,17 @@ impl World {
         streams
     }
 
+    /// True while a complete copy is being opened for readers.
+    #[must_use]
+    pub fn is_opening(&self) -> bool {
+        self.images.values().any(|image| match &image.export {
+            Export::Opening(disk) => {
+                image.copies.get(disk).is_some_and(|copy| copy.state.is_sealed())
+            }
+            Export::Closed | Export::Streaming(_) | Export::Open(_) => false,
+        })
+    }
+
     /// The images whose readers have lost what they read.
     pub fn see_lost(&mut self, lost: Vec<ImageName>) {
         self.lost = lost.into_iter().collect();

@@ -18,7 +18,7 @@ use crate::attached::Attached;
 use crate::connection::{Answer, Connection, Lost};
 use crate::extents::Extents;
 use crate::layer::Found;
-use crate::wire::{EXTENT, MAX_READ_BYTES, READ};
+use crate::wire::{EXTENT, MAX_READ_BYTES, READ, Status};
 
 /// Connections that are kept for later questions.
 const KEPT_CONNECTIONS: usize = 4;
@@ -172,7 +172,8 @@ impl Replica {
         }
     }
 
-    /// One question. An engine that has gone is waited for, and attached to again.
+    /// One question. An engine that has gone is waited for, and attached to again; so is an image
+    /// that an engine does not have any more, or not yet.
     fn ask(&self, kind: u16, at: u64, limit: u64, body: &mut [u8]) -> Result<Answer, ReplicaError> {
         let deadline = Instant::now() + self.options.patience;
         let mut rest = REST;
@@ -195,6 +196,8 @@ impl Replica {
                     }
                 },
                 Err(lost @ ReplicaError::Engine { .. }) => lost,
+                // An engine that has just been started may not have opened its images yet.
+                Err(not_yet @ ReplicaError::Refused { status: Status::Unknown, .. }) => not_yet,
                 Err(refused) => return Err(refused),
             };
             // What was kept is of the engine that has gone.

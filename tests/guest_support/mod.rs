@@ -19,14 +19,8 @@ pub const VIRTIO_DISK: [&str; 6] = [
 ];
 
 /// Those of an ext4 file system.
-pub const EXT4: [&str; 6] = [
-    "crc16.ko",
-    "libcrc32c.ko",
-    "crc32c_generic.ko",
-    "mbcache.ko",
-    "jbd2.ko",
-    "ext4.ko",
-];
+pub const EXT4: [&str; 6] =
+    ["crc16.ko", "libcrc32c.ko", "crc32c_generic.ko", "mbcache.ko", "jbd2.ko", "ext4.ko"];
 
 /// A shell script's beginning: busybox, the usual mounts, and the modules.
 pub const INIT_HEAD: &str = r"#!/bin/busybox sh
