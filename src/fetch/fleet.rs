@@ -115,7 +115,8 @@ impl Fleet {
         crew.join(first);
         let mut demanded = self.serve_demand();
         let outcome = crew.work().await;
-        let _ = self.state.halt.send(true);
+        // Also for those that have not begun to listen.
+        self.state.halt.send_replace(true);
         crew.dismiss().await;
         while demanded.join_next().await.is_some() {}
         self.progress.set_connections(0);
