@@ -13,8 +13,8 @@ use crate::nbd_support::run;
 use crate::nginx_support::{Nginx, have_nginx};
 use crate::origin::stream;
 
-/// Of the disk; at the rate below half of it takes more than two minutes.
-const DISK: &str = "6G";
+/// Of the disk; at the rate below half of it takes more than a minute and a half.
+const DISK: &str = "4G";
 const RATE: u64 = 20_000_000;
 
 /// From the initramfs to the disk.
