@@ -5,7 +5,8 @@ use bedplate::manifest::{MAX_DOCUMENTS, read};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {
-    let lines = text.split('\n').count() as u64;
+    // A carriage return ends a line of YAML, too.
+    let lines = text.split(['\n', '\r']).count() as u64;
     match read(text) {
         Ok(documents) => {
             // One document may have several objects, as a ConfigMap or a List; all are bounded.

@@ -218,3 +218,11 @@ proptest! {
         drop(read(&class(&text)));
     }
 }
+
+#[test]
+fn a_carriage_return_ends_a_line_too() {
+    let error = read("kind: X\r\rspec: [\r").unwrap_err();
+    assert!((1..=4).contains(&error.line), "line {}: {error}", error.line);
+    let error = read("kind: X\rspec: {a: b}}\r").unwrap_err();
+    assert!((1..=3).contains(&error.line), "line {}: {error}", error.line);
+}
