@@ -76,6 +76,9 @@ impl World {
 
     /// Whether an overlay of `name` has a copy on `disk`, which needs the one of `name` there.
     pub(super) fn is_needed_on(&self, name: &ImageName, disk: &DiskUuid) -> bool {
+        if !self.bases.contains(name) {
+            return false;
+        }
         let overlays =
             self.images.values().filter(|image| image.record.base.as_ref() == Some(name));
         overlays.into_iter().any(|image| image.copies.contains_key(disk))

@@ -46,6 +46,8 @@ impl World {
 
     /// Reconciles every image and tells the watchers what was touched.
     pub(super) fn finish(&mut self, now: Duration, mut touched: Touched) -> Vec<Action> {
+        // Asked for each copy: to look at all images each time would be quadratic.
+        self.bases = self.images.values().filter_map(|i| i.record.base.clone()).collect();
         self.want_for_replicas(&mut touched);
         self.lose_step(&mut touched);
         self.recover_step(now, &mut touched);

@@ -235,6 +235,8 @@ pub struct World {
     pub(super) node_failed: bool,
     /// Sessions that are open on exported images.
     pub(super) sessions: BTreeMap<ImageName, usize>,
+    /// The images that others stand on, as of the last pass.
+    pub(super) bases: BTreeSet<ImageName>,
     /// Exported images whose readers have lost what they read.
     pub(super) lost: BTreeSet<ImageName>,
 }
