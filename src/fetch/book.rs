@@ -125,13 +125,23 @@ impl Book {
 
     /// Takes the first part of `wanted`, in whole units and to the end of its MiB at most, that nobody
     /// has; `None` if there is none, or if a lone stream is about to come there. `urgent`: it should
-    /// have come there by now.
+    /// have come there by now. What somebody took before and did not finish comes first: a lone stream
+    /// would not look at it before its own end.
     pub(super) fn take_wanted(
         &mut self,
         wanted: &Range<u64>,
         mut permits: BufPermits,
         urgent: bool,
     ) -> Option<Claim> {
+        let of_it = |claim: &Claim| {
+            let range = &claim.range;
+            range.start < wanted.end && wanted.start < range.end && blocks_of(range) == 1
+        };
+        if let Some(index) = self.returned.iter().position(of_it) {
+            let claim = self.returned.swap_remove(index);
+            self.active += 1;
+            return Some(Claim { asked_end: claim.range.end, ..claim });
+        }
         let soon = match (self.target, self.todo.lowest()) {
             (1, Some(lowest)) if self.connections > 0 && !urgent => {
                 lowest.start..lowest.start + SOON_BYTES

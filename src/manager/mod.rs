@@ -21,6 +21,7 @@ mod helm;
 mod mend;
 mod node;
 mod perform;
+mod prefetch;
 pub mod records;
 mod recovery;
 mod scrub;

@@ -15,7 +15,9 @@ use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
 
-use super::backend::{Backend, CopyId, CopyTask, Report, Reporter, WorkerHandle};
+use super::backend::{
+    Backend, BackendError, CopyId, CopyTask, Link, Report, Reporter, WorkerHandle,
+};
 use super::command::{Command, Outcome};
 use super::driver::{Answer, Exporter, Message, Object, Subscription, Told};
 use super::error::ManagerError;
@@ -286,7 +288,7 @@ impl Driver {
                 | Action::Steer(..)
                 | Action::Remove(_)
                 | Action::Publish(_)
-                | Action::Stream(_)
+                | Action::Stream(..)
                 | Action::Withdraw(_)
                 | Action::Announce(_) => {}
             }
@@ -363,23 +365,27 @@ impl Driver {
                     });
                 }
                 Action::Publish(chain) => {
-                    let exporter = self.exporter.clone();
-                    self.tasks.spawn_blocking(move || {
-                        let result = exporter.publish(&chain).map_err(|e| (e.class, e.message));
-                        chain.into_iter().next().map(|top| Event::Published(top.copy, result))
-                    });
+                    self.open(chain, |exporter, chain| exporter.publish(chain));
                 }
-                Action::Stream(chain) => {
-                    let exporter = self.exporter.clone();
-                    self.tasks.spawn_blocking(move || {
-                        let result = exporter.stream(&chain).map_err(|e| (e.class, e.message));
-                        chain.into_iter().next().map(|top| Event::Published(top.copy, result))
-                    });
+                Action::Stream(chain, prefetch) => {
+                    self.open(chain, |exporter, chain| exporter.stream(chain, prefetch));
                 }
                 Action::Withdraw(name) => self.exporter.withdraw(&name),
                 Action::Announce(change) => self.announce(change),
             }
         }
+    }
+
+    fn open(
+        &mut self,
+        chain: Vec<Link>,
+        open: impl FnOnce(&dyn Exporter, &[Link]) -> Result<(), BackendError> + Send + 'static,
+    ) {
+        let exporter = self.exporter.clone();
+        self.tasks.spawn_blocking(move || {
+            let result = open(&*exporter, &chain).map_err(|e| (e.class, e.message));
+            chain.into_iter().next().map(|top| Event::Published(top.copy, result))
+        });
     }
 
     fn start_worker(
