@@ -43,8 +43,9 @@ impl View {
         }
         tracing::info!(file = %path, ranges = trace.len(), bytes = trace.bytes(size_bytes), "a trace is followed");
         let view = Arc::downgrade(self);
-        let follow = move || {
-            let _left_early = Walk { view: &view }.follow(&trace, size_bytes);
+        let follow = move || match (Walk { view: &view }).follow(&trace, size_bytes) {
+            Ok(()) => tracing::info!("all of a trace was asked for"),
+            Err(Over) => tracing::debug!("nobody needs the rest of a trace"),
         };
         std::thread::Builder::new().name("prefetch".into()).spawn(follow).map(drop)
     }
