@@ -247,6 +247,30 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_is_wanted_is_taken_over_from_who_did_not_finish_it() {
+        let share = BufPool::new(8).share(8, 8);
+        let mut book = Book::new(std::iter::once(0..20 * MIB).collect());
+        (book.target, book.connections) = (2, 2);
+        let wanted = 10 * MIB + 7..10 * MIB + 4096;
+        let permits = share.reserve(2).await.unwrap();
+        let mut first = book.take_wanted(&wanted, permits, false).unwrap();
+        assert_eq!(first.range, 10 * MIB..10 * MIB + UNIT_BYTES);
+        let permits = share.reserve(2).await.unwrap();
+        assert!(book.take_wanted(&wanted, permits, true).is_none(), "somebody has it");
+        first.range.start += 500;
+        book.give_back(first);
+        let permits = share.reserve(2).await.unwrap();
+        let again = book.take_wanted(&wanted, permits, false).unwrap();
+        assert_eq!(again.range, 10 * MIB + 500..10 * MIB + UNIT_BYTES);
+        // A long piece stays with the fleet: who wants a part of it must not fetch all.
+        let long = take(&mut book, &share).await;
+        assert_eq!(long.range, 0..2 * MIB);
+        book.give_back(long);
+        let permits = share.reserve(2).await.unwrap();
+        assert!(book.take_wanted(&(0..1), permits, true).is_none());
+    }
+
+    #[tokio::test]
     async fn an_idle_connection_waits_while_another_may_fail_and_ends_when_none_can() {
         let share = BufPool::new(4).share(4, 4);
         let mut book = Book::new(std::iter::once(0..MIB).collect());

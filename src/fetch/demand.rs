@@ -267,10 +267,9 @@ impl Fleet {
 mod tests {
     use super::*;
 
-    #[test]
-    fn who_goes_forward_gets_more_each_time_and_who_jumps_does_not() {
-        let disk = tempfile::tempdir().unwrap();
-        let disk = crate::disk::Disk::open(disk.path(), true).unwrap();
+    fn demand() -> (tempfile::TempDir, Demand) {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = crate::disk::Disk::open(dir.path(), true).unwrap();
         let id = crate::disk::CopyId {
             name: crate::names::ImageName::parse("a").unwrap(),
             uuid: crate::names::ImageUuid::parse("0a").unwrap(),
@@ -279,7 +278,44 @@ mod tests {
         let version = crate::disk::Version { total_bytes: Some(1 << 30), tag: String::new() };
         filling.begin(&version).unwrap();
         let arriving = filling.arriving().cloned().unwrap();
-        let demand = Demand::new(arriving, &BufPool::new(8));
+        (dir, Demand::new(arriving, &BufPool::new(8)))
+    }
+
+    #[tokio::test]
+    async fn what_is_foreseen_waits_for_what_is_wanted() {
+        use futures_util::FutureExt;
+
+        let (_dir, demand) = demand();
+        let rests = |urgency| demand.yield_to_others(urgency).now_or_never().is_none();
+        let all = [Urgency::Wanted, Urgency::Foreseen, Urgency::InTurn];
+        let foreseen = OnItsWay::new(&demand.foreseen);
+        assert_eq!(all.map(rests), [false, false, true]);
+        let wanted = OnItsWay::new(&demand.wanted);
+        assert_eq!(all.map(rests), [false, true, true]);
+        drop(wanted);
+        assert_eq!(all.map(rests), [false, false, true]);
+        // But not for ever.
+        demand.yield_to_others(Urgency::InTurn).await;
+        drop(foreseen);
+        assert_eq!(all.map(rests), [false; 3]);
+    }
+
+    #[test]
+    fn a_slow_source_is_waited_for_longer_each_time() {
+        let (_dir, demand) = demand();
+        let most = Duration::from_secs(30);
+        for seconds in [2, 4, 8, 16, 30, 30] {
+            let patience = demand.patience(Urgency::Wanted, most);
+            assert_eq!(patience, Duration::from_secs(seconds));
+            demand.stalls.fetch_add(1, Ordering::Relaxed);
+        }
+        assert_eq!(demand.patience(Urgency::InTurn, most), most);
+        assert_eq!(demand.patience(Urgency::Foreseen, Duration::from_secs(1)).as_secs(), 1);
+    }
+
+    #[test]
+    fn who_goes_forward_gets_more_each_time_and_who_jumps_does_not() {
+        let (_dir, demand) = demand();
         let mut at = 0;
         for want in [256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20, 4 << 20] {
             let wide = demand.widen(&(at..at + 4096));

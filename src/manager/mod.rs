@@ -52,7 +52,7 @@ pub use command::{Applied, Command, NewAttachment, NewImage, Outcome, READER_MAX
 pub use driver::{Exporter, Manager, Object, Subscription, Told};
 pub use error::ManagerError;
 pub use node::{Node, NodeError, NodeOptions};
-pub(crate) use perform::unix_now_s;
+pub(crate) use records::unix_now_s;
 pub use records::{
     AttachmentId, AttachmentRecord, BackupRecord, ClassRecord, Expected, Facts, ImageRecord,
     ScrubRecord, ScrubResult, Steering, VolumeRecord,

@@ -9,7 +9,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
@@ -21,7 +21,7 @@ use super::backend::{
 use super::command::{Command, Outcome};
 use super::driver::{Answer, Exporter, Message, Object, Subscription, Told};
 use super::error::ManagerError;
-use super::records::{AttachmentRecord, ClassRecord, ImageRecord, VolumeRecord};
+use super::records::{AttachmentRecord, ClassRecord, ImageRecord, VolumeRecord, unix_now_s};
 use super::settings::{Settings, SettingsRecord};
 use super::world::{Action, Change, Event, Records, World};
 use crate::catalog::{Catalog, CatalogError, Expect, Kind, Revision, list_as, put_as};
@@ -497,10 +497,4 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
         Ok(value) => value,
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
-}
-
-/// Seconds since 1970, UTC; 0 if the clock is before.
-#[must_use]
-pub(crate) fn unix_now_s() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }

@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
@@ -348,6 +349,12 @@ pub struct ClassRecord {
     pub kept: BTreeMap<String, String>,
     /// Seconds since 1970, UTC.
     pub created_unix_s: u64,
+}
+
+/// Seconds since 1970, UTC; 0 if the clock is before.
+#[must_use]
+pub(crate) fn unix_now_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
 #[cfg(test)]
