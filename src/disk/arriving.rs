@@ -339,6 +339,12 @@ impl Arriving {
         came
     }
 
+    /// True while somebody waits for a part of it.
+    #[must_use]
+    pub fn is_waited_for(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0
+    }
+
     /// Notes that a piece was asked for again, as nothing came of it.
     pub fn add_stall(&self) {
         self.counts.stalls.fetch_add(1, Ordering::Relaxed);

@@ -20,7 +20,7 @@ use super::book::Claim;
 use super::error::FetchError;
 use super::fleet::{Broken, Fleet, Held};
 use super::foreseen;
-use crate::disk::Arriving;
+use crate::disk::{Arriving, UNIT_BYTES};
 use crate::ring::{BufPool, BufShare};
 
 /// Connections for what is wanted.
@@ -60,7 +60,7 @@ pub(super) enum Urgency {
 #[derive(Debug)]
 pub(super) struct Demand {
     pub(super) arriving: Arc<Arriving>,
-    share: BufShare,
+    pub(super) share: BufShare,
     pub(super) foreseen_share: BufShare,
     wanted: Traffic,
     foreseen: Traffic,
@@ -91,6 +91,13 @@ impl Demand {
             Urgency::InTurn if self.wanted.is_active() => self.wanted.let_pass().await,
             Urgency::InTurn => self.foreseen.let_pass().await,
         }
+    }
+
+    /// Whether what has come of a piece is worth handing over before all of it has: somebody waits, and
+    /// it is twice as much as was handed over before.
+    pub(super) fn is_worth_handing_over(&self, open_bytes: usize, handed_bytes: u64) -> bool {
+        let open_bytes = open_bytes as u64;
+        open_bytes >= UNIT_BYTES && open_bytes >= 2 * handed_bytes && self.arriving.is_waited_for()
     }
 
     /// How long nothing may come of a piece; `most`: of one in its turn.
@@ -128,7 +135,7 @@ impl Demand {
             forward.remove(0);
         }
         // Where the reader will find the next thing missing.
-        let end = (wanted.start + len).next_multiple_of(crate::disk::UNIT_BYTES);
+        let end = (wanted.start + len).next_multiple_of(UNIT_BYTES);
         forward.push((end, len));
         wanted.start..end
     }

@@ -246,7 +246,11 @@ impl Fleet {
         let (start, permits, buf) = (range.start, permits.take(), buf.take());
         let in_turn = urgency == Urgency::InTurn;
         let feed = if in_turn { self.feed.clone() } else { self.feed.out_of_turn() };
-        let share = self.share.clone();
+        let share = match (&self.demand, urgency) {
+            (Some(demand), Urgency::Wanted) => demand.share.clone(),
+            (Some(demand), Urgency::Foreseen) => demand.foreseen_share.clone(),
+            (Some(_) | None, _) => self.share.clone(),
+        };
         let mut cutter = Cutter::resume(feed, share, start, permits, buf);
         self.progress.set_phase(Phase::Fetching);
         let read = self.read(way, &mut answer, end, &mut cutter, held, urgency).await;
@@ -276,6 +280,8 @@ impl Fleet {
     ) -> Result<(), Broken> {
         // For what a body that is over may not have.
         let mut beyond = [0];
+        // Of a piece out of turn: before its buffer was full.
+        let mut handed_bytes = 0;
         loop {
             let at = cutter.at();
             // A body without a length of its own may go on: that is a lie to be found.
@@ -310,6 +316,13 @@ impl Fleet {
                 Ok(count) => {
                     self.progress.add_received(count as u64);
                     cutter.filled(count).map_err(|Stopped| Broken::Stopped)?;
+                    if let Some(demand) =
+                        self.demand.as_ref().filter(|_| urgency != Urgency::InTurn)
+                        && demand.is_worth_handing_over(cutter.open_bytes(), handed_bytes)
+                    {
+                        handed_bytes += cutter.open_bytes() as u64;
+                        cutter.hand_over().await?.map_err(|Stopped| Broken::Stopped)?;
+                    }
                     self.limit.spend(count).await;
                     self.progress.limit().spend(count).await;
                 }
