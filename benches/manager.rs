@@ -90,7 +90,8 @@ fn manager(c: &mut Criterion) {
     group.bench_function("pass", |b| b.iter(|| world.step(Duration::ZERO, [Event::Tick])));
     group.bench_function("next wake", |b| b.iter(|| black_box(&world).next_wake()));
     group.bench_function("copy of the world", |b| b.iter(|| black_box(&world).clone()));
-    group.bench_function("all images, as they are shown", |b| b.iter(|| black_box(&world).images()));
+    group
+        .bench_function("all images, as they are shown", |b| b.iter(|| black_box(&world).images()));
     let mut number = ATTACHMENTS;
     group.bench_function("attach and detach", |b| {
         b.iter(|| {

@@ -109,10 +109,8 @@ impl Drop for Part {
 }
 
 fn unusable(path: &Path, what: &str, error: &std::io::Error) -> CliError {
-    let exit = match error.kind() {
-        std::io::ErrorKind::NotFound => Exit::NotFound,
-        _another => Exit::Refused,
-    };
+    let is_missing = error.kind() == std::io::ErrorKind::NotFound;
+    let exit = if is_missing { Exit::NotFound } else { Exit::Refused };
     CliError::new(exit, format!("{}: cannot {what}: {error}", path.display()), "")
 }
 
