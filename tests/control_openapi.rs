@@ -195,8 +195,7 @@ fn real_answers_are_as_documented() {
     }
     daemon.events_until("?image=a", |event| event["object"]["copies"][0]["scrub"].is_object());
     ask("GET", "/v1/images/{name}", "/v1/images/a", None);
-    traces_are_as_documented(ask);
-    volumes_are_as_documented(ask);
+    traces_and_volumes_are_as_documented(ask);
     ask("GET", "/v1/settings", "/v1/settings", None);
     ask("POST", "/v1/node/fail", "/v1/node/fail", None);
     ask("GET", "/v1/images/{name}", "/v1/images/a", None);
@@ -210,6 +209,11 @@ fn real_answers_are_as_documented() {
     ask("DELETE", "/v1/attachments/{id}", &held, None);
     ask("DELETE", "/v1/attachments/{id}", &held, None);
     ask("DELETE", "/v1/images/{name}", "/v1/images/a", None);
+}
+
+fn traces_and_volumes_are_as_documented(ask: impl Fn(&str, &str, &str, Option<&str>) + Copy) {
+    traces_are_as_documented(ask);
+    volumes_are_as_documented(ask);
 }
 
 /// Of the image `a`, which is ready, `u`, which is not, and `b`, which is none.
