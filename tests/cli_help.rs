@@ -33,6 +33,7 @@ const COMMANDS: [&str; 29] = [
     "watch",
     "events",
     "disks",
+    "disk",
     "doctor",
     "completions",
     "man",
