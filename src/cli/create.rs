@@ -8,12 +8,13 @@ use super::exit::CliError;
 use super::follow::{self, OnFailure};
 use super::get;
 use super::output::Output;
-use super::source;
+use super::{source, trace};
 use crate::control::client::Client;
 use crate::control::types::{CreateImage, Digests, FetchImage, Image};
 use crate::fetch::SourceUrl;
 use crate::image::Format;
 use crate::import::Layout;
+use crate::names::ImageName;
 
 pub(super) async fn run(
     args: &CreateArgs,
@@ -22,12 +23,18 @@ pub(super) async fn run(
 ) -> Result<(), CliError> {
     let client = Client::new(&global.socket());
     let url = source::parse(&args.source)?;
+    let file = args.trace.as_deref();
+    let prefetch = file.map(|file| trace::read(file, args.force_trace)).transpose()?;
     let name = args.name.as_ref().map(ToString::to_string);
     let mut request = request(&url, name, &args.expected, args.format, args.layout)?;
     request.mirrors.clone_from(&args.mirror);
     request.access = args.access.by_value()?;
     args.stands.put_into(&mut request);
     let mut image: Image = client.post("/v1/images", &request).await?;
+    if let Some(prefetch) = prefetch {
+        let name = ImageName::parse(&image.name).map_err(|error| CliError::refused(&error))?;
+        image = trace::put(&client, &name, &prefetch).await?;
+    }
     if args.fetch || args.wait || args.disk.is_some() {
         let target = format!("/v1/images/{}/fetch", image.name);
         image = client.post(&target, &FetchImage { disk: args.disk.clone() }).await?;

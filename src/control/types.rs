@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 pub use super::types_attachment::{Vm, Wait};
 use super::types_health::Scrub;
+use super::types_trace::Prefetch;
 use crate::fetch::{Access, DigestKind, DigestMap};
 
 /// Digests of an image's file, lower-case hex.
@@ -163,6 +164,9 @@ pub struct Image {
     pub stored_bytes: Option<u64>,
     /// Digests that were computed.
     pub digests: Digests,
+    /// What is kept of what its readers will ask for first; `null` for nothing.
+    #[serde(default)]
+    pub prefetch: Option<Prefetch>,
     /// Its copies, by disk.
     pub copies: Vec<Copy>,
     /// How many attachments hold it.

@@ -11,6 +11,8 @@ use super::settings::Settings;
 use super::types::{Attachment, Copy, Digests, Event, Image, Nbd, Vm, Wait};
 use super::types_disk::Disk;
 use super::types_health::{Node, Scrub};
+use super::types_trace::Prefetch;
+use crate::image::Trace;
 use crate::manager::{
     AttachmentState, AttachmentStatus, Change, CopyState, CopyStatus, DiskView, ImageStatus,
 };
@@ -43,12 +45,18 @@ pub(crate) fn image(status: &ImageStatus, sockets: &Sockets) -> Image {
         size_bytes: facts.map(|f| f.size_bytes),
         stored_bytes: (!sealed.is_empty()).then(|| sealed.iter().sum()),
         digests: facts.map_or_else(Digests::default, |f| (&f.digests).into()),
+        prefetch: record.prefetch.as_deref().map(prefetch),
         copies: status.copies.iter().map(copy).collect(),
         attachments: status.attachments as u64,
         deleting: record.deleting,
         nbd: status.exported.then(|| nbd(&record.name, &sockets.nbd)),
         created_at: rfc3339(record.created_unix_s),
     }
+}
+
+fn prefetch(trace: &Trace) -> Prefetch {
+    let size_bytes = trace.size_bytes().unwrap_or(u64::MAX);
+    Prefetch { ranges: trace.len() as u64, bytes: trace.bytes(size_bytes) }
 }
 
 fn copy(status: &CopyStatus) -> Copy {

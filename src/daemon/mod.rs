@@ -158,6 +158,7 @@ impl Daemon {
             backend: backend.clone(),
             sockets,
             doctor: Box::new(move || doctor::of_running_daemon(&disks)),
+            readers: Arc::clone(&registry),
             served: Box::new(move |name| served(&registry, name)),
             closing: watch_closing,
             http: HttpCounters::default(),

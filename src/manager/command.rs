@@ -5,6 +5,7 @@
 //! Never: starts a transfer for a mere `create` (rule 1).
 //! Start at [`World::command`].
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::backend::DiskStatus;
@@ -18,7 +19,7 @@ use super::steer::SteeringChange;
 use super::volume::NewVolume;
 use super::world::{Action, Attachment, AttachmentState, Change, Image, Touched, Worker, World};
 use crate::fetch::{Access, SourceUrl};
-use crate::image::Format;
+use crate::image::{Format, Trace};
 use crate::import::Layout;
 use crate::names::{ClassName, DiskUuid, ImageName, ImageUuid, VolumeName};
 
@@ -87,6 +88,8 @@ pub enum Command {
     Fetch(ImageName, Option<DiskUuid>),
     /// Steer its transfers.
     Steer(ImageName, SteeringChange),
+    /// Keep with it what its readers will ask for first, or nothing any more.
+    SetPrefetch(ImageName, Option<Arc<Trace>>),
     /// Stop its unfinished transfers and remove what has arrived of them.
     Cancel(ImageName),
     /// Remove its copies on these disks, all of them or none.
@@ -178,6 +181,7 @@ impl World {
                 Outcome::Image(name, false)
             }
             Command::Steer(name, change) => self.steer(name, change, &mut touched)?,
+            Command::SetPrefetch(name, trace) => self.set_prefetch(name, trace, &mut touched)?,
             Command::Cancel(name) => self.cancel(name, &mut touched)?,
             Command::CleanUp(name, disks) => self.clean_up(name, &disks, &mut touched)?,
             Command::Scrub(name, disk) => self.ask_for_scrub(name, disk.as_ref(), &mut touched)?,
@@ -244,6 +248,7 @@ impl World {
                 steering: Steering::default(),
                 expected: new.expected,
                 declared_format: new.declared_format,
+                prefetch: None,
                 facts: None,
                 disks: std::collections::BTreeMap::new(),
                 min_copies: new.min_copies,

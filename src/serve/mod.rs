@@ -15,6 +15,7 @@ mod error;
 mod exports;
 mod latency;
 mod listener;
+mod recorder;
 mod socket;
 mod stats;
 mod warmth;
@@ -23,6 +24,8 @@ pub use acceptor::Stopper;
 pub use error::ServeError;
 pub use exports::{Attachment, Export, Exports};
 pub use latency::{Latency, Times, Via};
+pub use recorder::{Recorder, Tracing};
 pub use socket::Socket;
 pub use stats::{CounterValues, Counters};
+
 pub use warmth::{Wanted, Warmth};

@@ -334,7 +334,7 @@ impl Node {
                     assert!(!self.exported.contains_key(&id.image));
                     assert!(self.publishing.insert(id), "once");
                 }
-                Action::Stream(chain) => {
+                Action::Stream(chain, _) => {
                     let (top, beneath) = chain.split_first().unwrap();
                     let state = self.world.images[&top.copy.image].copies[&top.copy.disk].state;
                     assert!(!state.is_sealed(), "a complete one is published");

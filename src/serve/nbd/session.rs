@@ -207,12 +207,18 @@ impl<T: Transport> Session<'_, T> {
     /// Answers all whole requests in the inbox.
     fn answer_arrived(&mut self) -> Result<(), End> {
         let style = self.agreed.style;
+        let recorder = self.agreed.attachment.export().tracing().recorder();
         loop {
             let Some((request, len)) = style.first_request(self.inbox.bytes()) else {
                 return self.inbox.check_magic(style);
             };
             self.inbox.check_magic(style)?;
             self.inbox.consume(len);
+            if let Some(recorder) = &recorder
+                && matches!(request.command, command::READ | command::CACHE)
+            {
+                recorder.note(request.offset, request.len_bytes);
+            }
             if !self.defer(&request) {
                 self.answer(&request)?;
             }
