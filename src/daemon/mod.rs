@@ -2,8 +2,9 @@
 //!
 //! Why: rooms that know nothing of each other are put together in one place.
 //! How: [`Daemon::start`] takes a [`Config`] and a [`Backend`], opens the catalog on the first
-//! disk, starts the NBD server, the manager and the control socket, in this order; the handle ends
-//! them in the reverse order, so that what is durable is kept and nobody talks to a closed room.
+//! disk, starts the NBD server, the manager and the control socket, in this order; readers are let in
+//! once the images are open; the handle ends all of it in the reverse order, so that what is durable
+//! is kept and nobody talks to a closed room.
 //! Never: decides what an image needs.
 //! Start at [`Daemon::start`].
 
@@ -33,7 +34,7 @@ use crate::peer::Allowed;
 use crate::serve::activation::Inherited;
 use crate::serve::{self, Exports, Via};
 
-use servers::{Place, Places, Servers};
+use servers::{Gates, Place, Places, Servers};
 
 pub use config::{Config, ConfigError};
 pub use error::DaemonError;
@@ -68,6 +69,8 @@ pub struct DaemonHandle {
     nbd_socket: PathBuf,
     replica_socket: PathBuf,
     closing: watch::Sender<bool>,
+    /// Lets readers in, when it is time.
+    opening: tokio::task::JoinHandle<()>,
 }
 
 impl Daemon {
@@ -83,7 +86,8 @@ impl Daemon {
         Ok(Arc::new(Node::open(&config.node_options()?)?))
     }
 
-    /// Starts everything; when it returns, all sockets answer.
+    /// Starts everything; when it returns, the control socket answers, and readers who connect are
+    /// answered as soon as the images that are complete are open.
     ///
     /// # Errors
     /// [`DaemonError`]; what was started is stopped again.
@@ -126,9 +130,6 @@ impl Daemon {
                 }
             };
 
-        // Who comes back to an engine that was started anew must find its image there.
-        manager.settled(SETTLE).await;
-        servers.open();
         let (closing, watch_closing) = watch::channel(false);
         let disks = config.disks.clone();
         let app = App::new(AppParts {
@@ -155,6 +156,7 @@ impl Daemon {
                 return Err(error.into());
             }
         };
+        let opening = tokio::spawn(let_in(manager.clone(), servers.take_gates()));
         tracing::info!(
             control = %control_socket.display(), nbd = %nbd_socket.display(),
             replica = %replica_socket.display(), "daemon is ready"
@@ -168,8 +170,15 @@ impl Daemon {
             nbd_socket,
             replica_socket,
             closing,
+            opening,
         })
     }
+}
+
+/// Who comes back to an engine that was started anew must find its image there.
+async fn let_in(manager: Manager, gates: Gates) {
+    manager.settled(SETTLE).await;
+    drop(gates);
 }
 
 impl DaemonHandle {
@@ -200,6 +209,7 @@ impl DaemonHandle {
     /// Ends it in order: no new commands; workers stop and what they have is durable; sessions
     /// are served what they asked for and hung up; the catalog is closed.
     pub async fn shutdown(self) {
+        self.opening.abort();
         self.closing.send_replace(true);
         self.control.shutdown().await;
         let (manager, vms) = (&self.manager, leave_vms(self.exporter));

@@ -140,11 +140,13 @@ impl Tcp {
     }
 }
 
+/// One for each server, held while it may not answer yet. Nothing is ever sent: its end is the sign.
+pub(super) type Gates = Vec<mpsc::Sender<Infallible>>;
+
 /// The servers of readers, each on a thread of its own.
 pub(super) struct Servers {
     threads: Vec<ServerThread>,
-    /// One for each, held until they may answer.
-    gates: Vec<mpsc::Sender<Infallible>>,
+    gates: Gates,
     /// Where the one over TCP listens.
     pub(super) tcp: Option<SocketAddr>,
 }
@@ -156,7 +158,8 @@ struct ServerThread {
 }
 
 impl Servers {
-    /// Listens on all sockets. Nobody is answered before [`open`](Self::open).
+    /// Listens on all sockets. Nobody is answered before the gates
+    /// are dropped.
     ///
     /// # Errors
     /// [`DaemonError`]; nothing listens then.
@@ -197,7 +200,6 @@ impl Servers {
     ) -> Result<(), DaemonError> {
         let (gate, opened) = mpsc::channel();
         let run = move || {
-            // Nothing is ever sent: the end of the other side is the sign.
             let _opened = opened.recv();
             if let Err(error) = run() {
                 let error = crate::fetch::one_line(&error);
@@ -216,14 +218,14 @@ impl Servers {
         Ok(())
     }
 
-    /// Lets them answer who has connected.
-    pub(super) fn open(&mut self) {
-        self.gates.clear();
+    /// What holds the servers back: they answer who has connected when it is dropped.
+    pub(super) fn take_gates(&mut self) -> Gates {
+        std::mem::take(&mut self.gates)
     }
 
     /// Stops them all, and waits until their sessions have ended.
-    pub(super) async fn stop(mut self) {
-        self.open();
+    pub(super) async fn stop(self) {
+        drop(self.gates);
         self.threads.iter().for_each(|thread| thread.stopper.stop());
         for ServerThread { thread, .. } in self.threads {
             let _panicked = tokio::task::spawn_blocking(move || thread.join()).await;
