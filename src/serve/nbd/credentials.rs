@@ -135,15 +135,19 @@ impl TlsFiles {
                 builder.with_client_cert_verifier(verifier)
             }
         };
-        let mut config = builder.with_single_cert(chain, key).map_err(|error| match error {
-            rustls::Error::InconsistentKeys(_) => {
+        let mut config = builder.with_single_cert(chain, key).map_err(|error| {
+            if matches!(error, rustls::Error::InconsistentKeys(_)) {
                 let cert = self.cert.display();
-                refuse("key", &self.key, format!("is not that of the certificate in {cert}"))
+                return refuse(
+                    "key",
+                    &self.key,
+                    format!("is not that of the certificate in {cert}"),
+                );
             }
-            error @ rustls::Error::InvalidCertificate(_) => {
-                refuse("certificate", &self.cert, format!("is of no use: {error}"))
-            }
-            error => refuse("key", &self.key, format!("is of no use: {error}")),
+            let of_cert = matches!(error, rustls::Error::InvalidCertificate(_));
+            let (what, path) =
+                if of_cert { ("certificate", &self.cert) } else { ("key", &self.key) };
+            refuse(what, path, format!("is of no use: {error}"))
         })?;
         config.ignore_client_order = true;
         config.session_storage = Arc::new(NoServerSessionStorage {});
