@@ -5,6 +5,7 @@
 mod control_support;
 mod tls_support;
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -126,6 +127,8 @@ fn address(log: &str) -> &str {
 fn a_daemon_serves_a_network_over_tls_and_says_who_reads() {
     let dir = tempfile::tempdir().unwrap();
     let pki = Pki::make(&dir.path().join("pki"));
+    let open = std::fs::Permissions::from_mode(0o644);
+    std::fs::set_permissions(pki.path("server.key"), open).unwrap();
     let config = format!("nbd_tcp = '127.0.0.1:0'\n{}", tls_keys(&pki));
     let daemon = Daemon::start_in(dir, &config);
     let dir = daemon.dir.path();
@@ -148,6 +151,8 @@ fn a_daemon_serves_a_network_over_tls_and_says_who_reads() {
         assert!(reads.contains("127.0.0.1:") && reads.contains("disk"), "{reads}");
         assert!(reads.contains("TLSv1_3"), "{reads}");
         let refused = log.lines().find(|line| line.contains("TLS:") && line.contains("peer"));
+        let warned = log.lines().find(|line| line.contains("may use this key"));
+        assert!(warned.is_some_and(|line| line.contains("server.key") && line.contains("0644")));
         assert!(refused.is_some_and(|line| line.contains("127.0.0.1:")), "{log}");
         ended
     };
