@@ -13,7 +13,7 @@ use crate::daemon::Config;
 /// Where NBD is served over TCP, and how it is secured.
 #[derive(Clone, Debug, Default, Args)]
 pub struct TcpArgs {
-    /// Serve NBD over TCP at this address, as 0.0.0.0:10809 or [::]:10809, with TLS or --plain
+    /// Serve NBD over TCP at this address, as `0.0.0.0:10809` or `[::]:10809`, with TLS or --plain
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub tcp: Option<SocketAddr>,
     /// Certificate for TLS, and those between it and its authority (PEM)
