@@ -14,6 +14,7 @@ use clap_complete::Shell;
 use super::args_access::AccessArgs;
 use super::args_attach::{AttachArgs, DetachArgs};
 use super::args_digest::DigestArgs;
+use super::args_disk::DiskArgs;
 use super::args_health::{NodeArgs, ScrubArgs, SettingsArgs};
 use super::args_steer::{CancelArgs, CleanupArgs, PauseArgs, ResumeArgs, SetArgs, WatchArgs};
 use super::args_tcp::TcpArgs;
@@ -155,6 +156,8 @@ pub enum Command {
     Events(EventsArgs),
     /// List disks
     Disks(DisksArgs),
+    /// Add, empty, tag or remove a disk
+    Disk(DiskArgs),
     /// Check this host and the daemon, and say what to do
     Doctor(DoctorArgs),
     /// Print completions for a shell

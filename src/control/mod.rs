@@ -10,6 +10,7 @@
 mod apply;
 mod body;
 pub mod client;
+mod disks;
 mod error;
 mod events;
 mod handlers;
@@ -21,6 +22,7 @@ pub mod settings;
 mod stats;
 pub mod types;
 pub mod types_attachment;
+pub mod types_disk;
 pub mod types_health;
 pub mod types_stats;
 pub mod types_volume;

@@ -8,7 +8,7 @@
 //! Start at [`Backend`].
 
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -402,6 +402,19 @@ pub struct NodeSettings {
 pub trait Backend: Send + Sync + 'static {
     /// The disks, in the order of the configuration, as they are now. Quick (`statvfs`).
     fn disks(&self) -> Vec<DiskStatus>;
+
+    /// Opens a disk again that was found gone, if it is back. Blocks.
+    fn reopen(&self, disk: &DiskUuid);
+
+    /// Opens one disk more, or one that is missing at its old path; a directory that is no disk
+    /// becomes one. Gives every copy that it holds. One that is open already is no error. Blocks.
+    ///
+    /// # Errors
+    /// [`BackendError`]: it can't be opened, or another process has it.
+    fn add_disk(&self, path: &Path) -> Result<(DiskUuid, Vec<FoundCopy>), BackendError>;
+
+    /// A disk is none of this node's any more. Quick.
+    fn forget_disk(&self, disk: &DiskUuid);
 
     /// At start: every copy that the disks hold. May read directories and records, not data.
     fn scan(&self) -> Vec<FoundCopy>;

@@ -15,12 +15,14 @@ mod class;
 mod cleanup;
 mod command;
 mod copies;
+mod disks;
 mod drill;
 mod driver;
 mod error;
 mod facts;
 mod helm;
 mod index;
+mod keep;
 mod mend;
 mod node;
 mod perform;
@@ -29,6 +31,7 @@ mod recovery;
 mod scrub;
 mod settings;
 mod siblings;
+mod slots;
 mod status;
 mod steer;
 mod step;
@@ -52,13 +55,14 @@ pub use backend::{
     WorkerHandle,
 };
 pub use command::{Applied, Command, NewAttachment, NewImage, Outcome, READER_MAX_LEN};
+pub use disks::{DiskChange, DiskView, OpenedDisk};
 pub use driver::{Exporter, Manager, Object, Subscription, Told};
 pub use error::ManagerError;
 pub use node::{Node, NodeError, NodeOptions};
 pub(crate) use perform::unix_now_s;
 pub use records::{
-    AttachmentId, AttachmentRecord, BackupRecord, ClassRecord, Expected, Facts, ImageRecord,
-    ScrubRecord, ScrubResult, Steering, VolumeRecord,
+    AttachmentId, AttachmentRecord, BackupRecord, ClassRecord, DiskRecord, Expected, Facts,
+    ImageRecord, ScrubRecord, ScrubResult, Steering, VolumeRecord,
 };
 pub use settings::{Setting, Settings, SettingsChange, SettingsRecord};
 pub use status::{AttachmentStatus, CopyStatus, ImageStatus, ReplicaStatus, VolumeStatus};

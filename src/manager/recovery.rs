@@ -108,7 +108,9 @@ impl World {
         let room = || {
             let free = |d: &&super::DiskStatus| d.free_bytes.saturating_sub(d.reserved_bytes);
             let mut disks = self.disks.iter().filter(|disk| self.is_fit(&disk.uuid));
-            disks.find(|disk| free(disk) > need_bytes).map(|disk| &disk.uuid)
+            disks
+                .find(|disk| free(disk) > need_bytes && self.is_open_to_copies(&disk.uuid))
+                .map(|disk| &disk.uuid)
         };
         known.or_else(room).cloned()
     }

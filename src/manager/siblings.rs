@@ -10,7 +10,7 @@
 use std::sync::Arc;
 
 use super::backend::CopyInfo;
-use super::node::Slot;
+use super::slots::Slot;
 use super::worker::{WorkError, Worker};
 use crate::disk::{CopyRecord, CopyState, DiskError, Sealed};
 use crate::fetch::{self, Engine, FetchError, one_line};

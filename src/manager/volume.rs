@@ -182,7 +182,7 @@ impl World {
         }
         if named > 0 {
             for (index, disk) in new.disks.iter().enumerate() {
-                self.disk(disk).ok_or_else(|| ManagerError::NoSuchDisk { disk: disk.clone() })?;
+                self.check_disk(&new.image, disk)?;
                 if new.disks.iter().take(index).any(|other| other == disk) {
                     return Err(ManagerError::DiskTwice { disk: disk.clone() });
                 }
@@ -198,7 +198,7 @@ impl World {
         let mut fit: Vec<(u64, &DiskUuid)> = self
             .disks
             .iter()
-            .filter(|disk| disk.healthy)
+            .filter(|disk| disk.healthy && (self.is_open_to_copies(&disk.uuid) || here(&disk.uuid)))
             .map(|disk| (disk.free_bytes.saturating_sub(disk.reserved_bytes), &disk.uuid))
             .filter(|(free, uuid)| *free > need_bytes || here(uuid))
             .collect();

@@ -17,8 +17,9 @@ use super::backend::{
 };
 use super::helm::{Held, Helms};
 use super::mend::Unrepaired;
-use super::node::{OpenError, Slot, info_of, store_id};
+use super::node::{OpenError, info_of, store_id};
 use super::records::Expected;
+use super::slots::Slot;
 use super::turns::{Turn, Turns};
 use super::uploads::Uploads;
 use crate::disk::{self, CopyState, DigestKind, DiskError, Filling, SealRecord};
