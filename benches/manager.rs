@@ -2,7 +2,6 @@
 //! attachments: a pass over all of it, the look for what is due next, and a command.
 
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed benchmark")]
-#![expect(missing_docs, reason = "criterion makes functions without")]
 
 use std::hint::black_box;
 use std::time::Duration;

@@ -17,6 +17,7 @@ use super::args_digest::DigestArgs;
 use super::args_disk::DiskArgs;
 use super::args_health::{NodeArgs, ScrubArgs, SettingsArgs};
 use super::args_steer::{CancelArgs, CleanupArgs, PauseArgs, ResumeArgs, SetArgs, WatchArgs};
+use super::args_tcp::TcpArgs;
 use super::args_top::TopArgs;
 use super::args_trace::TraceArgs;
 use super::args_upload::UploadArgs;
@@ -313,6 +314,9 @@ pub struct ServeArgs {
     /// Unix socket to serve NBD on [default: bedplate/nbd.sock on the first disk]
     #[arg(long, value_name = "SOCKET")]
     pub nbd: Option<PathBuf>,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type")]
+    pub tcp: TcpArgs,
     /// Fetch from this host's loopback addresses too
     #[arg(long)]
     pub allow_loopback: bool,

@@ -15,6 +15,7 @@ pub mod args_digest;
 mod args_disk;
 pub mod args_health;
 pub mod args_steer;
+pub mod args_tcp;
 pub mod args_top;
 pub mod args_trace;
 pub mod args_upload;

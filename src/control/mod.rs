@@ -42,7 +42,7 @@ use crate::image::Waits;
 use crate::manager::{AttachmentId, Backend, Manager};
 use crate::serve::{CounterValues, Exports, Times, Via};
 pub use metrics::HttpCounters;
-pub use wire::{nbd_uri, rfc3339};
+pub use wire::{nbd_tcp_uri, nbd_uri, rfc3339};
 
 /// What the handlers work with. Cheap to clone.
 #[derive(Clone)]

@@ -4,6 +4,7 @@
 //! Never: puts a whole URL into an answer.
 //! Start at [`image`].
 
+use std::net::SocketAddr;
 use std::path::Path;
 
 use super::Sockets;
@@ -178,6 +179,22 @@ pub fn nbd_uri(export: &str, socket: &Path) -> String {
     format!("nbd+unix:///{export}?socket={socket}")
 }
 
+/// The URI of an export at an address of a network: `nbds://ADDRESS:PORT/NAME`, or `nbd://` without
+/// TLS. Where a server listens at all addresses of its host, the URI has the host's name.
+#[must_use]
+pub fn nbd_tcp_uri(export: &str, address: SocketAddr, encrypted: bool) -> String {
+    let scheme = if encrypted { "nbds" } else { "nbd" };
+    let host = if address.ip().is_unspecified() {
+        rustix::system::uname().nodename().to_string_lossy().into_owned()
+    } else {
+        // With brackets around IPv6.
+        let without_port = address.to_string();
+        without_port.rsplit_once(':').map(|(host, _)| host.to_owned()).unwrap_or_default()
+    };
+    let port = address.port();
+    format!("{scheme}://{host}:{port}/{}", escape(export.as_bytes()))
+}
+
 /// RFC 3986: everything but unreserved characters and `/` as `%XX`.
 pub(crate) fn escape(bytes: &[u8]) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte);
@@ -222,6 +239,15 @@ mod tests {
         ] {
             assert_eq!(rfc3339(unix_s), text);
         }
+    }
+
+    #[test]
+    fn an_nbd_uri_of_a_network_has_a_host_and_a_port() {
+        let uri = |at: &str, encrypted| nbd_tcp_uri("a b", at.parse().unwrap(), encrypted);
+        assert_eq!(uri("10.0.0.1:10809", true), "nbds://10.0.0.1:10809/a%20b");
+        assert_eq!(uri("[2001:db8::1]:7", false), "nbd://[2001:db8::1]:7/a%20b");
+        let any = uri("[::]:10809", true);
+        assert!(any.starts_with("nbds://") && !any.contains("::]"), "{any}");
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! Never: changes a byte of an image, or opens one.
 //! Start at [`Exports`], [`nbd::Server`], [`replica::Server`] and [`vhost_user::Server`].
 
+pub mod activation;
 pub mod nbd;
 pub mod replica;
 pub mod vhost_user;
