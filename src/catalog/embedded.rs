@@ -17,8 +17,8 @@ use tokio::sync::watch;
 
 use super::log::{self, LOG};
 use super::{
-    Catalog, CatalogError, Change, Expect, KEPT_CHANGES, Kind, Listing, Revision, Stored, check_expected,
-    check_key, check_record,
+    Catalog, CatalogError, Change, Expect, KEPT_CHANGES, Kind, Listing, Revision, Stored,
+    check_expected, check_key, check_record,
 };
 
 type Records = TableDefinition<'static, &'static str, &'static [u8]>;
@@ -188,9 +188,7 @@ enum Changes {
 }
 
 /// The last revision that was given.
-fn newest(
-    counter: &impl ReadableTable<&'static str, u64>,
-) -> Result<u64, redb::StorageError> {
+fn newest(counter: &impl ReadableTable<&'static str, u64>) -> Result<u64, redb::StorageError> {
     Ok(counter.get(NEXT_REVISION)?.map_or(0, |last| last.value()))
 }
 

@@ -11,7 +11,8 @@ use redb::{ReadableTable, ReadableTableMetadata, Table, TableDefinition};
 
 use super::{Change, Kind, Revision};
 
-pub(super) const LOG: TableDefinition<'static, u64, &'static [u8]> = TableDefinition::new("changes");
+pub(super) const LOG: TableDefinition<'static, u64, &'static [u8]> =
+    TableDefinition::new("changes");
 
 /// Adds a change, and takes the oldest away until at most `kept` are left.
 pub(super) fn append(

@@ -32,6 +32,7 @@ pub(super) async fn run(args: &GetArgs, global: &Global, output: &Output) -> Res
         ("file size", size(image.size_bytes)),
         ("on disk", size(image.stored_bytes)),
     ];
+    facts.extend(image.clone_of.clone().map(|image| ("clone of", image)));
     facts.extend(image.base.clone().map(|base| ("base", base)));
     facts.extend(image.snapshot.clone().map(|snapshot| ("snapshot", snapshot)));
     let found = image.digests.by_name().into_iter();

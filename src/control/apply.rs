@@ -16,9 +16,8 @@ use super::handlers::{Answer, new_image};
 use super::types::CreateImage;
 use super::types_volume::{Applied, AppliedDocument};
 use super::wire_volume;
-use crate::fetch::SourceUrl;
 use crate::manager::{self, ClassRecord, ManagerError, NewImage, NewVolume, unix_now_s};
-use crate::manifest::{self, Claim, Document, Object};
+use crate::manifest::{self, Claim, Document, ImageSource, Object};
 use crate::names::ImageName;
 
 pub(super) async fn apply(State(app): State<App>, Text(text): Text) -> Answer<Json<Applied>> {
@@ -68,8 +67,8 @@ async fn apply_one(app: &App, object: Object, notes: &mut Vec<String>) -> Answer
         }
         Object::Claim(claim) => apply_claim(app, claim, notes).await,
         Object::Image(image) => {
-            let manifest::Image { name, url, sha512, min_copies } = image;
-            let new = image_of(&name, &url, sha512, min_copies)?;
+            let manifest::Image { name, source, sha512, min_copies } = image;
+            let new = image_of(&name, &source, sha512, min_copies)?;
             let (image, is_new) = app.manager.create(new).await?;
             if min_copies.is_some_and(|least| least.max(1) != image.record.min_copies.max(1)) {
                 let text = "the image keeps its least number of copies; `bedplate set` changes it";
@@ -109,7 +108,10 @@ async fn apply_claim(app: &App, claim: Claim, notes: &mut Vec<String>) -> Answer
         return Err(ApiError::new(status, "no-image", message, hint));
     };
     let new_image = match &class.url {
-        Some(url) => Some(Box::new(image_of(&image, url, class.sha512.clone(), class.min_copies)?)),
+        Some(url) => {
+            let (source, sha512) = (ImageSource::Url(url.clone()), class.sha512.clone());
+            Some(Box::new(image_of(&image, &source, sha512, class.min_copies)?))
+        }
         None => None,
     };
     let new = NewVolume {
@@ -139,14 +141,13 @@ async fn create_volume(app: &App, new: NewVolume, notes: &mut Vec<String>) -> An
 
 fn image_of(
     name: &ImageName,
-    url: &SourceUrl,
+    source: &ImageSource,
     sha512: Option<String>,
     min_copies: Option<u32>,
 ) -> Answer<NewImage> {
-    new_image(&CreateImage {
-        name: Some(name.to_string()),
-        sha512,
-        min_copies,
-        ..CreateImage::of_url(url.expose().as_str())
-    })
+    let from = match source {
+        ImageSource::Url(url) => CreateImage::of_url(url.expose().as_str()),
+        ImageSource::Clone(image) => CreateImage::clone_of(image.as_str()),
+    };
+    new_image(&CreateImage { name: Some(name.to_string()), sha512, min_copies, ..from })
 }

@@ -90,6 +90,14 @@ impl From<ManagerError> for ApiError {
             ManagerError::IsABase { .. } => {
                 (StatusCode::CONFLICT, "in-use", "delete the images that stand on it first")
             }
+            ManagerError::HasClones { .. } => (
+                StatusCode::CONFLICT,
+                "in-use",
+                "fetch these clones and wait until they are ready, or delete them first",
+            ),
+            ManagerError::NothingToClone { .. } => {
+                (StatusCode::CONFLICT, "not-ready", "clone what it is a clone of")
+            }
             ManagerError::NoSuchCopy { .. } => {
                 (StatusCode::NOT_FOUND, "not-found", "`bedplate get NAME` shows its copies")
             }

@@ -27,6 +27,7 @@ pub(crate) fn image(status: &ImageStatus, sockets: &Sockets) -> Image {
         source: record.source.as_ref().map(ToString::to_string),
         mirrors: record.mirrors.iter().map(ToString::to_string).collect(),
         upload_bytes: record.upload_bytes,
+        clone_of: record.clone_of.as_ref().map(|of| of.image.to_string()),
         access: record.access.kinds().into_iter().map(str::to_owned).collect(),
         layout: record.layout.to_string(),
         base: record.base.as_ref().map(ToString::to_string),

@@ -153,6 +153,19 @@ pub struct CopyTask {
     pub facts: Option<Facts>,
     /// Disks of this node with a complete copy: from there, before the source is asked.
     pub ready_on: Vec<DiskUuid>,
+    /// The image that it is a clone of: from its copies, if there is no other. No source then.
+    pub origin: Option<CopyOf>,
+}
+
+/// The copies of another image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CopyOf {
+    /// Its name.
+    pub image: ImageName,
+    /// Its uuid.
+    pub uuid: ImageUuid,
+    /// Disks of this node with a complete copy of it.
+    pub ready_on: Vec<DiskUuid>,
 }
 
 /// What a worker is busy with.

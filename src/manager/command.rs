@@ -35,6 +35,8 @@ pub struct NewImage {
     pub source: Option<SourceUrl>,
     /// How many bytes are uploaded; `None` if there is a source.
     pub upload_bytes: Option<u64>,
+    /// The image that it is a clone of; no source then.
+    pub clone_of: Option<ImageName>,
     /// What it takes to reach it.
     pub access: Box<Access>,
     /// Where the same bytes are too.
@@ -209,7 +211,7 @@ impl World {
     /// Rules 1 and 13.
     pub(super) fn create(
         &mut self,
-        new: NewImage,
+        mut new: NewImage,
         touched: &mut Touched,
     ) -> Result<Outcome, ManagerError> {
         for disk in &new.disks {
@@ -218,8 +220,10 @@ impl World {
         let name = new.name.clone();
         let is_new = !self.images.contains_key(&name);
         if is_new {
+            let clone_of = self.inherit(&mut new)?;
             self.check_base(&name, new.base.as_ref())?;
             let record = ImageRecord {
+                clone_of,
                 name: new.name,
                 uuid: new.uuid,
                 source: new.source,
@@ -300,6 +304,7 @@ impl World {
     ) -> Result<Outcome, ManagerError> {
         let attachments = self.attachments_of(&name).count();
         let overlays = self.overlays_of(&name);
+        let clones = self.pending_clones_of(&name);
         let volumes: Vec<_> = self.volumes_of(&name).map(|v| v.record.name.clone()).collect();
         let Some(image) = self.images.get_mut(&name) else {
             return Err(ManagerError::NoSuchImage { name });
@@ -315,6 +320,9 @@ impl World {
         }
         if !overlays.is_empty() {
             return Err(ManagerError::IsABase { name, overlays });
+        }
+        if !clones.is_empty() {
+            return Err(ManagerError::HasClones { name, clones });
         }
         image.record.deleting = true;
         for copy in image.copies.values_mut() {
@@ -401,10 +409,13 @@ impl World {
         if let Some((uuid, _)) = copies.next() {
             return Ok(uuid.clone());
         }
-        let need_bytes = image.record.facts.as_ref().map_or(0, |f| f.size_bytes);
+        let need_bytes = self.facts_of(image).map_or(0, |f| f.size_bytes);
         let room = |d: &&DiskStatus| {
             d.healthy && d.free_bytes.saturating_sub(d.reserved_bytes) > need_bytes
         };
+        if let Some(disk) = self.disk_of_origin(image, room) {
+            return Ok(disk);
+        }
         match self.disks.iter().find(room) {
             Some(disk) => Ok(disk.uuid.clone()),
             None => Err(ManagerError::NoRoom { name: name.clone(), need_bytes }),
@@ -414,12 +425,15 @@ impl World {
 
 /// The existing image is the one that is asked for, as far as both say.
 fn same_image(record: &ImageRecord, new: &NewImage) -> Result<(), ManagerError> {
-    if record.source != new.source || record.upload_bytes != new.upload_bytes {
+    let cloned = record.clone_of.as_ref().map(|of| &of.image);
+    let is_other = record.source != new.source || record.upload_bytes != new.upload_bytes;
+    if is_other || cloned != new.clone_of.as_ref() {
         let name = record.name.clone();
-        let source_text = match (&record.source, record.upload_bytes) {
-            (Some(source), _) => source.to_string(),
-            (None, Some(bytes)) => format!("an upload of {bytes} bytes"),
-            (None, None) => "none (found on a disk)".to_owned(),
+        let source_text = match (&record.source, record.upload_bytes, cloned) {
+            (Some(source), ..) => source.to_string(),
+            (None, Some(bytes), _) => format!("an upload of {bytes} bytes"),
+            (None, None, Some(cloned)) => format!("a clone of {cloned}"),
+            (None, None, None) => "none (found on a disk)".to_owned(),
         };
         return Err(ManagerError::OtherSource { name, source_text });
     }
@@ -435,8 +449,13 @@ fn same_image(record: &ImageRecord, new: &NewImage) -> Result<(), ManagerError> 
     let shown = |url: &Option<SourceUrl>| url.as_ref().map(ToString::to_string);
     let others = [
         ("checksum_url", shown(&record.expected.checksum_url), shown(&new.expected.checksum_url)),
-        ("base", Some(named(&record.base)), Some(named(&new.base))),
-        ("snapshot", Some(text(&record.snapshot)), Some(text(&new.snapshot))),
+        // A clone has those of its image, unless another snapshot is said.
+        ("base", Some(named(&record.base)), Some(named(&new.base)).filter(|_| cloned.is_none())),
+        (
+            "snapshot",
+            Some(text(&record.snapshot)),
+            Some(text(&new.snapshot)).filter(|_| cloned.is_none() || new.snapshot.is_some()),
+        ),
         ("layout", Some(record.layout.to_string()), Some(new.layout.to_string())),
         (
             "format",

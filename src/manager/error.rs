@@ -30,6 +30,12 @@ pub enum ManagerError {
     /// Other images stand on it.
     #[error("image {name}: other images stand on it: {}", list(overlays))]
     IsABase { name: ImageName, overlays: Vec<ImageName> },
+    /// Clones of it have not been made yet.
+    #[error("image {name}: clones of it have no complete copy yet: {}", list(clones))]
+    HasClones { name: ImageName, clones: Vec<ImageName> },
+    /// What is to be cloned is a clone that has never been complete.
+    #[error("image {image}: cannot be cloned before it is complete, as it is a clone itself")]
+    NothingToClone { image: ImageName },
     /// Too many images would stand on each other.
     #[error("image {name}: at most {most} images may stand on each other")]
     TooManyBases { name: ImageName, most: usize },

@@ -11,6 +11,7 @@ pub mod backend;
 mod chain;
 mod class;
 mod cleanup;
+mod clone;
 mod command;
 mod copies;
 mod drill;
@@ -43,9 +44,9 @@ pub use crate::fetch::SourceUrl;
 pub use crate::image::Format;
 pub use crate::import::Layout;
 pub use backend::{
-    Backend, BackendError, Cancel, CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy,
-    FoundState, Link, NodeSettings, Phase, Progress, Report, Reporter, ScrubReport, WorkerEvent,
-    WorkerHandle,
+    Backend, BackendError, Cancel, CopyId, CopyInfo, CopyOf, CopyTask, DiskStatus, FailureClass,
+    FoundCopy, FoundState, Link, NodeSettings, Phase, Progress, Report, Reporter, ScrubReport,
+    WorkerEvent, WorkerHandle,
 };
 pub use command::{Applied, Command, NewAttachment, NewImage, Outcome, READER_MAX_LEN};
 pub use driver::{Exporter, Manager, Object, Subscription, Told};
@@ -53,8 +54,8 @@ pub use error::ManagerError;
 pub use node::{Node, NodeError, NodeOptions};
 pub(crate) use perform::unix_now_s;
 pub use records::{
-    AttachmentId, AttachmentRecord, BackupRecord, ClassRecord, Expected, Facts, ImageRecord,
-    ScrubRecord, ScrubResult, Steering, VolumeRecord,
+    AttachmentId, AttachmentRecord, BackupRecord, ClassRecord, CloneOf, Expected, Facts,
+    ImageRecord, ScrubRecord, ScrubResult, Steering, VolumeRecord,
 };
 pub use settings::{Setting, Settings, SettingsChange, SettingsRecord};
 pub use status::{AttachmentStatus, CopyStatus, ImageStatus, ReplicaStatus, VolumeStatus};

@@ -156,8 +156,11 @@ impl Node {
         task: CopyTask,
     ) -> Result<impl FnOnce(Reporter, Cancel) -> Worker + use<>, BackendError> {
         let slot = Arc::clone(self.slot(&task.id.disk)?);
-        let others =
-            task.ready_on.iter().filter_map(|disk| self.slot(disk).ok()).cloned().collect();
+        let slots = |disks: &[DiskUuid]| {
+            disks.iter().filter_map(|disk| self.slot(disk).ok()).cloned().collect()
+        };
+        let others = slots(&task.ready_on);
+        let origins = task.origin.as_ref().map_or_else(Vec::new, |of| slots(&of.ready_on));
         let shared = worker::Shared {
             pool: self.pool.clone(),
             policy: self.policy.clone(),
@@ -170,7 +173,7 @@ impl Node {
             helms: Arc::clone(&self.helms),
             uploads: Arc::clone(&self.uploads),
         };
-        Ok(move |events, cancel| Worker { slot, others, shared, task, events, cancel })
+        Ok(move |events, cancel| Worker { slot, others, origins, shared, task, events, cancel })
     }
 
     fn slot(&self, disk: &DiskUuid) -> Result<&Arc<Slot>, BackendError> {

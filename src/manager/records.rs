@@ -59,6 +59,15 @@ pub struct Steering {
     pub rate_bytes_per_s: Option<u64>,
 }
 
+/// The image that another one is a clone of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CloneOf {
+    /// Its name.
+    pub image: ImageName,
+    /// Its uuid: an image that is created anew under the name is another one.
+    pub uuid: ImageUuid,
+}
+
 /// One disk on which a copy is wanted.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Want {
@@ -131,6 +140,9 @@ pub struct ImageRecord {
     /// Its bytes are uploaded, so many; no source then.
     #[serde(default)]
     pub upload_bytes: Option<u64>,
+    /// Its bytes are those of another image's copy; no source then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clone_of: Option<CloneOf>,
     /// What it takes to reach the source; whole, as [`SourceUrl`] is.
     #[serde(default, skip_serializing_if = "Access::is_empty")]
     pub access: Box<Access>,

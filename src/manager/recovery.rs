@@ -73,7 +73,8 @@ impl World {
             if image.failing.due(wait).is_none_or(|at| now < at) {
                 continue;
             }
-            let has_source = image.record.source.is_some();
+            let is_clone = image.record.clone_of.is_some();
+            let has_source = image.record.source.is_some() || is_clone;
             let why = image.copies.values().next().map(|copy| copy.message.clone());
             let why = why.unwrap_or_default();
             let disk = self.disk_to_recover_on(&name).filter(|_| has_source);

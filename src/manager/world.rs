@@ -237,6 +237,8 @@ pub struct World {
     pub(super) sessions: BTreeMap<ImageName, usize>,
     /// The images that others stand on, as of the last pass.
     pub(super) bases: BTreeSet<ImageName>,
+    /// The images of which clones are still to be made, as of the last pass.
+    pub(super) to_clone: BTreeSet<ImageName>,
     /// Exported images whose readers have lost what they read.
     pub(super) lost: BTreeSet<ImageName>,
 }
@@ -290,6 +292,7 @@ impl World {
                 source: None,
                 mirrors: Vec::new(),
                 upload_bytes: None,
+                clone_of: None,
                 layout: Layout::default(),
                 base: None,
                 snapshot: None,

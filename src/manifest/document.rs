@@ -49,11 +49,20 @@ pub struct Image {
     /// Its name.
     pub name: ImageName,
     /// Where it comes from.
-    pub url: SourceUrl,
+    pub source: ImageSource,
     /// The SHA-512 that its file must have, lower-case hex.
     pub sha512: Option<String>,
     /// Copies that stay although nobody uses them.
     pub min_copies: Option<u32>,
+}
+
+/// Where an image comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ImageSource {
+    /// From a URL.
+    Url(SourceUrl),
+    /// It is a clone of this image.
+    Clone(ImageName),
 }
 
 /// A volume.
@@ -327,16 +336,9 @@ fn parse_claim(value: &Value) -> Result<Found, Fault> {
 
 fn parse_image(value: &Value) -> Result<Found, Fault> {
     let fields = Fields::of("BackingImage", value)?;
-    let kind = fields.text("spec.sourceType")?.unwrap_or_else(|| "download".to_owned());
-    if kind != "download" {
-        let why = "only download can be applied; `bedplate upload` brings a file of this host in";
-        return Err(fields.wrong("spec.sourceType", &why));
-    }
-    let field = "spec.sourceParameters.url";
-    let url = fields.text(field)?.ok_or_else(|| fields.wrong(field, &"missing"))?;
     let image = Image {
         name: fields.parsed("metadata.name", ImageName::parse)?,
-        url: fields.url(field, &url)?,
+        source: image_source(&fields)?,
         sha512: fields.sha512("spec.checksum")?,
         min_copies: fields.number("spec.minNumberOfCopies", u32::MAX)?,
     };
@@ -347,6 +349,50 @@ fn parse_image(value: &Value) -> Result<Found, Fault> {
     let notes = ["nodeSelector", "diskSelector"].into_iter().filter(given);
     let notes = notes.map(|f| format!("spec.{f} is passed over: disks of this node have no tags"));
     Ok((Object::Image(image), notes.collect()))
+}
+
+/// Longhorn's `sourceType` and its parameters.
+fn image_source(fields: &Fields<'_>) -> Result<ImageSource, Fault> {
+    let kind = fields.text("spec.sourceType")?;
+    let why = match kind.as_deref() {
+        None | Some("download") => {
+            let field = "spec.sourceParameters.url";
+            let url = fields.text(field)?.ok_or_else(|| fields.wrong(field, &"missing"))?;
+            return fields.url(field, &url).map(ImageSource::Url);
+        }
+        Some("clone") => return clone_source(fields),
+        Some("upload") => "an upload is not applied; `bedplate upload FILE` brings a file in",
+        Some("export-from-volume") => {
+            "volumes hold no data here; serve the volume over NBD (such as with qemu-nbd -r) and use \
+             `bedplate create NAME --from-nbd URI`"
+        }
+        Some("restore") => {
+            "a backup of an image is not read here; restore it where it was made, and bring the image \
+             in by URL or `bedplate upload`"
+        }
+        Some(_) => "not known; download and clone can be applied",
+    };
+    Err(fields.wrong("spec.sourceType", &why))
+}
+
+fn clone_source(fields: &Fields<'_>) -> Result<ImageSource, Fault> {
+    let field = "spec.sourceParameters.encryption";
+    match fields.text(field)?.as_deref() {
+        None | Some("ignore") => {}
+        Some("encrypt" | "decrypt") => {
+            let why =
+                "images are neither encrypted nor decrypted here; give ignore, or leave it out";
+            return Err(fields.wrong(field, &why));
+        }
+        Some(_) => return Err(fields.wrong(field, &"give ignore, or leave it out")),
+    }
+    for field in ["spec.sourceParameters.secret", "spec.sourceParameters.secret-namespace"] {
+        if fields.text(field)?.is_some() {
+            let why = "a clone is made as it is, and needs no secret; leave it out";
+            return Err(fields.wrong(field, &why));
+        }
+    }
+    fields.parsed("spec.sourceParameters.backing-image", ImageName::parse).map(ImageSource::Clone)
 }
 
 fn parse_volume(value: &Value) -> Result<Found, Fault> {

@@ -226,3 +226,46 @@ fn a_carriage_return_ends_a_line_too() {
     let error = read("kind: X\rspec: {a: b}}\r").unwrap_err();
     assert!((1..=3).contains(&error.line), "line {}: {error}", error.line);
 }
+
+#[test]
+fn a_clone_is_read_and_what_it_cannot_do_is_refused_with_what_to_do() {
+    let image = |spec: &str| {
+        read(&format!(
+            "apiVersion: longhorn.io/v1beta2\nkind: BackingImage\nmetadata: {{name: i}}\nspec: {spec}"
+        ))
+    };
+    let source = |spec: &str| match image(spec).unwrap().remove(0).object {
+        Object::Image(image) => image.source,
+        other => panic!("{other:?}"),
+    };
+    let parrot = ImageSource::Clone(crate::names::ImageName::parse("parrot").unwrap());
+    for more in ["", ", encryption: ignore", ", encryption: '', secret: '', secret-namespace: ''"] {
+        let spec =
+            format!("{{sourceType: clone, sourceParameters: {{backing-image: parrot{more}}}}}");
+        assert_eq!(source(&spec), parrot, "{spec}");
+    }
+    let clone = |parameters: &str| {
+        format!("{{sourceType: clone, sourceParameters: {{backing-image: parrot, {parameters}}}}}")
+    };
+    for (spec, field, word) in [
+        (clone("encryption: encrypt"), "sourceParameters.encryption", "neither encrypted"),
+        (clone("encryption: decrypt"), "sourceParameters.encryption", "neither encrypted"),
+        (clone("encryption: rot13"), "sourceParameters.encryption", "give ignore"),
+        (clone("secret: hunter2"), "sourceParameters.secret", "no secret"),
+        (clone("secret-namespace: hunter2"), "sourceParameters.secret-namespace", "no secret"),
+        ("{sourceType: clone}".to_owned(), "sourceParameters.backing-image", "missing"),
+        (
+            "{sourceType: clone, sourceParameters: {backing-image: ../x}}".to_owned(),
+            "sourceParameters.backing-image",
+            "a-z",
+        ),
+        ("{sourceType: export-from-volume}".to_owned(), "sourceType", "--from-nbd"),
+        ("{sourceType: upload}".to_owned(), "sourceType", "bedplate upload"),
+        ("{sourceType: restore}".to_owned(), "sourceType", "by URL"),
+        ("{sourceType: wish}".to_owned(), "sourceType", "not known"),
+    ] {
+        let error = image(&spec).unwrap_err().to_string();
+        let said = error.contains(field) && error.contains(word) && !error.contains("hunter2");
+        assert!(said, "{spec}: {error}");
+    }
+}

@@ -308,8 +308,29 @@ pub(super) fn a_hostile_key_is_refused_and_changes_nothing<S: Subject>() {
     let long = "a".repeat(254);
     let huge = "a".repeat(10_000_000);
     let bad = [
-        "", ".", "..", "a..b", "../a", "/a", "a/b", "a\0b", "\0", "a\nb", "-a", "a-", ".a", "a.",
-        "a b", " a", "ä", "\u{202e}a", "a\\b", "%2e", "*", &long, &huge,
+        "",
+        ".",
+        "..",
+        "a..b",
+        "../a",
+        "/a",
+        "a/b",
+        "a\0b",
+        "\0",
+        "a\nb",
+        "-a",
+        "a-",
+        ".a",
+        "a.",
+        "a b",
+        " a",
+        "ä",
+        "\u{202e}a",
+        "a\\b",
+        "%2e",
+        "*",
+        &long,
+        &huge,
     ];
     for key in bad {
         let results = [

@@ -178,7 +178,8 @@ fn a_file_without_a_log_is_taken_over_and_who_watched_is_told() {
 
 #[test]
 fn a_row_of_the_log_that_is_damaged_or_newer_is_no_change() {
-    let change = Change { revision: Revision(7), kind: Kind::Volume, key: "a".into(), deleted: true };
+    let change =
+        Change { revision: Revision(7), kind: Kind::Volume, key: "a".into(), deleted: true };
     assert_eq!(log::decode(7, &log::encode(&change)), Some(change));
     for row in [&b""[..], b"volume", b"volume\x01\xff", b"\xff\x01a", b"network\x00a"] {
         assert_eq!(log::decode(7, row), None, "{row:?}");
