@@ -2,11 +2,13 @@
 //!
 //! Why: an image's name becomes a directory, an NBD export and a worker's name; an unchecked one
 //! is a path traversal.
-//! How: parsed into types whose value obeys the rules; everything downstream takes the type.
+//! How: parsed into types whose value obeys the rules; everything downstream takes the type. Their
+//! text is shared: a name is cloned all the time, and never changes.
 //! Never: joins a string that is not one of these types into a path.
 //! Start at [`ImageName`].
 
 use std::fmt;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -31,7 +33,7 @@ impl NameError {
 /// An image's name: a DNS label as in RFC 1123 (`a-z 0-9 -`, 1 to 63 characters, no dash at an end).
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct ImageName(String);
+pub struct ImageName(Arc<str>);
 
 impl ImageName {
     /// Longest name in bytes.
@@ -43,7 +45,7 @@ impl ImageName {
     /// [`NameError`] with the broken rule.
     pub fn parse(text: &str) -> Result<Self, NameError> {
         check_label("image name", text)?;
-        Ok(Self(text.to_owned()))
+        Ok(Self(text.into()))
     }
 
     /// The best name that can be made of a URL's or a path's last part:
@@ -86,7 +88,7 @@ fn check_label(what: &'static str, text: &str) -> Result<(), NameError> {
 /// A volume's name: a DNS label, as an image's.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct VolumeName(String);
+pub struct VolumeName(Arc<str>);
 
 impl VolumeName {
     /// Checks `text` against the rules of a DNS label.
@@ -95,7 +97,7 @@ impl VolumeName {
     /// [`NameError`] with the broken rule.
     pub fn parse(text: &str) -> Result<Self, NameError> {
         check_label("volume name", text)?;
-        Ok(Self(text.to_owned()))
+        Ok(Self(text.into()))
     }
 }
 
@@ -103,7 +105,7 @@ impl VolumeName {
 /// characters).
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct ClassName(String);
+pub struct ClassName(Arc<str>);
 
 impl ClassName {
     /// Checks `text` against the rules of a DNS subdomain.
@@ -116,7 +118,7 @@ impl ClassName {
             return Err(NameError::new("storage class name", text, rule));
         }
         text.split('.').try_for_each(|label| check_label("storage class name", label))?;
-        Ok(Self(text.to_owned()))
+        Ok(Self(text.into()))
     }
 }
 
@@ -140,7 +142,7 @@ macro_rules! as_text {
 
         impl From<$name> for String {
             fn from(name: $name) -> Self {
-                name.0
+                name.as_str().to_owned()
             }
         }
 
@@ -159,12 +161,12 @@ macro_rules! as_text {
     )*};
 }
 
-as_text!(ImageName, VolumeName, ClassName);
+as_text!(ImageName, VolumeName, ClassName, ImageUuid, DiskUuid);
 
 /// Longhorn's image uuid: 8 lower-case hex digits, given once, never changed.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct ImageUuid(String);
+pub struct ImageUuid(Arc<str>);
 
 impl ImageUuid {
     /// Checks `text`: 1 to 36 characters of `0-9a-f-`, so that Longhorn's files are adopted too.
@@ -177,7 +179,7 @@ impl ImageUuid {
         if !ok {
             return Err(NameError::new("image uuid", text, "a uuid is 1 to 36 of 0-9, a-f, '-'"));
         }
-        Ok(Self(text.to_owned()))
+        Ok(Self(text.into()))
     }
 
     /// A new random uuid of 8 hex digits.
@@ -185,39 +187,14 @@ impl ImageUuid {
     /// # Errors
     /// The system has no random numbers to give.
     pub fn random() -> std::io::Result<Self> {
-        Ok(Self(random_hex(4)?))
-    }
-
-    /// The uuid as text.
-    #[must_use]
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl TryFrom<String> for ImageUuid {
-    type Error = NameError;
-    fn try_from(text: String) -> Result<Self, NameError> {
-        Self::parse(&text)
-    }
-}
-
-impl From<ImageUuid> for String {
-    fn from(uuid: ImageUuid) -> Self {
-        uuid.0
-    }
-}
-
-impl fmt::Display for ImageUuid {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        Ok(Self(random_hex(4)?.into()))
     }
 }
 
 /// A disk's UUID, from its `longhorn-disk.cfg`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct DiskUuid(String);
+pub struct DiskUuid(Arc<str>);
 
 impl DiskUuid {
     /// Checks `text`: 8 to 64 characters of `0-9 a-z A-Z -`.
@@ -234,7 +211,7 @@ impl DiskUuid {
                 "a UUID is 8 to 64 letters, digits, '-'",
             ));
         }
-        Ok(Self(text.to_owned()))
+        Ok(Self(text.into()))
     }
 
     /// A new random UUID (version 4, RFC 9562).
@@ -243,45 +220,21 @@ impl DiskUuid {
     /// The system has no random numbers to give.
     pub fn random() -> std::io::Result<Self> {
         let hex = random_hex(16)?;
-        Ok(Self(format!(
+        let uuid = format!(
             "{}-{}-4{}-8{}-{}",
             &hex[0..8],
             &hex[8..12],
             &hex[13..16],
             &hex[17..20],
             &hex[20..32]
-        )))
-    }
-
-    /// The UUID as text.
-    #[must_use]
-    pub fn as_str(&self) -> &str {
-        &self.0
+        );
+        Ok(Self(uuid.into()))
     }
 
     /// The first 8 characters, as a copy's handler is named by them.
     #[must_use]
     pub fn first8(&self) -> &str {
         &self.0[..8]
-    }
-}
-
-impl TryFrom<String> for DiskUuid {
-    type Error = NameError;
-    fn try_from(text: String) -> Result<Self, NameError> {
-        Self::parse(&text)
-    }
-}
-
-impl From<DiskUuid> for String {
-    fn from(uuid: DiskUuid) -> Self {
-        uuid.0
-    }
-}
-
-impl fmt::Display for DiskUuid {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
     }
 }
 

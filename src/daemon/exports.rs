@@ -40,14 +40,10 @@ impl NodeExports {
 
     /// The configured image if it is there, else the only one, else none.
     fn choose_default(&self) {
-        let names: Vec<String> =
-            self.registry.list().iter().map(|export| export.name().to_owned()).collect();
         let configured = self.default.as_ref().map(ImageName::as_str);
-        let chosen = match (configured, names.as_slice()) {
-            (Some(name), all) if all.iter().any(|n| n == name) => Some(name),
-            (_, [only]) => Some(only.as_str()),
-            (_, _) => None,
-        };
+        let configured = configured.filter(|name| self.registry.get(name).is_some());
+        let only = self.registry.only();
+        let chosen = configured.or(only.as_ref().map(|export| export.name()));
         if let Err(error) = self.registry.set_default(chosen) {
             tracing::warn!(%error, "the default export has gone meanwhile");
         }

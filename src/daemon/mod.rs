@@ -2,8 +2,9 @@
 //!
 //! Why: rooms that know nothing of each other are put together in one place.
 //! How: [`Daemon::start`] takes a [`Config`] and a [`Backend`], opens the catalog on the first
-//! disk, starts the NBD server, the manager and the control socket, in this order; the handle ends
-//! them in the reverse order, so that what is durable is kept and nobody talks to a closed room.
+//! disk, starts the NBD server, the manager and the control socket, in this order; readers are let in
+//! once the images are open; the handle ends all of it in the reverse order, so that what is durable
+//! is kept and nobody talks to a closed room.
 //! Never: decides what an image needs.
 //! Start at [`Daemon::start`].
 
@@ -64,13 +65,17 @@ pub struct DaemonHandle {
     nbd_socket: PathBuf,
     replica_socket: PathBuf,
     closing: watch::Sender<bool>,
+    /// Lets readers in, when it is time.
+    opening: tokio::task::JoinHandle<()>,
 }
+
+/// Held while a server may not answer yet. Nothing is ever sent: its end is the sign.
+type Gate = mpsc::Sender<std::convert::Infallible>;
 
 /// A server on a thread of its own.
 struct ServerThread {
     stop: Box<dyn FnOnce() + Send>,
-    /// Held until it may answer.
-    gate: Option<mpsc::Sender<std::convert::Infallible>>,
+    gate: Option<Gate>,
     thread: std::thread::JoinHandle<()>,
 }
 
@@ -87,7 +92,8 @@ impl Daemon {
         Ok(Arc::new(Node::open(&config.node_options()?)?))
     }
 
-    /// Starts everything; when it returns, both sockets answer.
+    /// Starts everything; when it returns, the control socket answers, and readers who connect are
+    /// answered as soon as the images that are complete are open.
     ///
     /// # Errors
     /// [`DaemonError`]; what was started is stopped again.
@@ -125,10 +131,6 @@ impl Daemon {
                 }
             };
 
-        // Who comes back to an engine that was started anew must find its image there.
-        manager.settled(SETTLE).await;
-        nbd.open();
-        replica.open();
         let (closing, watch_closing) = watch::channel(false);
         let disks = config.disks.clone();
         let app = App::new(AppParts {
@@ -150,6 +152,8 @@ impl Daemon {
                 return Err(error.into());
             }
         };
+        let gates = [nbd.gate.take(), replica.gate.take()];
+        let opening = tokio::spawn(let_in(manager.clone(), gates));
         tracing::info!(
             control = %control_socket.display(), nbd = %nbd_socket.display(),
             replica = %replica_socket.display(), "daemon is ready"
@@ -164,8 +168,15 @@ impl Daemon {
             nbd_socket,
             replica_socket,
             closing,
+            opening,
         })
     }
+}
+
+/// Who comes back to an engine that was started anew must find its image there.
+async fn let_in<const N: usize>(manager: Manager, gates: [Option<Gate>; N]) {
+    manager.settled(SETTLE).await;
+    drop(gates);
 }
 
 impl DaemonHandle {
@@ -190,6 +201,7 @@ impl DaemonHandle {
     /// Ends it in order: no new commands; workers stop and what they have is durable; sessions
     /// are served what they asked for and hung up; the catalog is closed.
     pub async fn shutdown(self) {
+        self.opening.abort();
         self.closing.send_replace(true);
         self.control.shutdown().await;
         let (manager, vms) = (&self.manager, leave_vms(self.exporter));
@@ -217,7 +229,6 @@ impl ServerThread {
         let what = name.to_owned();
         let (gate, opened) = mpsc::channel();
         let run = move || {
-            // Nothing is ever sent: the end of the other side is the sign.
             let _opened = opened.recv();
             if let Err(error) = run() {
                 let error = crate::fetch::one_line(&error);
@@ -229,13 +240,8 @@ impl ServerThread {
         Ok(Self { stop: Box::new(stop), gate: Some(gate), thread })
     }
 
-    /// Lets it answer who has connected.
-    fn open(&mut self) {
-        self.gate = None;
-    }
-
     async fn stop(mut self) {
-        self.open();
+        self.gate = None;
         (self.stop)();
         let _panicked = tokio::task::spawn_blocking(move || self.thread.join()).await;
     }

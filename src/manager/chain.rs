@@ -68,20 +68,10 @@ impl World {
         Ok(())
     }
 
-    /// The images that stand on `name` itself.
-    pub(super) fn overlays_of(&self, name: &ImageName) -> Vec<ImageName> {
-        let stands = |image: &&Image| image.record.base.as_ref() == Some(name);
-        self.images.values().filter(stands).map(|image| image.record.name.clone()).collect()
-    }
-
     /// Whether an overlay of `name` has a copy on `disk`, which needs the one of `name` there.
     pub(super) fn is_needed_on(&self, name: &ImageName, disk: &DiskUuid) -> bool {
-        if !self.bases.contains(name) {
-            return false;
-        }
-        let overlays =
-            self.images.values().filter(|image| image.record.base.as_ref() == Some(name));
-        overlays.into_iter().any(|image| image.copies.contains_key(disk))
+        let mut overlays = self.overlays_of(name).iter().filter_map(|name| self.images.get(name));
+        overlays.any(|image| image.copies.contains_key(disk))
     }
 
     /// Copies of `name` and of all that it stands on are wanted on `disk`.

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use super::command::Outcome;
 use super::error::ManagerError;
+use super::records::Want;
 use super::world::{Action, Copy, CopyState, Export, Image, Touched, World};
 use crate::names::{DiskUuid, ImageName};
 
@@ -73,10 +74,11 @@ impl World {
     /// Who uses the copy of `name` on `disk`, in words; `None` if nobody does.
     fn user_of(&self, name: &ImageName, disk: &DiskUuid) -> Option<&'static str> {
         let image = self.images.get(name)?;
-        if self.attachments_of(name).any(|a| a.record.disk == *disk) {
+        let readers = self.readers_of(name);
+        if readers.attachments.contains(disk) {
             return Some("it has attachments");
         }
-        if self.replica_disks_of(name).any(|on| on == disk) {
+        if readers.replicas.contains(disk) {
             return Some("a replica of an attached volume reads it");
         }
         if self.is_needed_on(name, disk) {
@@ -90,7 +92,7 @@ impl World {
             Export::Opening(on) | Export::Open(on) | Export::Streaming(on) => on == disk,
         };
         // All readers of an image read by its one export, whichever copies they are attached to.
-        let read = self.readers_of(name).next().is_some()
+        let read = readers.disks().next().is_some()
             || self.sessions.get(name).is_some_and(|sessions| *sessions > 0);
         (exported && read).then_some("readers are connected to it")
     }
@@ -98,27 +100,31 @@ impl World {
     /// Rules 9 and 10, for all copies of one image.
     pub(super) fn clean_up_step(&mut self, now: Duration, name: &ImageName, touched: &mut Touched) {
         let now_s = self.now_unix_s(now);
-        let Some(image) = self.images.get(name) else { return };
-        let wanted: Vec<DiskUuid> = image.record.disks.keys().cloned().collect();
-        let used: Vec<bool> =
-            wanted.iter().map(|disk| self.user_of(name, disk).is_some()).collect();
         let wait_s = self.settings.cleanup_wait().map(|wait| wait.as_secs());
-        let Some(image) = self.images.get_mut(name) else { return };
-        let before = image.record.disks.clone();
-        for (disk, used) in wanted.iter().zip(used) {
-            let Some(want) = image.record.disks.get_mut(disk) else { continue };
-            want.unused_since_unix_s = match (used, want.unused_since_unix_s) {
-                (true, _) => None,
+        let Some(image) = self.images.get(name) else { return };
+        let stamp = |(disk, want): (&DiskUuid, &Want)| {
+            let since = match self.user_of(name, disk) {
+                Some(_) => None,
                 // A clock that was set back begins the wait anew.
-                (false, since) => since.filter(|since| *since <= now_s).or(Some(now_s)),
+                None => want.unused_since_unix_s.filter(|at| *at <= now_s).or(Some(now_s)),
             };
-            let since = want.unused_since_unix_s;
             let due = since.zip(wait_s).is_some_and(|(since, wait)| now_s >= since + wait);
-            if due && image.can_spare(disk) {
-                image.give_up(disk);
+            let is_news = since != want.unused_since_unix_s || due && image.can_spare(disk);
+            is_news.then(|| (disk.clone(), since, due))
+        };
+        let stamps: Vec<_> = image.record.disks.iter().filter_map(stamp).collect();
+        let Some(image) = self.images.get_mut(name) else { return };
+        let mut changed = false;
+        for (disk, since, due) in stamps {
+            let Some(want) = image.record.disks.get_mut(&disk) else { continue };
+            changed |= std::mem::replace(&mut want.unused_since_unix_s, since) != since;
+            // Of several that are due, one may have to stay now that another goes.
+            if due && image.can_spare(&disk) {
+                image.give_up(&disk);
+                changed = true;
             }
         }
-        if image.record.disks != before {
+        if changed {
             touched.actions.push(Action::SaveImage(Box::new(image.record.clone())));
             touched.images.insert(name.clone());
         }

@@ -9,8 +9,6 @@
 //! Never: takes an image that was deleted and created anew for the one that was cloned.
 //! Start at [`World::origin_of`].
 
-use std::collections::BTreeSet;
-
 use super::backend::{CopyId, CopyOf, DiskStatus};
 use super::command::NewImage;
 use super::error::ManagerError;
@@ -100,24 +98,18 @@ impl World {
         Origin { from: Some(CopyOf { image, uuid, ready_on }), waits }
     }
 
-    /// The images of which clones are still to be made.
-    pub(super) fn images_to_clone(&self) -> BTreeSet<ImageName> {
-        let clones = self.images.values().filter(|image| image.is_pending_clone());
-        clones.filter_map(|image| Some(image.record.clone_of.as_ref()?.image.clone())).collect()
-    }
-
     /// The clones of `name` that have never been complete.
     pub(super) fn pending_clones_of(&self, name: &ImageName) -> Vec<ImageName> {
         let Some(cloned) = self.images.get(name) else { return Vec::new() };
-        let pending = |image: &&Image| image.is_pending_clone() && image.is_clone_of(cloned);
-        self.images.values().filter(pending).map(|image| image.record.name.clone()).collect()
+        let pending = |clone: &&ImageName| {
+            let clone = self.images.get(*clone);
+            clone.is_some_and(|clone| clone.is_pending_clone() && clone.is_clone_of(cloned))
+        };
+        self.clones_of(name).iter().filter(pending).cloned().collect()
     }
 
     /// Whether a clone of `name` is being made, or waits to be, of the copy on `disk`.
     pub(super) fn is_being_cloned(&self, name: &ImageName, disk: &DiskUuid) -> bool {
-        if !self.to_clone.contains(name) {
-            return false;
-        }
         let copy = self.images.get(name).and_then(|image| image.copies.get(disk));
         copy.is_some_and(|copy| copy.state.is_sealed())
             && self.pending_clones_of(name).iter().any(|clone| {

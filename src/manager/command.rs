@@ -302,8 +302,8 @@ impl World {
         sessions: usize,
         touched: &mut Touched,
     ) -> Result<Outcome, ManagerError> {
-        let attachments = self.attachments_of(&name).count();
-        let overlays = self.overlays_of(&name);
+        let attachments = self.readers_of(&name).attachments.len();
+        let overlays = self.overlays_of(&name).to_vec();
         let clones = self.pending_clones_of(&name);
         let volumes: Vec<_> = self.volumes_of(&name).map(|v| v.record.name.clone()).collect();
         let Some(image) = self.images.get_mut(&name) else {

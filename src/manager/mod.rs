@@ -7,6 +7,8 @@
 //! Never: blocks, touches bytes, or does anything that the core didn't ask for.
 //! Start at [`World`], then [`Manager`]; what it asks of the node is [`Backend`].
 
+mod announce;
+mod back_off;
 pub mod backend;
 mod chain;
 mod class;
@@ -19,6 +21,7 @@ mod driver;
 mod error;
 mod facts;
 mod helm;
+mod index;
 mod mend;
 mod node;
 mod perform;
@@ -43,6 +46,7 @@ mod world;
 pub use crate::fetch::SourceUrl;
 pub use crate::image::Format;
 pub use crate::import::Layout;
+pub use back_off::{BACK_OFF_FIRST, BACK_OFF_MOST, back_off};
 pub use backend::{
     Backend, BackendError, Cancel, CopyId, CopyInfo, CopyOf, CopyTask, DiskStatus, FailureClass,
     FoundCopy, FoundState, Link, NodeSettings, Phase, Progress, Report, Reporter, ScrubReport,
@@ -60,6 +64,5 @@ pub use records::{
 pub use settings::{Setting, Settings, SettingsChange, SettingsRecord};
 pub use status::{AttachmentStatus, CopyStatus, ImageStatus, ReplicaStatus, VolumeStatus};
 pub use steer::{PRIORITIES, SteeringChange};
-pub use step::{BACK_OFF_FIRST, BACK_OFF_MOST, back_off};
 pub use volume::{MAX_REPLICAS, NewVolume, ReplicaState, VolumeState};
 pub use world::{Action, AttachmentState, Change, CopyState, Event, Records, World};

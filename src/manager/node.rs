@@ -276,22 +276,14 @@ impl Backend for Node {
     }
 
     fn scan(&self) -> Vec<FoundCopy> {
-        let mut found = Vec::new();
-        for slot in &self.slots {
-            let copies = slot.disk.scan().unwrap_or_else(|error| {
-                tracing::error!(error = %one_line(&error), "cannot list the copies of a disk");
-                Vec::new()
-            });
-            for (id, state) in copies {
-                let copy = CopyId {
-                    image: id.name.clone(),
-                    uuid: id.uuid.clone(),
-                    disk: slot.disk.uuid().clone(),
-                };
-                found.push(FoundCopy { id: copy, state: found_state(&slot.disk, &id, state) });
-            }
-        }
-        found
+        // Each disk waits for itself only.
+        std::thread::scope(|scope| {
+            let scans: Vec<_> =
+                self.slots.iter().map(|slot| scope.spawn(|| scan(&slot.disk))).collect();
+            let ended = scans.into_iter().map(std::thread::ScopedJoinHandle::join);
+            let panicked = |panic| std::panic::resume_unwind(panic);
+            ended.flat_map(|found| found.unwrap_or_else(panicked)).collect()
+        })
     }
 
     fn start(&self, task: CopyTask, events: Reporter) -> WorkerHandle {
@@ -404,6 +396,19 @@ impl Backend for Node {
         });
         found.map_err(|error| backend_error(&error))
     }
+}
+
+/// Every copy that `disk` holds.
+fn scan(disk: &Disk) -> Vec<FoundCopy> {
+    let copies = disk.scan().unwrap_or_else(|error| {
+        tracing::error!(error = %one_line(&error), "cannot list the copies of a disk");
+        Vec::new()
+    });
+    let found = copies.into_iter().map(|(id, state)| FoundCopy {
+        id: CopyId { image: id.name.clone(), uuid: id.uuid.clone(), disk: disk.uuid().clone() },
+        state: found_state(disk, &id, state),
+    });
+    found.collect()
 }
 
 fn found_state(disk: &Disk, id: &disk::CopyId, state: disk::CopyState) -> FoundState {

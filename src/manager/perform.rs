@@ -17,34 +17,35 @@ use tokio::time::Instant;
 
 use super::backend::{Backend, CopyId, CopyTask, Report, Reporter, WorkerHandle};
 use super::command::{Command, Outcome};
-use super::driver::{Answer, Exporter, Message, Object, Subscription, Told};
+use super::driver::{Answer, Exporter, Message, Subscription, Told};
 use super::error::ManagerError;
 use super::records::{AttachmentRecord, ClassRecord, ImageRecord, VolumeRecord};
 use super::settings::{Settings, SettingsRecord};
-use super::world::{Action, Change, Event, Records, World};
+use super::world::{Action, Event, Records, World};
 use crate::catalog::{Catalog, CatalogError, Expect, Kind, Revision, list_as, put_as};
-use crate::names::ImageName;
 
 /// Changes that a slow watcher may be behind before it is told and dropped.
 const CHANGES: usize = 1024;
 /// How often the disks are looked at without being asked.
 const DISKS_EVERY: Duration = Duration::from_secs(5);
+/// Most events of one pass, so that a command gets its turn.
+const BATCH: usize = 4096;
 /// The key of the one record of settings.
 const SETTINGS: &str = "node";
 
 pub(super) struct Driver {
-    world: World,
+    pub(super) world: World,
     revisions: Revisions,
     catalog: Arc<dyn Catalog>,
     backend: Arc<dyn Backend>,
-    exporter: Arc<dyn Exporter>,
+    pub(super) exporter: Arc<dyn Exporter>,
     started: Instant,
     reports_tx: mpsc::UnboundedSender<Report>,
     workers: HashMap<CopyId, (u64, watch::Sender<bool>, AbortHandle)>,
     /// Blocking work, and workers' ends; each gives an event, if any.
     tasks: JoinSet<Option<Event>>,
-    changes: broadcast::Sender<Arc<Told>>,
-    last_id: u64,
+    pub(super) changes: broadcast::Sender<Arc<Told>>,
+    pub(super) last_id: u64,
 }
 
 impl Driver {
@@ -105,7 +106,7 @@ impl Driver {
         self.world = world;
         self.backend.set_settings(self.world.settings().node());
         self.save_first(&actions).await?;
-        let due = self.world.step(self.now(), Event::Tick);
+        let due = self.world.step(self.now(), [Event::Tick]);
         self.save_first(&due).await?;
         self.perform(due);
         Ok(())
@@ -137,36 +138,45 @@ impl Driver {
                     }
                     None => return self.stop().await,
                 },
-                Some(report) = reports.recv() => Event::Worker(report),
-                Some(done) = self.tasks.join_next() => match done {
-                    Ok(Some(event)) => event,
-                    Ok(None) => continue,
-                    Err(error) => {
-                        tracing::error!(%error, "a task of the manager died");
-                        continue;
-                    }
-                },
+                Some(report) = reports.recv() => Some(Event::Worker(report)),
+                Some(done) = self.tasks.join_next() => of_task(done),
                 () = tokio::time::sleep_until(wake) => {
                     if Instant::now() >= disks_at {
                         disks_at = Instant::now() + DISKS_EVERY;
                         self.look_at_disks().await;
                     }
-                    Event::Tick
+                    Some(Event::Tick)
                 }
             };
-            self.happen(event).await;
+            let mut events: Vec<Event> = event.into_iter().collect();
+            // What has happened meanwhile, too: a pass looks at all images.
+            while events.len() < BATCH
+                && let Ok(report) = reports.try_recv()
+            {
+                events.push(Event::Worker(report));
+            }
+            while events.len() < BATCH
+                && let Some(done) = self.tasks.try_join_next()
+            {
+                events.extend(of_task(done));
+            }
+            if !events.is_empty() {
+                self.happen(events).await;
+            }
         }
     }
 
-    /// An event's records are stored if they can be; if not, the files on disk still tell.
-    async fn happen(&mut self, event: Event) {
-        if let Event::Worker(Report { copy, generation, event: None }) = &event
-            && self.workers.get(copy).is_some_and(|(number, ..)| number == generation)
-        {
-            self.workers.remove(copy);
+    /// The records of events are stored if they can be; if not, the files on disk still tell.
+    async fn happen(&mut self, events: Vec<Event>) {
+        for event in &events {
+            if let Event::Worker(Report { copy, generation, event: None }) = event
+                && self.workers.get(copy).is_some_and(|(number, ..)| number == generation)
+            {
+                self.workers.remove(copy);
+            }
         }
         self.see_sessions();
-        let actions = self.world.step(self.now(), event);
+        let actions = self.world.step(self.now(), events);
         if let Err(error) = self.save_first(&actions).await {
             tracing::error!(error = %crate::fetch::one_line(&error), "a record is not stored; the next change tries");
         }
@@ -175,13 +185,11 @@ impl Driver {
 
     /// What is exported may be cleaned up only if nobody is connected, at this moment.
     fn see_sessions(&mut self) {
-        let names: Vec<ImageName> = self.world.exported().cloned().collect();
-        let count = |name: ImageName| {
-            let sessions = self.exporter.sessions(&name);
-            (name, sessions)
-        };
-        let lost = names.iter().filter(|name| self.exporter.is_lost(name)).cloned().collect();
-        let sessions = names.into_iter().map(count).collect();
+        let names = || self.world.exported();
+        let lost = names().filter(|name| self.exporter.is_lost(name)).cloned().collect();
+        let sessions = names().map(|name| (name, self.exporter.sessions(name)));
+        let sessions = sessions.filter(|(_, sessions)| *sessions > 0);
+        let sessions = sessions.map(|(name, sessions)| (name.clone(), sessions)).collect();
         self.world.see_sessions(sessions);
         self.world.see_lost(lost);
     }
@@ -189,7 +197,7 @@ impl Driver {
     async fn look_at_disks(&mut self) {
         let backend = self.backend.clone();
         let disks = blocking(move || backend.disks()).await;
-        self.happen(Event::Disks(disks)).await;
+        self.happen(vec![Event::Disks(disks)]).await;
     }
 
     async fn answer(&mut self, message: Message) {
@@ -404,64 +412,6 @@ impl Driver {
         });
     }
 
-    /// The socket of an attachment that is a VM follows its record.
-    fn follow_vm(&self, change: &Change) {
-        match change {
-            Change::AttachmentCreated(id) | Change::AttachmentUpdated(id) => {
-                if let Some(held) = self.world.attachment(id).filter(|held| held.record.vm) {
-                    self.exporter.serve_vm(id, &held.record.image);
-                }
-            }
-            Change::AttachmentDeleted(id, _) => self.exporter.leave_vm(id),
-            Change::ImageCreated(_)
-            | Change::ImageUpdated(_)
-            | Change::ImageProgress(_)
-            | Change::ImageDeleted(_)
-            | Change::VolumeCreated(_)
-            | Change::VolumeUpdated(_)
-            | Change::VolumeDeleted(..)
-            | Change::Warning(..)
-            | Change::NodeUpdated
-            | Change::SettingsUpdated => {}
-        }
-    }
-
-    fn announce(&mut self, change: Change) {
-        self.follow_vm(&change);
-        let object = match &change {
-            Change::ImageCreated(name)
-            | Change::ImageUpdated(name)
-            | Change::ImageProgress(name) => {
-                self.world.image(name).map(Box::new).map(Object::Image)
-            }
-            Change::ImageDeleted(name) => Some(Object::ImageGone(name.clone())),
-            Change::AttachmentCreated(id) | Change::AttachmentUpdated(id) => {
-                self.world.attachment(id).map(Object::Attachment)
-            }
-            Change::AttachmentDeleted(id, image) => {
-                Some(Object::AttachmentGone(id.clone(), image.clone()))
-            }
-            Change::VolumeCreated(name) | Change::VolumeUpdated(name) => {
-                self.world.volume(name).map(Box::new).map(Object::Volume)
-            }
-            Change::VolumeDeleted(name, image) => {
-                Some(Object::VolumeGone(name.clone(), image.clone()))
-            }
-            Change::Warning(name, message) => {
-                tracing::warn!(image = %name, "{message}");
-                Some(Object::Warning(name.clone(), message.clone()))
-            }
-            Change::NodeUpdated => Some(Object::Node(self.world.node_failed())),
-            Change::SettingsUpdated => {
-                Some(Object::Settings(Box::new(self.world.settings().clone())))
-            }
-        };
-        let Some(object) = object else { return };
-        self.last_id += 1;
-        let _nobody_watches =
-            self.changes.send(Arc::new(Told { id: self.last_id, change, object }));
-    }
-
     /// Cancels the workers and waits until they, and all blocking work, have ended.
     async fn stop(&mut self) {
         for (_, cancel, _) in self.workers.values() {
@@ -469,6 +419,14 @@ impl Driver {
         }
         while self.tasks.join_next().await.is_some() {}
     }
+}
+
+/// The event that a task has ended with, if any.
+fn of_task(done: Result<Option<Event>, tokio::task::JoinError>) -> Option<Event> {
+    done.unwrap_or_else(|error| {
+        tracing::error!(%error, "a task of the manager died");
+        None
+    })
 }
 
 type Revisions = HashMap<(Kind, String), Revision>;

@@ -11,7 +11,7 @@
 
 use std::time::Duration;
 
-use super::step::BACK_OFF_FIRST;
+use super::back_off::BACK_OFF_FIRST;
 use super::world::{Action, Change, CopyState, Image, Touched, World};
 use crate::names::{DiskUuid, ImageName};
 

@@ -10,11 +10,12 @@
 
 use std::time::Duration;
 
+use super::back_off::fail;
 use super::backend::{CopyId, ScrubReport};
 use super::command::Outcome;
 use super::error::ManagerError;
 use super::records::{ScrubRecord, ScrubResult};
-use super::step::{fail, ready_elsewhere, task_of};
+use super::step::{ready_elsewhere, task_of};
 use super::world::{Action, Change, Copy, Image, Touched, Worker, World};
 use crate::image::Format;
 use crate::names::{DiskUuid, ImageName};

@@ -162,7 +162,7 @@ impl World {
                 .iter()
                 .map(|(disk, copy)| copy_status(image, disk, copy))
                 .collect(),
-            attachments: self.readers_of(&image.record.name).count(),
+            attachments: self.readers_of(&image.record.name).disks().count(),
             exported: matches!(image.export, Export::Open(_) | Export::Streaming(_)),
         }
     }

@@ -84,12 +84,13 @@ impl World {
             .filter(|(_, copy)| !copy.state.is_sealed())
             .map(|(disk, _)| disk.clone())
             .collect();
-        let attachments = self.readers_of(&name).filter(|disk| unfinished.contains(disk)).count();
+        let readers = self.readers_of(&name);
+        let attachments = readers.disks().filter(|disk| unfinished.contains(disk)).count();
         if attachments > 0 {
             return Err(ManagerError::InUse { name, attachments, sessions: 0 });
         }
         if unfinished.iter().any(|disk| self.is_needed_on(&name, disk)) {
-            let overlays = self.overlays_of(&name);
+            let overlays = self.overlays_of(&name).to_vec();
             return Err(ManagerError::IsABase { name, overlays });
         }
         let Some(image) = self.images.get_mut(&name) else {
@@ -112,11 +113,13 @@ impl World {
 
 /// Stops the worker of a copy that is paused or cancelled, and removes what is cancelled.
 pub(super) fn step(now: Duration, image: &mut Image, disk: &DiskUuid, touched: &mut Touched) {
-    let (id, paused) = (image.copy_id(disk), image.record.steering.paused);
-    let Some(copy) = image.copies.get_mut(disk) else { return };
-    if !copy.cancelled && (copy.state.is_sealed() || !paused) {
+    let paused = image.record.steering.paused;
+    let is_free = |copy: &Copy| !copy.cancelled && (copy.state.is_sealed() || !paused);
+    if image.copies.get(disk).is_none_or(is_free) {
         return;
     }
+    let id = image.copy_id(disk);
+    let Some(copy) = image.copies.get_mut(disk) else { return };
     // A copy that goes is closed first, also one that turned out bad meanwhile; nobody reads it, or
     // who does was told.
     if copy.cancelled {

@@ -1,13 +1,14 @@
 //! Events, and the reconciling pass that turns facts into actions.
 //!
 //! Why: the rules of the lifecycle in one place each, testable as tables.
-//! How: [`World::step`] takes in one event; then, for each image, what is missing is asked for:
+//! How: [`World::step`] takes in what happened; then, for each image, what is missing is asked for:
 //! workers for wanted copies, the export for the first sealed one, removal for deleted ones.
 //! Never: asks for the same thing twice: the fact that it was asked for is part of the world.
 //! Start at [`World::step`].
 
 use std::time::Duration;
 
+use super::back_off::fail;
 use super::backend::{CopyId, CopyInfo, CopyTask, FailureClass, Report, WorkerEvent};
 use super::chain::Chains;
 use super::clone::Origin;
@@ -19,43 +20,36 @@ use super::world::{
 use super::{steer, stream};
 use crate::names::{DiskUuid, ImageName};
 
-/// Wait after the first failure; doubles with each further one (rule 7).
-pub const BACK_OFF_FIRST: Duration = Duration::from_secs(1);
-/// Longest wait between two tries.
-pub const BACK_OFF_MOST: Duration = Duration::from_secs(300);
-
-/// The wait after `failures` failures in a row.
-#[must_use]
-pub fn back_off(failures: u32) -> Duration {
-    let doublings = failures.saturating_sub(1).min(16);
-    (BACK_OFF_FIRST * (1 << doublings)).min(BACK_OFF_MOST)
-}
-
 impl World {
-    /// Takes in one event at `now` (since the daemon's start) and says what to do.
-    pub fn step(&mut self, now: Duration, event: Event) -> Vec<Action> {
+    /// Takes in what happened, in this order, up to `now` (since the daemon's start) and says what
+    /// to do: one pass for all of it.
+    pub fn step(&mut self, now: Duration, events: impl IntoIterator<Item = Event>) -> Vec<Action> {
         let mut touched = Touched::default();
-        match event {
-            Event::Worker(report) => self.hear(now, report, &mut touched),
-            Event::Published(copy, result) => self.published(now, &copy, result, &mut touched),
-            Event::Removed(copy, result) => self.removed(now, &copy, result, &mut touched),
-            Event::Disks(disks) => self.disks = disks,
-            Event::Tick => {}
+        for event in events {
+            match event {
+                Event::Worker(report) => self.hear(now, report, &mut touched),
+                Event::Published(copy, result) => self.published(now, &copy, result, &mut touched),
+                Event::Removed(copy, result) => self.removed(now, &copy, result, &mut touched),
+                Event::Disks(disks) => self.disks = disks,
+                Event::Tick => {}
+            }
         }
         self.finish(now, touched)
     }
 
     /// Reconciles every image and tells the watchers what was touched.
     pub(super) fn finish(&mut self, now: Duration, mut touched: Touched) -> Vec<Action> {
-        // Asked for each copy: to look at all images each time would be quadratic.
-        self.bases = self.images.values().filter_map(|i| i.record.base.clone()).collect();
-        self.to_clone = self.images_to_clone();
+        self.index_step();
         self.want_for_replicas(&mut touched);
         self.lose_step(&mut touched);
         self.recover_step(now, &mut touched);
         let names: Vec<ImageName> = self.images.keys().cloned().collect();
-        for name in names {
-            self.reconcile(now, &name, &mut touched);
+        for name in &names {
+            self.reconcile(now, name, &mut touched);
+        }
+        if self.images.len() < names.len() {
+            // What is gone stands on nothing any more.
+            self.index_step();
         }
         self.scrub_step(now, &mut touched);
         let mut actions = touched.actions;
@@ -293,6 +287,10 @@ fn start_step(
     generation: &mut u64,
     touched: &mut Touched,
 ) {
+    let is_complete = |copy: &Copy| copy.state.is_sealed();
+    if image.copies.get(disk).is_none_or(is_complete) {
+        return;
+    }
     let id = image.copy_id(disk);
     let record = &image.record;
     let ready = ready_elsewhere(image, disk, is_fit);
@@ -309,7 +307,7 @@ fn start_step(
         touched.images.insert(id.image);
         return;
     }
-    if busy || copy.state.is_sealed() || copy.refused || record.steering.paused {
+    if busy || copy.refused || record.steering.paused {
         return;
     }
     if !is_fit(disk) {
@@ -472,32 +470,4 @@ fn delete_step(now: Duration, image: &mut Image, touched: &mut Touched) -> bool 
         return true;
     }
     false
-}
-
-/// One try of a copy has failed.
-pub(super) fn fail(
-    copy: &mut Copy,
-    now: Duration,
-    class: FailureClass,
-    message: String,
-    cleaned: bool,
-) {
-    copy.state = if cleaned { CopyState::FailedAndCleanup } else { CopyState::Failed };
-    copy.message = message;
-    copy.progress.rate_bytes_per_s = 0;
-    if cleaned {
-        copy.progress.bytes_done = 0;
-    }
-    match class {
-        FailureClass::Refuse => {
-            copy.refused = true;
-            copy.retry_at = None;
-        }
-        FailureClass::Retry => {
-            let moved_on = copy.progress.bytes_done > copy.bytes_at_failure;
-            copy.failures = if moved_on { 1 } else { copy.failures.saturating_add(1) };
-            copy.bytes_at_failure = copy.progress.bytes_done;
-            copy.retry_at = Some(now + back_off(copy.failures));
-        }
-    }
 }

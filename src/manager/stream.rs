@@ -16,9 +16,7 @@ impl World {
     /// it stands on, which is complete.
     pub(super) fn streams_of(&self, name: &ImageName) -> Vec<(DiskUuid, Vec<Link>)> {
         let Some(image) = self.images.get(name) else { return Vec::new() };
-        let wanted = |disk: &DiskUuid| {
-            self.attachments_of(name).any(|a| a.record.stream && a.record.disk == *disk)
-        };
+        let wanted = |disk: &DiskUuid| self.readers_of(name).streams.contains(disk);
         let mut streams = Vec::new();
         for (disk, copy) in &image.copies {
             if !can_stream(copy) || !wanted(disk) || !self.is_fit(disk) {

@@ -28,7 +28,10 @@ impl Views {
     /// Lets others find `view`.
     pub(super) fn keep(&self, link: &Link, view: &Arc<View>) {
         let mut views = self.lock();
-        views.retain(|_, view| view.strong_count() > 0);
+        // Rarely, so that many that are opened in a row don't each look at all before them.
+        if views.len() == views.capacity() {
+            views.retain(|_, view| view.strong_count() > 0);
+        }
         views.insert(link.clone(), Arc::downgrade(view));
     }
 

@@ -3,7 +3,7 @@
 //! Why: whoever runs replicas thinks of a volume, not of copies: its first attach brings the image
 //! in on the disks of its replicas (rules 1 and 2), and while it is attached, these copies stay.
 //! How: a volume is one record. That it is attached is in it, and each of its replicas is then a
-//! reader of its image on its disk ([`World::readers_of`]), as an attachment is; so all rules that
+//! reader of its image on its disk (`World::readers_of`), as an attachment is; so all rules that
 //! ask for readers know of both, and there is no second record that a crash could leave behind.
 //! Never: fetches for a volume that is not attached, or keeps what a guest writes.
 //! Start at [`World::create_volume`].
@@ -103,24 +103,6 @@ pub(super) struct Volume {
 }
 
 impl World {
-    /// The disks on which somebody reads `name`: attachments, and replicas of attached volumes.
-    pub(super) fn readers_of<'a>(
-        &'a self,
-        name: &'a ImageName,
-    ) -> impl Iterator<Item = &'a DiskUuid> {
-        let attachments = self.attachments_of(name).map(|a| &a.record.disk);
-        attachments.chain(self.replica_disks_of(name))
-    }
-
-    /// The disks of all replicas of attached volumes of `name`.
-    pub(super) fn replica_disks_of<'a>(
-        &'a self,
-        name: &'a ImageName,
-    ) -> impl Iterator<Item = &'a DiskUuid> {
-        let attached = self.volumes_of(name).filter(|volume| volume.record.attached);
-        attached.flat_map(|volume| &volume.record.disks)
-    }
-
     /// The volumes that stand on `name`, attached or not.
     pub(super) fn volumes_of<'a>(
         &'a self,

@@ -18,6 +18,7 @@ use super::backend::{
 };
 pub(super) use super::copies::{Copy, Export, Image, Worker};
 use super::facts::differs;
+use super::index::Index;
 use super::records::{
     AttachmentId, AttachmentRecord, ClassRecord, ImageRecord, Steering, VolumeRecord, Want,
 };
@@ -235,10 +236,8 @@ pub struct World {
     pub(super) node_failed: bool,
     /// Sessions that are open on exported images.
     pub(super) sessions: BTreeMap<ImageName, usize>,
-    /// The images that others stand on, as of the last pass.
-    pub(super) bases: BTreeSet<ImageName>,
-    /// The images of which clones are still to be made, as of the last pass.
-    pub(super) to_clone: BTreeSet<ImageName>,
+    /// Who refers to which image.
+    pub(super) index: Index,
     /// Exported images whose readers have lost what they read.
     pub(super) lost: BTreeSet<ImageName>,
 }
@@ -275,6 +274,7 @@ impl World {
             world.attachments.insert(attachment.record.id.clone(), attachment);
         }
         let actions = found.into_iter().filter_map(|f| world.adopt(f, now_unix_s)).collect();
+        world.index_step();
         (world, actions)
     }
 

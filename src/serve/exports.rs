@@ -266,6 +266,14 @@ impl Exports {
         lock(&self.names).find(name).cloned()
     }
 
+    /// The export, if there is just one.
+    #[must_use]
+    pub fn only(&self) -> Option<Arc<Export>> {
+        let names = lock(&self.names);
+        let mut all = names.by_name.values();
+        all.next().filter(|_| all.next().is_none()).cloned()
+    }
+
     /// All exports, by name.
     #[must_use]
     pub fn list(&self) -> Vec<Arc<Export>> {

@@ -112,6 +112,15 @@ fn random_move(node: &mut Node, kind: u8, pick: usize) {
             let minutes = i64::try_from(pick % 3).unwrap();
             node.command(set(Setting::ScrubInterval, minutes)).unwrap();
         }
+        31 => {
+            // The driver was busy: the next pass is for several events.
+            node.held = Some(Vec::new());
+            for step in 0..1 + pick % 5 {
+                random_move(node, [5, 7, 8, 10][(pick / 5 + step) % 4], pick / 20 + 3 * step);
+            }
+            let events = node.held.take().unwrap();
+            node.events(events);
+        }
         _ => node.event(Event::Tick),
     }
 }
@@ -121,7 +130,7 @@ proptest! {
 
     #[test]
     fn any_order_of_events_keeps_the_rules_and_converges(
-        moves in proptest::collection::vec((0u8..33, 0usize..1000), 0..80)
+        moves in proptest::collection::vec((0u8..34, 0usize..1000), 0..80)
     ) {
         let mut node = Node::new();
         for (kind, pick) in moves {

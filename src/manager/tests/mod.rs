@@ -148,6 +148,8 @@ struct Node {
     removing: BTreeSet<CopyId>,
     publishing: BTreeSet<CopyId>,
     exported: BTreeMap<ImageName, CopyId>,
+    /// What has happened and is to be heard of at once, later.
+    held: Option<Vec<Event>>,
 }
 
 impl Node {
@@ -196,7 +198,14 @@ impl Node {
     }
 
     fn event(&mut self, event: Event) {
-        let actions = self.world.step(self.now, event);
+        match &mut self.held {
+            Some(held) => held.push(event),
+            None => self.events(vec![event]),
+        }
+    }
+
+    fn events(&mut self, events: Vec<Event>) {
+        let actions = self.world.step(self.now, events);
         self.perform(actions);
     }
 

@@ -1,0 +1,72 @@
+//! What watchers are told of a change, and what follows a record besides.
+//!
+//! Why: a watcher gets the thing as it is after the change, and need not ask for it.
+//! How: each change is looked up in the world, numbered, and sent to whoever watches.
+//! Never: waits for a watcher; one that is too slow is told that it lost some.
+//! Start at [`Driver::announce`].
+
+use std::sync::Arc;
+
+use super::driver::{Object, Told};
+use super::perform::Driver;
+use super::world::Change;
+
+impl Driver {
+    /// The socket of an attachment that is a VM follows its record.
+    fn follow_vm(&self, change: &Change) {
+        match change {
+            Change::AttachmentCreated(id) | Change::AttachmentUpdated(id) => {
+                if let Some(held) = self.world.attachment(id).filter(|held| held.record.vm) {
+                    self.exporter.serve_vm(id, &held.record.image);
+                }
+            }
+            Change::AttachmentDeleted(id, _) => self.exporter.leave_vm(id),
+            Change::ImageCreated(_)
+            | Change::ImageUpdated(_)
+            | Change::ImageProgress(_)
+            | Change::ImageDeleted(_)
+            | Change::VolumeCreated(_)
+            | Change::VolumeUpdated(_)
+            | Change::VolumeDeleted(..)
+            | Change::Warning(..)
+            | Change::NodeUpdated
+            | Change::SettingsUpdated => {}
+        }
+    }
+
+    pub(super) fn announce(&mut self, change: Change) {
+        self.follow_vm(&change);
+        let object = match &change {
+            Change::ImageCreated(name)
+            | Change::ImageUpdated(name)
+            | Change::ImageProgress(name) => {
+                self.world.image(name).map(Box::new).map(Object::Image)
+            }
+            Change::ImageDeleted(name) => Some(Object::ImageGone(name.clone())),
+            Change::AttachmentCreated(id) | Change::AttachmentUpdated(id) => {
+                self.world.attachment(id).map(Object::Attachment)
+            }
+            Change::AttachmentDeleted(id, image) => {
+                Some(Object::AttachmentGone(id.clone(), image.clone()))
+            }
+            Change::VolumeCreated(name) | Change::VolumeUpdated(name) => {
+                self.world.volume(name).map(Box::new).map(Object::Volume)
+            }
+            Change::VolumeDeleted(name, image) => {
+                Some(Object::VolumeGone(name.clone(), image.clone()))
+            }
+            Change::Warning(name, message) => {
+                tracing::warn!(image = %name, "{message}");
+                Some(Object::Warning(name.clone(), message.clone()))
+            }
+            Change::NodeUpdated => Some(Object::Node(self.world.node_failed())),
+            Change::SettingsUpdated => {
+                Some(Object::Settings(Box::new(self.world.settings().clone())))
+            }
+        };
+        let Some(object) = object else { return };
+        self.last_id += 1;
+        let _nobody_watches =
+            self.changes.send(Arc::new(Told { id: self.last_id, change, object }));
+    }
+}
