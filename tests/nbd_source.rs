@@ -398,38 +398,129 @@ fn good(kind: u16, cookie: u64, at: u64, len: u32) -> Option<Vec<u8>> {
     }
 }
 
+/// What is odd and allowed.
+const RIGHT: &[(&str, Says)] = &[
+    ("all-data", good),
+    ("pieces-in-any-order", |kind, cookie, at, len| match kind {
+        0 => {
+            let half = len / 2;
+            let late = data(0, cookie, at + u64::from(half), len - half);
+            Some([late, data(0, cookie, at, half), chunk(1, 0, cookie, &[])].concat())
+        }
+        _ => good(kind, cookie, at, len),
+    }),
+    ("tells-too-much", |kind, cookie, at, len| match kind {
+        7 => Some(status(cookie, 7, &[(len, 0), (u32::MAX, 0), (u32::MAX, 3)])),
+        _ => good(kind, cookie, at, len),
+    }),
+    ("tells-a-byte-at-a-time", |kind, cookie, at, len| match kind {
+        7 => Some(status(cookie, 7, &[(1, 0)])),
+        _ => good(kind, cookie, at, len),
+    }),
+    ("tells-no-holes-after-all", |kind, cookie, at, len| match kind {
+        7 => Some(chunk(1, 0x8001, cookie, &[0, 0, 0, 22, 0, 0])),
+        _ => good(kind, cookie, at, len),
+    }),
+    ("tells-nothing", |kind, cookie, at, len| match kind {
+        7 => Some(chunk(1, 0, cookie, &[])),
+        _ => good(kind, cookie, at, len),
+    }),
+];
+
+/// What is not allowed, and a word of the error.
+const WRONG: &[(&str, &str, Says)] = &[
+    ("another-cookie", "nothing that was asked", |_, cookie, at, len| {
+        Some(data(1, cookie ^ 0x100, at, len))
+    }),
+    ("bytes-beyond", "not asked for", |kind, cookie, at, len| match kind {
+        0 => Some(data(1, cookie, at + 1, len)),
+        _ => good(kind, cookie, at, len),
+    }),
+    ("bytes-before", "not asked for", |kind, cookie, at, len| match kind {
+        0 => Some(data(1, cookie, at.wrapping_sub(1), len)),
+        _ => good(kind, cookie, at, len),
+    }),
+    ("twice", "have come already", |kind, cookie, at, len| match kind {
+        0 => Some([data(0, cookie, at, len), data(1, cookie, at, len)].concat()),
+        _ => good(kind, cookie, at, len),
+    }),
+    ("a-hole-over-data", "have come already", |kind, cookie, at, len| match kind {
+        0 => Some([data(0, cookie, at, len), hole(1, cookie, at, 512)].concat()),
+        _ => good(kind, cookie, at, len),
+    }),
+    ("too-short", "before all bytes", |kind, cookie, at, len| match kind {
+        0 => Some(data(1, cookie, at, len - 1)),
+        _ => good(kind, cookie, at, len),
+    }),
+    ("no-bytes", "before all bytes", |kind, cookie, at, len| match kind {
+        0 => Some(chunk(1, 0, cookie, &[])),
+        _ => good(kind, cookie, at, len),
+    }),
+    ("a-hole-too-long", "not asked for", |kind, cookie, at, len| match kind {
+        0 => Some(hole(1, cookie, at, len + 1)),
+        _ => good(kind, cookie, at, len),
+    }),
+    ("a-head-of-nothing", "length of a chunk of data", |kind, cookie, at, len| match kind {
+        0 => Some(chunk(1, 1, cookie, &[0; 7])),
+        _ => good(kind, cookie, at, len),
+    }),
+    ("no-magic", "no magic", |_, _, _, _| Some(vec![0; 64])),
+    ("a-simple-reply", "structured one was agreed", |kind, cookie, at, len| match kind {
+        0 => Some([&0x6744_6698u32.to_be_bytes()[..], &[0; 4], &cookie.to_be_bytes()].concat()),
+        _ => good(kind, cookie, at, len),
+    }),
+    ("an-unknown-chunk", "does not have", |kind, cookie, at, len| match kind {
+        0 => Some(chunk(1, 77, cookie, &[])),
+        _ => good(kind, cookie, at, len),
+    }),
+    ("extents-for-a-read", "does not have", |kind, cookie, at, len| match kind {
+        0 => Some(status(cookie, 7, &[(len, 0)])),
+        _ => good(kind, cookie, at, len),
+    }),
+    ("an-extent-of-nothing", "extent of no bytes", |kind, cookie, at, len| match kind {
+        7 => Some(status(cookie, 7, &[(0, 0)])),
+        _ => good(kind, cookie, at, len),
+    }),
+    ("another-context", "not asked for", |kind, cookie, at, len| match kind {
+        7 => Some(status(cookie, 8, &[(len, 0)])),
+        _ => good(kind, cookie, at, len),
+    }),
+    ("half-an-extent", "chunk of extents", |kind, cookie, at, len| match kind {
+        7 => Some(chunk(1, 5, cookie, &[0, 0, 0, 7, 1, 2, 3])),
+        _ => good(kind, cookie, at, len),
+    }),
+    ("a-long-error", "chunk of an error", |_, cookie, _, _| {
+        Some(chunk(1, 0x8001, cookie, &vec![1; 100_000]))
+    }),
+];
+
+/// What may answer at a path, and a word of the error.
+const GREETINGS: &[(&str, &str, &[u8])] = &[
+    ("http", "no NBD server", b"HTTP/1.1 400 Bad Request\r\n\r\n"),
+    ("old", "old style", b"NBDMAGIC\x00\x00\x42\x02\x81\x86\x12\x53\x00\x00"),
+    ("unfixed", "not the fixed one", b"NBDMAGICIHAVEOPT\x00\x00"),
+    (
+        "tls",
+        "wants TLS",
+        b"NBDMAGICIHAVEOPT\x00\x03\x00\x03\xe8\x89\x04\x55\x65\xa9\x00\x00\x00\x08\x80\x00\x00\x05\x00\x00\x00\x00",
+    ),
+    (
+        "another-option",
+        "another option",
+        b"NBDMAGICIHAVEOPT\x00\x03\x00\x03\xe8\x89\x04\x55\x65\xa9\x00\x00\x00\x09\x00\x00\x00\x01\x00\x00\x00\x00",
+    ),
+    (
+        "a-long-reply",
+        "too long",
+        b"NBDMAGICIHAVEOPT\x00\x03\x00\x03\xe8\x89\x04\x55\x65\xa9\x00\x00\x00\x08\x00\x00\x00\x01\xff\xff\xff\xff",
+    ),
+];
+
 #[test]
 fn whatever_a_server_says_the_bytes_are_right_or_the_error_is_clear() {
     let dir = tempfile::tempdir().unwrap();
-    let right: &[(&str, Says)] = &[
-        ("all-data", good),
-        ("pieces-in-any-order", |kind, cookie, at, len| match kind {
-            0 => {
-                let half = len / 2;
-                let late = data(0, cookie, at + u64::from(half), len - half);
-                Some([late, data(0, cookie, at, half), chunk(1, 0, cookie, &[])].concat())
-            }
-            _ => good(kind, cookie, at, len),
-        }),
-        ("tells-too-much", |kind, cookie, at, len| match kind {
-            7 => Some(status(cookie, 7, &[(len, 0), (u32::MAX, 0), (u32::MAX, 3)])),
-            _ => good(kind, cookie, at, len),
-        }),
-        ("tells-a-byte-at-a-time", |kind, cookie, at, len| match kind {
-            7 => Some(status(cookie, 7, &[(1, 0)])),
-            _ => good(kind, cookie, at, len),
-        }),
-        ("tells-no-holes-after-all", |kind, cookie, at, len| match kind {
-            7 => Some(chunk(1, 0x8001, cookie, &[0, 0, 0, 22, 0, 0])),
-            _ => good(kind, cookie, at, len),
-        }),
-        ("tells-nothing", |kind, cookie, at, len| match kind {
-            7 => Some(chunk(1, 0, cookie, &[])),
-            _ => good(kind, cookie, at, len),
-        }),
-    ];
     let to = dir.path().join("out");
-    for (name, says) in right {
+    for (name, says) in RIGHT {
         let socket = dir.path().join(name);
         liar(&socket, SIZE, *says);
         let done = pull(&uri(&socket, ""), &to, &[]);
@@ -438,72 +529,7 @@ fn whatever_a_server_says_the_bytes_are_right_or_the_error_is_clear() {
         assert!(bytes.len() as u64 == SIZE && bytes.iter().all(|byte| *byte == 7), "{name}");
         std::fs::remove_file(&to).unwrap();
     }
-    let wrong: &[(&str, &str, Says)] = &[
-        ("another-cookie", "nothing that was asked", |_, cookie, at, len| {
-            Some(data(1, cookie ^ 0x100, at, len))
-        }),
-        ("bytes-beyond", "not asked for", |kind, cookie, at, len| match kind {
-            0 => Some(data(1, cookie, at + 1, len)),
-            _ => good(kind, cookie, at, len),
-        }),
-        ("bytes-before", "not asked for", |kind, cookie, at, len| match kind {
-            0 => Some(data(1, cookie, at.wrapping_sub(1), len)),
-            _ => good(kind, cookie, at, len),
-        }),
-        ("twice", "have come already", |kind, cookie, at, len| match kind {
-            0 => Some([data(0, cookie, at, len), data(1, cookie, at, len)].concat()),
-            _ => good(kind, cookie, at, len),
-        }),
-        ("a-hole-over-data", "have come already", |kind, cookie, at, len| match kind {
-            0 => Some([data(0, cookie, at, len), hole(1, cookie, at, 512)].concat()),
-            _ => good(kind, cookie, at, len),
-        }),
-        ("too-short", "before all bytes", |kind, cookie, at, len| match kind {
-            0 => Some(data(1, cookie, at, len - 1)),
-            _ => good(kind, cookie, at, len),
-        }),
-        ("no-bytes", "before all bytes", |kind, cookie, at, len| match kind {
-            0 => Some(chunk(1, 0, cookie, &[])),
-            _ => good(kind, cookie, at, len),
-        }),
-        ("a-hole-too-long", "not asked for", |kind, cookie, at, len| match kind {
-            0 => Some(hole(1, cookie, at, len + 1)),
-            _ => good(kind, cookie, at, len),
-        }),
-        ("a-head-of-nothing", "length of a chunk of data", |kind, cookie, at, len| match kind {
-            0 => Some(chunk(1, 1, cookie, &[0; 7])),
-            _ => good(kind, cookie, at, len),
-        }),
-        ("no-magic", "no magic", |_, _, _, _| Some(vec![0; 64])),
-        ("a-simple-reply", "structured one was agreed", |kind, cookie, at, len| match kind {
-            0 => Some([&0x6744_6698u32.to_be_bytes()[..], &[0; 4], &cookie.to_be_bytes()].concat()),
-            _ => good(kind, cookie, at, len),
-        }),
-        ("an-unknown-chunk", "does not have", |kind, cookie, at, len| match kind {
-            0 => Some(chunk(1, 77, cookie, &[])),
-            _ => good(kind, cookie, at, len),
-        }),
-        ("extents-for-a-read", "does not have", |kind, cookie, at, len| match kind {
-            0 => Some(status(cookie, 7, &[(len, 0)])),
-            _ => good(kind, cookie, at, len),
-        }),
-        ("an-extent-of-nothing", "extent of no bytes", |kind, cookie, at, len| match kind {
-            7 => Some(status(cookie, 7, &[(0, 0)])),
-            _ => good(kind, cookie, at, len),
-        }),
-        ("another-context", "not asked for", |kind, cookie, at, len| match kind {
-            7 => Some(status(cookie, 8, &[(len, 0)])),
-            _ => good(kind, cookie, at, len),
-        }),
-        ("half-an-extent", "chunk of extents", |kind, cookie, at, len| match kind {
-            7 => Some(chunk(1, 5, cookie, &[0, 0, 0, 7, 1, 2, 3])),
-            _ => good(kind, cookie, at, len),
-        }),
-        ("a-long-error", "chunk of an error", |_, cookie, _, _| {
-            Some(chunk(1, 0x8001, cookie, &vec![1; 100_000]))
-        }),
-    ];
-    for (name, word, says) in wrong {
+    for (name, word, says) in WRONG {
         let socket = dir.path().join(name);
         liar(&socket, SIZE, *says);
         let failed = pull(&uri(&socket, ""), &to, &[]);
@@ -528,27 +554,7 @@ fn whatever_a_server_says_the_bytes_are_right_or_the_error_is_clear() {
 fn what_answers_and_is_no_server_or_another_one_is_told_apart() {
     let dir = tempfile::tempdir().unwrap();
     let to = dir.path().join("out");
-    let says: &[(&str, &str, &[u8])] = &[
-        ("http", "no NBD server", b"HTTP/1.1 400 Bad Request\r\n\r\n"),
-        ("old", "old style", b"NBDMAGIC\x00\x00\x42\x02\x81\x86\x12\x53\x00\x00"),
-        ("unfixed", "not the fixed one", b"NBDMAGICIHAVEOPT\x00\x00"),
-        (
-            "tls",
-            "wants TLS",
-            b"NBDMAGICIHAVEOPT\x00\x03\x00\x03\xe8\x89\x04\x55\x65\xa9\x00\x00\x00\x08\x80\x00\x00\x05\x00\x00\x00\x00",
-        ),
-        (
-            "another-option",
-            "another option",
-            b"NBDMAGICIHAVEOPT\x00\x03\x00\x03\xe8\x89\x04\x55\x65\xa9\x00\x00\x00\x09\x00\x00\x00\x01\x00\x00\x00\x00",
-        ),
-        (
-            "a-long-reply",
-            "too long",
-            b"NBDMAGICIHAVEOPT\x00\x03\x00\x03\xe8\x89\x04\x55\x65\xa9\x00\x00\x00\x08\x00\x00\x00\x01\xff\xff\xff\xff",
-        ),
-    ];
-    for (name, word, bytes) in says {
+    for (name, word, bytes) in GREETINGS {
         let socket = dir.path().join(name);
         let listener = UnixListener::bind(&socket).unwrap();
         let bytes = bytes.to_vec();

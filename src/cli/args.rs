@@ -274,7 +274,9 @@ pub struct PullArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 A configuration file has these keys; only disks is needed:
-  disks = [\"/mnt/a\", \"/mnt/b\"]      # the first also holds the catalog and the sockets
+  disks = [\"/mnt/a\", \"/mnt/b\"]      # the first also holds the catalog and the sockets; or
+                                      # { path = \"/mnt/b\", tags = [\"ssd\"] }
+  node_tags = [\"rack-1\"]            # tags of this node, for images that want some
   control_socket = \"/run/bedplate/control.sock\"
   nbd_socket = \"/run/bedplate/nbd.sock\"
   vm_sockets = \"/run/bedplate\"       # directory of the sockets of VMs

@@ -17,7 +17,7 @@ pub(super) async fn run(global: &Global, output: &Output) -> Result<(), CliError
     if output.json {
         return all.disks.iter().try_for_each(|disk| output.object(disk));
     }
-    let heading = ["UUID", "PATH", "SIZE", "FREE", "RESERVED", "SINK", "HEALTH", "MESSAGE"];
+    let heading = ["UUID", "PATH", "SIZE", "FREE", "RESERVED", "SINK", "HEALTH", "TAGS", "MESSAGE"];
     let mut table = Table::new(&heading);
     for disk in &all.disks {
         table.row(vec![
@@ -28,6 +28,7 @@ pub(super) async fn run(global: &Global, output: &Output) -> Result<(), CliError
             human_bytes(disk.reserved_bytes),
             disk.sink.clone(),
             if disk.healthy { "ok" } else { "fail" }.to_owned(),
+            if disk.tags.is_empty() { "-".to_owned() } else { disk.tags.join(",") },
             disk.message.clone(),
         ]);
     }

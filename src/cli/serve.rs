@@ -25,12 +25,12 @@ pub(super) async fn run(
     config.nbd_socket = args.nbd.clone().or(config.nbd_socket);
     config.control_socket = global.socket.clone().or(config.control_socket);
     for disk in &mut config.disks {
-        if !disk.is_dir() {
-            let text = format!("{}: not a directory", disk.display());
+        if !disk.path.is_dir() {
+            let text = format!("{}: not a directory", disk.path.display());
             let hint = "make it, or mount what belongs there: a daemon makes no disk by itself";
             return Err(CliError::new(Exit::Refused, text, hint));
         }
-        *disk = std::path::absolute(&*disk).map_err(|e| CliError::refused(&e))?;
+        disk.path = std::path::absolute(&disk.path).map_err(|e| CliError::refused(&e))?;
     }
     let opening = config.clone();
     let node = tokio::task::spawn_blocking(move || Daemon::open_node(&opening));

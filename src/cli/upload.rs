@@ -87,6 +87,8 @@ pub(super) async fn run(
         base: None,
         snapshot: None,
         min_copies: None,
+        disk_selector: Vec::new(),
+        node_selector: Vec::new(),
         disks: Vec::new(),
     };
     args.stands.put_into(&mut request);

@@ -158,6 +158,11 @@ impl From<ManagerError> for ApiError {
             ManagerError::BeingDeleted { .. } => {
                 (StatusCode::CONFLICT, "deleting", "wait until it is gone, then try again")
             }
+            ManagerError::NotSelected { .. } | ManagerError::NoDiskSelected { .. } => (
+                StatusCode::CONFLICT,
+                "not-selected",
+                "name another disk, or give one the tag in the configuration; `bedplate disks` shows them",
+            ),
             ManagerError::NoRoom { .. } => (
                 StatusCode::INSUFFICIENT_STORAGE,
                 "no-room",

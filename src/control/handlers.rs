@@ -23,9 +23,9 @@ use super::wire;
 use crate::fetch::{DigestKind, DigestMap};
 use crate::manager::{
     AttachmentId, AttachmentStatus, BackendError, Expected, Format, ImageStatus, Layout,
-    NewAttachment, NewImage, SourceUrl, SteeringChange, unix_now_s,
+    NewAttachment, NewImage, Selectors, SourceUrl, SteeringChange, unix_now_s,
 };
-use crate::names::{DiskUuid, ImageName, ImageUuid};
+use crate::names::{DiskUuid, ImageName, ImageUuid, Tag};
 
 /// Mirrors that an image may have.
 const MAX_MIRRORS: usize = 16;
@@ -97,11 +97,17 @@ pub(super) fn new_image(body: &CreateImage) -> Answer<NewImage> {
         base,
         snapshot: body.snapshot.clone(),
         min_copies: body.min_copies.unwrap_or_default(),
+        selectors: selectors(body)?,
         expected: Box::new(expected(body)?),
         declared_format,
         disks: disks?,
         created_unix_s: unix_now_s(),
     })
+}
+
+fn selectors(body: &CreateImage) -> Answer<Selectors> {
+    let tags = |texts: &[String]| Tag::parse_all(texts.iter().map(String::as_str));
+    Ok(Selectors { disk: tags(&body.disk_selector)?, node: tags(&body.node_selector)? })
 }
 
 /// Checks the mirrors of a request. Of a URL nothing is in an error.

@@ -143,6 +143,12 @@ pub struct Image {
     /// Copies that stay although nobody uses them.
     #[serde(default)]
     pub min_copies: u32,
+    /// Tags that a disk must have for it.
+    #[serde(default)]
+    pub disk_selector: Vec<String>,
+    /// Tags that the node must have.
+    #[serde(default)]
+    pub node_selector: Vec<String>,
     /// True if nothing is fetched for now.
     #[serde(default)]
     pub paused: bool,
@@ -198,6 +204,12 @@ pub struct Disk {
     pub healthy: bool,
     /// Why not, or what is worth knowing; may be empty.
     pub message: String,
+    /// Its tags, by the configuration.
+    #[serde(default)]
+    pub tags: Vec<String>,
+    /// Those of its node.
+    #[serde(default)]
+    pub node_tags: Vec<String>,
 }
 
 /// One reader of an image.

@@ -66,6 +66,12 @@ pub struct CreateImage {
     /// Copies that stay although nobody uses them; default 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min_copies: Option<u32>,
+    /// Tags that a disk must have for it; default: any disk will do.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disk_selector: Vec<String>,
+    /// Tags that the node must have.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub node_selector: Vec<String>,
     /// Disks on which to bring it in at once; default none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<String>,
@@ -99,6 +105,8 @@ impl CreateImage {
             base: None,
             snapshot: None,
             min_copies: None,
+            disk_selector: Vec::new(),
+            node_selector: Vec::new(),
             disks: Vec::new(),
         }
     }

@@ -4,6 +4,7 @@
 //! Never: puts a whole URL into an answer.
 //! Start at [`image`].
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use super::Sockets;
@@ -13,7 +14,7 @@ use super::types_health::{Node, Scrub};
 use crate::manager::{
     AttachmentState, AttachmentStatus, Change, CopyState, CopyStatus, DiskStatus, ImageStatus,
 };
-use crate::names::ImageName;
+use crate::names::{ImageName, Tag};
 
 /// An image for the wire.
 pub(crate) fn image(status: &ImageStatus, sockets: &Sockets) -> Image {
@@ -33,6 +34,8 @@ pub(crate) fn image(status: &ImageStatus, sockets: &Sockets) -> Image {
         base: record.base.as_ref().map(ToString::to_string),
         snapshot: record.snapshot.clone(),
         min_copies: record.min_copies.max(1),
+        disk_selector: tags(&record.selectors.disk),
+        node_selector: tags(&record.selectors.node),
         paused: record.steering.paused,
         priority: record.steering.priority,
         rate_limit_bytes_per_s: record.steering.rate_bytes_per_s.unwrap_or(0),
@@ -110,7 +113,13 @@ pub(crate) fn disk(status: &DiskStatus) -> Disk {
         sink: status.sink.clone(),
         healthy: status.healthy,
         message: status.message.clone(),
+        tags: tags(&status.tags),
+        node_tags: tags(&status.node_tags),
     }
+}
+
+fn tags(tags: &BTreeSet<Tag>) -> Vec<String> {
+    tags.iter().map(ToString::to_string).collect()
 }
 
 /// A change for the wire.

@@ -9,6 +9,7 @@
 //! Start at [`Daemon::start`].
 
 mod config;
+mod disks;
 pub mod doctor;
 mod error;
 mod exports;
@@ -32,6 +33,7 @@ use crate::peer::Allowed;
 use crate::serve::{self, Exports, Via, nbd, replica};
 
 pub use config::{Config, ConfigError};
+pub use disks::ConfiguredDisk;
 pub use error::DaemonError;
 pub use sockets::{SUN_PATH_MAX, default_socket, private_socket_dir, state_dir};
 
@@ -101,7 +103,7 @@ impl Daemon {
         config: &Config,
         backend: Arc<dyn Backend>,
     ) -> Result<DaemonHandle, DaemonError> {
-        let first = config.disks.first().ok_or(DaemonError::NoDisk)?;
+        let first = config.disks.first().map(|disk| &*disk.path).ok_or(DaemonError::NoDisk)?;
         prepare_process(config);
         let settings = config.settings()?;
         let control_socket = config.control_socket()?;
@@ -132,7 +134,7 @@ impl Daemon {
             };
 
         let (closing, watch_closing) = watch::channel(false);
-        let disks = config.disks.clone();
+        let disks = config.disk_paths();
         let app = App::new(AppParts {
             manager: manager.clone(),
             backend: backend.clone(),

@@ -7,6 +7,7 @@
 //! Never: lets a worker's late report reach a newer worker of the same copy (each has its number).
 //! Start at [`Backend`].
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,7 +22,7 @@ use crate::fetch::{Access, DigestMap, SourceUrl, Upload};
 use crate::image::Format;
 use crate::image::{Inspection, View};
 use crate::import::Layout;
-use crate::names::{DiskUuid, ImageName, ImageUuid};
+use crate::names::{DiskUuid, ImageName, ImageUuid, Tag};
 
 /// Which copy: one image on one disk.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -62,6 +63,10 @@ pub struct DiskStatus {
     pub healthy: bool,
     /// Why it isn't healthy, or what is worth knowing; may be empty.
     pub message: String,
+    /// Its tags, by the configuration.
+    pub tags: BTreeSet<Tag>,
+    /// Those of its node.
+    pub node_tags: BTreeSet<Tag>,
 }
 
 /// What the files of a copy say at start.

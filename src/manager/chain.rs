@@ -23,7 +23,10 @@ impl Image {
 
 impl World {
     /// The record of `name` and those of all images that it stands on, from the top down.
-    fn records_from<'a>(&'a self, name: &'a ImageName) -> impl Iterator<Item = &'a ImageRecord> {
+    pub(super) fn records_from<'a>(
+        &'a self,
+        name: &'a ImageName,
+    ) -> impl Iterator<Item = &'a ImageRecord> {
         let next = |record: &&ImageRecord| {
             let base = record.base.as_ref()?;
             self.images.get(base).map(|image| &image.record)

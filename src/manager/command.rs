@@ -5,6 +5,7 @@
 //! Never: starts a transfer for a mere `create` (rule 1).
 //! Start at [`World::command`].
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::backend::DiskStatus;
@@ -12,6 +13,7 @@ use super::error::ManagerError;
 use super::records::{
     AttachmentId, AttachmentRecord, ClassRecord, Expected, ImageRecord, Steering, Want,
 };
+use super::selectors::{Selectors, list};
 use super::settings::SettingsChange;
 use super::steer::SteeringChange;
 use super::volume::NewVolume;
@@ -19,7 +21,7 @@ use super::world::{Action, Attachment, AttachmentState, Change, Image, Touched, 
 use crate::fetch::{Access, SourceUrl};
 use crate::image::Format;
 use crate::import::Layout;
-use crate::names::{ClassName, DiskUuid, ImageName, ImageUuid, VolumeName};
+use crate::names::{ClassName, DiskUuid, ImageName, ImageUuid, Tag, VolumeName};
 
 /// Longest label of a reader in bytes.
 pub const READER_MAX_LEN: usize = 128;
@@ -53,6 +55,8 @@ pub struct NewImage {
     pub declared_format: Option<Format>,
     /// Copies that stay although nobody uses them; 0 counts as 1.
     pub min_copies: u32,
+    /// On which disks it may be.
+    pub selectors: Selectors,
     /// Disks on which to bring it in at once; usually none (rule 1).
     pub disks: Vec<DiskUuid>,
     /// Seconds since 1970, UTC.
@@ -214,10 +218,8 @@ impl World {
         mut new: NewImage,
         touched: &mut Touched,
     ) -> Result<Outcome, ManagerError> {
-        for disk in &new.disks {
-            self.disk(disk).ok_or_else(|| ManagerError::NoSuchDisk { disk: disk.clone() })?;
-        }
         let name = new.name.clone();
+        self.check_new_disks(&new)?;
         let is_new = !self.images.contains_key(&name);
         if is_new {
             let clone_of = self.inherit(&mut new)?;
@@ -239,6 +241,7 @@ impl World {
                 facts: None,
                 disks: std::collections::BTreeMap::new(),
                 min_copies: new.min_copies,
+                selectors: new.selectors,
                 deleting: false,
                 created_unix_s: new.created_unix_s,
             };
@@ -397,8 +400,7 @@ impl World {
         disk: Option<DiskUuid>,
     ) -> Result<DiskUuid, ManagerError> {
         if let Some(disk) = disk {
-            let known = self.disk(&disk).is_some();
-            return if known { Ok(disk) } else { Err(ManagerError::NoSuchDisk { disk }) };
+            return self.check_disk(name, &disk).map(|()| disk);
         }
         let image = self.usable(name)?;
         let here = |uuid: &DiskUuid| self.disk(uuid).is_some_and(|d| d.healthy);
@@ -411,14 +413,15 @@ impl World {
         }
         let need_bytes = self.facts_of(image).map_or(0, |f| f.size_bytes);
         let room = |d: &&DiskStatus| {
-            d.healthy && d.free_bytes.saturating_sub(d.reserved_bytes) > need_bytes
+            let free = d.free_bytes.saturating_sub(d.reserved_bytes);
+            d.healthy && free > need_bytes && self.allows(name, d)
         };
         if let Some(disk) = self.disk_of_origin(image, room) {
             return Ok(disk);
         }
         match self.disks.iter().find(room) {
             Some(disk) => Ok(disk.uuid.clone()),
-            None => Err(ManagerError::NoRoom { name: name.clone(), need_bytes }),
+            None => Err(self.no_disk_for(name, need_bytes)),
         }
     }
 }
@@ -445,6 +448,11 @@ fn same_image(record: &ImageRecord, new: &NewImage) -> Result<(), ManagerError> 
     let digests = new.expected.digests.iter();
     let digests = digests.map(|(kind, given)| (kind.key(), known(kind), Some(given.to_owned())));
     let text = |text: &Option<String>| text.clone().unwrap_or_else(|| "none".to_owned());
+    let tags = |tags: &BTreeSet<Tag>| match tags.is_empty() {
+        true => Some("none".to_owned()),
+        false => Some(list(tags)),
+    };
+    let said = |new: &BTreeSet<Tag>| tags(new).filter(|_| !new.is_empty());
     let named = |name: &Option<ImageName>| text(&name.as_ref().map(ToString::to_string));
     let shown = |url: &Option<SourceUrl>| url.as_ref().map(ToString::to_string);
     let others = [
@@ -456,6 +464,8 @@ fn same_image(record: &ImageRecord, new: &NewImage) -> Result<(), ManagerError> 
             Some(text(&record.snapshot)),
             Some(text(&new.snapshot)).filter(|_| cloned.is_none() || new.snapshot.is_some()),
         ),
+        ("disk_selector", tags(&record.selectors.disk), said(&new.selectors.disk)),
+        ("node_selector", tags(&record.selectors.node), said(&new.selectors.node)),
         ("layout", Some(record.layout.to_string()), Some(new.layout.to_string())),
         (
             "format",

@@ -93,6 +93,12 @@ pub enum ManagerError {
     /// The image is being deleted.
     #[error("image {name}: being deleted")]
     BeingDeleted { name: ImageName },
+    /// The disk lacks a tag that the image wants.
+    #[error("image {name}: may not be on disk {disk}: {why}")]
+    NotSelected { name: ImageName, disk: DiskUuid, why: String },
+    /// No disk has the tags that the image wants.
+    #[error("image {name}: no disk has the tags that it wants: {tags}")]
+    NoDiskSelected { name: ImageName, tags: String },
     /// No disk can take a copy.
     #[error("image {name}: no healthy disk has room for {need_bytes} bytes")]
     NoRoom { name: ImageName, need_bytes: u64 },

@@ -28,6 +28,7 @@ mod perform;
 pub mod records;
 mod recovery;
 mod scrub;
+mod selectors;
 mod settings;
 mod siblings;
 mod status;
@@ -61,6 +62,7 @@ pub use records::{
     AttachmentId, AttachmentRecord, BackupRecord, ClassRecord, CloneOf, Expected, Facts,
     ImageRecord, ScrubRecord, ScrubResult, Steering, VolumeRecord,
 };
+pub use selectors::Selectors;
 pub use settings::{Setting, Settings, SettingsChange, SettingsRecord};
 pub use status::{AttachmentStatus, CopyStatus, ImageStatus, ReplicaStatus, VolumeStatus};
 pub use steer::{PRIORITIES, SteeringChange};

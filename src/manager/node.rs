@@ -5,6 +5,7 @@
 //! Never: decides which copies there should be.
 //! Start at [`Node::open`].
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +25,7 @@ use crate::disk::{self, CopyRecord, Disk, DiskError, Found};
 use crate::fetch::{Policy, RateLimit, Upload, one_line};
 use crate::image::qcow2::Terms;
 use crate::image::{self, Format, ImageError, Inspection, Opening, View};
-use crate::names::DiskUuid;
+use crate::names::{DiskUuid, Tag};
 use crate::ring::{BufPool, Choice, Probe, probe};
 
 /// How long an attachment that does not wait waits for the first bytes of its image.
@@ -35,6 +36,10 @@ const ARRIVAL_PATIENCE: Duration = Duration::from_secs(30);
 pub struct NodeOptions {
     /// The disks' directories, the first being the default.
     pub disks: Vec<PathBuf>,
+    /// Tags of those directories that have any.
+    pub disk_tags: BTreeMap<PathBuf, BTreeSet<Tag>>,
+    /// Tags of the node.
+    pub node_tags: BTreeSet<Tag>,
     /// Make a disk of a directory that is none yet.
     pub create: bool,
     /// Which sink to write with.
@@ -55,6 +60,8 @@ impl NodeOptions {
     pub fn new(disks: Vec<PathBuf>) -> Self {
         Self {
             disks,
+            disk_tags: BTreeMap::new(),
+            node_tags: BTreeSet::new(),
             create: true,
             sink: Choice::Auto,
             policy: Policy::default(),
@@ -90,12 +97,14 @@ pub enum NodeError {
 pub(super) struct Slot {
     pub(super) disk: Disk,
     pub(super) probe: Probe,
+    tags: BTreeSet<Tag>,
 }
 
 /// The disks of this node and the workers on them.
 #[derive(Debug)]
 pub struct Node {
     slots: Vec<Arc<Slot>>,
+    tags: BTreeSet<Tag>,
     pool: BufPool,
     policy: Policy,
     limit: Arc<RateLimit>,
@@ -132,10 +141,12 @@ impl Node {
             }
             let reason = probe.reason.as_deref().unwrap_or("");
             tracing::info!(disk = %disk.root().display(), uuid = %disk.uuid(), sink = %probe.kind, reason, "disk opened");
-            slots.push(Arc::new(Slot { disk, probe }));
+            let tags = options.disk_tags.get(root).cloned().unwrap_or_default();
+            slots.push(Arc::new(Slot { disk, probe, tags }));
         }
         Ok(Self {
             slots,
+            tags: options.node_tags.clone(),
             pool: BufPool::new(options.buffers),
             policy: options.policy.clone(),
             limit: Arc::new(RateLimit::new(options.rate_bytes_per_s)),
@@ -270,6 +281,8 @@ impl Backend for Node {
                 sink: slot.probe.kind.to_string(),
                 healthy: usage.is_some(),
                 message,
+                tags: slot.tags.clone(),
+                node_tags: self.tags.clone(),
             }
         };
         self.slots.iter().map(status).collect()

@@ -11,6 +11,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::selectors::Selectors;
 use crate::fetch::source::{self, SourceUrl};
 use crate::fetch::{Access, DigestMap};
 use crate::image::Format;
@@ -176,6 +177,9 @@ pub struct ImageRecord {
     /// Copies that stay although nobody uses them; 0 counts as 1.
     #[serde(default)]
     pub min_copies: u32,
+    /// On which disks it may be.
+    #[serde(default, skip_serializing_if = "Selectors::is_empty")]
+    pub selectors: Selectors,
     /// Being deleted: copies go first, then this record.
     #[serde(default)]
     pub deleting: bool,
@@ -332,6 +336,9 @@ pub struct ClassRecord {
     /// Replicas of a volume; `None`: not said.
     #[serde(default)]
     pub replicas: Option<u32>,
+    /// On which disks its image may be.
+    #[serde(default, skip_serializing_if = "Selectors::is_empty")]
+    pub selectors: Selectors,
     /// Parameters that are known and mean nothing on one node, as they were given.
     #[serde(default)]
     pub kept: BTreeMap<String, String>,

@@ -109,7 +109,8 @@ impl World {
         let room = || {
             let free = |d: &&super::DiskStatus| d.free_bytes.saturating_sub(d.reserved_bytes);
             let mut disks = self.disks.iter().filter(|disk| self.is_fit(&disk.uuid));
-            disks.find(|disk| free(disk) > need_bytes).map(|disk| &disk.uuid)
+            let fits = |d: &&super::DiskStatus| free(d) > need_bytes && self.allows(name, d);
+            disks.find(fits).map(|disk| &disk.uuid)
         };
         known.or_else(room).cloned()
     }

@@ -106,7 +106,6 @@ impl WorkError {
             },
             Self::Image(error) => error.class() == image::Class::Retry,
             Self::Unrepaired(error) => error.may_retry,
-            // It may become complete, or be repaired.
             Self::NoOrigin { .. } => true,
             Self::NoSource | Self::OtherImage { .. } => false,
         };

@@ -22,6 +22,7 @@ use super::index::Index;
 use super::records::{
     AttachmentId, AttachmentRecord, ClassRecord, ImageRecord, Steering, VolumeRecord, Want,
 };
+use super::selectors::Selectors;
 use super::settings::{Settings, SettingsRecord};
 use super::volume::Volume;
 use crate::import::Layout;
@@ -303,6 +304,7 @@ impl World {
                 facts: None,
                 disks: BTreeMap::new(),
                 min_copies: 0,
+                selectors: Selectors::default(),
                 deleting: false,
                 created_unix_s: now_unix_s,
             };

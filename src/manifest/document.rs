@@ -6,13 +6,15 @@
 //! Never: passes over a field in silence that would change what is made.
 //! Start at [`read`].
 
+use std::collections::BTreeSet;
+
 use serde_json::Value;
 
 use super::class::{Class, parse_class};
 use super::error::{Fault, ManifestError};
 use super::quantity::parse_quantity;
 use crate::fetch::{DigestKind, DigestMap, SourceUrl};
-use crate::names::{ClassName, ImageName, VolumeName};
+use crate::names::{ClassName, ImageName, Tag, VolumeName};
 
 /// Most documents of one manifest, those in ConfigMaps included.
 pub const MAX_DOCUMENTS: usize = 256;
@@ -54,6 +56,17 @@ pub struct Image {
     pub sha512: Option<String>,
     /// Copies that stay although nobody uses them.
     pub min_copies: Option<u32>,
+    /// On which disks it may be.
+    pub selectors: Selectors,
+}
+
+/// Tags that a disk, and its node, must have.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Selectors {
+    /// Of its own.
+    pub disk: BTreeSet<Tag>,
+    /// Of its node's.
+    pub node: BTreeSet<Tag>,
 }
 
 /// Where an image comes from.
@@ -305,6 +318,24 @@ impl<'a> Fields<'a> {
         Ok(digests.get(DigestKind::Sha512).map(str::to_owned))
     }
 
+    /// Tags: a list of texts, or one text with commas between, as in a class.
+    pub(super) fn tags(&self, field: &str) -> Result<BTreeSet<Tag>, Fault> {
+        let mut value = self.value;
+        for part in field.split('.') {
+            value = &value[part];
+        }
+        let wrong = |e: &dyn std::fmt::Display| Err(self.wrong(field, e));
+        let Some(list) = value.as_array() else {
+            let text = self.text(field)?.unwrap_or_default();
+            let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
+            return Tag::parse_all(parts).or_else(|e| wrong(&e));
+        };
+        match list.iter().map(Value::as_str).collect::<Option<Vec<&str>>>() {
+            Some(texts) => Tag::parse_all(texts).or_else(|e| wrong(&e)),
+            None => wrong(&"give a list of texts"),
+        }
+    }
+
     /// A URL. Of it nothing but the scheme is in an error.
     pub(super) fn url(&self, field: &str, text: &str) -> Result<SourceUrl, Fault> {
         if text.contains('\\') {
@@ -341,14 +372,12 @@ fn parse_image(value: &Value) -> Result<Found, Fault> {
         source: image_source(&fields)?,
         sha512: fields.sha512("spec.checksum")?,
         min_copies: fields.number("spec.minNumberOfCopies", u32::MAX)?,
+        selectors: Selectors {
+            disk: fields.tags("spec.diskSelector")?,
+            node: fields.tags("spec.nodeSelector")?,
+        },
     };
-    let given = |field: &&str| {
-        let selector = &value["spec"][*field];
-        !selector.is_null() && selector.as_array().is_none_or(|tags| !tags.is_empty())
-    };
-    let notes = ["nodeSelector", "diskSelector"].into_iter().filter(given);
-    let notes = notes.map(|f| format!("spec.{f} is passed over: disks of this node have no tags"));
-    Ok((Object::Image(image), notes.collect()))
+    Ok((Object::Image(image), Vec::new()))
 }
 
 /// Longhorn's `sourceType` and its parameters.

@@ -96,7 +96,7 @@ fn every_parameter_of_today_is_read_or_said() {
          backingImageDataSourceType: download\n  \
          backingImageDataSourceParameters: '{{\"url\": \"https://h/a?x=1\\u0026y=2\", \"z\": \"1\"}}'\n  \
          backingImageChecksum: {}\n  backingImageMinNumberOfCopies: \"2\"\n  \
-         backingImageNodeSelector: \"n\"\n  backingImageDiskSelector: \"d\"\n  diskSelector: \"\"\n  \
+         backingImageNodeSelector: \"n\"\n  backingImageDiskSelector: \"d, e\"\n  diskSelector: \"x\"\n  \
          fsType: ext4\n  csi.storage.k8s.io/fstype: ext4\n  colour: blue\n",
         "AB".repeat(64)
     ));
@@ -105,25 +105,18 @@ fn every_parameter_of_today_is_read_or_said() {
     assert_eq!(class.sha512, Some("ab".repeat(64)));
     assert_eq!((class.min_copies, class.replicas), (Some(2), Some(2)));
     let kept: Vec<_> = class.kept.keys().map(String::as_str).collect();
-    assert_eq!(
-        kept,
-        [
-            "backingImageDiskSelector",
-            "backingImageNodeSelector",
-            "csi.storage.k8s.io/fstype",
-            "diskSelector",
-            "fsType"
-        ]
-    );
+    assert_eq!(kept, ["csi.storage.k8s.io/fstype", "diskSelector", "fsType"]);
     for words in [
         "z of the data source is passed over",
-        "backingImageNodeSelector is passed over: disks of this node have no tags",
-        "backingImageDiskSelector is passed over",
+        "diskSelector is passed over: replicas are where their image may be",
         "colour is not known, and passed over",
     ] {
         assert!(notes.iter().any(|note| note.contains(words)), "{words}: {notes:?}");
     }
-    assert_eq!(notes.len(), 4, "{notes:?}");
+    assert_eq!(notes.len(), 3, "{notes:?}");
+    let tags = |texts: &[&str]| crate::names::Tag::parse_all(texts.iter().copied()).unwrap();
+    let selectors = Selectors { disk: tags(&["d", "e"]), node: tags(&["n"]) };
+    assert_eq!(class.selectors, selectors);
 }
 
 #[test]
@@ -225,6 +218,37 @@ fn a_carriage_return_ends_a_line_too() {
     assert!((1..=4).contains(&error.line), "line {}: {error}", error.line);
     let error = read("kind: X\rspec: {a: b}}\r").unwrap_err();
     assert!((1..=3).contains(&error.line), "line {}: {error}", error.line);
+}
+
+#[test]
+fn tags_of_an_image_are_a_list_or_a_text_with_commas() {
+    let image = |spec: &str| {
+        read(&format!(
+            "apiVersion: longhorn.io/v1beta2\nkind: BackingImage\nmetadata: {{name: i}}\n\
+             spec: {{sourceParameters: {{url: 'http://h/i'}}, {spec}}}"
+        ))
+    };
+    let selectors = |spec: &str| match image(spec).unwrap().remove(0).object {
+        Object::Image(image) => image.selectors,
+        other => panic!("{other:?}"),
+    };
+    let tags = |texts: &[&str]| crate::names::Tag::parse_all(texts.iter().copied()).unwrap();
+    for (spec, disk, node) in [
+        ("diskSelector: [ssd, fast], nodeSelector: []", &["fast", "ssd"][..], &[][..]),
+        ("diskSelector: ' ssd,fast,,', nodeSelector: [rack-1]", &["fast", "ssd"], &["rack-1"]),
+        ("diskSelector: '', nodeSelector: null", &[], &[]),
+    ] {
+        let wanted = Selectors { disk: tags(disk), node: tags(node) };
+        assert_eq!(selectors(spec), wanted, "{spec}");
+    }
+    for bad in
+        ["diskSelector: [7]", "diskSelector: [a b]", "nodeSelector: {a: b}", "nodeSelector: ['']"]
+    {
+        let error = image(bad).unwrap_err().to_string();
+        assert!(error.contains("Selector"), "{bad}: {error}");
+    }
+    let many: Vec<String> = (0..65).map(|n| format!("t{n}")).collect();
+    assert!(image(&format!("diskSelector: [{}]", many.join(", "))).is_err());
 }
 
 #[test]

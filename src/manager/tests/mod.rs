@@ -10,6 +10,7 @@ mod clone;
 mod health;
 mod rules;
 mod scrub;
+mod selectors;
 mod steering;
 mod streaming;
 mod volumes;
@@ -40,6 +41,8 @@ fn disk_status(n: usize) -> DiskStatus {
         sink: "threads".to_owned(),
         healthy: true,
         message: String::new(),
+        tags: BTreeSet::new(),
+        node_tags: BTreeSet::new(),
     }
 }
 
@@ -72,6 +75,7 @@ fn create_from(image: &str, url: &str) -> Command {
         base: None,
         snapshot: None,
         min_copies: 0,
+        selectors: Selectors::default(),
         expected: Box::default(),
         declared_format: None,
         disks: Vec::new(),
