@@ -1,6 +1,7 @@
 //! What the manager's core costs on a node with 1,000 images, a copy of each on four disks, and 200
 //! attachments: a pass over all of it, the look for what is due next, and a command.
 
+use std::collections::BTreeSet;
 use std::hint::black_box;
 use std::time::Duration;
 
@@ -26,6 +27,8 @@ fn disk(number: usize) -> DiskStatus {
         sink: "threads".to_owned(),
         healthy: true,
         message: String::new(),
+        tags: BTreeSet::new(),
+        node_tags: BTreeSet::new(),
     }
 }
 
@@ -90,7 +93,8 @@ fn manager(c: &mut Criterion) {
     group.bench_function("pass", |b| b.iter(|| world.step(Duration::ZERO, [Event::Tick])));
     group.bench_function("next wake", |b| b.iter(|| black_box(&world).next_wake()));
     group.bench_function("copy of the world", |b| b.iter(|| black_box(&world).clone()));
-    group.bench_function("all images, as they are shown", |b| b.iter(|| black_box(&world).images()));
+    group
+        .bench_function("all images, as they are shown", |b| b.iter(|| black_box(&world).images()));
     let mut number = ATTACHMENTS;
     group.bench_function("attach and detach", |b| {
         b.iter(|| {

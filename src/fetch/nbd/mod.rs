@@ -15,6 +15,8 @@ mod place;
 mod plan;
 mod replies;
 mod session;
+#[cfg(test)]
+mod tests;
 mod wire;
 
 use std::ops::Range;
