@@ -10,6 +10,8 @@ use bedplate::catalog::{Catalog, Change, Embedded, Expect, Kind, Revision};
 
 /// Set for the process that is to be killed: the catalog's path, and the number of its first change.
 const CHILD: &str = "BEDPLATE_TEST_CATALOG_WRITER";
+/// The test below, which that process runs too.
+const NAME: &str = "a_writer_that_is_killed_leaves_what_it_acknowledged_and_nothing_by_halves";
 const KEYS: u64 = 7;
 
 /// What change number `n` does: a kind, a key, and a record; no record: it is removed.
@@ -29,17 +31,17 @@ fn apply(catalog: &Embedded, n: u64) {
     }
 }
 
-#[test]
-#[ignore = "the writer: run by the test below, and killed"]
-fn a_writer_that_never_ends() {
-    let text = std::env::var(CHILD).unwrap();
+/// What the process does that is to be killed.
+fn write_for_ever(text: &str) -> ! {
     let (path, first) = text.rsplit_once(' ').unwrap();
     let catalog = Embedded::open(Path::new(path)).unwrap();
     // The test harness holds back what is printed; the pipe does not.
     let mut out = std::io::stderr().lock();
-    for n in first.parse::<u64>().unwrap().. {
+    let mut n = first.parse::<u64>().unwrap();
+    loop {
         apply(&catalog, n);
         writeln!(out, "done {n}").unwrap();
+        n += 1;
     }
 }
 
@@ -66,13 +68,16 @@ fn stored(catalog: &Embedded) -> BTreeMap<(Kind, String), Vec<u8>> {
 
 #[test]
 fn a_writer_that_is_killed_leaves_what_it_acknowledged_and_nothing_by_halves() {
+    if let Ok(text) = std::env::var(CHILD) {
+        write_for_ever(&text);
+    }
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("c.redb");
     let mut next = 0;
     let mut last = Revision(0);
     for round in 0..20u64 {
         let child = Command::new(std::env::current_exe().unwrap())
-            .args(["--ignored", "--exact", "a_writer_that_never_ends", "--nocapture"])
+            .args(["--exact", NAME, "--nocapture"])
             .env(CHILD, format!("{} {next}", path.display()))
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
