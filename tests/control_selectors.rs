@@ -1,7 +1,5 @@
 //! Tags of disks, from the configuration to where an image goes.
 
-#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
-
 mod control_support;
 
 use std::process::{Child, Command, Stdio};

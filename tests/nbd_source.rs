@@ -541,7 +541,7 @@ fn whatever_a_server_says_the_bytes_are_right_or_the_error_is_clear() {
         0 if at >= 1 << 20 => {
             Some(chunk(1, 0x8001, cookie, &[&[0, 0, 0, 5, 0, 5][..], b"sorry"].concat()))
         }
-        _ => good(kind, cookie, at, len.min(SIZE as u32)),
+        _ => good(kind, cookie, at, len.min(3 << 20)),
     });
     let failed = pull(&uri(&socket, ""), &to, &[]);
     let said = stderr(&failed);

@@ -70,7 +70,7 @@ async fn apply_one(app: &App, object: Object, notes: &mut Vec<String>) -> Answer
         Object::Image(image) => {
             let manifest::Image { name, source, sha512, min_copies, selectors } = image;
             let mut new = image_of(&name, &source, sha512, min_copies)?;
-            new.selectors = Selectors { disk: selectors.disk, node: selectors.node };
+            *new.selectors = Selectors { disk: selectors.disk, node: selectors.node };
             let (image, is_new) = app.manager.create(new).await?;
             if min_copies.is_some_and(|least| least.max(1) != image.record.min_copies.max(1)) {
                 let text = "the image keeps its least number of copies; `bedplate set` changes it";
@@ -113,7 +113,7 @@ async fn apply_claim(app: &App, claim: Claim, notes: &mut Vec<String>) -> Answer
         Some(url) => {
             let (source, sha512) = (ImageSource::Url(url.clone()), class.sha512.clone());
             let mut new = image_of(&image, &source, sha512, class.min_copies)?;
-            new.selectors.clone_from(&class.selectors);
+            *new.selectors = class.selectors.clone();
             Some(Box::new(new))
         }
         None => None,

@@ -97,7 +97,7 @@ pub(super) fn new_image(body: &CreateImage) -> Answer<NewImage> {
         base,
         snapshot: body.snapshot.clone(),
         min_copies: body.min_copies.unwrap_or_default(),
-        selectors: selectors(body)?,
+        selectors: Box::new(selectors(body)?),
         expected: Box::new(expected(body)?),
         declared_format,
         disks: disks?,

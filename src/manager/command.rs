@@ -56,7 +56,7 @@ pub struct NewImage {
     /// Copies that stay although nobody uses them; 0 counts as 1.
     pub min_copies: u32,
     /// On which disks it may be.
-    pub selectors: Selectors,
+    pub selectors: Box<Selectors>,
     /// Disks on which to bring it in at once; usually none (rule 1).
     pub disks: Vec<DiskUuid>,
     /// Seconds since 1970, UTC.
@@ -241,7 +241,7 @@ impl World {
                 facts: None,
                 disks: std::collections::BTreeMap::new(),
                 min_copies: new.min_copies,
-                selectors: new.selectors,
+                selectors: *new.selectors,
                 deleting: false,
                 created_unix_s: new.created_unix_s,
             };

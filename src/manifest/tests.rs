@@ -230,7 +230,7 @@ fn tags_of_an_image_are_a_list_or_a_text_with_commas() {
     };
     let selectors = |spec: &str| match image(spec).unwrap().remove(0).object {
         Object::Image(image) => image.selectors,
-        other => panic!("{other:?}"),
+        other @ (Object::Class(_) | Object::Claim(_) | Object::Volume(_)) => panic!("{other:?}"),
     };
     let tags = |texts: &[&str]| crate::names::Tag::parse_all(texts.iter().copied()).unwrap();
     for (spec, disk, node) in [
@@ -260,7 +260,7 @@ fn a_clone_is_read_and_what_it_cannot_do_is_refused_with_what_to_do() {
     };
     let source = |spec: &str| match image(spec).unwrap().remove(0).object {
         Object::Image(image) => image.source,
-        other => panic!("{other:?}"),
+        other @ (Object::Class(_) | Object::Claim(_) | Object::Volume(_)) => panic!("{other:?}"),
     };
     let parrot = ImageSource::Clone(crate::names::ImageName::parse("parrot").unwrap());
     for more in ["", ", encryption: ignore", ", encryption: '', secret: '', secret-namespace: ''"] {

@@ -287,7 +287,8 @@ pub(super) fn records_have_any_size_up_to_the_limit<S: Subject>() {
     let subject = S::new();
     let catalog = subject.open();
     let sizes = [0, 1, 7, 8, 9, 4095, 4096, 4097, 65_535, 1_000_003, MAX_RECORD_LEN];
-    let bytes = |len: usize| (0..len).map(|at| (at * 31 % 251) as u8).collect::<Vec<_>>();
+    let bytes =
+        |len: usize| (0..len).map(|at| u8::try_from(at * 31 % 251).unwrap()).collect::<Vec<_>>();
     for len in sizes {
         catalog.put(Kind::Image, &format!("k{len}"), &bytes(len), Expect::Absent).unwrap();
     }

@@ -13,14 +13,14 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use super::fault::{NbdFault, said};
 use super::link::Link;
 use super::wire::{
-    BASE_ALLOCATION, FIXED_NEWSTYLE, INFO_BLOCK_SIZE, INFO_EXPORT, INIT_MAGIC, MAX_STRING_BYTES,
-    NO_ZEROES, OLDSTYLE_MAGIC, OPT_GO, OPT_SET_META_CONTEXT, OPT_STRUCTURED_REPLY, OPTION_MAGIC,
+    BASE_ALLOCATION, FIXED_NEWSTYLE, INFO_BLOCK_SIZE, INFO_EXPORT, INIT_MAGIC, NO_ZEROES,
+    OLDSTYLE_MAGIC, OPT_GO, OPT_SET_META_CONTEXT, OPT_STRUCTURED_REPLY, OPTION_MAGIC,
     OPTION_REPLY_MAGIC, REP_ACK, REP_ERR_POLICY, REP_ERR_TLS_REQD, REP_ERR_UNKNOWN, REP_ERR_UNSUP,
     REP_ERROR_BIT, REP_INFO, REP_META_CONTEXT, be16, be32, be64, option, text,
 };
 
 /// Longest data of a reply to an option: a few numbers and a string.
-const MAX_REPLY_BYTES: u32 = 2 * MAX_STRING_BYTES as u32;
+const MAX_REPLY_BYTES: u32 = 2 * 4096;
 /// Replies to one option.
 const MAX_REPLIES: usize = 64;
 /// Requests are at least as large as a server wants, up to this.

@@ -23,8 +23,7 @@ use super::plan::{Plan, Step};
 use super::replies::{Asked, Read};
 use super::wire::{
     CHUNK_DATA, CHUNK_DONE, CHUNK_ERROR_BIT, CHUNK_HOLE, CHUNK_MAGIC, CHUNK_NONE, CHUNK_STATUS,
-    CMD_BLOCK_STATUS, CMD_DISC, CMD_READ, MAX_STRING_BYTES, SIMPLE_MAGIC, STATE_ZERO, be16, be32,
-    be64, request,
+    CMD_BLOCK_STATUS, CMD_DISC, CMD_READ, SIMPLE_MAGIC, STATE_ZERO, be16, be32, be64, request,
 };
 use crate::fetch::{FetchError, Stopped};
 use crate::ring::Buf;
@@ -36,7 +35,7 @@ const MAX_ASKED: usize = 64;
 /// Extents of one answer. Nobody tells more of a GiB than one for each of its sectors.
 const MAX_EXTENTS: u32 = 2 << 20;
 /// Bytes of an error's description.
-const MAX_ERROR_BYTES: u32 = 2 * MAX_STRING_BYTES as u32;
+const MAX_ERROR_BYTES: u32 = 2 * 4096;
 
 /// Takes what an export has.
 pub trait Outlet: Send {

@@ -75,7 +75,7 @@ fn create_from(image: &str, url: &str) -> Command {
         base: None,
         snapshot: None,
         min_copies: 0,
-        selectors: Selectors::default(),
+        selectors: Box::default(),
         expected: Box::default(),
         declared_format: None,
         disks: Vec::new(),

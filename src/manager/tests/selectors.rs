@@ -22,7 +22,8 @@ fn tagged() -> Node {
 
 fn create_for(image: &str, disk: &[&str], of_node: &[&str]) -> NewImage {
     let Command::Create(new) = create(image) else { panic!() };
-    NewImage { selectors: Selectors { disk: tags(disk), node: tags(of_node) }, ..new }
+    let selectors = Box::new(Selectors { disk: tags(disk), node: tags(of_node) });
+    NewImage { selectors, ..new }
 }
 
 #[test]
