@@ -27,7 +27,6 @@ fn disk(number: usize) -> DiskStatus {
         sink: "threads".to_owned(),
         healthy: true,
         message: String::new(),
-        tags: BTreeSet::new(),
         node_tags: BTreeSet::new(),
     }
 }

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use control_support::{bedplate, stderr, stdout};
 
-const COMMANDS: [&str; 28] = [
+const COMMANDS: [&str; 29] = [
     "run",
     "pull",
     "export",
@@ -32,6 +32,7 @@ const COMMANDS: [&str; 28] = [
     "watch",
     "events",
     "disks",
+    "disk",
     "doctor",
     "completions",
     "man",

@@ -44,12 +44,14 @@ pub enum Kind {
     Volume,
     /// A storage class.
     Class,
+    /// A disk of this node.
+    Disk,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 5] =
-        [Self::Image, Self::Attachment, Self::Setting, Self::Volume, Self::Class];
+    pub const ALL: [Self; 6] =
+        [Self::Image, Self::Attachment, Self::Setting, Self::Volume, Self::Class, Self::Disk];
 
     /// The word for messages, and the table's name.
     #[must_use]
@@ -60,6 +62,7 @@ impl Kind {
             Self::Setting => "setting",
             Self::Volume => "volume",
             Self::Class => "class",
+            Self::Disk => "disk",
         }
     }
 

@@ -14,6 +14,7 @@ use clap_complete::Shell;
 use super::args_access::AccessArgs;
 use super::args_attach::{AttachArgs, DetachArgs};
 use super::args_digest::DigestArgs;
+use super::args_disk::DiskArgs;
 use super::args_health::{NodeArgs, ScrubArgs, SettingsArgs};
 use super::args_steer::{CancelArgs, CleanupArgs, PauseArgs, ResumeArgs, SetArgs, WatchArgs};
 use super::args_top::TopArgs;
@@ -154,6 +155,8 @@ pub enum Command {
     Events(EventsArgs),
     /// List disks
     Disks(DisksArgs),
+    /// Add, empty, tag or remove a disk
+    Disk(DiskArgs),
     /// Check this host and the daemon, and say what to do
     Doctor(DoctorArgs),
     /// Print completions for a shell
@@ -274,8 +277,7 @@ pub struct PullArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 A configuration file has these keys; only disks is needed:
-  disks = [\"/mnt/a\", \"/mnt/b\"]      # the first also holds the catalog and the sockets; or
-                                      # { path = \"/mnt/b\", tags = [\"ssd\"] }
+  disks = [\"/mnt/a\", \"/mnt/b\"]      # the first also holds the catalog and the sockets
   node_tags = [\"rack-1\"]            # tags of this node, for images that want some
   control_socket = \"/run/bedplate/control.sock\"
   nbd_socket = \"/run/bedplate/nbd.sock\"

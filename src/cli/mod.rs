@@ -12,6 +12,7 @@ pub mod args;
 pub mod args_access;
 pub mod args_attach;
 pub mod args_digest;
+mod args_disk;
 pub mod args_health;
 pub mod args_steer;
 pub mod args_top;
@@ -120,6 +121,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         | Command::Watch(_)
         | Command::Events(_)
         | Command::Disks(_)
+        | Command::Disk(_)
         | Command::Doctor(_) => {}
     }
     let runtime = tokio::runtime::Runtime::new()
@@ -159,7 +161,8 @@ async fn run_async(command: Command, global: &Global, output: &Output) -> Result
         Command::Node(args) => node::run(&args, global, output).await,
         Command::Watch(args) => watch::run(&args, global, output).await,
         Command::Events(args) => events::run(&args, global, output).await,
-        Command::Disks(_) => disks::run(global, output).await,
+        Command::Disks(_) => disks::list(global, output).await,
+        Command::Disk(args) => disks::run(&args.command, global, output).await,
         Command::Doctor(args) => doctor::run(&args, global, output).await,
         Command::Completions(_) | Command::Man(_) | Command::Cat(_) | Command::Export(_) => Ok(()),
     }

@@ -25,12 +25,19 @@ pub(super) async fn run(
     config.nbd_socket = args.nbd.clone().or(config.nbd_socket);
     config.control_socket = global.socket.clone().or(config.control_socket);
     for disk in &mut config.disks {
-        if !disk.path.is_dir() {
-            let text = format!("{}: not a directory", disk.path.display());
+        *disk = std::path::absolute(&*disk).map_err(|e| CliError::refused(&e))?;
+    }
+    // One that is missing may be back later, if it is known.
+    let known = match config.disks.first() {
+        Some(first) if first.is_dir() => Daemon::known_disks(&config)?,
+        Some(_) | None => Vec::new(),
+    };
+    for disk in &config.disks {
+        if !disk.is_dir() && known.iter().all(|(_, path)| path != disk) {
+            let text = format!("{}: not a directory", disk.display());
             let hint = "make it, or mount what belongs there: a daemon makes no disk by itself";
             return Err(CliError::new(Exit::Refused, text, hint));
         }
-        disk.path = std::path::absolute(&disk.path).map_err(|e| CliError::refused(&e))?;
     }
     let opening = config.clone();
     let node = tokio::task::spawn_blocking(move || Daemon::open_node(&opening));

@@ -170,7 +170,25 @@ impl From<ManagerError> for ApiError {
             ),
             ManagerError::BadReader { .. }
             | ManagerError::BadPriority { .. }
+            | ManagerError::BadTag { .. }
+            | ManagerError::TooManyTags { .. }
             | ManagerError::BadSetting { .. } => (StatusCode::BAD_REQUEST, "bad-request", ""),
+            ManagerError::DiskClosed { .. } => (
+                StatusCode::CONFLICT,
+                "disk-closed",
+                "name another disk, or open it: `bedplate disk set UUID --schedulable yes --evict no`",
+            ),
+            ManagerError::DiskInUse { .. } => (
+                StatusCode::CONFLICT,
+                "in-use",
+                "empty it first: `bedplate disk set UUID --evict yes`; one that is gone for good \
+                 goes with --force",
+            ),
+            ManagerError::DiskRefused { .. } => (
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "refused-disk",
+                "see the message; `bedplate doctor` looks at the disks that are here",
+            ),
             ManagerError::Catalog(_) => (
                 StatusCode::INTERNAL_SERVER_ERROR,
                 "catalog",

@@ -120,7 +120,7 @@ impl Watcher {
             | Object::VolumeGone(_, name) => name == only,
             Object::Attachment(held) => held.record.image == *only,
             Object::Volume(volume) => volume.record.image == *only,
-            Object::Settings(_) | Object::Node(_) => false,
+            Object::Settings(_) | Object::Node(_) | Object::Disk(_) | Object::DiskGone(_) => false,
         }
     }
 }

@@ -15,8 +15,8 @@ use super::error::ApiError;
 use super::inspection::Inspection;
 use super::origin::{self, Origin};
 use super::types::{
-    Attachment, Attachments, CleanUp, CreateAttachment, CreateImage, Disks, Doctor, FetchImage,
-    Health, Image, Images, SteerImage, Wait,
+    Attachment, Attachments, CleanUp, CreateAttachment, CreateImage, Doctor, FetchImage, Health,
+    Image, Images, SteerImage, Wait,
 };
 use super::types_health::{Node, ScrubImage};
 use super::wire;
@@ -251,12 +251,6 @@ pub(super) async fn fail_node(State(app): State<App>) -> Answer<Json<Node>> {
 pub(super) async fn return_node(State(app): State<App>) -> Answer<Json<Node>> {
     app.manager.set_node_failed(false).await?;
     Ok(Json(Node::new(false)))
-}
-
-pub(super) async fn list_disks(State(app): State<App>) -> Answer<Json<Disks>> {
-    let backend = app.backend.clone();
-    let disks = blocking(move || backend.disks()).await?;
-    Ok(Json(Disks { disks: disks.iter().map(wire::disk).collect() }))
 }
 
 pub(super) async fn list_attachments(State(app): State<App>) -> Answer<Json<Attachments>> {

@@ -10,6 +10,7 @@
 mod apply;
 mod body;
 pub mod client;
+mod disks;
 mod error;
 mod events;
 mod handlers;
@@ -23,6 +24,7 @@ mod stats;
 pub mod types;
 pub mod types_attachment;
 mod types_create;
+pub mod types_disk;
 pub mod types_health;
 pub mod types_stats;
 pub mod types_volume;

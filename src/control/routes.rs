@@ -12,7 +12,7 @@ use axum::response::Response;
 use axum::routing::{MethodRouter, delete, get, head, patch, post, put};
 
 use super::error::ApiError;
-use super::{App, apply, events, handlers, metrics, settings, stats, upload, volumes};
+use super::{App, apply, disks, events, handlers, metrics, settings, stats, upload, volumes};
 
 /// One method of one path.
 pub struct Route {
@@ -45,7 +45,11 @@ pub fn table() -> Vec<Route> {
         route("GET", "/v1/node", get(handlers::get_node)),
         route("POST", "/v1/node/fail", post(handlers::fail_node)),
         route("POST", "/v1/node/return", post(handlers::return_node)),
-        route("GET", "/v1/disks", get(handlers::list_disks)),
+        route("GET", "/v1/disks", get(disks::list)),
+        route("POST", "/v1/disks", post(disks::add)),
+        route("GET", "/v1/disks/{uuid}", get(disks::get)),
+        route("PATCH", "/v1/disks/{uuid}", patch(disks::change)),
+        route("DELETE", "/v1/disks/{uuid}", delete(disks::remove)),
         route("GET", "/v1/attachments", get(handlers::list_attachments)),
         route("POST", "/v1/attachments", post(handlers::create_attachment)),
         route("GET", "/v1/attachments/{id}", get(handlers::get_attachment)),

@@ -185,33 +185,6 @@ pub struct Image {
     pub created_at: String,
 }
 
-/// One disk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Disk {
-    /// From its `longhorn-disk.cfg`.
-    pub uuid: String,
-    /// Its directory.
-    pub path: String,
-    /// Size of its file system.
-    pub total_bytes: u64,
-    /// Bytes that may still be written.
-    pub free_bytes: u64,
-    /// Bytes of those that running transfers have reserved.
-    pub reserved_bytes: u64,
-    /// How bytes are written: `uring` or `threads`.
-    pub sink: String,
-    /// False: no copy is started here.
-    pub healthy: bool,
-    /// Why not, or what is worth knowing; may be empty.
-    pub message: String,
-    /// Its tags, by the configuration.
-    #[serde(default)]
-    pub tags: Vec<String>,
-    /// Those of its node.
-    #[serde(default)]
-    pub node_tags: Vec<String>,
-}
-
 /// One reader of an image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attachment {
@@ -247,8 +220,8 @@ pub struct Event {
     /// `image.snapshot`, `attachment.snapshot`, `snapshot.end`, `image.created`, `image.updated`,
     /// `image.progress`, `image.deleted`, `attachment.created`, `attachment.updated`,
     /// `attachment.deleted`, `volume.snapshot`, `volume.created`, `volume.updated`,
-    /// `volume.deleted`, `image.warning`, `settings.updated`, `node.updated`,
-    /// or `lagged` (events were lost; the stream ends; connect again).
+    /// `volume.deleted`, `image.warning`, `settings.updated`, `node.updated`, `disk.updated`,
+    /// `disk.removed`, or `lagged` (events were lost; the stream ends; connect again).
     #[serde(rename = "type")]
     pub kind: String,
     /// The image, attachment or volume; what is deleted has only its name or id (and image).
@@ -285,13 +258,6 @@ pub struct Check {
 pub struct Images {
     /// By name.
     pub images: Vec<Image>,
-}
-
-/// Answer of `/v1/disks`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Disks {
-    /// In the order of the configuration.
-    pub disks: Vec<Disk>,
 }
 
 /// Answer of `/v1/attachments`.

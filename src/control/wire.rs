@@ -9,10 +9,11 @@ use std::path::Path;
 
 use super::Sockets;
 use super::settings::Settings;
-use super::types::{Attachment, Copy, Digests, Disk, Event, Image, Nbd, Vm, Wait};
+use super::types::{Attachment, Copy, Digests, Event, Image, Nbd, Vm, Wait};
+use super::types_disk::Disk;
 use super::types_health::{Node, Scrub};
 use crate::manager::{
-    AttachmentState, AttachmentStatus, Change, CopyState, CopyStatus, DiskStatus, ImageStatus,
+    AttachmentState, AttachmentStatus, Change, CopyState, CopyStatus, DiskView, ImageStatus,
 };
 use crate::names::{ImageName, Tag};
 
@@ -103,7 +104,8 @@ pub(crate) fn attachment(status: &AttachmentStatus, sockets: &Sockets) -> Attach
 }
 
 /// A disk for the wire.
-pub(crate) fn disk(status: &DiskStatus) -> Disk {
+pub(crate) fn disk(view: &DiskView) -> Disk {
+    let status = &view.status;
     Disk {
         uuid: status.uuid.to_string(),
         path: status.path.display().to_string(),
@@ -112,9 +114,11 @@ pub(crate) fn disk(status: &DiskStatus) -> Disk {
         reserved_bytes: status.reserved_bytes,
         sink: status.sink.clone(),
         healthy: status.healthy,
+        schedulable: view.schedulable,
+        evicting: view.evicting,
+        tags: view.tags.clone(),
+        copies: view.copies as u64,
         message: status.message.clone(),
-        tags: tags(&status.tags),
-        node_tags: tags(&status.node_tags),
     }
 }
 
@@ -138,6 +142,8 @@ pub(crate) fn event(told: &crate::manager::Told, sockets: &Sockets) -> Event {
         Change::VolumeDeleted(..) => "volume.deleted",
         Change::Warning(..) => "image.warning",
         Change::NodeUpdated => "node.updated",
+        Change::DiskUpdated(_) => "disk.updated",
+        Change::DiskRemoved(_) => "disk.removed",
         Change::SettingsUpdated => "settings.updated",
     };
     let object = match &told.object {
@@ -148,6 +154,8 @@ pub(crate) fn event(told: &crate::manager::Told, sockets: &Sockets) -> Event {
         Object::Volume(status) => serde_json::json!(super::wire_volume::volume(status, sockets)),
         Object::VolumeGone(name, image) => serde_json::json!({ "name": name, "image": image }),
         Object::Warning(name, message) => serde_json::json!({ "name": name, "message": message }),
+        Object::Disk(view) => serde_json::json!(disk(view)),
+        Object::DiskGone(uuid) => serde_json::json!({ "uuid": uuid }),
         Object::Node(failed) => serde_json::json!(Node::new(*failed)),
         Object::Settings(settings) => serde_json::json!(Settings::from(&**settings)),
     };

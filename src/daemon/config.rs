@@ -12,7 +12,6 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::disks::ConfiguredDisk;
 use super::{CONTROL_SOCKET, DaemonError, NBD_SOCKET, REPLICA_SOCKET, sockets};
 use crate::fetch::{AddressPolicy, Trust};
 use crate::manager::{NodeOptions, Setting, Settings};
@@ -28,9 +27,9 @@ const MAX_VM_POLL_US: u32 = 10_000;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// Directories, each on a file system of its own: where copies live; or tables of such a `path` and
-    /// the disk's `tags`. At least one. The first also holds the catalog and, by default, the sockets.
-    pub disks: Vec<ConfiguredDisk>,
+    /// Directories, each on a file system of its own: where copies live. At least one. The first
+    /// also holds the catalog and, by default, the sockets.
+    pub disks: Vec<PathBuf>,
     /// Tags of this node, for images that may be only on some. Default: none.
     #[serde(default)]
     pub node_tags: BTreeSet<Tag>,
@@ -125,13 +124,7 @@ impl Config {
     /// A daemon with these disks and defaults for the rest.
     #[must_use]
     pub fn with_disks(disks: Vec<PathBuf>) -> Self {
-        Self { disks: disks.into_iter().map(ConfiguredDisk::from).collect(), ..Self::default() }
-    }
-
-    /// The directories of its disks.
-    #[must_use]
-    pub fn disk_paths(&self) -> Vec<PathBuf> {
-        self.disks.iter().map(|disk| disk.path.clone()).collect()
+        Self { disks, ..Self::default() }
     }
 
     /// Reads a TOML file.
@@ -152,9 +145,7 @@ impl Config {
     /// # Errors
     /// [`DaemonError::BadSetting`] for a sink that isn't known or no transfer at all.
     pub fn node_options(&self) -> Result<NodeOptions, DaemonError> {
-        let mut options = NodeOptions::new(self.disk_paths());
-        options.disk_tags =
-            self.disks.iter().map(|disk| (disk.path.clone(), disk.tags.clone())).collect();
+        let mut options = NodeOptions::new(self.disks.clone());
         options.node_tags.clone_from(&self.node_tags);
         if let Some(sink) = &self.sink {
             let refuse = |rule| DaemonError::BadSetting { key: "sink", rule };
@@ -273,7 +264,7 @@ impl Config {
             }
             return Ok(path.to_owned());
         }
-        let first = self.disks.first().map(|disk| &*disk.path).ok_or(DaemonError::NoDisk)?;
+        let first = self.disks.first().ok_or(DaemonError::NoDisk)?;
         let path = sockets::default_socket(first, name);
         if !path.starts_with(first) {
             sockets::make_private_dir(path.parent().unwrap_or(Path::new("/")))?;
@@ -319,29 +310,6 @@ mod tests {
         assert!(allows("127.0.0.1") && allows("169.254.7.1") && !allows("169.254.8.1"));
         assert_eq!(open.trust, Trust::Clients { secrets_dir: Some("/run/secrets".into()) });
         assert!(parse("disks = ['/d']\nallow_addresses = ['10.0.0.0/99']").is_err());
-    }
-
-    #[test]
-    fn a_disk_is_a_path_or_a_table_with_tags() {
-        let config = parse(
-            "disks = ['/a', { path = '/b', tags = ['ssd', 'fast'] }]\nnode_tags = ['rack-1']",
-        );
-        let config = config.unwrap();
-        assert_eq!(config.disk_paths(), ["/a", "/b"].map(PathBuf::from));
-        let options = config.node_options().unwrap();
-        let tags = |texts: &[&str]| Tag::parse_all(texts.iter().copied()).unwrap();
-        assert_eq!(options.disk_tags[Path::new("/b")], tags(&["fast", "ssd"]));
-        assert_eq!(options.disk_tags[Path::new("/a")], tags(&[]));
-        assert_eq!(options.node_tags, tags(&["rack-1"]));
-        assert_eq!(parse("[[disks]]\npath = '/a'").unwrap(), parse("disks = ['/a']").unwrap());
-        for bad in [
-            "disks = [{ path = '/a', tag = ['x'] }]",
-            "disks = [{ tags = ['x'] }]",
-            "disks = [{ path = '/a', tags = ['a b'] }]",
-            "disks = [7]",
-        ] {
-            assert!(parse(bad).is_err(), "{bad}");
-        }
     }
 
     #[test]

@@ -9,7 +9,6 @@
 //! Start at [`Daemon::start`].
 
 mod config;
-mod disks;
 pub mod doctor;
 mod error;
 mod exports;
@@ -24,16 +23,15 @@ use std::time::Duration;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::watch;
 
-use crate::catalog::{Catalog, Embedded};
+use crate::catalog::{Catalog, CatalogError, Embedded, Kind, list_as};
 use crate::control::{App, AppParts, HttpCounters, Served, Sockets, server};
 use crate::image::DecodedCache;
-use crate::manager::{Backend, Manager, Node};
-use crate::names::ImageName;
+use crate::manager::{Backend, DiskRecord, Manager, Node};
+use crate::names::{DiskUuid, ImageName};
 use crate::peer::Allowed;
 use crate::serve::{self, Exports, Via, nbd, replica};
 
 pub use config::{Config, ConfigError};
-pub use disks::ConfiguredDisk;
 pub use error::DaemonError;
 pub use sockets::{SUN_PATH_MAX, default_socket, private_socket_dir, state_dir};
 
@@ -88,10 +86,30 @@ impl Daemon {
     /// # Errors
     /// [`DaemonError`]; no disk stays locked then.
     pub fn open_node(config: &Config) -> Result<Arc<dyn Backend>, DaemonError> {
-        if config.disks.is_empty() {
-            return Err(DaemonError::NoDisk);
+        let mut options = config.node_options()?;
+        options.known = Self::known_disks(config)?;
+        Ok(Arc::new(Node::open(&options)?))
+    }
+
+    /// The disks that the daemon of `config` had when it last ran, and where. Blocks.
+    ///
+    /// # Errors
+    /// [`DaemonError`] if its catalog is there and can't be read.
+    pub fn known_disks(config: &Config) -> Result<Vec<(DiskUuid, PathBuf)>, DaemonError> {
+        let path = state_dir(config.disks.first().ok_or(DaemonError::NoDisk)?).join(CATALOG);
+        if !path.exists() {
+            return Ok(Vec::new());
         }
-        Ok(Arc::new(Node::open(&config.node_options()?)?))
+        let records = Embedded::open(&path).and_then(|catalog| list_as(&catalog, Kind::Disk));
+        match records {
+            Ok(records) => {
+                let records: Vec<(DiskRecord, _)> = records;
+                Ok(records.into_iter().map(|(record, _)| (record.uuid, record.path)).collect())
+            }
+            // Who has it has the disks too, and they say so better.
+            Err(CatalogError::Locked { .. }) => Ok(Vec::new()),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Starts everything; when it returns, the control socket answers, and readers who connect are
@@ -103,7 +121,7 @@ impl Daemon {
         config: &Config,
         backend: Arc<dyn Backend>,
     ) -> Result<DaemonHandle, DaemonError> {
-        let first = config.disks.first().map(|disk| &*disk.path).ok_or(DaemonError::NoDisk)?;
+        let first = config.disks.first().ok_or(DaemonError::NoDisk)?;
         prepare_process(config);
         let settings = config.settings()?;
         let control_socket = config.control_socket()?;
@@ -134,7 +152,7 @@ impl Daemon {
             };
 
         let (closing, watch_closing) = watch::channel(false);
-        let disks = config.disk_paths();
+        let disks = config.disks.clone();
         let app = App::new(AppParts {
             manager: manager.clone(),
             backend: backend.clone(),

@@ -99,6 +99,10 @@ impl Disk {
             std::fs::create_dir_all(root).map_err(|e| DiskError::io("make directory", root, e))?;
         }
         let root = Dir::open(root)?;
+        if !create {
+            // Nothing is written to what is none, as a mount point without its file system.
+            disk_uuid(&root, false)?;
+        }
         let lock = take_lock(&root)?;
         let uuid = disk_uuid(&root, create)?;
         let images = root.make_dir(IMAGES_DIR)?;

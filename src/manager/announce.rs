@@ -30,6 +30,8 @@ impl Driver {
             | Change::VolumeDeleted(..)
             | Change::Warning(..)
             | Change::NodeUpdated
+            | Change::DiskUpdated(_)
+            | Change::DiskRemoved(_)
             | Change::SettingsUpdated => {}
         }
     }
@@ -59,6 +61,10 @@ impl Driver {
                 tracing::warn!(image = %name, "{message}");
                 Some(Object::Warning(name.clone(), message.clone()))
             }
+            Change::DiskUpdated(disk) => {
+                self.world.disk_view_of(disk).map(Box::new).map(Object::Disk)
+            }
+            Change::DiskRemoved(disk) => Some(Object::DiskGone(disk.clone())),
             Change::NodeUpdated => Some(Object::Node(self.world.node_failed())),
             Change::SettingsUpdated => {
                 Some(Object::Settings(Box::new(self.world.settings().clone())))

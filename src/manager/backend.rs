@@ -9,7 +9,7 @@
 
 use std::collections::BTreeSet;
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -63,9 +63,7 @@ pub struct DiskStatus {
     pub healthy: bool,
     /// Why it isn't healthy, or what is worth knowing; may be empty.
     pub message: String,
-    /// Its tags, by the configuration.
-    pub tags: BTreeSet<Tag>,
-    /// Those of its node.
+    /// Tags of its node, by the configuration.
     pub node_tags: BTreeSet<Tag>,
 }
 
@@ -420,6 +418,19 @@ pub struct NodeSettings {
 pub trait Backend: Send + Sync + 'static {
     /// The disks, in the order of the configuration, as they are now. Quick (`statvfs`).
     fn disks(&self) -> Vec<DiskStatus>;
+
+    /// Opens a disk again that was found gone, if it is back. Blocks.
+    fn reopen(&self, disk: &DiskUuid);
+
+    /// Opens one disk more, or one that is missing at its old path; a directory that is no disk
+    /// becomes one. Gives every copy that it holds. One that is open already is no error. Blocks.
+    ///
+    /// # Errors
+    /// [`BackendError`]: it can't be opened, or another process has it.
+    fn add_disk(&self, path: &Path) -> Result<(DiskUuid, Vec<FoundCopy>), BackendError>;
+
+    /// A disk is none of this node's any more. Quick.
+    fn forget_disk(&self, disk: &DiskUuid);
 
     /// At start: every copy that the disks hold. May read directories and records, not data.
     fn scan(&self) -> Vec<FoundCopy>;

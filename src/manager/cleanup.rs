@@ -41,13 +41,14 @@ impl Image {
     fn can_spare(&self, disk: &DiskUuid) -> bool {
         let Some(copy) = self.copies.get(disk).filter(|copy| !copy.cancelled) else { return false };
         let own = worth(copy);
-        let others = self.copies.values().filter(|copy| !copy.cancelled);
+        // One that is leaving its disk counts for nothing: another is to stand in its place.
+        let others = self.copies.values().filter(|copy| !copy.cancelled && !copy.evicting);
         let as_good = others.filter(|other| worth(other) >= own).count();
         as_good > usize::try_from(self.record.min_copies.max(1)).unwrap_or(usize::MAX)
     }
 
     /// A copy is wanted no more: its worker stops, and its files go.
-    fn give_up(&mut self, disk: &DiskUuid) {
+    pub(super) fn give_up(&mut self, disk: &DiskUuid) {
         self.record.disks.remove(disk);
         if let Some(copy) = self.copies.get_mut(disk) {
             (copy.cancelled, copy.retry_at) = (true, None);
@@ -72,7 +73,7 @@ impl World {
     }
 
     /// Who uses the copy of `name` on `disk`, in words; `None` if nobody does.
-    fn user_of(&self, name: &ImageName, disk: &DiskUuid) -> Option<&'static str> {
+    pub(super) fn user_of(&self, name: &ImageName, disk: &DiskUuid) -> Option<&'static str> {
         let image = self.images.get(name)?;
         let readers = self.readers_of(name);
         if readers.attachments.contains(disk) {

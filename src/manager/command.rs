@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::backend::DiskStatus;
+use super::disks::{DiskChange, OpenedDisk};
 use super::error::ManagerError;
 use super::records::{
     AttachmentId, AttachmentRecord, ClassRecord, Expected, ImageRecord, Steering, Want,
@@ -125,6 +126,12 @@ pub enum Command {
     DeleteVolume(VolumeName),
     /// Know a storage class, or know it better.
     PutClass(Box<ClassRecord>),
+    /// A disk that was opened is one of the node's.
+    AddDisk(Box<OpenedDisk>),
+    /// Steer a disk.
+    ChangeDisk(DiskUuid, DiskChange),
+    /// Let go of a disk; with `true` also of one that is gone, with what it held.
+    RemoveDisk(DiskUuid, bool),
     /// Forget a storage class; volumes that were made by it stay.
     DeleteClass(ClassName),
 }
@@ -140,6 +147,8 @@ pub enum Outcome {
     Volume(VolumeName, bool),
     /// A storage class, and what became of it.
     Class(ClassName, Applied),
+    /// A disk, and whether it is new.
+    Disk(DiskUuid, bool),
     /// Nothing is left to show.
     Done,
 }
@@ -197,6 +206,9 @@ impl World {
             Command::DetachVolume(name) => self.detach_volume(name, &mut touched)?,
             Command::DeleteVolume(name) => self.delete_volume(name, &mut touched)?,
             Command::PutClass(record) => self.put_class(*record, &mut touched),
+            Command::AddDisk(opened) => self.add_disk(*opened, &mut touched),
+            Command::ChangeDisk(disk, change) => self.change_disk(disk, change, &mut touched)?,
+            Command::RemoveDisk(disk, force) => self.remove_disk(disk, force, &mut touched)?,
             Command::DeleteClass(name) => self.delete_class(name, &mut touched)?,
         };
         Ok((outcome, self.finish(now, touched)))
@@ -400,21 +412,22 @@ impl World {
         disk: Option<DiskUuid>,
     ) -> Result<DiskUuid, ManagerError> {
         if let Some(disk) = disk {
-            return self.check_disk(name, &disk).map(|()| disk);
+            self.check_disk_for(name, None, &disk)?;
+            return Ok(disk);
         }
         let image = self.usable(name)?;
         let here = |uuid: &DiskUuid| self.disk(uuid).is_some_and(|d| d.healthy);
-        let mut copies = image.copies.iter().filter(|(uuid, _)| here(uuid));
-        if let Some((uuid, _)) = copies.clone().find(|(_, copy)| copy.state.is_sealed()) {
-            return Ok(uuid.clone());
-        }
-        if let Some((uuid, _)) = copies.next() {
+        let copies = image.copies.iter().filter(|(uuid, _)| here(uuid));
+        // A disk that is being emptied is the last choice: who reads there keeps its copy there.
+        let best = copies.min_by_key(|(_, copy)| (copy.evicting, !copy.state.is_sealed()));
+        if let Some((uuid, _)) = best {
             return Ok(uuid.clone());
         }
         let need_bytes = self.facts_of(image).map_or(0, |f| f.size_bytes);
         let room = |d: &&DiskStatus| {
+            let is_open = d.healthy && self.is_open_to_copies(&d.uuid);
             let free = d.free_bytes.saturating_sub(d.reserved_bytes);
-            d.healthy && free > need_bytes && self.allows(name, d)
+            is_open && free > need_bytes && self.allows(name, d)
         };
         if let Some(disk) = self.disk_of_origin(image, room) {
             return Ok(disk);

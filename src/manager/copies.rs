@@ -42,6 +42,8 @@ pub(super) struct Copy {
     pub(super) removing: bool,
     /// A user wants it no more: it stops, and its files go.
     pub(super) cancelled: bool,
+    /// Its disk is being emptied.
+    pub(super) evicting: bool,
     /// Its worker is a scrub.
     pub(super) scrubbing: bool,
     /// Somebody asked for a scrub.
@@ -66,6 +68,7 @@ impl Copy {
             worker: Worker::Idle,
             removing: false,
             cancelled: false,
+            evicting: false,
             scrubbing: false,
             scrub_wanted: false,
             progress: Progress::default(),

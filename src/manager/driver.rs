@@ -5,6 +5,7 @@
 //! Never: waits for a transfer.
 //! Start at [`Manager::start`].
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::backend::{Backend, BackendError, Link};
 use super::command::{Applied, Command, NewAttachment, NewImage};
+use super::disks::{DiskChange, DiskView};
 use super::error::ManagerError;
 use super::perform::Driver;
 use super::records::{AttachmentId, ClassRecord};
@@ -79,6 +81,10 @@ pub enum Object {
     Node(bool),
     /// What holds on this node.
     Settings(Box<Settings>),
+    /// A disk.
+    Disk(Box<DiskView>),
+    /// A disk that is none of the node's any more.
+    DiskGone(DiskUuid),
 }
 
 /// One change, as watchers are told.
@@ -109,6 +115,7 @@ pub struct Subscription {
 
 pub(super) enum Message {
     Command(Box<Command>, oneshot::Sender<Result<Answer, ManagerError>>),
+    AddDisk(PathBuf, oneshot::Sender<Result<Answer, ManagerError>>),
     Read(Box<dyn FnOnce(&World) + Send>),
     Subscribe(oneshot::Sender<Subscription>),
     Stop(oneshot::Sender<()>),
@@ -118,6 +125,7 @@ pub(super) enum Answer {
     Image(Box<ImageStatus>, bool),
     Attachment(Box<AttachmentStatus>, bool),
     Volume(Box<VolumeStatus>, bool),
+    Disk(Box<DiskView>, bool),
     Class(Applied),
     Done,
 }
@@ -127,18 +135,33 @@ impl Answer {
     fn image(self) -> Result<(ImageStatus, bool), ManagerError> {
         match self {
             Self::Image(image, is_new) => Ok((*image, is_new)),
-            Self::Attachment(..) | Self::Volume(..) | Self::Class(_) | Self::Done => {
-                Err(ManagerError::Stopping)
-            }
+            Self::Attachment(..)
+            | Self::Volume(..)
+            | Self::Disk(..)
+            | Self::Class(_)
+            | Self::Done => Err(ManagerError::Stopping),
         }
     }
 
     fn volume(self) -> Result<(VolumeStatus, bool), ManagerError> {
         match self {
             Self::Volume(volume, is_new) => Ok((*volume, is_new)),
-            Self::Attachment(..) | Self::Image(..) | Self::Class(_) | Self::Done => {
-                Err(ManagerError::Stopping)
-            }
+            Self::Attachment(..)
+            | Self::Image(..)
+            | Self::Disk(..)
+            | Self::Class(_)
+            | Self::Done => Err(ManagerError::Stopping),
+        }
+    }
+
+    fn disk(self) -> Result<(DiskView, bool), ManagerError> {
+        match self {
+            Self::Disk(disk, is_new) => Ok((*disk, is_new)),
+            Self::Attachment(..)
+            | Self::Image(..)
+            | Self::Volume(..)
+            | Self::Class(_)
+            | Self::Done => Err(ManagerError::Stopping),
         }
     }
 }
@@ -261,6 +284,7 @@ impl Manager {
             answer @ (Answer::Image(..)
             | Answer::Attachment(..)
             | Answer::Volume(..)
+            | Answer::Disk(..)
             | Answer::Class(_)) => answer.image().map(|(image, _)| Some(image)),
         }
     }
@@ -275,9 +299,11 @@ impl Manager {
     ) -> Result<(AttachmentStatus, bool), ManagerError> {
         match self.command(Command::Attach(new)).await? {
             Answer::Attachment(attachment, is_new) => Ok((*attachment, is_new)),
-            Answer::Image(..) | Answer::Volume(..) | Answer::Class(_) | Answer::Done => {
-                Err(ManagerError::Stopping)
-            }
+            Answer::Image(..)
+            | Answer::Volume(..)
+            | Answer::Disk(..)
+            | Answer::Class(_)
+            | Answer::Done => Err(ManagerError::Stopping),
         }
     }
 
@@ -329,10 +355,42 @@ impl Manager {
     pub async fn put_class(&self, record: ClassRecord) -> Result<Applied, ManagerError> {
         match self.command(Command::PutClass(Box::new(record))).await? {
             Answer::Class(applied) => Ok(applied),
-            Answer::Image(..) | Answer::Attachment(..) | Answer::Volume(..) | Answer::Done => {
-                Err(ManagerError::Stopping)
-            }
+            Answer::Image(..)
+            | Answer::Attachment(..)
+            | Answer::Volume(..)
+            | Answer::Disk(..)
+            | Answer::Done => Err(ManagerError::Stopping),
         }
+    }
+
+    /// Makes the directory at `path` one of the node's disks; true if it was none before.
+    ///
+    /// # Errors
+    /// [`ManagerError::DiskRefused`]; others if it can't be stored. Nothing was changed.
+    pub async fn add_disk(&self, path: PathBuf) -> Result<(DiskView, bool), ManagerError> {
+        let (tx, rx) = oneshot::channel();
+        self.send(Message::AddDisk(path, tx)).await?;
+        rx.await.map_err(|_| ManagerError::Stopping)??.disk()
+    }
+
+    /// Steers a disk.
+    ///
+    /// # Errors
+    /// [`ManagerError`]; nothing was changed.
+    pub async fn change_disk(
+        &self,
+        disk: DiskUuid,
+        change: DiskChange,
+    ) -> Result<DiskView, ManagerError> {
+        self.command(Command::ChangeDisk(disk, change)).await?.disk().map(|(disk, _)| disk)
+    }
+
+    /// Lets go of a disk that holds nothing; with `force` also of one that is gone.
+    ///
+    /// # Errors
+    /// [`ManagerError::DiskInUse`] with what is there; others if it can't be found or stored.
+    pub async fn remove_disk(&self, disk: DiskUuid, force: bool) -> Result<(), ManagerError> {
+        self.command(Command::RemoveDisk(disk, force)).await.map(|_| ())
     }
 
     /// Forgets a storage class.

@@ -111,6 +111,21 @@ pub enum ManagerError {
     /// A setting has no such value.
     #[error("{key}: {value} is not usable; {rule}")]
     BadSetting { key: &'static str, value: i64, rule: String },
+    /// A user has closed the disk to new copies.
+    #[error("disk {disk}: takes no new copies (it is closed, or being emptied)")]
+    DiskClosed { disk: DiskUuid },
+    /// The disk can't be let go.
+    #[error("disk {disk}: stays: {why}")]
+    DiskInUse { disk: DiskUuid, why: String },
+    /// The disk could not be opened.
+    #[error("{message}")]
+    DiskRefused { message: String },
+    /// A tag is not usable.
+    #[error("tag {tag:?} is not usable; give 1 to 63 letters, digits, '-', '_', '.' or '/'")]
+    BadTag { tag: String },
+    /// Too many tags.
+    #[error("a disk has at most {most} tags")]
+    TooManyTags { most: usize },
     /// The catalog could not store the change.
     #[error("cannot store the change; nothing was done")]
     Catalog(#[from] CatalogError),

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::backend::{CopyInfo, FailureClass, ScrubReport, WorkerEvent};
-use super::node::Slot;
+use super::slots::Slot;
 use super::worker::{WorkError, Worker};
 use crate::disk::{self, DiskError, Mending, Scrubbed, bytes_of};
 use crate::fetch::{self, Class, Engine, Expect, FetchError, RateLimit, SourceFile, one_line};

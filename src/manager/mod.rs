@@ -16,12 +16,14 @@ mod cleanup;
 mod clone;
 mod command;
 mod copies;
+mod disks;
 mod drill;
 mod driver;
 mod error;
 mod facts;
 mod helm;
 mod index;
+mod keep;
 mod mend;
 mod node;
 mod perform;
@@ -31,6 +33,7 @@ mod scrub;
 mod selectors;
 mod settings;
 mod siblings;
+mod slots;
 mod status;
 mod steer;
 mod step;
@@ -54,13 +57,14 @@ pub use backend::{
     WorkerEvent, WorkerHandle,
 };
 pub use command::{Applied, Command, NewAttachment, NewImage, Outcome, READER_MAX_LEN};
+pub use disks::{DiskChange, DiskView, OpenedDisk};
 pub use driver::{Exporter, Manager, Object, Subscription, Told};
 pub use error::ManagerError;
 pub use node::{Node, NodeError, NodeOptions};
 pub(crate) use perform::unix_now_s;
 pub use records::{
-    AttachmentId, AttachmentRecord, BackupRecord, ClassRecord, CloneOf, Expected, Facts,
-    ImageRecord, ScrubRecord, ScrubResult, Steering, VolumeRecord,
+    AttachmentId, AttachmentRecord, BackupRecord, ClassRecord, CloneOf, DiskRecord, Expected,
+    Facts, ImageRecord, ScrubRecord, ScrubResult, Steering, VolumeRecord,
 };
 pub use selectors::Selectors;
 pub use settings::{Setting, Settings, SettingsChange, SettingsRecord};

@@ -5,8 +5,8 @@
 //! Never: decides which copies there should be.
 //! Start at [`Node::open`].
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +16,7 @@ use super::backend::{
 };
 use super::helm::Helms;
 use super::records::Steering;
+use super::slots::{Slot, Slots};
 use super::turns::Turns;
 use super::uploads::Uploads;
 use super::views::Views;
@@ -26,7 +27,7 @@ use crate::fetch::{Policy, RateLimit, Upload, one_line};
 use crate::image::qcow2::Terms;
 use crate::image::{self, Format, ImageError, Inspection, Opening, View};
 use crate::names::{DiskUuid, Tag};
-use crate::ring::{BufPool, Choice, Probe, probe};
+use crate::ring::{BufPool, Choice};
 
 /// How long an attachment that does not wait waits for the first bytes of its image.
 const ARRIVAL_PATIENCE: Duration = Duration::from_secs(30);
@@ -36,10 +37,10 @@ const ARRIVAL_PATIENCE: Duration = Duration::from_secs(30);
 pub struct NodeOptions {
     /// The disks' directories, the first being the default.
     pub disks: Vec<PathBuf>,
-    /// Tags of those directories that have any.
-    pub disk_tags: BTreeMap<PathBuf, BTreeSet<Tag>>,
     /// Tags of the node.
     pub node_tags: BTreeSet<Tag>,
+    /// Disks that were known before, and where: only they are opened there.
+    pub known: Vec<(DiskUuid, PathBuf)>,
     /// Make a disk of a directory that is none yet.
     pub create: bool,
     /// Which sink to write with.
@@ -60,8 +61,8 @@ impl NodeOptions {
     pub fn new(disks: Vec<PathBuf>) -> Self {
         Self {
             disks,
-            disk_tags: BTreeMap::new(),
             node_tags: BTreeSet::new(),
+            known: Vec::new(),
             create: true,
             sink: Choice::Auto,
             policy: Policy::default(),
@@ -81,6 +82,16 @@ pub enum NodeError {
     /// The sink that was asked for does not work.
     #[error("{0}; or let `sink` be auto")]
     Sink(String),
+    /// Another disk is where a known one was.
+    #[error("{}: disk {found} is here, not {known}; mount the right one, or remove the record of it: `bedplate disk remove --force {known}`", path.display())]
+    OtherDisk {
+        /// The directory.
+        path: PathBuf,
+        /// The disk that is there.
+        found: DiskUuid,
+        /// The disk that was there.
+        known: DiskUuid,
+    },
     /// Two directories say that they are the same disk.
     #[error("{} and {} have the same disk UUID {uuid}; give each disk its own longhorn-disk.cfg", first.display(), second.display())]
     SameUuid {
@@ -93,17 +104,10 @@ pub enum NodeError {
     },
 }
 
-#[derive(Debug)]
-pub(super) struct Slot {
-    pub(super) disk: Disk,
-    pub(super) probe: Probe,
-    tags: BTreeSet<Tag>,
-}
-
 /// The disks of this node and the workers on them.
 #[derive(Debug)]
 pub struct Node {
-    slots: Vec<Arc<Slot>>,
+    slots: Slots,
     tags: BTreeSet<Tag>,
     pool: BufPool,
     policy: Policy,
@@ -128,24 +132,8 @@ impl Node {
     /// # Errors
     /// [`NodeError`]; no disk stays locked then.
     pub fn open(options: &NodeOptions) -> Result<Self, NodeError> {
-        let mut slots: Vec<Arc<Slot>> = Vec::new();
-        for root in &options.disks {
-            let disk = Disk::open(root, options.create)?;
-            let probe = probe(disk.root(), options.sink).map_err(NodeError::Sink)?;
-            if let Some(first) = slots.iter().find(|slot| slot.disk.uuid() == disk.uuid()) {
-                return Err(NodeError::SameUuid {
-                    uuid: disk.uuid().clone(),
-                    first: first.disk.root().to_owned(),
-                    second: disk.root().to_owned(),
-                });
-            }
-            let reason = probe.reason.as_deref().unwrap_or("");
-            tracing::info!(disk = %disk.root().display(), uuid = %disk.uuid(), sink = %probe.kind, reason, "disk opened");
-            let tags = options.disk_tags.get(root).cloned().unwrap_or_default();
-            slots.push(Arc::new(Slot { disk, probe, tags }));
-        }
         Ok(Self {
-            slots,
+            slots: Slots::open(options)?,
             tags: options.node_tags.clone(),
             pool: BufPool::new(options.buffers),
             policy: options.policy.clone(),
@@ -166,10 +154,8 @@ impl Node {
         &self,
         task: CopyTask,
     ) -> Result<impl FnOnce(Reporter, Cancel) -> Worker + use<>, BackendError> {
-        let slot = Arc::clone(self.slot(&task.id.disk)?);
-        let slots = |disks: &[DiskUuid]| {
-            disks.iter().filter_map(|disk| self.slot(disk).ok()).cloned().collect()
-        };
+        let slot = self.slot(&task.id.disk)?;
+        let slots = |disks: &[DiskUuid]| disks.iter().filter_map(|d| self.slots.find(d)).collect();
         let others = slots(&task.ready_on);
         let origins = task.origin.as_ref().map_or_else(Vec::new, |of| slots(&of.ready_on));
         let shared = worker::Shared {
@@ -187,10 +173,10 @@ impl Node {
         Ok(move |events, cancel| Worker { slot, others, origins, shared, task, events, cancel })
     }
 
-    fn slot(&self, disk: &DiskUuid) -> Result<&Arc<Slot>, BackendError> {
-        self.slots.iter().find(|slot| slot.disk.uuid() == disk).ok_or_else(|| BackendError {
-            class: FailureClass::Refuse,
-            message: format!("disk {disk} is not one of this node's; see `bedplate disks`"),
+    fn slot(&self, disk: &DiskUuid) -> Result<Arc<Slot>, BackendError> {
+        self.slots.find(disk).ok_or_else(|| BackendError {
+            class: FailureClass::Retry,
+            message: format!("disk {disk} is not here; see `bedplate disks`"),
         })
     }
 
@@ -267,32 +253,35 @@ fn backend_error(error: &OpenError) -> BackendError {
 
 impl Backend for Node {
     fn disks(&self) -> Vec<DiskStatus> {
-        let status = |slot: &Arc<Slot>| {
-            let (usage, message) = match slot.disk.usage() {
-                Ok(usage) => (Some(usage), slot.probe.reason.clone().unwrap_or_default()),
-                Err(error) => (None, one_line(&error)),
-            };
-            DiskStatus {
-                uuid: slot.disk.uuid().clone(),
-                path: slot.disk.root().to_owned(),
-                total_bytes: usage.map_or(0, |usage| usage.total),
-                free_bytes: usage.map_or(0, |usage| usage.free),
-                reserved_bytes: usage.map_or(0, |usage| usage.reserved),
-                sink: slot.probe.kind.to_string(),
-                healthy: usage.is_some(),
-                message,
-                tags: slot.tags.clone(),
-                node_tags: self.tags.clone(),
-            }
-        };
-        self.slots.iter().map(status).collect()
+        let mut disks = self.slots.statuses();
+        disks.iter_mut().for_each(|disk| disk.node_tags.clone_from(&self.tags));
+        disks
+    }
+
+    fn reopen(&self, disk: &DiskUuid) {
+        self.slots.reopen(disk);
+    }
+
+    fn add_disk(&self, path: &Path) -> Result<(DiskUuid, Vec<FoundCopy>), BackendError> {
+        let refuse = |message| BackendError { class: FailureClass::Refuse, message };
+        if !path.is_absolute() || !path.is_dir() {
+            let path = path.display();
+            return Err(refuse(format!("{path}: no such directory; give an absolute path")));
+        }
+        let slot = self.slots.add(path, true).map_err(|error| refuse(one_line(&error)))?;
+        Ok((slot.disk.uuid().clone(), scan(&slot.disk)))
+    }
+
+    fn forget_disk(&self, disk: &DiskUuid) {
+        self.slots.forget(disk);
     }
 
     fn scan(&self) -> Vec<FoundCopy> {
         // Each disk waits for itself only.
         std::thread::scope(|scope| {
+            let slots = self.slots.all();
             let scans: Vec<_> =
-                self.slots.iter().map(|slot| scope.spawn(|| scan(&slot.disk))).collect();
+                slots.into_iter().map(|slot| scope.spawn(move || scan(&slot.disk))).collect();
             let ended = scans.into_iter().map(std::thread::ScopedJoinHandle::join);
             let panicked = |panic| std::panic::resume_unwind(panic);
             ended.flat_map(|found| found.unwrap_or_else(panicked)).collect()
@@ -394,7 +383,7 @@ impl Backend for Node {
     }
 
     fn dismiss_readers(&self, why: &str) {
-        for slot in &self.slots {
+        for slot in self.slots.all() {
             slot.disk.dismiss_readers(why);
         }
     }

@@ -8,6 +8,7 @@
 //! Start at [`Driver::run`].
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -15,14 +16,15 @@ use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
 
-use super::backend::{Backend, CopyId, CopyTask, Report, Reporter, WorkerHandle};
+use super::backend::{Backend, BackendError, CopyId, CopyTask, Report, Reporter, WorkerHandle};
 use super::command::{Command, Outcome};
+use super::disks::OpenedDisk;
 use super::driver::{Answer, Exporter, Message, Subscription, Told};
 use super::error::ManagerError;
-use super::records::{AttachmentRecord, ClassRecord, ImageRecord, VolumeRecord};
+use super::records::{AttachmentRecord, ClassRecord, DiskRecord, ImageRecord, VolumeRecord};
 use super::settings::{Settings, SettingsRecord};
 use super::world::{Action, Event, Records, World};
-use crate::catalog::{Catalog, CatalogError, Expect, Kind, Revision, list_as, put_as};
+use crate::catalog::{Catalog, CatalogError, Kind, Revision, list_as};
 
 /// Changes that a slow watcher may be behind before it is told and dropped.
 const CHANGES: usize = 1024;
@@ -31,12 +33,12 @@ const DISKS_EVERY: Duration = Duration::from_secs(5);
 /// Most events of one pass, so that a command gets its turn.
 const BATCH: usize = 4096;
 /// The key of the one record of settings.
-const SETTINGS: &str = "node";
+pub(super) const SETTINGS: &str = "node";
 
 pub(super) struct Driver {
     pub(super) world: World,
-    revisions: Revisions,
-    catalog: Arc<dyn Catalog>,
+    pub(super) revisions: Revisions,
+    pub(super) catalog: Arc<dyn Catalog>,
     backend: Arc<dyn Backend>,
     pub(super) exporter: Arc<dyn Exporter>,
     started: Instant,
@@ -89,6 +91,9 @@ impl Driver {
                 })?,
                 classes: list(&*catalog, Kind::Class, &mut revisions, |r: &ClassRecord| {
                     r.name.to_string()
+                })?,
+                disks: list(&*catalog, Kind::Disk, &mut revisions, |r: &DiskRecord| {
+                    r.uuid.to_string()
                 })?,
                 settings: settings.with(
                     list(&*catalog, Kind::Setting, &mut revisions, |_: &SettingsRecord| {
@@ -196,7 +201,13 @@ impl Driver {
 
     async fn look_at_disks(&mut self) {
         let backend = self.backend.clone();
-        let disks = blocking(move || backend.disks()).await;
+        // Only what the world has seen go: it has closed what was open there.
+        let gone = self.world.gone_disks();
+        let look = move || {
+            gone.iter().for_each(|disk| backend.reopen(disk));
+            backend.disks()
+        };
+        let disks = blocking(look).await;
         self.happen(vec![Event::Disks(disks)]).await;
     }
 
@@ -204,6 +215,10 @@ impl Driver {
         match message {
             Message::Command(command, reply) => {
                 let answer = self.command(*command).await;
+                let _caller_gone = reply.send(answer);
+            }
+            Message::AddDisk(path, reply) => {
+                let answer = self.add_disk(path).await;
                 let _caller_gone = reply.send(answer);
             }
             Message::Read(look) => look(&self.world),
@@ -219,6 +234,25 @@ impl Driver {
             }
             Message::Stop(_) => {}
         }
+    }
+
+    /// A disk is opened first: whether it is one, and which, only it can tell.
+    async fn add_disk(&mut self, path: PathBuf) -> Result<Answer, ManagerError> {
+        let (backend, root) = (self.backend.clone(), path.clone());
+        let opened = blocking(move || {
+            let (uuid, found) = backend.add_disk(&root)?;
+            Ok::<_, BackendError>((uuid, found, backend.disks()))
+        });
+        let refused = |error: BackendError| ManagerError::DiskRefused { message: error.message };
+        let (uuid, found, disks) = opened.await.map_err(refused)?;
+        let was_known = self.world.disk_view_of(&uuid).is_some();
+        let opened =
+            OpenedDisk { uuid: uuid.clone(), path, disks, found, opened_unix_s: unix_now_s() };
+        let answer = self.command(Command::AddDisk(Box::new(opened))).await;
+        if answer.is_err() && !was_known {
+            self.backend.forget_disk(&uuid);
+        }
+        answer
     }
 
     /// A command whose records can't be stored leaves no trace.
@@ -254,73 +288,14 @@ impl Driver {
             Outcome::Volume(name, is_new) => {
                 self.world.volume(&name).map(|v| Answer::Volume(Box::new(v), is_new))
             }
+            Outcome::Disk(disk, is_new) => {
+                self.world.disk_view_of(&disk).map(|disk| Answer::Disk(Box::new(disk), is_new))
+            }
             Outcome::Class(_, applied) => Some(Answer::Class(applied)),
             Outcome::Done => None,
         };
         self.perform(actions);
         Ok(answer.unwrap_or(Answer::Done))
-    }
-
-    /// Stores every record that the actions name, before any of them is performed.
-    async fn save_first(&mut self, actions: &[Action]) -> Result<(), CatalogError> {
-        for action in actions {
-            match action {
-                Action::SaveImage(record) => {
-                    self.save(Kind::Image, record.name.as_str(), record.clone()).await?;
-                }
-                Action::SaveAttachment(record) => {
-                    self.save(Kind::Attachment, record.id.as_str(), record.clone()).await?;
-                }
-                Action::ForgetImage(name) => self.forget(Kind::Image, name.as_str()).await?,
-                Action::ForgetAttachment(id) => self.forget(Kind::Attachment, id.as_str()).await?,
-                Action::SaveVolume(record) => {
-                    self.save(Kind::Volume, record.name.as_str(), record.clone()).await?;
-                }
-                Action::SaveClass(record) => {
-                    self.save(Kind::Class, record.name.as_str(), record.clone()).await?;
-                }
-                Action::SaveSettings(record) => {
-                    self.save(Kind::Setting, SETTINGS, record.clone()).await?;
-                }
-                Action::ForgetVolume(name) => self.forget(Kind::Volume, name.as_str()).await?,
-                Action::ForgetClass(name) => self.forget(Kind::Class, name.as_str()).await?,
-                Action::ApplySettings(_)
-                | Action::Start(..)
-                | Action::Scrub(..)
-                | Action::ForgetView(_)
-                | Action::Cancel(_)
-                | Action::Kill(_)
-                | Action::DismissReaders
-                | Action::Steer(..)
-                | Action::Remove(_)
-                | Action::Publish(_)
-                | Action::Stream(_)
-                | Action::Withdraw(_)
-                | Action::Announce(_) => {}
-            }
-        }
-        Ok(())
-    }
-
-    async fn save<T: serde::Serialize + Send + 'static>(
-        &mut self,
-        kind: Kind,
-        key: &str,
-        record: T,
-    ) -> Result<(), CatalogError> {
-        let at = (kind, key.to_owned());
-        let expect = self.revisions.get(&at).map_or(Expect::Absent, |r| Expect::At(*r));
-        let (catalog, key) = (self.catalog.clone(), key.to_owned());
-        let put = move || put_as(&*catalog, kind, &key, &record, expect);
-        self.revisions.insert(at, blocking(put).await?);
-        Ok(())
-    }
-
-    async fn forget(&mut self, kind: Kind, key: &str) -> Result<(), CatalogError> {
-        let (catalog, owned) = (self.catalog.clone(), key.to_owned());
-        blocking(move || catalog.delete(kind, &owned, Expect::Any)).await?;
-        self.revisions.remove(&(kind, key.to_owned()));
-        Ok(())
     }
 
     fn perform(&mut self, actions: Vec<Action>) {
@@ -334,7 +309,9 @@ impl Driver {
                 | Action::ForgetVolume(_)
                 | Action::SaveClass(_)
                 | Action::ForgetClass(_)
-                | Action::SaveSettings(_) => {}
+                | Action::SaveSettings(_)
+                | Action::SaveDisk(_) => {}
+                Action::ForgetDisk(disk) => self.backend.forget_disk(&disk),
                 Action::ApplySettings(settings) => self.backend.set_settings(settings),
                 Action::Start(task, generation) => {
                     tracing::info!(worker = %task.worker, disk = %task.id.disk, "worker starts");
@@ -429,7 +406,7 @@ fn of_task(done: Result<Option<Event>, tokio::task::JoinError>) -> Option<Event>
     })
 }
 
-type Revisions = HashMap<(Kind, String), Revision>;
+pub(super) type Revisions = HashMap<(Kind, String), Revision>;
 
 /// All records of a kind; their revisions go to the others.
 fn list<T: serde::de::DeserializeOwned>(
@@ -444,7 +421,7 @@ fn list<T: serde::de::DeserializeOwned>(
 }
 
 /// Runs what blocks on a thread that may. A panic there goes on here.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
         Ok(value) => value,
         Err(error) => std::panic::resume_unwind(error.into_panic()),

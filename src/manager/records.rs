@@ -187,6 +187,28 @@ pub struct ImageRecord {
     pub created_unix_s: u64,
 }
 
+/// A disk of the node, as it is known while it is missing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskRecord {
+    /// From its `longhorn-disk.cfg`.
+    pub uuid: DiskUuid,
+    /// Its directory.
+    pub path: std::path::PathBuf,
+    /// New copies may be brought in on it.
+    #[serde(default = "yes")]
+    pub schedulable: bool,
+    /// Its copies are to go elsewhere.
+    #[serde(default)]
+    pub evict: bool,
+    /// Words that its user has for it.
+    #[serde(default)]
+    pub tags: std::collections::BTreeSet<String>,
+}
+
+fn yes() -> bool {
+    true
+}
+
 /// An attachment's name: 8 hex digits, given by the manager.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]

@@ -109,7 +109,10 @@ impl World {
         let room = || {
             let free = |d: &&super::DiskStatus| d.free_bytes.saturating_sub(d.reserved_bytes);
             let mut disks = self.disks.iter().filter(|disk| self.is_fit(&disk.uuid));
-            let fits = |d: &&super::DiskStatus| free(d) > need_bytes && self.allows(name, d);
+            let fits = |d: &&super::DiskStatus| {
+                let is_open = self.is_open_to_copies(&d.uuid) && self.allows(name, d);
+                is_open && free(d) > need_bytes
+            };
             disks.find(fits).map(|disk| &disk.uuid)
         };
         known.or_else(room).cloned()

@@ -1,10 +1,10 @@
 //! On which disks an image may be: tags that a disk, and its node, must have.
 //!
 //! Why: fast disks are for some images, and large ones for others; who runs the node says which are which.
-//! How: disks and the node have tags by the configuration; an image names those that it needs, all of
-//! them. Disks that are chosen here have them; one that is named and has not is refused with the reason.
+//! How: a disk has the tags that its user gives it, the node those of the configuration; an image names
+//! those that it needs, all of them. Disks that are chosen here have them; one that is named and has not is refused with the reason.
 //! Never: moves or removes what is there already: a copy on a disk that has lost its tag stays, and is read.
-//! Start at [`Selectors::refuses`].
+//! Start at [`World::check_disk_for`].
 
 use std::collections::BTreeSet;
 
@@ -34,35 +34,6 @@ impl Selectors {
         self.disk.is_empty() && self.node.is_empty()
     }
 
-    /// The tags that `disk` or its node lacks, in words; `None` if it has all.
-    fn refuses(&self, disk: &DiskStatus) -> Option<String> {
-        let lacks = |who: &str, wanted: &BTreeSet<Tag>, has: &BTreeSet<Tag>| {
-            let missing: Vec<&str> = wanted.difference(has).map(Tag::as_str).collect();
-            (!missing.is_empty()).then(|| format!("{who} lacks the tag {}", missing.join(", ")))
-        };
-        lacks("it", &self.disk, &disk.tags)
-            .or_else(|| lacks("its node", &self.node, &disk.node_tags))
-    }
-
-    /// True if an image with these may be on `disk`.
-    pub(super) fn allow(&self, disk: &DiskStatus) -> bool {
-        self.refuses(disk).is_none()
-    }
-
-    /// Holds a disk that was named against them.
-    ///
-    /// # Errors
-    /// [`ManagerError::NotSelected`] with the first tag that it lacks.
-    pub(super) fn check(&self, name: &ImageName, disk: &DiskStatus) -> Result<(), ManagerError> {
-        match self.refuses(disk) {
-            None => Ok(()),
-            Some(why) => {
-                let (name, disk) = (name.clone(), disk.uuid.clone());
-                Err(ManagerError::NotSelected { name, disk, why })
-            }
-        }
-    }
-
     /// What they want, in words.
     pub(super) fn said(&self) -> String {
         match (self.disk.is_empty(), self.node.is_empty()) {
@@ -79,58 +50,84 @@ pub(super) fn list(tags: &BTreeSet<Tag>) -> String {
 }
 
 impl World {
+    /// The tags that `disk` or its node lacks, in words; `None` if it has all.
+    fn refuses(&self, selectors: &Selectors, disk: &DiskStatus) -> Option<String> {
+        let lacks = |who: &str, wanted: &BTreeSet<Tag>, has: &dyn Fn(&Tag) -> bool| {
+            let missing = wanted.iter().filter(|tag| !has(tag)).map(Tag::as_str);
+            let missing: Vec<&str> = missing.collect();
+            (!missing.is_empty()).then(|| format!("{who} lacks the tag {}", missing.join(", ")))
+        };
+        let record = self.disk_records.get(&disk.uuid);
+        let has = |tag: &Tag| record.is_some_and(|record| record.tags.contains(tag.as_str()));
+        let of_node = |tag: &Tag| disk.node_tags.contains(tag);
+        let own = lacks("it", &selectors.disk, &has);
+        own.or_else(|| lacks("its node", &selectors.node, &of_node))
+    }
+
+    /// Whether `disk` has what `selectors` want.
+    pub(super) fn selects(&self, selectors: &Selectors, disk: &DiskStatus) -> bool {
+        self.refuses(selectors, disk).is_none()
+    }
+
+    /// Holds a disk that was named against `selectors`.
+    fn check_selectors(
+        &self,
+        name: &ImageName,
+        selectors: &Selectors,
+        disk: &DiskStatus,
+    ) -> Result<(), ManagerError> {
+        match self.refuses(selectors, disk) {
+            None => Ok(()),
+            Some(why) => {
+                let (name, disk) = (name.clone(), disk.uuid.clone());
+                Err(ManagerError::NotSelected { name, disk, why })
+            }
+        }
+    }
+
     /// Holds the disks that a new image, or one that exists, is to be on at once against what it and its
     /// base want.
     ///
     /// # Errors
-    /// As [`World::check_disk`].
+    /// As [`World::check_disk_for`].
     pub(super) fn check_new_disks(&self, new: &NewImage) -> Result<(), ManagerError> {
         for disk in &new.disks {
             self.check_disk_for(&new.name, Some(new), disk)?;
             if let Some(base) = &new.base {
-                self.check_disk(base, disk)?;
+                self.check_disk_for(base, None, disk)?;
             }
         }
         Ok(())
     }
 
-    /// As [`World::check_disk`], of an image that may be made only now.
+    /// A copy of `name`, which may be made only now, may be brought in on `disk`, which a user has named:
+    /// it is open, and has the tags that the image and all that it stands on want.
     ///
     /// # Errors
-    /// As [`World::check_disk`].
+    /// [`ManagerError::NoSuchDisk`], [`ManagerError::DiskClosed`], [`ManagerError::NotSelected`].
     pub(super) fn check_disk_for(
         &self,
         name: &ImageName,
         new: Option<&NewImage>,
         disk: &DiskUuid,
     ) -> Result<(), ManagerError> {
-        match (new, self.disk(disk)) {
-            (Some(new), Some(status)) if !self.images.contains_key(name) => {
-                new.selectors.check(name, status)
-            }
-            (_, _) => self.check_disk(name, disk),
+        self.check_disk(name, disk)?;
+        let Some(status) = self.disk(disk) else { return Ok(()) };
+        if let Some(new) = new.filter(|_| !self.images.contains_key(name)) {
+            return self.check_selectors(name, &new.selectors, status);
         }
-    }
-
-    /// Whether an image, and all that it stands on, may be on `disk`.
-    pub(super) fn allows(&self, name: &ImageName, disk: &DiskStatus) -> bool {
-        self.records_from(name).all(|record| record.selectors.allow(disk))
-    }
-
-    /// Holds a disk that was named against what an image, and all that it stands on, wants. A copy that
-    /// is there may be read whatever the tags say now.
-    ///
-    /// # Errors
-    /// [`ManagerError::NoSuchDisk`], [`ManagerError::NotSelected`].
-    pub(super) fn check_disk(&self, name: &ImageName, disk: &DiskUuid) -> Result<(), ManagerError> {
-        let status = self.disk(disk);
-        let status = status.ok_or_else(|| ManagerError::NoSuchDisk { disk: disk.clone() })?;
+        // A copy that is there may be read whatever the tags say now.
         let has_copy = |name: &ImageName| {
             let copy = self.images.get(name).and_then(|image| image.copies.get(disk));
             copy.is_some_and(|copy| copy.state.is_sealed())
         };
         let mut records = self.records_from(name).filter(|record| !has_copy(&record.name));
-        records.try_for_each(|record| record.selectors.check(&record.name, status))
+        records.try_for_each(|record| self.check_selectors(&record.name, &record.selectors, status))
+    }
+
+    /// Whether an image, and all that it stands on, may be on `disk`.
+    pub(super) fn allows(&self, name: &ImageName, disk: &DiskStatus) -> bool {
+        self.records_from(name).all(|record| self.selects(&record.selectors, disk))
     }
 
     /// Why no disk could be chosen.
@@ -139,8 +136,9 @@ impl World {
         if self.disks.iter().any(|disk| self.allows(&name, disk)) {
             return ManagerError::NoRoom { name, need_bytes };
         }
-        let unmet =
-            self.records_from(&name).find(|r| !self.disks.iter().any(|d| r.selectors.allow(d)));
+        let is_unmet =
+            |selectors: &Selectors| !self.disks.iter().any(|d| self.selects(selectors, d));
+        let unmet = self.records_from(&name).find(|record| is_unmet(&record.selectors));
         let tags = unmet.map_or_else(String::new, |record| record.selectors.said());
         ManagerError::NoDiskSelected { name, tags }
     }

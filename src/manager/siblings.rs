@@ -10,7 +10,8 @@
 use std::sync::Arc;
 
 use super::backend::CopyInfo;
-use super::node::{Slot, store_id};
+use super::node::store_id;
+use super::slots::Slot;
 use super::worker::{WorkError, Worker};
 use crate::disk::{CopyId, CopyRecord, CopyState, DiskError, Sealed};
 use crate::fetch::{self, Engine, Expect, FetchError, one_line};

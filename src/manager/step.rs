@@ -30,7 +30,7 @@ impl World {
                 Event::Worker(report) => self.hear(now, report, &mut touched),
                 Event::Published(copy, result) => self.published(now, &copy, result, &mut touched),
                 Event::Removed(copy, result) => self.removed(now, &copy, result, &mut touched),
-                Event::Disks(disks) => self.disks = disks,
+                Event::Disks(disks) => self.see_disks(disks, &mut touched),
                 Event::Tick => {}
             }
         }
@@ -42,6 +42,7 @@ impl World {
         self.index_step();
         self.want_for_replicas(&mut touched);
         self.lose_step(&mut touched);
+        self.evict_step(&mut touched);
         self.recover_step(now, &mut touched);
         let names: Vec<ImageName> = self.images.keys().cloned().collect();
         for name in &names {

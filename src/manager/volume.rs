@@ -198,7 +198,8 @@ impl World {
         };
         let wanted = new.new_image.as_ref().filter(|_| !self.images.contains_key(&new.image));
         let may_be_on = |disk: &DiskStatus| match wanted {
-            Some(image) => image.selectors.allow(disk),
+            _ if !self.is_open_to_copies(&disk.uuid) => false,
+            Some(image) => self.selects(&image.selectors, disk),
             None => self.allows(&new.image, disk),
         };
         let mut fit: Vec<(u64, &DiskUuid)> = self
@@ -210,7 +211,8 @@ impl World {
             .collect();
         fit.sort_by_key(|(free, _)| std::cmp::Reverse(*free));
         if fit.is_empty() {
-            let unmet = wanted.filter(|_| !self.disks.iter().any(may_be_on));
+            let selects = |i: &&NewImage| self.disks.iter().any(|d| self.selects(&i.selectors, d));
+            let unmet = wanted.map(|image| &**image).filter(|image| !selects(image));
             return Err(match unmet {
                 Some(image) => ManagerError::NoDiskSelected {
                     name: new.image.clone(),

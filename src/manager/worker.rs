@@ -17,14 +17,14 @@ use super::backend::{
 };
 use super::helm::{Held, Helms};
 use super::mend::Unrepaired;
-use super::node::{OpenError, Slot, info_of, store_id};
+use super::node::{OpenError, info_of, store_id};
 use super::records::Expected;
+use super::slots::Slot;
 use super::turns::{Turn, Turns};
 use super::uploads::Uploads;
 use crate::disk::{self, CopyState, DigestKind, DiskError, Filling, SealRecord};
-use crate::fetch::one_line;
 use crate::fetch::{
-    self, Class, Engine, Expect, FetchError, Fetched, Policy, RateLimit, SourceUrl,
+    self, Class, Engine, Expect, FetchError, Fetched, Policy, RateLimit, SourceUrl, one_line,
 };
 use crate::image::qcow2::Terms;
 use crate::image::{self, Format, ImageError};

@@ -20,7 +20,8 @@ pub(super) use super::copies::{Copy, Export, Image, Worker};
 use super::facts::differs;
 use super::index::Index;
 use super::records::{
-    AttachmentId, AttachmentRecord, ClassRecord, ImageRecord, Steering, VolumeRecord, Want,
+    AttachmentId, AttachmentRecord, ClassRecord, DiskRecord, ImageRecord, Steering, VolumeRecord,
+    Want,
 };
 use super::selectors::Selectors;
 use super::settings::{Settings, SettingsRecord};
@@ -124,6 +125,10 @@ pub enum Action {
     ForgetClass(ClassName),
     /// Store the record.
     SaveSettings(SettingsRecord),
+    /// Store the record.
+    SaveDisk(Box<DiskRecord>),
+    /// Remove the record, and let go of the disk.
+    ForgetDisk(DiskUuid),
     /// What holds for all workers from now on.
     ApplySettings(NodeSettings),
     /// Start the worker with this number.
@@ -182,6 +187,10 @@ pub enum Change {
     SettingsUpdated,
     /// The node counts as gone, or is back.
     NodeUpdated,
+    /// A disk was added, steered, lost, or is back.
+    DiskUpdated(DiskUuid),
+    /// A disk is none of the node's any more.
+    DiskRemoved(DiskUuid),
 }
 
 /// What happened, apart from commands.
@@ -217,6 +226,8 @@ pub struct Records {
     pub volumes: Vec<VolumeRecord>,
     /// The storage classes.
     pub classes: Vec<ClassRecord>,
+    /// The disks.
+    pub disks: Vec<DiskRecord>,
     /// What is configured, and what was set.
     pub settings: Settings,
 }
@@ -229,6 +240,9 @@ pub struct World {
     pub(super) volumes: BTreeMap<VolumeName, Volume>,
     pub(super) classes: BTreeMap<ClassName, ClassRecord>,
     pub(super) disks: Vec<DiskStatus>,
+    pub(super) disk_records: BTreeMap<DiskUuid, DiskRecord>,
+    /// The disks that are being emptied, as of the last pass.
+    pub(super) evicting: BTreeSet<DiskUuid>,
     pub(super) generation: u64,
     /// When the daemon started, in seconds since 1970.
     pub(super) started_unix_s: u64,
@@ -262,7 +276,7 @@ impl World {
         found: Vec<FoundCopy>,
         now_unix_s: u64,
     ) -> (Self, Vec<Action>) {
-        let Records { images, attachments, volumes, classes, settings } = records;
+        let Records { images, attachments, volumes, classes, disks: known, settings } = records;
         let mut world = Self { disks, settings, started_unix_s: now_unix_s, ..Self::default() };
         world.images = images.into_iter().map(|r| (r.name.clone(), Image::new(r))).collect();
         world.classes = classes.into_iter().map(|c| (c.name.clone(), c)).collect();
@@ -274,13 +288,15 @@ impl World {
             let attachment = Attachment { announced: AttachmentState::Waiting, record };
             world.attachments.insert(attachment.record.id.clone(), attachment);
         }
-        let actions = found.into_iter().filter_map(|f| world.adopt(f, now_unix_s)).collect();
+        world.disk_records = known.into_iter().map(|d| (d.uuid.clone(), d)).collect();
+        let mut actions = world.know_disks();
+        actions.extend(found.into_iter().filter_map(|f| world.adopt(f, now_unix_s)));
         world.index_step();
         (world, actions)
     }
 
     /// Takes in one found copy. Gives the record if it is new or wants one disk more.
-    fn adopt(&mut self, found: FoundCopy, now_unix_s: u64) -> Option<Action> {
+    pub(super) fn adopt(&mut self, found: FoundCopy, now_unix_s: u64) -> Option<Action> {
         let CopyId { image: name, uuid, disk } = found.id;
         let is_new = !self.images.contains_key(&name);
         if is_new {

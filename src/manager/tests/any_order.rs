@@ -121,6 +121,14 @@ fn random_move(node: &mut Node, kind: u8, pick: usize) {
             let events = node.held.take().unwrap();
             node.events(events);
         }
+        32 => {
+            let change = DiskChange {
+                evict: Some((pick / 3).is_multiple_of(3)),
+                schedulable: Some(!(pick / 9).is_multiple_of(4)),
+                ..DiskChange::default()
+            };
+            node.command(Command::ChangeDisk(disk(pick % 3), change)).unwrap();
+        }
         _ => node.event(Event::Tick),
     }
 }
@@ -130,7 +138,7 @@ proptest! {
 
     #[test]
     fn any_order_of_events_keeps_the_rules_and_converges(
-        moves in proptest::collection::vec((0u8..34, 0usize..1000), 0..80)
+        moves in proptest::collection::vec((0u8..35, 0usize..1000), 0..80)
     ) {
         let mut node = Node::new();
         for (kind, pick) in moves {
@@ -141,6 +149,10 @@ proptest! {
         // Else there is always one that is due, and what is refused is tried again and again.
         node.command(set(Setting::RecoveryWait, -1)).unwrap();
         node.command(set(Setting::ScrubInterval, 0)).unwrap();
+        let open = DiskChange { evict: Some(false), schedulable: Some(true), tags: None };
+        for on in 0..DISKS.len() {
+            node.command(Command::ChangeDisk(disk(on), open.clone())).unwrap();
+        }
         node.settle();
         for image in node.world.images() {
             prop_assert!(!image.record.deleting);

@@ -7,6 +7,7 @@ mod any_order;
 mod chain;
 mod cleanup;
 mod clone;
+mod disks;
 mod health;
 mod rules;
 mod scrub;
@@ -41,7 +42,6 @@ fn disk_status(n: usize) -> DiskStatus {
         sink: "threads".to_owned(),
         healthy: true,
         message: String::new(),
-        tags: BTreeSet::new(),
         node_tags: BTreeSet::new(),
     }
 }
@@ -138,6 +138,9 @@ struct Node {
     attachments: BTreeMap<AttachmentId, AttachmentRecord>,
     volumes: BTreeMap<VolumeName, VolumeRecord>,
     classes: BTreeMap<ClassName, ClassRecord>,
+    disks: BTreeMap<DiskUuid, DiskRecord>,
+    /// A disk that may go with what it holds.
+    lost: Option<DiskUuid>,
     settings: SettingsRecord,
     applied: Option<NodeSettings>,
     running: BTreeMap<CopyId, u64>,
@@ -184,6 +187,7 @@ impl Node {
                 attachments: self.attachments.values().cloned().collect(),
                 volumes: self.volumes.values().cloned().collect(),
                 classes: self.classes.values().cloned().collect(),
+                disks: self.disks.values().cloned().collect(),
                 settings: quiet().with(self.settings.clone()),
             },
             (0..DISKS.len()).map(disk_status).collect(),
@@ -250,6 +254,16 @@ impl Node {
                     self.classes.insert(record.name.clone(), *record);
                 }
                 Action::SaveSettings(record) => self.settings = record,
+                Action::SaveDisk(record) => {
+                    self.disks.insert(record.uuid.clone(), *record);
+                }
+                Action::ForgetDisk(disk) => {
+                    assert!(
+                        !self.files.keys().any(|id| id.disk == disk)
+                            || self.lost == Some(disk.clone())
+                    );
+                    assert!(self.disks.remove(&disk).is_some());
+                }
                 Action::ApplySettings(settings) => self.applied = Some(settings),
                 Action::ForgetClass(name) => assert!(self.classes.remove(&name).is_some()),
                 Action::Start(task, number) => {

@@ -7,16 +7,19 @@ fn tags(texts: &[&str]) -> BTreeSet<Tag> {
     Tag::parse_all(texts.iter().copied()).unwrap()
 }
 
+fn tag(node: &mut Node, n: usize, own: &[&str]) {
+    let tags = Some(own.iter().map(ToString::to_string).collect());
+    let change = DiskChange { tags, ..DiskChange::default() };
+    node.command(Command::ChangeDisk(disk(n), change)).unwrap();
+}
+
 /// The second and third disk have tags, and the node.
 fn tagged() -> Node {
     let mut node = Node::new();
-    let status = |n: usize, own: &[&str]| DiskStatus {
-        tags: tags(own),
-        node_tags: tags(&["rack-1"]),
-        ..disk_status(n)
-    };
-    let disks = vec![status(0, &[]), status(1, &["ssd"]), status(2, &["ssd", "large"])];
-    node.event(Event::Disks(disks));
+    let status = |n: usize| DiskStatus { node_tags: tags(&["rack-1"]), ..disk_status(n) };
+    node.event(Event::Disks((0..3).map(status).collect()));
+    tag(&mut node, 1, &["ssd"]);
+    tag(&mut node, 2, &["ssd", "large"]);
     node
 }
 
@@ -69,12 +72,12 @@ fn a_copy_on_a_disk_that_has_lost_its_tag_stays_and_is_read() {
     node.command(Command::Create(create_for("a", &["ssd"], &[]))).unwrap();
     node.command(attach("a", Some(1), "vm")).unwrap();
     node.settle();
-    node.event(Event::Disks((0..3).map(disk_status).collect()));
+    tag(&mut node, 1, &[]);
     node.command(attach("a", None, "other")).unwrap();
     node.command(attach("a", Some(1), "third")).unwrap();
     node.settle();
     assert_eq!(node.state("a", 1), Some(CopyState::Ready));
-    assert!(node.command(attach("a", Some(2), "vm")).is_err());
+    assert!(node.command(attach("a", Some(0), "vm")).is_err());
 }
 
 #[test]

@@ -1,0 +1,75 @@
+//! `/v1/disks`: the disks of the node, and how they are steered.
+//!
+//! Why: a disk is added, emptied and taken away without a restart.
+//! Never: looks at a disk itself; the backend does.
+
+use std::path::PathBuf;
+
+use axum::Json;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Path, Query, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+
+use super::App;
+use super::body::Body;
+use super::error::ApiError;
+use super::handlers::{Answer, blocking};
+use super::types_disk::{AddDisk, ChangeDisk, Disk, Disks};
+use super::wire;
+use crate::manager::{DiskChange, ManagerError};
+use crate::names::DiskUuid;
+
+/// With its room as it is at this moment.
+pub(super) async fn list(State(app): State<App>) -> Answer<Json<Disks>> {
+    let backend = app.backend.clone();
+    let now = blocking(move || backend.disks()).await?;
+    let views = move |world: &crate::manager::World| {
+        now.iter().map(|status| world.disk_view(status)).collect::<Vec<_>>()
+    };
+    let disks = app.manager.read(views).await?;
+    Ok(Json(Disks { disks: disks.iter().map(wire::disk).collect() }))
+}
+
+pub(super) async fn get(State(app): State<App>, Path(uuid): Path<String>) -> Answer<Json<Disk>> {
+    let disk = DiskUuid::parse(&uuid)?;
+    let wanted = disk.clone();
+    let found = app.manager.read(move |world| world.disk_view_of(&wanted)).await?;
+    Ok(Json(wire::disk(&found.ok_or(ManagerError::NoSuchDisk { disk })?)))
+}
+
+pub(super) async fn add(State(app): State<App>, Body(body): Body<AddDisk>) -> Answer<Response> {
+    let (disk, is_new) = app.manager.add_disk(PathBuf::from(body.path)).await?;
+    let status = if is_new { StatusCode::CREATED } else { StatusCode::OK };
+    Ok((status, Json(wire::disk(&disk))).into_response())
+}
+
+pub(super) async fn change(
+    State(app): State<App>,
+    Path(uuid): Path<String>,
+    Body(body): Body<ChangeDisk>,
+) -> Answer<Json<Disk>> {
+    let ChangeDisk { schedulable, evict, tags } = body;
+    let change = DiskChange { schedulable, evict, tags };
+    Ok(Json(wire::disk(&app.manager.change_disk(DiskUuid::parse(&uuid)?, change).await?)))
+}
+
+/// What a removal may do.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Removal {
+    #[serde(default)]
+    force: bool,
+}
+
+pub(super) async fn remove(
+    State(app): State<App>,
+    Path(uuid): Path<String>,
+    removal: Result<Query<Removal>, QueryRejection>,
+) -> Answer<StatusCode> {
+    let Query(Removal { force }) =
+        removal.map_err(|error| ApiError::bad_request(error.body_text()))?;
+    app.manager.remove_disk(DiskUuid::parse(&uuid)?, force).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
