@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed benchmark")]
 
+use std::collections::BTreeSet;
 use std::hint::black_box;
 use std::time::Duration;
 
@@ -28,6 +29,7 @@ fn disk(number: usize) -> DiskStatus {
         sink: "threads".to_owned(),
         healthy: true,
         message: String::new(),
+        node_tags: BTreeSet::new(),
     }
 }
 

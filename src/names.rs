@@ -7,6 +7,7 @@
 //! Never: joins a string that is not one of these types into a path.
 //! Start at [`ImageName`].
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 
@@ -122,6 +123,49 @@ impl ClassName {
     }
 }
 
+/// A tag of a disk or of a node, as Longhorn's: `a-z A-Z 0-9 . _ -`, 1 to 63 characters, a letter or digit
+/// first.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Tag(Arc<str>);
+
+impl Tag {
+    /// Tags that may be given at once.
+    pub const MOST: usize = 64;
+
+    /// Checks `text`.
+    ///
+    /// # Errors
+    /// [`NameError`] with the rule.
+    pub fn parse(text: &str) -> Result<Self, NameError> {
+        let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+        let first = text.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
+        if !first || text.len() > 63 || !text.bytes().all(plain) {
+            let rule =
+                "a tag has 1 to 63 of a-z, A-Z, 0-9, '.', '_' and '-', a letter or digit first";
+            return Err(NameError::new("tag", text, rule));
+        }
+        Ok(Self(text.into()))
+    }
+
+    /// A set of tags; the same one twice counts once.
+    ///
+    /// # Errors
+    /// [`NameError`] of the first that is none, or if there are more than [`Tag::MOST`].
+    pub fn parse_all<'a>(
+        texts: impl IntoIterator<Item = &'a str>,
+    ) -> Result<BTreeSet<Self>, NameError> {
+        let mut tags = BTreeSet::new();
+        for text in texts {
+            tags.insert(Self::parse(text)?);
+            if tags.len() > Self::MOST {
+                return Err(NameError::new("list of tags", text, "give at most 64"));
+            }
+        }
+        Ok(tags)
+    }
+}
+
 /// What every checked name can do.
 macro_rules! as_text {
     ($($name:ty),*) => {$(
@@ -161,7 +205,7 @@ macro_rules! as_text {
     )*};
 }
 
-as_text!(ImageName, VolumeName, ClassName, ImageUuid, DiskUuid);
+as_text!(ImageName, VolumeName, ClassName, Tag, ImageUuid, DiskUuid);
 
 /// Longhorn's image uuid: 8 lower-case hex digits, given once, never changed.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

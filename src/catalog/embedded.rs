@@ -2,8 +2,8 @@
 //!
 //! Why: durable and transactional without a server to install.
 //! How: one table a kind, key to revision (8 bytes, little-endian) and JSON; a counter table gives
-//! revisions, so that a deleted and re-created record never gets an old one again. Each change is
-//! one transaction, flushed before it returns.
+//! revisions, so that a deleted and re-created record never gets an old one again; a log for watchers.
+//! Each change is one transaction, flushed before it returns.
 //! Never: leaves the file readable for others: sources may hold credentials.
 //! Start at [`Embedded::open`].
 
@@ -13,7 +13,13 @@ use std::path::{Path, PathBuf};
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 
-use super::{Catalog, CatalogError, Expect, Kind, Revision, Stored};
+use tokio::sync::watch;
+
+use super::log::{self, LOG};
+use super::{
+    Catalog, CatalogError, Change, Expect, KEPT_CHANGES, Kind, Listing, Revision, Stored,
+    check_expected, check_key, check_record,
+};
 
 type Records = TableDefinition<'static, &'static str, &'static [u8]>;
 const COUNTER: TableDefinition<'static, &'static str, u64> = TableDefinition::new("counter");
@@ -27,6 +33,8 @@ fn table_of(kind: Kind) -> Records {
 pub struct Embedded {
     db: Database,
     path: PathBuf,
+    head: watch::Sender<Revision>,
+    kept: u64,
 }
 
 impl std::fmt::Debug for Embedded {
@@ -54,8 +62,10 @@ impl Embedded {
             }
             CatalogError::Open { path: path.to_owned(), source: Box::new(e.into()) }
         })?;
-        let this = Self { db, path: path.to_owned() };
-        this.create_tables()?;
+        let (path_owned, head) = (path.to_owned(), watch::Sender::new(Revision(0)));
+        let this = Self { db, path: path_owned, head, kept: KEPT_CHANGES };
+        let newest = this.create_tables()?;
+        this.head.send_replace(Revision(newest));
         if let Some(dir) = path.parent() {
             let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
             File::open(dir).and_then(|d| d.sync_all()).map_err(io("flush the directory of"))?;
@@ -63,15 +73,24 @@ impl Embedded {
         Ok(this)
     }
 
-    fn create_tables(&self) -> Result<(), CatalogError> {
-        let create = || -> Result<(), redb::Error> {
+    /// With so many changes kept for watchers instead of [`KEPT_CHANGES`], from the next change on.
+    #[must_use]
+    pub fn keeping(mut self, changes: u64) -> Self {
+        self.kept = changes;
+        self
+    }
+
+    /// Makes what is missing; the last revision.
+    fn create_tables(&self) -> Result<u64, CatalogError> {
+        let create = || -> Result<u64, redb::Error> {
             let tx = self.db.begin_write()?;
             for kind in Kind::ALL {
                 tx.open_table(table_of(kind))?;
             }
-            tx.open_table(COUNTER)?;
+            tx.open_table(LOG)?;
+            let newest = newest(&tx.open_table(COUNTER)?)?;
             tx.commit()?;
-            Ok(())
+            Ok(newest)
         };
         create().map_err(|e| self.failed("create the tables", e))
     }
@@ -95,7 +114,8 @@ impl Embedded {
         }
     }
 
-    /// One change in one transaction: `Some(json)` stores, `None` removes.
+    /// One change in one transaction: `Some(json)` stores, `None` removes. The revision is the
+    /// catalog's last if there was nothing to remove.
     fn change(
         &self,
         kind: Kind,
@@ -111,10 +131,13 @@ impl Embedded {
                 Some(value) => Some(self.split(kind, key, value.value())?.revision),
                 None => None,
             };
-            check(kind, key, found, expect)?;
+            check_expected(kind, key, found, expect)?;
             let mut counter = tx.open_table(COUNTER).map_err(|e| failed(e.into()))?;
-            let last = counter.get(NEXT_REVISION).map_err(|e| failed(e.into()))?;
-            let revision = last.map_or(0, |v| v.value()) + 1;
+            let last = newest(&counter).map_err(|e| failed(e.into()))?;
+            if json.is_none() && found.is_none() {
+                return Ok(Revision(last));
+            }
+            let revision = last + 1;
             counter.insert(NEXT_REVISION, revision).map_err(|e| failed(e.into()))?;
             if let Some(json) = json {
                 let value = [&revision.to_le_bytes()[..], json].concat();
@@ -122,38 +145,56 @@ impl Embedded {
             } else {
                 table.remove(key).map_err(|e| failed(e.into()))?;
             }
-            Revision(revision)
+            let mut log = tx.open_table(LOG).map_err(|e| failed(e.into()))?;
+            let (revision, deleted) = (Revision(revision), json.is_none());
+            let change = Change { revision, kind, key: key.to_owned(), deleted };
+            log::append(&mut log, &change, self.kept).map_err(|e| failed(e.into()))?;
+            revision
         };
         tx.commit().map_err(|e| failed(e.into()))?;
+        // Writers end in the order of their revisions, but may come here in another.
+        self.head.send_if_modified(|head| {
+            let is_newer = revision > *head;
+            *head = revision.max(*head);
+            is_newer
+        });
         Ok(revision)
+    }
+
+    fn read_changes(&self, since: Revision, most: usize) -> Result<Changes, redb::Error> {
+        let tx = self.db.begin_read()?;
+        let newest = newest(&tx.open_table(COUNTER)?)?;
+        let table = tx.open_table(LOG)?;
+        let oldest = log::oldest(&table, newest)?;
+        if since.0 < oldest || since.0 > newest {
+            return Ok(Changes::Expired { oldest, newest });
+        }
+        let mut changes = Vec::new();
+        for row in table.range(since.0 + 1..)? {
+            if changes.len() >= most {
+                break;
+            }
+            let (revision, row) = row?;
+            changes.extend(log::decode(revision.value(), row.value()));
+        }
+        Ok(Changes::Kept(changes))
     }
 }
 
-fn check(
-    kind: Kind,
-    key: &str,
-    found: Option<Revision>,
-    expect: Expect,
-) -> Result<(), CatalogError> {
-    let ok = match expect {
-        Expect::Any => true,
-        Expect::Absent => found.is_none(),
-        Expect::At(revision) => found == Some(revision),
-    };
-    if ok {
-        return Ok(());
-    }
-    let expected = match expect {
-        Expect::Any => "anything".to_owned(),
-        Expect::Absent => "none".to_owned(),
-        Expect::At(revision) => format!("revision {}", revision.0),
-    };
-    let found = found.map(|r| r.0);
-    Err(CatalogError::Conflict { kind: kind.as_str(), key: key.to_owned(), found, expected })
+/// What the log has.
+enum Changes {
+    Kept(Vec<Change>),
+    Expired { oldest: u64, newest: u64 },
+}
+
+/// The last revision that was given.
+fn newest(counter: &impl ReadableTable<&'static str, u64>) -> Result<u64, redb::StorageError> {
+    Ok(counter.get(NEXT_REVISION)?.map_or(0, |last| last.value()))
 }
 
 impl Catalog for Embedded {
     fn get(&self, kind: Kind, key: &str) -> Result<Option<Stored>, CatalogError> {
+        check_key(kind, key)?;
         let failed = |e| self.failed("read", e);
         let tx = self.db.begin_read().map_err(|e| failed(e.into()))?;
         let table = tx.open_table(table_of(kind)).map_err(|e| failed(e.into()))?;
@@ -163,16 +204,18 @@ impl Catalog for Embedded {
         }
     }
 
-    fn list(&self, kind: Kind) -> Result<Vec<(String, Stored)>, CatalogError> {
+    fn list(&self, kind: Kind) -> Result<Listing, CatalogError> {
         let failed = |e| self.failed("read", e);
         let tx = self.db.begin_read().map_err(|e| failed(e.into()))?;
         let table = tx.open_table(table_of(kind)).map_err(|e| failed(e.into()))?;
-        let mut all = Vec::new();
+        let mut records = Vec::new();
         for row in table.iter().map_err(|e| failed(e.into()))? {
             let (key, value) = row.map_err(|e| failed(e.into()))?;
-            all.push((key.value().to_owned(), self.split(kind, key.value(), value.value())?));
+            records.push((key.value().to_owned(), self.split(kind, key.value(), value.value())?));
         }
-        Ok(all)
+        let counter = tx.open_table(COUNTER).map_err(|e| failed(e.into()))?;
+        let revision = Revision(newest(&counter).map_err(|e| failed(e.into()))?);
+        Ok(Listing { revision, records })
     }
 
     fn put(
@@ -182,10 +225,25 @@ impl Catalog for Embedded {
         json: &[u8],
         expect: Expect,
     ) -> Result<Revision, CatalogError> {
+        check_record(kind, key, json)?;
         self.change(kind, key, Some(json), expect)
     }
 
     fn delete(&self, kind: Kind, key: &str, expect: Expect) -> Result<(), CatalogError> {
+        check_key(kind, key)?;
         self.change(kind, key, None, expect).map(|_| ())
+    }
+
+    fn changes(&self, since: Revision, most: usize) -> Result<Vec<Change>, CatalogError> {
+        match self.read_changes(since, most).map_err(|e| self.failed("read", e))? {
+            Changes::Kept(changes) => Ok(changes),
+            Changes::Expired { oldest, newest } => {
+                Err(CatalogError::Expired { since: since.0, oldest, newest })
+            }
+        }
+    }
+
+    fn head(&self) -> watch::Receiver<Revision> {
+        self.head.subscribe()
     }
 }

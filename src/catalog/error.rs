@@ -9,6 +9,20 @@ pub enum CatalogError {
     /// Somebody else changed the record since it was read.
     #[error("{kind} {key:?} is at revision {found:?}, expected {expected}; read it again")]
     Conflict { kind: &'static str, key: String, found: Option<u64>, expected: String },
+    /// The key is none.
+    #[error("{kind} key {found:?} is not usable: {rule}")]
+    BadKey { kind: &'static str, found: String, rule: &'static str },
+    /// The record is longer than [`super::MAX_RECORD_LEN`].
+    #[error(
+        "{kind} {key:?} has {len_bytes} bytes, at most {} are kept; give it fewer mirrors or headers",
+        super::MAX_RECORD_LEN
+    )]
+    TooLong { kind: &'static str, key: String, len_bytes: usize },
+    /// The changes after a revision are not, or not all, kept.
+    #[error(
+        "changes after revision {since} are not kept, those after {oldest} up to {newest} are: list, and watch from there"
+    )]
+    Expired { since: u64, oldest: u64, newest: u64 },
     /// Another process has the file open.
     #[error("{}: in use by another daemon; stop it, or give another disk", path.display())]
     Locked { path: PathBuf },

@@ -4,21 +4,32 @@
 //! Kubernetes objects: so it sees a few calls, not a database.
 //! How: a record is JSON under a kind and a key, with a revision that compare-and-set is based on.
 //! [`Embedded`] keeps all of them in one redb file; a change is on the disk when the call returns.
-//! The suite in `tests.rs` is what every implementation passes.
+//! Who wants to follow lists, and watches from the list's revision ([`Watch`]). The suite in `tests/`
+//! is what every implementation passes.
 //! Never: knows why a record changes, or what is in it. Never prints a record: it may hold a
 //! credential.
 //! Start at [`Catalog`].
 
 mod embedded;
 mod error;
+mod log;
 #[cfg(test)]
 mod tests;
+mod watch;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub use embedded::Embedded;
 pub use error::CatalogError;
+pub use watch::Watch;
+
+/// Longest key in bytes: that of a DNS subdomain.
+pub const MAX_KEY_LEN: usize = 253;
+/// Longest record in bytes: what Kubernetes' own store takes.
+pub const MAX_RECORD_LEN: usize = 1 << 20;
+/// Changes that are kept for watchers; who is further behind has to list again.
+pub const KEPT_CHANGES: u64 = 4096;
 
 /// What sort of record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -54,6 +65,10 @@ impl Kind {
             Self::Disk => "disk",
         }
     }
+
+    fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.as_str() == text)
+    }
 }
 
 /// Which version of a record. Grows with every change in a catalog; never used twice.
@@ -86,25 +101,48 @@ impl std::fmt::Debug for Stored {
     }
 }
 
+/// All records of a kind at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listing {
+    /// The catalog's last change, of whatever kind, at that moment: a watch from here on sees all that
+    /// comes after it. `Revision(0)` before the first.
+    pub revision: Revision,
+    /// By key in byte order.
+    pub records: Vec<(String, Stored)>,
+}
+
+/// One change of one record: which, not what. Whoever wants the record gets it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// The revision that the change was given.
+    pub revision: Revision,
+    /// Kind of the record.
+    pub kind: Kind,
+    /// Key of the record.
+    pub key: String,
+    /// True if the record was removed.
+    pub deleted: bool,
+}
+
 /// Durable records. Every call may block on the disk.
 pub trait Catalog: Send + Sync + 'static {
     /// The record under `key`, or `None`.
     ///
     /// # Errors
-    /// [`CatalogError`] if the store can't be read.
+    /// [`CatalogError::BadKey`]; others if the store can't be read.
     fn get(&self, kind: Kind, key: &str) -> Result<Option<Stored>, CatalogError>;
 
-    /// All records of a kind, by key in byte order.
+    /// All records of a kind, as they are at one moment.
     ///
     /// # Errors
     /// [`CatalogError`] if the store can't be read.
-    fn list(&self, kind: Kind) -> Result<Vec<(String, Stored)>, CatalogError>;
+    fn list(&self, kind: Kind) -> Result<Listing, CatalogError>;
 
     /// Stores a record if what is there is what `expect` says. Durable when it returns.
     ///
     /// # Errors
-    /// [`CatalogError::Conflict`] if it isn't; others if the store can't be written, and then the
-    /// old record stands.
+    /// [`CatalogError::Conflict`] if it isn't; [`CatalogError::BadKey`], [`CatalogError::TooLong`];
+    /// others if the store can't be written, and then the old record stands.
     fn put(
         &self,
         kind: Kind,
@@ -114,11 +152,77 @@ pub trait Catalog: Send + Sync + 'static {
     ) -> Result<Revision, CatalogError>;
 
     /// Removes a record if what is there is what `expect` says. Durable when it returns. Removing
-    /// nothing with [`Expect::Any`] is no error.
+    /// nothing with [`Expect::Any`] is no error, and no change.
     ///
     /// # Errors
     /// As [`Catalog::put`].
     fn delete(&self, kind: Kind, key: &str, expect: Expect) -> Result<(), CatalogError>;
+
+    /// The changes of all kinds after `since`, each once, in the order of their revisions: the first
+    /// `most` of them. None if there are none yet.
+    ///
+    /// # Errors
+    /// [`CatalogError::Expired`] if they are not kept any more (list, and go on from there), or if
+    /// `since` is not of this catalog's past; others if the store can't be read.
+    fn changes(&self, since: Revision, most: usize) -> Result<Vec<Change>, CatalogError>;
+
+    /// Tells the last revision, and each new one, to whoever waits: see [`Watch`].
+    fn head(&self) -> tokio::sync::watch::Receiver<Revision>;
+}
+
+/// What every implementation asks of a key: `a-z A-Z 0-9 . _ -`, a letter or digit first and last, no
+/// two dots in a row. So it can be a name of Kubernetes', a file's or a URL's.
+fn check_key(kind: Kind, key: &str) -> Result<(), CatalogError> {
+    let bad = |rule| {
+        let found = key.chars().take(80).collect();
+        Err(CatalogError::BadKey { kind: kind.as_str(), found, rule })
+    };
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+    let ends = |b: Option<&u8>| b.is_some_and(u8::is_ascii_alphanumeric);
+    if key.is_empty() || key.len() > MAX_KEY_LEN {
+        return bad("a key has 1 to 253 bytes");
+    }
+    if !key.bytes().all(plain) {
+        return bad("a key has only a-z, A-Z, 0-9, '.', '_' and '-'");
+    }
+    if !ends(key.as_bytes().first()) || !ends(key.as_bytes().last()) || key.contains("..") {
+        return bad("a key begins and ends with a letter or digit and has no '..'");
+    }
+    Ok(())
+}
+
+fn check_record(kind: Kind, key: &str, json: &[u8]) -> Result<(), CatalogError> {
+    check_key(kind, key)?;
+    let len_bytes = json.len();
+    if len_bytes > MAX_RECORD_LEN {
+        let key = key.to_owned();
+        return Err(CatalogError::TooLong { kind: kind.as_str(), key, len_bytes });
+    }
+    Ok(())
+}
+
+/// Compare-and-set: an error unless what is there is what was expected.
+fn check_expected(
+    kind: Kind,
+    key: &str,
+    found: Option<Revision>,
+    expect: Expect,
+) -> Result<(), CatalogError> {
+    let ok = match expect {
+        Expect::Any => true,
+        Expect::Absent => found.is_none(),
+        Expect::At(revision) => found == Some(revision),
+    };
+    if ok {
+        return Ok(());
+    }
+    let expected = match expect {
+        Expect::Any => "anything".to_owned(),
+        Expect::Absent => "none".to_owned(),
+        Expect::At(revision) => format!("revision {}", revision.0),
+    };
+    let found = found.map(|r| r.0);
+    Err(CatalogError::Conflict { kind: kind.as_str(), key: key.to_owned(), found, expected })
 }
 
 /// Stores `record` as JSON.
@@ -153,5 +257,5 @@ pub fn list_as<T: DeserializeOwned>(
         Ok(record) => Ok((record, stored.revision)),
         Err(e) => Err(CatalogError::decode(kind.as_str(), &key, &e)),
     };
-    catalog.list(kind)?.into_iter().map(decode).collect()
+    catalog.list(kind)?.records.into_iter().map(decode).collect()
 }

@@ -282,6 +282,7 @@ pub struct PullArgs {
 #[command(after_help = "\
 A configuration file has these keys; only disks is needed:
   disks = [\"/mnt/a\", \"/mnt/b\"]      # the first also holds the catalog and the sockets
+  node_tags = [\"rack-1\"]            # tags of this node, for images that want some
   control_socket = \"/run/bedplate/control.sock\"
   nbd_socket = \"/run/bedplate/nbd.sock\"
   vm_sockets = \"/run/bedplate\"       # directory of the sockets of VMs
@@ -334,13 +335,23 @@ Examples:
   bedplate create https://example.org/d.qcow2 --checksum-url https://example.org/SHA512SUMS
   bedplate create ./overlay.qcow2 --base debian-12
   bedplate create https://example.org/d.qcow2 --trace boot.trace
+  bedplate create golden --clone debian-12
+  bedplate create vm-7 --from-nbd 'nbd+unix:///disk?socket=/run/vm-7.sock'
   bedplate create - --name private < file-with-a-secret-url")]
 pub struct CreateArgs {
-    /// http://, https:// or s3:// URL, a path on the daemon's node, or - for a URL on stdin
+    /// http://, https://, s3:// or nbd:// URL, a path on the daemon's node, or - for a URL on stdin;
+    /// with --clone or --from-nbd the image's name
     pub source: String,
     /// Name of the image [default: made of the source's last part]
     #[arg(long)]
     pub name: Option<ImageName>,
+    /// Image of the daemon's whose bytes, format and base it has: a copy of its copy on the node
+    #[arg(long, value_name = "IMAGE", conflicts_with_all = ["name", "format", "mirror", "layout", "base"])]
+    pub clone: Option<ImageName>,
+    /// NBD export whose bytes it has, as a disk: nbd://HOST[:PORT]/EXPORT or
+    /// nbd+unix:///EXPORT?socket=PATH
+    #[arg(long, value_name = "URI", conflicts_with_all = ["name", "clone", "mirror", "layout"])]
+    pub from_nbd: Option<String>,
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at its type")]
     pub expected: DigestArgs,

@@ -52,7 +52,10 @@ impl DigestArgs {
 
     /// Where the file of digests is.
     pub(super) fn checksum_url(&self) -> Result<Option<SourceUrl>, CliError> {
-        self.checksum_url.as_deref().map(source::parse).transpose()
+        let Some(text) = self.checksum_url.as_deref() else { return Ok(None) };
+        let url = source::parse(text)?;
+        url.check_sums().map_err(|e| CliError::new(Exit::Usage, e.to_string(), ""))?;
+        Ok(Some(url))
     }
 }
 

@@ -12,7 +12,7 @@ use super::args_access::AccessArgs;
 use super::args_tcp::TcpArgs;
 use super::sizes::parse_bytes;
 use crate::control::types::CreateImage;
-use crate::names::ImageName;
+use crate::names::{ImageName, Tag};
 
 /// Arguments of `export`.
 #[derive(Debug, Args)]
@@ -123,6 +123,12 @@ pub struct StandsArgs {
     /// Copies that stay although nobody uses them [default: 1]
     #[arg(long, value_name = "NUMBER")]
     pub min_copies: Option<u32>,
+    /// Tag that a disk must have for it; repeatable, all must match
+    #[arg(long, value_name = "TAG")]
+    pub disk_tag: Vec<Tag>,
+    /// Tag that the node must have; repeatable
+    #[arg(long, value_name = "TAG")]
+    pub node_tag: Vec<Tag>,
 }
 
 impl StandsArgs {
@@ -130,5 +136,7 @@ impl StandsArgs {
         request.base = self.base.as_ref().map(ToString::to_string);
         request.snapshot.clone_from(&self.snapshot);
         request.min_copies = self.min_copies;
+        request.disk_selector = self.disk_tag.iter().map(ToString::to_string).collect();
+        request.node_selector = self.node_tag.iter().map(ToString::to_string).collect();
     }
 }

@@ -4,7 +4,7 @@
 //! Never: sends a URL anywhere but to the control socket.
 
 use super::args::{CreateArgs, Global};
-use super::exit::CliError;
+use super::exit::{CliError, Exit};
 use super::follow::{self, OnFailure};
 use super::get;
 use super::output::Output;
@@ -22,11 +22,25 @@ pub(super) async fn run(
     output: &Output,
 ) -> Result<(), CliError> {
     let client = Client::new(&global.socket());
-    let url = source::parse(&args.source)?;
     let file = args.trace.as_deref();
     let prefetch = file.map(|file| trace::read(file, args.force_trace)).transpose()?;
-    let name = args.name.as_ref().map(ToString::to_string);
-    let mut request = request(&url, name, &args.expected, args.format, args.layout)?;
+    let mut request = match (&args.clone, &args.from_nbd) {
+        (Some(image), _) => clone(&args.source, image, &args.expected)?,
+        (None, Some(uri)) => {
+            let (name, url) = (new_name(&args.source)?, source::parse(uri)?);
+            if !url.is_nbd() {
+                let text = "--from-nbd: no URI of NBD";
+                let hint = "give nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH";
+                return Err(CliError::new(Exit::Usage, text, hint));
+            }
+            request(&url, Some(name.to_string()), &args.expected, args.format, args.layout)?
+        }
+        (None, None) => {
+            let url = source::parse(&args.source)?;
+            let name = args.name.as_ref().map(ToString::to_string);
+            request(&url, name, &args.expected, args.format, args.layout)?
+        }
+    };
     request.mirrors.clone_from(&args.mirror);
     request.access = args.access.by_value()?;
     args.stands.put_into(&mut request);
@@ -47,6 +61,34 @@ pub(super) async fn run(
         return output.object(&image);
     }
     output.line(&get::summary(&image))
+}
+
+/// What stands where else the source does.
+fn new_name(text: &str) -> Result<ImageName, CliError> {
+    ImageName::parse(text).map_err(|e| {
+        let hint = "with --clone or --from-nbd, give the name of the new image first";
+        CliError::new(Exit::Usage, e.to_string(), hint)
+    })
+}
+
+/// The body of `POST /v1/images` for a clone.
+fn clone(
+    name: &str,
+    image: &ImageName,
+    expected: &super::args_digest::DigestArgs,
+) -> Result<CreateImage, CliError> {
+    let name = new_name(name)?;
+    let digests = Digests::from(&expected.digests()?);
+    Ok(CreateImage {
+        name: Some(name.to_string()),
+        sha256: digests.sha256,
+        sha512: digests.sha512,
+        sha1: digests.sha1,
+        md5: digests.md5,
+        blake3: digests.blake3,
+        checksum_url: expected.checksum_url()?.map(|url| url.expose().to_string()),
+        ..CreateImage::clone_of(image.as_str())
+    })
 }
 
 /// The body of `POST /v1/images`.

@@ -32,7 +32,11 @@ pub(super) async fn run(args: &GetArgs, global: &Global, output: &Output) -> Res
         ("file size", size(image.size_bytes)),
         ("on disk", size(image.stored_bytes)),
     ];
+    facts.extend(image.clone_of.clone().map(|image| ("clone of", image)));
     facts.extend(image.base.clone().map(|base| ("base", base)));
+    for (what, tags) in [("disk tags", &image.disk_selector), ("node tags", &image.node_selector)] {
+        facts.extend((!tags.is_empty()).then(|| (what, tags.join(", "))));
+    }
     facts.extend(image.snapshot.clone().map(|snapshot| ("snapshot", snapshot)));
     let found = image.digests.by_name().into_iter();
     facts.extend(found.filter_map(|(kind, digest)| Some((kind, digest?.to_owned()))));

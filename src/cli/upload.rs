@@ -73,6 +73,7 @@ pub(super) async fn run(
         name: Some(name_of(args)?.to_string()),
         url: None,
         upload_bytes: Some(len),
+        clone_of: None,
         access: Access::default(),
         mirrors: Vec::new(),
         sha256: digests.sha256,
@@ -86,6 +87,8 @@ pub(super) async fn run(
         base: None,
         snapshot: None,
         min_copies: None,
+        disk_selector: Vec::new(),
+        node_selector: Vec::new(),
         disks: Vec::new(),
     };
     args.stands.put_into(&mut request);

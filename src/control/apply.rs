@@ -16,9 +16,8 @@ use super::handlers::{Answer, new_image};
 use super::types::CreateImage;
 use super::types_volume::{Applied, AppliedDocument};
 use super::wire_volume;
-use crate::fetch::SourceUrl;
-use crate::manager::{self, ClassRecord, ManagerError, NewImage, NewVolume, unix_now_s};
-use crate::manifest::{self, Claim, Document, Object};
+use crate::manager::{self, ClassRecord, ManagerError, NewImage, NewVolume, Selectors, unix_now_s};
+use crate::manifest::{self, Claim, Document, ImageSource, Object};
 use crate::names::ImageName;
 
 pub(super) async fn apply(State(app): State<App>, Text(text): Text) -> Answer<Json<Applied>> {
@@ -47,7 +46,7 @@ async fn apply_one(app: &App, object: Object, notes: &mut Vec<String>) -> Answer
     match object {
         Object::Class(class) => {
             let manifest::Class { name, provisioner, image, url, .. } = class;
-            let manifest::Class { sha512, min_copies, replicas, kept, .. } = class;
+            let manifest::Class { sha512, min_copies, replicas, kept, selectors, .. } = class;
             let created_unix_s = unix_now_s();
             let record = ClassRecord {
                 name,
@@ -57,6 +56,7 @@ async fn apply_one(app: &App, object: Object, notes: &mut Vec<String>) -> Answer
                 sha512,
                 min_copies,
                 replicas,
+                selectors: Selectors { disk: selectors.disk, node: selectors.node },
                 kept,
                 created_unix_s,
             };
@@ -68,8 +68,9 @@ async fn apply_one(app: &App, object: Object, notes: &mut Vec<String>) -> Answer
         }
         Object::Claim(claim) => apply_claim(app, claim, notes).await,
         Object::Image(image) => {
-            let manifest::Image { name, url, sha512, min_copies } = image;
-            let new = image_of(&name, &url, sha512, min_copies)?;
+            let manifest::Image { name, source, sha512, min_copies, selectors } = image;
+            let mut new = image_of(&name, &source, sha512, min_copies)?;
+            *new.selectors = Selectors { disk: selectors.disk, node: selectors.node };
             let (image, is_new) = app.manager.create(new).await?;
             if min_copies.is_some_and(|least| least.max(1) != image.record.min_copies.max(1)) {
                 let text = "the image keeps its least number of copies; `bedplate set` changes it";
@@ -109,7 +110,12 @@ async fn apply_claim(app: &App, claim: Claim, notes: &mut Vec<String>) -> Answer
         return Err(ApiError::new(status, "no-image", message, hint));
     };
     let new_image = match &class.url {
-        Some(url) => Some(Box::new(image_of(&image, url, class.sha512.clone(), class.min_copies)?)),
+        Some(url) => {
+            let (source, sha512) = (ImageSource::Url(url.clone()), class.sha512.clone());
+            let mut new = image_of(&image, &source, sha512, class.min_copies)?;
+            *new.selectors = class.selectors.clone();
+            Some(Box::new(new))
+        }
         None => None,
     };
     let new = NewVolume {
@@ -139,14 +145,13 @@ async fn create_volume(app: &App, new: NewVolume, notes: &mut Vec<String>) -> An
 
 fn image_of(
     name: &ImageName,
-    url: &SourceUrl,
+    source: &ImageSource,
     sha512: Option<String>,
     min_copies: Option<u32>,
 ) -> Answer<NewImage> {
-    new_image(&CreateImage {
-        name: Some(name.to_string()),
-        sha512,
-        min_copies,
-        ..CreateImage::of_url(url.expose().as_str())
-    })
+    let from = match source {
+        ImageSource::Url(url) => CreateImage::of_url(url.expose().as_str()),
+        ImageSource::Clone(image) => CreateImage::clone_of(image.as_str()),
+    };
+    new_image(&CreateImage { name: Some(name.to_string()), sha512, min_copies, ..from })
 }

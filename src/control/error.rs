@@ -96,6 +96,14 @@ impl From<ManagerError> for ApiError {
             ManagerError::IsABase { .. } => {
                 (StatusCode::CONFLICT, "in-use", "delete the images that stand on it first")
             }
+            ManagerError::HasClones { .. } => (
+                StatusCode::CONFLICT,
+                "in-use",
+                "fetch these clones and wait until they are ready, or delete them first",
+            ),
+            ManagerError::NothingToClone { .. } => {
+                (StatusCode::CONFLICT, "not-ready", "clone what it is a clone of")
+            }
             ManagerError::NoSuchCopy { .. } => {
                 (StatusCode::NOT_FOUND, "not-found", "`bedplate get NAME` shows its copies")
             }
@@ -156,6 +164,11 @@ impl From<ManagerError> for ApiError {
             ManagerError::BeingDeleted { .. } => {
                 (StatusCode::CONFLICT, "deleting", "wait until it is gone, then try again")
             }
+            ManagerError::NotSelected { .. } | ManagerError::NoDiskSelected { .. } => (
+                StatusCode::CONFLICT,
+                "not-selected",
+                "name another disk, or give one the tag in the configuration; `bedplate disks` shows them",
+            ),
             ManagerError::NoRoom { .. } => (
                 StatusCode::INSUFFICIENT_STORAGE,
                 "no-room",

@@ -13,18 +13,19 @@ use super::App;
 use super::body::Body;
 use super::error::ApiError;
 use super::inspection::Inspection;
+use super::origin::{self, Origin};
 use super::types::{
     Attachment, Attachments, CleanUp, CreateAttachment, CreateImage, Doctor, FetchImage, Health,
     Image, Images, SteerImage, Wait,
 };
 use super::types_health::{Node, ScrubImage};
 use super::wire;
-use crate::fetch::{DigestKind, DigestMap, Policy};
+use crate::fetch::{DigestKind, DigestMap};
 use crate::manager::{
     AttachmentId, AttachmentStatus, BackendError, Expected, Format, ImageStatus, Layout,
-    NewAttachment, NewImage, SourceUrl, SteeringChange, unix_now_s,
+    NewAttachment, NewImage, Selectors, SourceUrl, SteeringChange, unix_now_s,
 };
-use crate::names::{DiskUuid, ImageName, ImageUuid};
+use crate::names::{DiskUuid, ImageName, ImageUuid, Tag};
 
 /// Mirrors that an image may have.
 const MAX_MIRRORS: usize = 16;
@@ -60,38 +61,9 @@ pub(super) async fn create_image(
     Ok((status, show(&app, &image)).into_response())
 }
 
-/// Where the bytes come from; `None` if they are to be uploaded.
-fn source_of(body: &CreateImage) -> Answer<Option<SourceUrl>> {
-    let most = Policy::default().max_bytes;
-    match (&body.url, body.upload_bytes) {
-        (Some(url), None) => SourceUrl::parse(url).map(Some).map_err(|e| {
-            let hint = "give the URL of an image file";
-            ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "refused-source", e.to_string(), hint)
-        }),
-        (None, Some(bytes)) if bytes == 0 || bytes > most => {
-            Err(ApiError::bad_request(format!("upload_bytes: give 1 to {most}")))
-        }
-        (None, Some(_)) if body.layout.as_deref() == Some("raw") => {
-            Err(ApiError::bad_request("layout: an upload is kept as-is; raw needs a url"))
-        }
-        (None, Some(_)) if body.checksum_url.is_some() || !body.mirrors.is_empty() => {
-            let text = "checksum_url, mirrors: an upload has none; they belong to a url";
-            Err(ApiError::bad_request(text))
-        }
-        (None, Some(_)) if !body.access.is_empty() => {
-            Err(ApiError::bad_request("access: an upload has none; it belongs to a url"))
-        }
-        (None, Some(_)) => Ok(None),
-        (Some(_), Some(_)) => {
-            Err(ApiError::bad_request("url, upload_bytes: give one of them, not both"))
-        }
-        (None, None) => Err(ApiError::bad_request("url, upload_bytes: give one of them")),
-    }
-}
-
 /// Checks a request to create an image. Of the URL only the scheme may be in an error.
 pub(super) fn new_image(body: &CreateImage) -> Answer<NewImage> {
-    let source = source_of(body)?;
+    let Origin { source, clone_of } = origin::of(body)?;
     body.access.check().map_err(|e| ApiError::bad_request(e.to_string()))?;
     let name = match &body.name {
         Some(name) => ImageName::parse(name)?,
@@ -102,6 +74,9 @@ pub(super) fn new_image(body: &CreateImage) -> Answer<NewImage> {
     };
     let format = body.format.as_deref().map(str::parse::<Format>).transpose();
     let declared_format = format.map_err(|e| ApiError::bad_request(format!("format: {e}")))?;
+    // An export is a disk: what a guest has written to it must not be taken for an image's header.
+    let is_disk = source.as_ref().is_some_and(SourceUrl::is_nbd);
+    let declared_format = declared_format.or(is_disk.then_some(Format::Raw));
     let layout = body.layout.as_deref().map(str::parse::<Layout>).transpose();
     let layout = layout.map_err(|e| ApiError::bad_request(format!("layout: {e}")))?;
     let base = body.base.as_deref().map(ImageName::parse).transpose()?;
@@ -117,15 +92,22 @@ pub(super) fn new_image(body: &CreateImage) -> Answer<NewImage> {
         access: Box::new(body.access.clone()),
         mirrors: mirrors(&body.mirrors, source.as_ref())?,
         source,
+        clone_of,
         layout: layout.unwrap_or_default(),
         base,
         snapshot: body.snapshot.clone(),
         min_copies: body.min_copies.unwrap_or_default(),
+        selectors: Box::new(selectors(body)?),
         expected: Box::new(expected(body)?),
         declared_format,
         disks: disks?,
         created_unix_s: unix_now_s(),
     })
+}
+
+fn selectors(body: &CreateImage) -> Answer<Selectors> {
+    let tags = |texts: &[String]| Tag::parse_all(texts.iter().map(String::as_str));
+    Ok(Selectors { disk: tags(&body.disk_selector)?, node: tags(&body.node_selector)? })
 }
 
 /// Checks the mirrors of a request. Of a URL nothing is in an error.
@@ -152,6 +134,7 @@ fn expected(body: &CreateImage) -> Answer<Expected> {
     ];
     let digests = DigestMap::parse(given).map_err(|e| ApiError::bad_request(e.to_string()))?;
     let url = body.checksum_url.as_deref().map(SourceUrl::parse).transpose();
+    let url = url.and_then(|url| url.map(|url| url.check_sums().map(|()| url)).transpose());
     let checksum_url = url.map_err(|e| ApiError::bad_request(format!("checksum_url: {e}")))?;
     Ok(Expected { digests, checksum_url })
 }

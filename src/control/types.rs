@@ -9,9 +9,10 @@
 use serde::{Deserialize, Serialize};
 
 pub use super::types_attachment::{Vm, Wait};
+pub use super::types_create::CreateImage;
 use super::types_health::Scrub;
 use super::types_trace::Prefetch;
-use crate::fetch::{Access, DigestKind, DigestMap};
+use crate::fetch::{DigestKind, DigestMap};
 
 /// Digests of an image's file, lower-case hex.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -124,6 +125,9 @@ pub struct Image {
     /// How many bytes are uploaded; `null` for an image that has a source or was found.
     #[serde(default)]
     pub upload_bytes: Option<u64>,
+    /// The image that it is a clone of.
+    #[serde(default)]
+    pub clone_of: Option<String>,
     /// What is set of its access: `basic`, `bearer`, `headers`, `ca`, `cert`, `proxy`, `no_proxy`,
     /// `direct`, `s3`. Never a value.
     #[serde(default)]
@@ -140,6 +144,12 @@ pub struct Image {
     /// Copies that stay although nobody uses them.
     #[serde(default)]
     pub min_copies: u32,
+    /// Tags that a disk must have for it.
+    #[serde(default)]
+    pub disk_selector: Vec<String>,
+    /// Tags that the node must have.
+    #[serde(default)]
+    pub node_selector: Vec<String>,
     /// True if nothing is fetched for now.
     #[serde(default)]
     pub paused: bool,
@@ -275,97 +285,6 @@ pub struct Health {
     pub status: String,
     /// Version of the daemon.
     pub version: String,
-}
-
-/// Body of `POST /v1/images`. Its `Debug` shows no URL.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct CreateImage {
-    /// Its name; default: made of the URL's last part.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub name: Option<String>,
-    /// http, https, s3 or file URL; may hold credentials. Either this or `upload_bytes`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub url: Option<String>,
-    /// The file is uploaded, and has so many bytes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub upload_bytes: Option<u64>,
-    /// Where the same bytes are too; used if a digest is given, at the same time as the URL and in
-    /// its place.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub mirrors: Vec<String>,
-    /// What it takes to reach it: credentials, certificates, a proxy.
-    #[serde(default, skip_serializing_if = "Access::is_empty")]
-    pub access: Access,
-    /// Digest that the file must have.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub sha256: Option<String>,
-    /// Digest that the file must have.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub sha512: Option<String>,
-    /// Digest that the file must have.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub sha1: Option<String>,
-    /// Digest that the file must have.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub md5: Option<String>,
-    /// Digest that the file must have.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub blake3: Option<String>,
-    /// URL of a file of digests that has the file's, as a vendor's SHA256SUMS.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub checksum_url: Option<String>,
-    /// `raw`, `qcow2`, `vmdk`, `vhd` or `vhdx`; default: look.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub format: Option<String>,
-    /// `as-is` (default), or `raw`: a QCOW2 source is expanded as it arrives.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub layout: Option<String>,
-    /// Name of the image that it stands on, which must be known: its backing file. The name that
-    /// the file itself has for it is not looked at.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub base: Option<String>,
-    /// Readers get the disk as it was at this internal snapshot, by ID or name.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub snapshot: Option<String>,
-    /// Copies that stay although nobody uses them; default 1.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub min_copies: Option<u32>,
-    /// Disks on which to bring it in at once; default none.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub disks: Vec<String>,
-}
-
-impl CreateImage {
-    /// An image at `url`, with nothing else said.
-    #[must_use]
-    pub fn of_url(url: &str) -> Self {
-        Self {
-            name: None,
-            url: Some(url.to_owned()),
-            upload_bytes: None,
-            mirrors: Vec::new(),
-            access: Access::default(),
-            sha256: None,
-            sha512: None,
-            sha1: None,
-            md5: None,
-            blake3: None,
-            checksum_url: None,
-            format: None,
-            layout: None,
-            base: None,
-            snapshot: None,
-            min_copies: None,
-            disks: Vec::new(),
-        }
-    }
-}
-
-impl std::fmt::Debug for CreateImage {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("CreateImage").field("name", &self.name).finish_non_exhaustive()
-    }
 }
 
 /// Answer of `PUT /v1/images/{name}/upload`.

@@ -4,6 +4,7 @@
 //! Never: puts a whole URL into an answer.
 //! Start at [`image`].
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::Path;
 
@@ -17,7 +18,7 @@ use crate::image::Trace;
 use crate::manager::{
     AttachmentState, AttachmentStatus, Change, CopyState, CopyStatus, DiskView, ImageStatus,
 };
-use crate::names::ImageName;
+use crate::names::{ImageName, Tag};
 
 /// An image for the wire.
 pub(crate) fn image(status: &ImageStatus, sockets: &Sockets) -> Image {
@@ -31,11 +32,14 @@ pub(crate) fn image(status: &ImageStatus, sockets: &Sockets) -> Image {
         source: record.source.as_ref().map(ToString::to_string),
         mirrors: record.mirrors.iter().map(ToString::to_string).collect(),
         upload_bytes: record.upload_bytes,
+        clone_of: record.clone_of.as_ref().map(|of| of.image.to_string()),
         access: record.access.kinds().into_iter().map(str::to_owned).collect(),
         layout: record.layout.to_string(),
         base: record.base.as_ref().map(ToString::to_string),
         snapshot: record.snapshot.clone(),
         min_copies: record.min_copies.max(1),
+        disk_selector: tags(&record.selectors.disk),
+        node_selector: tags(&record.selectors.node),
         paused: record.steering.paused,
         priority: record.steering.priority,
         rate_limit_bytes_per_s: record.steering.rate_bytes_per_s.unwrap_or(0),
@@ -125,6 +129,10 @@ pub(crate) fn disk(view: &DiskView) -> Disk {
         copies: view.copies as u64,
         message: status.message.clone(),
     }
+}
+
+fn tags(tags: &BTreeSet<Tag>) -> Vec<String> {
+    tags.iter().map(ToString::to_string).collect()
 }
 
 /// A change for the wire.

@@ -5,6 +5,7 @@
 //! Never: ignores a key that it doesn't know.
 //! Start at [`Config`].
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -15,7 +16,7 @@ use serde::Deserialize;
 use super::{CONTROL_SOCKET, DaemonError, NBD_SOCKET, REPLICA_SOCKET, sockets};
 use crate::fetch::{AddressPolicy, Trust};
 use crate::manager::{NodeOptions, Setting, Settings};
-use crate::names::ImageName;
+use crate::names::{ImageName, Tag};
 use crate::serve::{nbd, vhost_user};
 
 /// Queues of a VM that may be set.
@@ -30,6 +31,9 @@ pub struct Config {
     /// Directories, each on a file system of its own: where copies live. At least one. The first
     /// also holds the catalog and, by default, the sockets.
     pub disks: Vec<PathBuf>,
+    /// Tags of this node, for images that may be only on some. Default: none.
+    #[serde(default)]
+    pub node_tags: BTreeSet<Tag>,
     /// Default: `<first disk>/bedplate/control.sock`.
     pub control_socket: Option<PathBuf>,
     /// Default: `<first disk>/bedplate/nbd.sock`.
@@ -168,6 +172,7 @@ impl Config {
     /// [`DaemonError::BadSetting`] for a sink that isn't known or no transfer at all.
     pub fn node_options(&self) -> Result<NodeOptions, DaemonError> {
         let mut options = NodeOptions::new(self.disks.clone());
+        options.node_tags.clone_from(&self.node_tags);
         if let Some(sink) = &self.sink {
             let refuse = |rule| DaemonError::BadSetting { key: "sink", rule };
             options.sink = sink.parse().map_err(refuse)?;

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::http::{AccessError, AddressRefused};
+use super::nbd::NbdFault;
 use super::sums::SumsFault;
 use crate::disk::DiskError;
 
@@ -51,6 +52,8 @@ pub enum FetchError {
     Redirect { url: String, reason: String },
     #[error("{url}: the server answered {status}; {hint}")]
     Status { url: String, status: u16, hint: &'static str, retry_after_s: Option<u64> },
+    #[error("{url}: {source}")]
+    Nbd { url: String, source: NbdFault },
     #[error("{url}: no byte arrived for {seconds} s at byte {at:#x}")]
     Stalled { url: String, at: u64, seconds: u64 },
     #[error("{url}: the connection broke at byte {at:#x}")]
@@ -67,7 +70,7 @@ pub enum FetchError {
     )]
     TooMuch { url: String, total: u64 },
     #[error(
-        "{url}: the transfer broke at byte {at:#x}, and the server cannot resume it (no byte ranges, or no strong ETag to tell versions apart); run it again to start over, or give a digest"
+        "{url}: the transfer broke at byte {at:#x}, and the server cannot resume it (no byte ranges, or nothing that tells versions apart: no strong ETag, or a live export); run it again to start over, or give a digest"
     )]
     CannotResume {
         url: String,
@@ -157,6 +160,7 @@ impl FetchError {
                 _ => Class::Refuse,
             },
             Self::Disk(error) if error.may_retry() => Class::Retry,
+            Self::Nbd { source, .. } => source.class(),
             Self::Redirect { .. }
             | Self::Address { .. }
             | Self::Certificate { .. }

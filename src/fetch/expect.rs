@@ -47,6 +47,28 @@ impl Expect {
         if proof { given } else { given.with(DigestKind::Sha256) }
     }
 
+    /// The first that was made and differs, as [`Expect::mismatch`].
+    pub(super) fn differs(&self, made: &Digests) -> Option<(&'static str, String, String)> {
+        let (kind, expected, found) = self.0.differs(&made.whole)?;
+        Some((kind.name(), expected.to_owned(), found.to_owned()))
+    }
+
+    /// Those that were not made.
+    pub(super) fn without(&self, made: &Digests) -> Self {
+        let mut left = DigestMap::default();
+        for (kind, text) in self.0.iter().filter(|(kind, _)| made.whole.get(*kind).is_none()) {
+            left.set(kind, text.to_owned());
+        }
+        Self(left)
+    }
+
+    /// These and those of `other`.
+    pub(super) fn with(&self, other: &Self) -> Self {
+        let mut all = self.0.clone();
+        all.fill_from(&other.0);
+        Self(all)
+    }
+
     /// The first digest that differs: its name, what was expected, what was found.
     #[must_use]
     pub fn mismatch(&self, found: &Digests) -> Option<(&'static str, String, String)> {

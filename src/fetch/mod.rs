@@ -23,6 +23,7 @@ mod http;
 mod limit;
 mod local;
 mod loose;
+mod nbd;
 mod packed;
 mod pipeline;
 mod policy;
@@ -49,6 +50,7 @@ pub use http::{
     Trust, judge_address, parse_content_range,
 };
 pub use limit::RateLimit;
+pub use nbd::{NbdEnded, NbdExport, NbdFault, NbdOutlet, NbdSession};
 pub use pipeline::{Feed, Pipeline, Stopped, Taker};
 pub use policy::Policy;
 pub use progress::{Phase, Progress, Snapshot};

@@ -59,6 +59,10 @@ impl<'a> SourceFile<'a> {
         progress: &'a Arc<Progress>,
     ) -> Result<(Self, Vec<u8>), FetchError> {
         progress.set_phase(Phase::Connecting);
+        if source.url.nbd().is_some() {
+            let url = source.url.to_string();
+            return Err(FetchError::NoParts { url, why: "an export is read as a whole" });
+        }
         let (kind, total, head) = match source.url.file_path() {
             Some(path) => {
                 let file = LocalFile::open(&path)?;

@@ -12,10 +12,12 @@ use std::path::Path;
 
 use url::Url;
 
+use super::nbd::Place;
+
 /// What replaces each secret part.
 const REDACTED: &str = "***";
 
-/// An http, https, s3 or file URL. Prints itself without userinfo and without query values.
+/// An http, https, s3, file or NBD URL. Prints itself without userinfo and without query values.
 #[derive(Clone, PartialEq, Eq)]
 pub struct SourceUrl(Url);
 
@@ -24,30 +26,42 @@ pub struct SourceUrl(Url);
 pub enum SourceError {
     /// Not a URL at all.
     #[error(
-        "source is not a URL ({reason}); give http://, https://, s3:// or file:///absolute/path"
+        "source is not a URL ({reason}); give http://, https://, s3://, nbd:// or file:///absolute/path"
     )]
     NotAUrl {
         /// The parser's words, without the text.
         reason: String,
     },
     /// A URL of a scheme that nothing here can fetch.
-    #[error("scheme {scheme:?} is not supported; give http://, https://, s3:// or file://")]
+    #[error("scheme {scheme:?} is not supported; give http://, https://, s3://, nbd:// or file://")]
     Scheme {
         /// The scheme as given.
         scheme: String,
     },
-    /// More or less than bucket and key in an s3 URL; a host or no absolute path in a file URL.
+    /// NBD within TLS.
+    #[error("{scheme}: NBD within TLS is not spoken here; use nbd+unix://, or nbd:// in a tunnel")]
+    Tls {
+        /// The scheme as given.
+        scheme: String,
+    },
+    /// A file of digests that is no file.
+    #[error("a file of digests is not in an NBD export; give http://, https://, s3:// or file://")]
+    Sums,
+    /// More or less than bucket and key in an s3 URL; a host or no absolute path in a file URL; no
+    /// place of an export in one of NBD.
     #[error("{scheme} URL has {fault}; give {need}")]
     Shape {
-        /// "s3" or "file".
+        /// "s3", "file", "nbd" or "nbd+unix".
         scheme: String,
         /// What is wrong.
         fault: &'static str,
         /// What it should look like.
         need: &'static str,
     },
-    /// A file of the node has no mirrors and is none.
-    #[error("a file of the node is no mirror and has none; give http://, https:// or s3:// URLs")]
+    /// A file of the node and an export have no mirrors and are none.
+    #[error(
+        "a file of the node or an NBD export is no mirror and has none; give http://, https:// or s3:// URLs"
+    )]
     Mirror,
     /// Longer than [`SourceUrl::MAX_LEN`].
     #[error("source has {len_bytes} bytes; a URL has at most {}", SourceUrl::MAX_LEN)]
@@ -61,7 +75,7 @@ impl SourceUrl {
     /// Longest URL in bytes. Pre-signed URLs of the large clouds stay below 4 KiB.
     pub const MAX_LEN: usize = 8192;
 
-    /// Parses an absolute http, https, s3 or file URL.
+    /// Parses an absolute http, https, s3, file or NBD URL.
     ///
     /// # Errors
     /// [`SourceError`]; its text holds nothing of the URL but its scheme.
@@ -87,6 +101,13 @@ impl SourceUrl {
                 shape("no path of a file", "file:///absolute/path")
             }
             "file" => Ok(Self(url)),
+            scheme @ ("nbds" | "nbds+unix" | "nbds+vsock") => {
+                Err(SourceError::Tls { scheme: scheme.to_owned() })
+            }
+            "nbd" | "nbd+unix" => match Place::of(&url) {
+                Some(Err((fault, need))) => shape(fault, need),
+                Some(Ok(_)) | None => Ok(Self(url)),
+            },
             other => Err(SourceError::Scheme { scheme: other.to_owned() }),
         }
     }
@@ -100,10 +121,29 @@ impl SourceUrl {
     /// Checks what is to be a mirror of `self`.
     ///
     /// # Errors
-    /// [`SourceError::Mirror`] if either is a file of the node.
+    /// [`SourceError::Mirror`] if either is a file of the node or an export.
     pub fn check_mirror(&self, mirror: &Self) -> Result<(), SourceError> {
-        let is_file = self.0.scheme() == "file" || mirror.0.scheme() == "file";
-        if is_file { Err(SourceError::Mirror) } else { Ok(()) }
+        let has_none = |url: &Self| url.0.scheme() == "file" || url.is_nbd();
+        if has_none(self) || has_none(mirror) { Err(SourceError::Mirror) } else { Ok(()) }
+    }
+
+    /// Checks what is to be where a file of digests is.
+    ///
+    /// # Errors
+    /// [`SourceError::Sums`] if it is an export.
+    pub fn check_sums(&self) -> Result<(), SourceError> {
+        if self.is_nbd() { Err(SourceError::Sums) } else { Ok(()) }
+    }
+
+    /// True for an NBD export.
+    #[must_use]
+    pub fn is_nbd(&self) -> bool {
+        matches!(self.0.scheme(), "nbd" | "nbd+unix")
+    }
+
+    /// Where the export is, if this is one.
+    pub(super) fn nbd(&self) -> Option<Place> {
+        Place::of(&self.0)?.ok()
     }
 
     /// The whole URL, credentials included: only for the request itself and the catalog.
@@ -122,6 +162,10 @@ impl SourceUrl {
 impl fmt::Display for SourceUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let url = &self.0;
+        if self.is_nbd() {
+            // It has no place for a secret: no user, and a query that is the path of a socket.
+            return f.write_str(url.as_str());
+        }
         write!(f, "{}://", url.scheme())?;
         if !url.username().is_empty() || url.password().is_some() {
             write!(f, "{REDACTED}@")?;
@@ -222,6 +266,8 @@ mod tests {
             ("https://h/a?hunter2", "https://h/a?***"),
             ("https://h/a#hunter2", "https://h/a"),
             ("file:///data/a%20b.img", "file:///data/a%20b.img"),
+            ("nbd://h:7/a", "nbd://h:7/a"),
+            ("nbd+unix:///a?socket=/run/n.sock", "nbd+unix:///a?socket=/run/n.sock"),
         ];
         for (whole, printed) in cases {
             let url = SourceUrl::parse(whole).unwrap();
@@ -243,6 +289,11 @@ mod tests {
             "s3://b/k?hunter2",
             "s3://hunter2",
             "s3:///hunter2",
+            "nbd://u:hunter2@h/a",
+            "nbd://h/a?hunter2",
+            "nbds://hunter2@h/a",
+            "nbd+unix:///hunter2",
+            "nbd+unix:///a?socket=hunter2",
         ] {
             let text = SourceUrl::parse(bad).unwrap_err().to_string();
             assert!(!text.contains("hunter2"), "{text}");

@@ -106,9 +106,10 @@ pub async fn transfer(
             unproven,
             mirrors: mirrors && !source.mirrors.is_empty(),
         };
-        let result = match url.file_path() {
-            Some(path) => run.local(&path).await,
-            None => run.http(fresh).await,
+        let result = match (url.file_path(), url.nbd()) {
+            (Some(path), _) => run.local(&path).await,
+            (None, Some(place)) => run.nbd(&place, fresh).await,
+            (None, None) => run.http(fresh).await,
         };
         let unproven = run.unproven;
         let again = match &result {
@@ -215,7 +216,7 @@ impl Run<'_> {
         }
     }
 
-    fn known_version(&self) -> Option<Remote> {
+    pub(super) fn known_version(&self) -> Option<Remote> {
         self.filling.version().map(|version| Remote::from_tag(&version.tag))
     }
 
@@ -438,7 +439,11 @@ impl Run<'_> {
     }
 
     /// Everything up to `total` is here: waits for disk and digests, and judges.
-    async fn complete(&mut self, etag: Option<String>, total: u64) -> Result<Fetched, FetchError> {
+    pub(super) async fn complete(
+        &mut self,
+        etag: Option<String>,
+        total: u64,
+    ) -> Result<Fetched, FetchError> {
         let digests = self.finish(total).await?;
         if let Some((kind, expected, found)) = self.expect.mismatch(&digests) {
             return Err(FetchError::Digest { url: self.url.to_string(), kind, expected, found });

@@ -7,6 +7,7 @@
 //! Never: lets a worker's late report reach a newer worker of the same copy (each has its number).
 //! Start at [`Backend`].
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,7 +22,7 @@ use crate::fetch::{Access, DigestMap, SourceUrl, Upload};
 use crate::image::Format;
 use crate::image::{Inspection, View};
 use crate::import::Layout;
-use crate::names::{DiskUuid, ImageName, ImageUuid};
+use crate::names::{DiskUuid, ImageName, ImageUuid, Tag};
 
 /// Which copy: one image on one disk.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -62,6 +63,8 @@ pub struct DiskStatus {
     pub healthy: bool,
     /// Why it isn't healthy, or what is worth knowing; may be empty.
     pub message: String,
+    /// Tags of its node, by the configuration.
+    pub node_tags: BTreeSet<Tag>,
 }
 
 /// What the files of a copy say at start.
@@ -152,6 +155,19 @@ pub struct CopyTask {
     /// What an earlier copy told: this one must agree.
     pub facts: Option<Facts>,
     /// Disks of this node with a complete copy: from there, before the source is asked.
+    pub ready_on: Vec<DiskUuid>,
+    /// The image that it is a clone of: from its copies, if there is no other. No source then.
+    pub origin: Option<CopyOf>,
+}
+
+/// The copies of another image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CopyOf {
+    /// Its name.
+    pub image: ImageName,
+    /// Its uuid.
+    pub uuid: ImageUuid,
+    /// Disks of this node with a complete copy of it.
     pub ready_on: Vec<DiskUuid>,
 }
 

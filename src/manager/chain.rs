@@ -23,7 +23,10 @@ impl Image {
 
 impl World {
     /// The record of `name` and those of all images that it stands on, from the top down.
-    fn records_from<'a>(&'a self, name: &'a ImageName) -> impl Iterator<Item = &'a ImageRecord> {
+    pub(super) fn records_from<'a>(
+        &'a self,
+        name: &'a ImageName,
+    ) -> impl Iterator<Item = &'a ImageRecord> {
         let next = |record: &&ImageRecord| {
             let base = record.base.as_ref()?;
             self.images.get(base).map(|image| &image.record)
@@ -76,9 +79,14 @@ impl World {
 
     /// Copies of `name` and of all that it stands on are wanted on `disk`.
     pub(super) fn want_chain(&mut self, name: &ImageName, disk: &DiskUuid, touched: &mut Touched) {
-        let names: Vec<_> = self.records_from(name).map(|record| record.name.clone()).collect();
-        for name in names {
-            self.want(&name, disk, touched);
+        let mut tops = vec![name.clone()];
+        while let Some(top) = tops.pop() {
+            let names: Vec<_> = self.records_from(&top).map(|record| record.name.clone()).collect();
+            for name in names {
+                self.want(&name, disk, touched);
+                // What is cloned is wanted somewhere from now on, so that this ends.
+                tops.extend(self.to_bring_in_for(&name));
+            }
         }
     }
 

@@ -85,6 +85,9 @@ impl World {
         if self.is_needed_on(name, disk) {
             return Some("another image stands on it");
         }
+        if self.is_being_cloned(name, disk) {
+            return Some("a clone of it is being made");
+        }
         let exported = match &image.export {
             Export::Closed => false,
             Export::Opening(on) | Export::Open(on) | Export::Streaming(on) => on == disk,

@@ -5,6 +5,7 @@
 //! Never: starts a transfer for a mere `create` (rule 1).
 //! Start at [`World::command`].
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use super::error::ManagerError;
 use super::records::{
     AttachmentId, AttachmentRecord, ClassRecord, Expected, ImageRecord, Steering, Want,
 };
+use super::selectors::{Selectors, list};
 use super::settings::SettingsChange;
 use super::steer::SteeringChange;
 use super::volume::NewVolume;
@@ -21,7 +23,7 @@ use super::world::{Action, Attachment, AttachmentState, Change, Image, Touched, 
 use crate::fetch::{Access, SourceUrl};
 use crate::image::{Format, Trace};
 use crate::import::Layout;
-use crate::names::{ClassName, DiskUuid, ImageName, ImageUuid, VolumeName};
+use crate::names::{ClassName, DiskUuid, ImageName, ImageUuid, Tag, VolumeName};
 
 /// Longest label of a reader in bytes.
 pub const READER_MAX_LEN: usize = 128;
@@ -37,6 +39,8 @@ pub struct NewImage {
     pub source: Option<SourceUrl>,
     /// How many bytes are uploaded; `None` if there is a source.
     pub upload_bytes: Option<u64>,
+    /// The image that it is a clone of; no source then.
+    pub clone_of: Option<ImageName>,
     /// What it takes to reach it.
     pub access: Box<Access>,
     /// Where the same bytes are too.
@@ -53,6 +57,8 @@ pub struct NewImage {
     pub declared_format: Option<Format>,
     /// Copies that stay although nobody uses them; 0 counts as 1.
     pub min_copies: u32,
+    /// On which disks it may be.
+    pub selectors: Box<Selectors>,
     /// Disks on which to bring it in at once; usually none (rule 1).
     pub disks: Vec<DiskUuid>,
     /// Seconds since 1970, UTC.
@@ -225,17 +231,17 @@ impl World {
     /// Rules 1 and 13.
     pub(super) fn create(
         &mut self,
-        new: NewImage,
+        mut new: NewImage,
         touched: &mut Touched,
     ) -> Result<Outcome, ManagerError> {
-        for disk in &new.disks {
-            self.check_disk(&new.name, disk)?;
-        }
         let name = new.name.clone();
+        self.check_new_disks(&new)?;
         let is_new = !self.images.contains_key(&name);
         if is_new {
+            let clone_of = self.inherit(&mut new)?;
             self.check_base(&name, new.base.as_ref())?;
             let record = ImageRecord {
+                clone_of,
                 name: new.name,
                 uuid: new.uuid,
                 source: new.source,
@@ -252,6 +258,7 @@ impl World {
                 facts: None,
                 disks: std::collections::BTreeMap::new(),
                 min_copies: new.min_copies,
+                selectors: *new.selectors,
                 deleting: false,
                 created_unix_s: new.created_unix_s,
             };
@@ -317,6 +324,7 @@ impl World {
     ) -> Result<Outcome, ManagerError> {
         let attachments = self.readers_of(&name).attachments.len();
         let overlays = self.overlays_of(&name).to_vec();
+        let clones = self.pending_clones_of(&name);
         let volumes: Vec<_> = self.volumes_of(&name).map(|v| v.record.name.clone()).collect();
         let Some(image) = self.images.get_mut(&name) else {
             return Err(ManagerError::NoSuchImage { name });
@@ -332,6 +340,9 @@ impl World {
         }
         if !overlays.is_empty() {
             return Err(ManagerError::IsABase { name, overlays });
+        }
+        if !clones.is_empty() {
+            return Err(ManagerError::HasClones { name, clones });
         }
         image.record.deleting = true;
         for copy in image.copies.values_mut() {
@@ -406,7 +417,7 @@ impl World {
         disk: Option<DiskUuid>,
     ) -> Result<DiskUuid, ManagerError> {
         if let Some(disk) = disk {
-            self.check_disk(name, &disk)?;
+            self.check_disk_for(name, None, &disk)?;
             return Ok(disk);
         }
         let image = self.usable(name)?;
@@ -417,26 +428,33 @@ impl World {
         if let Some((uuid, _)) = best {
             return Ok(uuid.clone());
         }
-        let need_bytes = image.record.facts.as_ref().map_or(0, |f| f.size_bytes);
+        let need_bytes = self.facts_of(image).map_or(0, |f| f.size_bytes);
         let room = |d: &&DiskStatus| {
             let is_open = d.healthy && self.is_open_to_copies(&d.uuid);
-            is_open && d.free_bytes.saturating_sub(d.reserved_bytes) > need_bytes
+            let free = d.free_bytes.saturating_sub(d.reserved_bytes);
+            is_open && free > need_bytes && self.allows(name, d)
         };
+        if let Some(disk) = self.disk_of_origin(image, room) {
+            return Ok(disk);
+        }
         match self.disks.iter().find(room) {
             Some(disk) => Ok(disk.uuid.clone()),
-            None => Err(ManagerError::NoRoom { name: name.clone(), need_bytes }),
+            None => Err(self.no_disk_for(name, need_bytes)),
         }
     }
 }
 
 /// The existing image is the one that is asked for, as far as both say.
 fn same_image(record: &ImageRecord, new: &NewImage) -> Result<(), ManagerError> {
-    if record.source != new.source || record.upload_bytes != new.upload_bytes {
+    let cloned = record.clone_of.as_ref().map(|of| &of.image);
+    let is_other = record.source != new.source || record.upload_bytes != new.upload_bytes;
+    if is_other || cloned != new.clone_of.as_ref() {
         let name = record.name.clone();
-        let source_text = match (&record.source, record.upload_bytes) {
-            (Some(source), _) => source.to_string(),
-            (None, Some(bytes)) => format!("an upload of {bytes} bytes"),
-            (None, None) => "none (found on a disk)".to_owned(),
+        let source_text = match (&record.source, record.upload_bytes, cloned) {
+            (Some(source), ..) => source.to_string(),
+            (None, Some(bytes), _) => format!("an upload of {bytes} bytes"),
+            (None, None, Some(cloned)) => format!("a clone of {cloned}"),
+            (None, None, None) => "none (found on a disk)".to_owned(),
         };
         return Err(ManagerError::OtherSource { name, source_text });
     }
@@ -448,12 +466,24 @@ fn same_image(record: &ImageRecord, new: &NewImage) -> Result<(), ManagerError> 
     let digests = new.expected.digests.iter();
     let digests = digests.map(|(kind, given)| (kind.key(), known(kind), Some(given.to_owned())));
     let text = |text: &Option<String>| text.clone().unwrap_or_else(|| "none".to_owned());
+    let tags = |tags: &BTreeSet<Tag>| match tags.is_empty() {
+        true => Some("none".to_owned()),
+        false => Some(list(tags)),
+    };
+    let said = |new: &BTreeSet<Tag>| tags(new).filter(|_| !new.is_empty());
     let named = |name: &Option<ImageName>| text(&name.as_ref().map(ToString::to_string));
     let shown = |url: &Option<SourceUrl>| url.as_ref().map(ToString::to_string);
     let others = [
         ("checksum_url", shown(&record.expected.checksum_url), shown(&new.expected.checksum_url)),
-        ("base", Some(named(&record.base)), Some(named(&new.base))),
-        ("snapshot", Some(text(&record.snapshot)), Some(text(&new.snapshot))),
+        // A clone has those of its image, unless another snapshot is said.
+        ("base", Some(named(&record.base)), Some(named(&new.base)).filter(|_| cloned.is_none())),
+        (
+            "snapshot",
+            Some(text(&record.snapshot)),
+            Some(text(&new.snapshot)).filter(|_| cloned.is_none() || new.snapshot.is_some()),
+        ),
+        ("disk_selector", tags(&record.selectors.disk), said(&new.selectors.disk)),
+        ("node_selector", tags(&record.selectors.node), said(&new.selectors.node)),
         ("layout", Some(record.layout.to_string()), Some(new.layout.to_string())),
         (
             "format",

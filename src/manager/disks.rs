@@ -294,7 +294,8 @@ impl World {
         let fits = |disk: &&DiskStatus| {
             let is_open = self.is_fit(&disk.uuid) && self.is_open_to_copies(&disk.uuid);
             let has_room = disk.free_bytes.saturating_sub(disk.reserved_bytes) > need_bytes;
-            is_open && has_room && !image.copies.contains_key(&disk.uuid)
+            let may = self.allows(&image.record.name, disk);
+            is_open && has_room && may && !image.copies.contains_key(&disk.uuid)
         };
         self.disks.iter().find(fits).map(|disk| disk.uuid.clone())
     }

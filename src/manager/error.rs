@@ -35,6 +35,12 @@ pub enum ManagerError {
     /// Other images stand on it.
     #[error("image {name}: other images stand on it: {}", list(overlays))]
     IsABase { name: ImageName, overlays: Vec<ImageName> },
+    /// Clones of it have not been made yet.
+    #[error("image {name}: clones of it have no complete copy yet: {}", list(clones))]
+    HasClones { name: ImageName, clones: Vec<ImageName> },
+    /// What is to be cloned is a clone that has never been complete.
+    #[error("image {image}: cannot be cloned before it is complete, as it is a clone itself")]
+    NothingToClone { image: ImageName },
     /// Too many images would stand on each other.
     #[error("image {name}: at most {most} images may stand on each other")]
     TooManyBases { name: ImageName, most: usize },
@@ -92,6 +98,12 @@ pub enum ManagerError {
     /// The image is being deleted.
     #[error("image {name}: being deleted")]
     BeingDeleted { name: ImageName },
+    /// The disk lacks a tag that the image wants.
+    #[error("image {name}: may not be on disk {disk}: {why}")]
+    NotSelected { name: ImageName, disk: DiskUuid, why: String },
+    /// No disk has the tags that the image wants.
+    #[error("image {name}: no disk has the tags that it wants: {tags}")]
+    NoDiskSelected { name: ImageName, tags: String },
     /// No disk can take a copy.
     #[error("image {name}: no healthy disk has room for {need_bytes} bytes")]
     NoRoom { name: ImageName, need_bytes: u64 },

@@ -16,6 +16,7 @@ use crate::names::{DiskUuid, ImageName};
 #[derive(Clone, Debug, Default)]
 pub(super) struct Index {
     overlays: BTreeMap<ImageName, Vec<ImageName>>,
+    clones: BTreeMap<ImageName, Vec<ImageName>>,
     readers: BTreeMap<ImageName, Readers>,
 }
 
@@ -48,6 +49,9 @@ impl World {
             if let Some(base) = &image.record.base {
                 index.overlays.entry(base.clone()).or_default().push(name.clone());
             }
+            if let Some(of) = &image.record.clone_of {
+                index.clones.entry(of.image.clone()).or_default().push(name.clone());
+            }
         }
         for attachment in self.attachments.values() {
             let record = &attachment.record;
@@ -72,5 +76,10 @@ impl World {
     /// The images that stand on `name` itself.
     pub(super) fn overlays_of(&self, name: &ImageName) -> &[ImageName] {
         self.index.overlays.get(name).map_or(&[], Vec::as_slice)
+    }
+
+    /// The images that are clones of one of the name `name`.
+    pub(super) fn clones_of(&self, name: &ImageName) -> &[ImageName] {
+        self.index.clones.get(name).map_or(&[], Vec::as_slice)
     }
 }

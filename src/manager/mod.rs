@@ -13,6 +13,7 @@ pub mod backend;
 mod chain;
 mod class;
 mod cleanup;
+mod clone;
 mod command;
 mod copies;
 mod disks;
@@ -30,6 +31,7 @@ mod prefetch;
 pub mod records;
 mod recovery;
 mod scrub;
+mod selectors;
 mod settings;
 mod siblings;
 mod slots;
@@ -51,9 +53,9 @@ pub use crate::image::Format;
 pub use crate::import::Layout;
 pub use back_off::{BACK_OFF_FIRST, BACK_OFF_MOST, back_off};
 pub use backend::{
-    Backend, BackendError, Cancel, CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy,
-    FoundState, Link, NodeSettings, Phase, Progress, Report, Reporter, ScrubReport, WorkerEvent,
-    WorkerHandle,
+    Backend, BackendError, Cancel, CopyId, CopyInfo, CopyOf, CopyTask, DiskStatus, FailureClass,
+    FoundCopy, FoundState, Link, NodeSettings, Phase, Progress, Report, Reporter, ScrubReport,
+    WorkerEvent, WorkerHandle,
 };
 pub use command::{Applied, Command, NewAttachment, NewImage, Outcome, READER_MAX_LEN};
 pub use disks::{DiskChange, DiskView, OpenedDisk};
@@ -62,9 +64,10 @@ pub use error::ManagerError;
 pub use node::{Node, NodeError, NodeOptions};
 pub(crate) use records::unix_now_s;
 pub use records::{
-    AttachmentId, AttachmentRecord, BackupRecord, ClassRecord, DiskRecord, Expected, Facts,
-    ImageRecord, ScrubRecord, ScrubResult, Steering, VolumeRecord,
+    AttachmentId, AttachmentRecord, BackupRecord, ClassRecord, CloneOf, DiskRecord, Expected,
+    Facts, ImageRecord, ScrubRecord, ScrubResult, Steering, VolumeRecord,
 };
+pub use selectors::Selectors;
 pub use settings::{Setting, Settings, SettingsChange, SettingsRecord};
 pub use status::{AttachmentStatus, CopyStatus, ImageStatus, ReplicaStatus, VolumeStatus};
 pub use steer::{PRIORITIES, SteeringChange};

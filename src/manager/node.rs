@@ -5,6 +5,7 @@
 //! Never: decides which copies there should be.
 //! Start at [`Node::open`].
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,7 +26,7 @@ use crate::disk::{self, CopyRecord, Disk, DiskError, Found};
 use crate::fetch::{Policy, RateLimit, Upload, one_line};
 use crate::image::qcow2::Terms;
 use crate::image::{self, Format, ImageError, Inspection, Opening, View};
-use crate::names::DiskUuid;
+use crate::names::{DiskUuid, Tag};
 use crate::ring::{BufPool, Choice};
 
 /// How long an attachment that does not wait waits for the first bytes of its image.
@@ -36,6 +37,8 @@ const ARRIVAL_PATIENCE: Duration = Duration::from_secs(30);
 pub struct NodeOptions {
     /// The disks' directories, the first being the default.
     pub disks: Vec<PathBuf>,
+    /// Tags of the node.
+    pub node_tags: BTreeSet<Tag>,
     /// Disks that were known before, and where: only they are opened there.
     pub known: Vec<(DiskUuid, PathBuf)>,
     /// Make a disk of a directory that is none yet.
@@ -58,6 +61,7 @@ impl NodeOptions {
     pub fn new(disks: Vec<PathBuf>) -> Self {
         Self {
             disks,
+            node_tags: BTreeSet::new(),
             known: Vec::new(),
             create: true,
             sink: Choice::Auto,
@@ -104,6 +108,7 @@ pub enum NodeError {
 #[derive(Debug)]
 pub struct Node {
     slots: Slots,
+    tags: BTreeSet<Tag>,
     pool: BufPool,
     policy: Policy,
     limit: Arc<RateLimit>,
@@ -129,6 +134,7 @@ impl Node {
     pub fn open(options: &NodeOptions) -> Result<Self, NodeError> {
         Ok(Self {
             slots: Slots::open(options)?,
+            tags: options.node_tags.clone(),
             pool: BufPool::new(options.buffers),
             policy: options.policy.clone(),
             limit: Arc::new(RateLimit::new(options.rate_bytes_per_s)),
@@ -149,7 +155,9 @@ impl Node {
         task: CopyTask,
     ) -> Result<impl FnOnce(Reporter, Cancel) -> Worker + use<>, BackendError> {
         let slot = self.slot(&task.id.disk)?;
-        let others = task.ready_on.iter().filter_map(|disk| self.slots.find(disk)).collect();
+        let slots = |disks: &[DiskUuid]| disks.iter().filter_map(|d| self.slots.find(d)).collect();
+        let others = slots(&task.ready_on);
+        let origins = task.origin.as_ref().map_or_else(Vec::new, |of| slots(&of.ready_on));
         let shared = worker::Shared {
             pool: self.pool.clone(),
             policy: self.policy.clone(),
@@ -162,7 +170,7 @@ impl Node {
             helms: Arc::clone(&self.helms),
             uploads: Arc::clone(&self.uploads),
         };
-        Ok(move |events, cancel| Worker { slot, others, shared, task, events, cancel })
+        Ok(move |events, cancel| Worker { slot, others, origins, shared, task, events, cancel })
     }
 
     fn slot(&self, disk: &DiskUuid) -> Result<Arc<Slot>, BackendError> {
@@ -245,7 +253,9 @@ fn backend_error(error: &OpenError) -> BackendError {
 
 impl Backend for Node {
     fn disks(&self) -> Vec<DiskStatus> {
-        self.slots.statuses()
+        let mut disks = self.slots.statuses();
+        disks.iter_mut().for_each(|disk| disk.node_tags.clone_from(&self.tags));
+        disks
     }
 
     fn reopen(&self, disk: &DiskUuid) {

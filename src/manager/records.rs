@@ -13,6 +13,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use super::selectors::Selectors;
 use crate::fetch::source::{self, SourceUrl};
 use crate::fetch::{Access, DigestMap};
 use crate::image::{Format, Trace};
@@ -59,6 +60,15 @@ pub struct Steering {
     /// Bytes per second at most, of each copy.
     #[serde(default)]
     pub rate_bytes_per_s: Option<u64>,
+}
+
+/// The image that another one is a clone of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CloneOf {
+    /// Its name.
+    pub image: ImageName,
+    /// Its uuid: an image that is created anew under the name is another one.
+    pub uuid: ImageUuid,
 }
 
 /// One disk on which a copy is wanted.
@@ -133,6 +143,9 @@ pub struct ImageRecord {
     /// Its bytes are uploaded, so many; no source then.
     #[serde(default)]
     pub upload_bytes: Option<u64>,
+    /// Its bytes are those of another image's copy; no source then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clone_of: Option<CloneOf>,
     /// What it takes to reach the source; whole, as [`SourceUrl`] is.
     #[serde(default, skip_serializing_if = "Access::is_empty")]
     pub access: Box<Access>,
@@ -169,6 +182,9 @@ pub struct ImageRecord {
     /// Copies that stay although nobody uses them; 0 counts as 1.
     #[serde(default)]
     pub min_copies: u32,
+    /// On which disks it may be.
+    #[serde(default, skip_serializing_if = "Selectors::is_empty")]
+    pub selectors: Selectors,
     /// Being deleted: copies go first, then this record.
     #[serde(default)]
     pub deleting: bool,
@@ -366,6 +382,9 @@ pub struct ClassRecord {
     /// Replicas of a volume; `None`: not said.
     #[serde(default)]
     pub replicas: Option<u32>,
+    /// On which disks its image may be.
+    #[serde(default, skip_serializing_if = "Selectors::is_empty")]
+    pub selectors: Selectors,
     /// Parameters that are known and mean nothing on one node, as they were given.
     #[serde(default)]
     pub kept: BTreeMap<String, String>,

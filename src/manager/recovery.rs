@@ -73,7 +73,8 @@ impl World {
             if image.failing.due(wait).is_none_or(|at| now < at) {
                 continue;
             }
-            let has_source = image.record.source.is_some();
+            let is_clone = image.record.clone_of.is_some();
+            let has_source = image.record.source.is_some() || is_clone;
             let why = image.copies.values().next().map(|copy| copy.message.clone());
             let why = why.unwrap_or_default();
             let disk = self.disk_to_recover_on(&name).filter(|_| has_source);
@@ -108,9 +109,11 @@ impl World {
         let room = || {
             let free = |d: &&super::DiskStatus| d.free_bytes.saturating_sub(d.reserved_bytes);
             let mut disks = self.disks.iter().filter(|disk| self.is_fit(&disk.uuid));
-            disks
-                .find(|disk| free(disk) > need_bytes && self.is_open_to_copies(&disk.uuid))
-                .map(|disk| &disk.uuid)
+            let fits = |d: &&super::DiskStatus| {
+                let is_open = self.is_open_to_copies(&d.uuid) && self.allows(name, d);
+                is_open && free(d) > need_bytes
+            };
+            disks.find(fits).map(|disk| &disk.uuid)
         };
         known.or_else(room).cloned()
     }

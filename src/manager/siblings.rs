@@ -1,6 +1,6 @@
-//! A copy from a complete one on another disk of the node (rule 17).
+//! A copy from a complete one on another disk of the node (rule 17), or of the image that it clones.
 //!
-//! Why: a further disk must cost no request and no byte of the network.
+//! Why: a further disk, and a clone, must cost no request and no byte of the network.
 //! How: the complete copies are tried in turn; each MiB is held against the digests of the one that
 //! it comes from. A copy that turns out damaged or unreadable is passed over, and what came from it
 //! is thrown away; the source is asked if none is left.
@@ -10,10 +10,11 @@
 use std::sync::Arc;
 
 use super::backend::CopyInfo;
+use super::node::store_id;
 use super::slots::Slot;
 use super::worker::{WorkError, Worker};
-use crate::disk::{CopyRecord, CopyState, DiskError, Sealed};
-use crate::fetch::{self, Engine, FetchError, one_line};
+use crate::disk::{CopyId, CopyRecord, CopyState, DiskError, Sealed};
+use crate::fetch::{self, Engine, Expect, FetchError, one_line};
 use crate::image;
 use crate::import::ImportError;
 
@@ -25,9 +26,18 @@ impl Worker {
     /// no source.
     pub(super) async fn copy_from_others(&self) -> Result<Option<CopyInfo>, WorkError> {
         let mut last = None;
-        for other in &self.others {
-            let Some((sealed, record)) = self.open(other).await else { continue };
-            match self.copy_from(sealed, record).await {
+        let nothing = Expect::default();
+        // What is expected of an image's bytes was proved when its first copy came: of a clone, now.
+        let expect = self.task.expected.digests.clone().into();
+        let own = self.others.iter().map(|other| (other, self.id(), &nothing));
+        let origin = self.task.origin.as_ref();
+        let cloned = self
+            .origins
+            .iter()
+            .filter_map(|slot| Some((slot, store_id(&origin?.on(slot.disk.uuid())), &expect)));
+        for (other, id, expect) in own.chain(cloned) {
+            let Some((sealed, record)) = self.open(other, id).await else { continue };
+            match self.copy_from(sealed, record, expect).await {
                 Ok(info) => return Ok(Some(info)),
                 Err(error) if is_of_the_other(&error) => {
                     let disk = other.disk.uuid();
@@ -39,17 +49,18 @@ impl Worker {
                 Err(error) => return Err(error),
             }
         }
-        match last {
-            Some(error) if self.task.source.is_none() && self.task.upload_bytes.is_none() => {
+        match (last, origin) {
+            (Some(error), _) if self.task.source.is_none() && self.task.upload_bytes.is_none() => {
                 Err(error)
             }
-            Some(_) | None => Ok(None),
+            (None, Some(origin)) => Err(WorkError::NoOrigin { image: origin.image.clone() }),
+            (Some(_) | None, _) => Ok(None),
         }
     }
 
     /// The complete copy on `other`; `None` if it is none any more.
-    async fn open(&self, other: &Arc<Slot>) -> Option<(Sealed, CopyRecord)> {
-        let (other, id) = (Arc::clone(other), self.id());
+    async fn open(&self, other: &Arc<Slot>, id: CopyId) -> Option<(Sealed, CopyRecord)> {
+        let other = Arc::clone(other);
         let opened = tokio::task::spawn_blocking(move || -> Result<_, DiskError> {
             match other.disk.copy_state(&id)? {
                 Some(CopyState::Ready(record)) => Ok(Some((other.disk.sealed(&id)?, record))),
@@ -66,14 +77,20 @@ impl Worker {
         }
     }
 
-    async fn copy_from(&self, sealed: Sealed, record: CopyRecord) -> Result<CopyInfo, WorkError> {
+    async fn copy_from(
+        &self,
+        sealed: Sealed,
+        record: CopyRecord,
+        expect: &Expect,
+    ) -> Result<CopyInfo, WorkError> {
         let helm = self.shared.helms.take(&self.task.id, self.task.steering);
         // It costs the network nothing: it has turns and a rate of its own.
         let _turn = self.turn(&self.shared.copy_turns, &helm).await.map_err(ImportError::from)?;
         let mut filling = self.on_disk(|slot, id| slot.disk.filling(&id)).await?;
         let engine = Engine { limit: Arc::clone(&self.shared.copy_limit), ..self.engine() };
         let progress = Arc::clone(helm.progress());
-        let copying = fetch::duplicate(&engine, &sealed, &record.digests, &mut filling, &progress);
+        let known = &record.digests;
+        let copying = fetch::duplicate(&engine, &sealed, known, expect, &mut filling, &progress);
         let copied = self.watch(copying, &progress).await.map_err(ImportError::from)?;
         self.judge_facts(&copied.digests)?;
         self.seal(filling, copied, sealed.path().to_owned()).await
@@ -95,6 +112,7 @@ fn is_of_the_other(error: &WorkError) -> bool {
         WorkError::Import(_)
         | WorkError::Disk(_)
         | WorkError::Unrepaired(_)
+        | WorkError::NoOrigin { .. }
         | WorkError::NoSource => false,
     }
 }

@@ -66,6 +66,7 @@ impl Place {
             sink,
             healthy: usage.is_some(),
             message,
+            node_tags: std::collections::BTreeSet::new(),
         }
     }
 }

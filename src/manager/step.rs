@@ -11,6 +11,7 @@ use std::time::Duration;
 use super::back_off::fail;
 use super::backend::{CopyId, CopyInfo, CopyTask, FailureClass, Report, WorkerEvent};
 use super::chain::Chains;
+use super::clone::Origin;
 use super::facts::{differs, merge};
 use super::records::ImageRecord;
 use super::world::{
@@ -248,7 +249,7 @@ impl World {
             self.clean_up_step(now, name, touched);
         }
         let (chains, streams) = (self.chains_of(name), self.streams_of(name));
-        let is_lost = self.lost.contains(name);
+        let (is_lost, origin) = (self.lost.contains(name), self.origin_of(name));
         let Some(image) = self.images.get_mut(name) else { return };
         if image.record.deleting {
             if delete_step(now, image, touched) {
@@ -266,7 +267,7 @@ impl World {
         }
         // What stops is told so before anything takes its place.
         for disk in &wanted {
-            start_step(now, image, disk, &fit, &mut self.generation, touched);
+            start_step(now, image, disk, &fit, origin.clone(), &mut self.generation, touched);
         }
         let streamed = matches!(&image.export, Export::Streaming(disk) if chains.is_whole_on(disk));
         if !streamed {
@@ -283,6 +284,7 @@ fn start_step(
     image: &mut Image,
     disk: &DiskUuid,
     is_fit: &dyn Fn(&DiskUuid) -> bool,
+    origin: Origin,
     generation: &mut u64,
     touched: &mut Touched,
 ) {
@@ -321,8 +323,8 @@ fn start_step(
     if copy.retry_at.is_some_and(|at| now < at) {
         return;
     }
-    if let (true, Some(first)) = (ready.is_empty(), first) {
-        let message = format!("waits for the copy on disk {first}, to be copied from there");
+    let first = first.map(|d| format!("waits for the copy on disk {d}, to be copied from there"));
+    if let (true, Some(message)) = (ready.is_empty(), first.or(origin.waits)) {
         if copy.state != CopyState::Pending || copy.message != message {
             (copy.state, copy.retry_at, copy.message) = (CopyState::Pending, None, message);
             touched.images.insert(id.image);
@@ -337,7 +339,8 @@ fn start_step(
     }
     copy.state = CopyState::Starting;
     (copy.retry_at, copy.no_stream) = (None, None);
-    let task = task_of(record, id, copy.worker_name.clone(), ready);
+    let mut task = task_of(record, id, copy.worker_name.clone(), ready);
+    task.origin = origin.from;
     touched.images.insert(record.name.clone());
     touched.actions.push(Action::Start(Box::new(task), *generation));
 }
@@ -363,6 +366,7 @@ pub(super) fn task_of(
         declared_format: record.declared_format,
         facts: record.facts.clone(),
         ready_on,
+        origin: None,
         id,
     }
 }

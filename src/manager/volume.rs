@@ -8,6 +8,7 @@
 //! Never: fetches for a volume that is not attached, or keeps what a guest writes.
 //! Start at [`World::create_volume`].
 
+use super::backend::DiskStatus;
 use super::command::{NewImage, Outcome};
 use super::error::ManagerError;
 use super::records::{BackupRecord, ImageRecord, VolumeRecord};
@@ -182,7 +183,7 @@ impl World {
         }
         if named > 0 {
             for (index, disk) in new.disks.iter().enumerate() {
-                self.check_disk(&new.image, disk)?;
+                self.check_disk_for(&new.image, new.new_image.as_deref(), disk)?;
                 if new.disks.iter().take(index).any(|other| other == disk) {
                     return Err(ManagerError::DiskTwice { disk: disk.clone() });
                 }
@@ -195,16 +196,30 @@ impl World {
             let image = self.images.get(&new.image);
             image.and_then(|i| i.copies.get(disk)).is_some_and(|copy| copy.state.is_sealed())
         };
+        let wanted = new.new_image.as_ref().filter(|_| !self.images.contains_key(&new.image));
+        let may_be_on = |disk: &DiskStatus| match wanted {
+            _ if !self.is_open_to_copies(&disk.uuid) => false,
+            Some(image) => self.selects(&image.selectors, disk),
+            None => self.allows(&new.image, disk),
+        };
         let mut fit: Vec<(u64, &DiskUuid)> = self
             .disks
             .iter()
-            .filter(|disk| disk.healthy && (self.is_open_to_copies(&disk.uuid) || here(&disk.uuid)))
+            .filter(|disk| disk.healthy && (may_be_on(disk) || here(&disk.uuid)))
             .map(|disk| (disk.free_bytes.saturating_sub(disk.reserved_bytes), &disk.uuid))
             .filter(|(free, uuid)| *free > need_bytes || here(uuid))
             .collect();
         fit.sort_by_key(|(free, _)| std::cmp::Reverse(*free));
         if fit.is_empty() {
-            return Err(ManagerError::NoRoom { name: new.image.clone(), need_bytes });
+            let selects = |i: &&NewImage| self.disks.iter().any(|d| self.selects(&i.selectors, d));
+            let unmet = wanted.map(|image| &**image).filter(|image| !selects(image));
+            return Err(match unmet {
+                Some(image) => ManagerError::NoDiskSelected {
+                    name: new.image.clone(),
+                    tags: image.selectors.said(),
+                },
+                None => self.no_disk_for(&new.image, need_bytes),
+            });
         }
         let count = usize::try_from(count).unwrap_or(usize::MAX);
         Ok(fit.into_iter().take(count).map(|(_, uuid)| uuid.clone()).collect())

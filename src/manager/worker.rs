@@ -23,13 +23,13 @@ use super::slots::Slot;
 use super::turns::{Turn, Turns};
 use super::uploads::Uploads;
 use crate::disk::{self, CopyState, DigestKind, DiskError, Filling, SealRecord};
-use crate::fetch::one_line;
 use crate::fetch::{
-    self, Class, Engine, Expect, FetchError, Fetched, Policy, RateLimit, SourceUrl,
+    self, Class, Engine, Expect, FetchError, Fetched, Policy, RateLimit, SourceUrl, one_line,
 };
 use crate::image::qcow2::Terms;
 use crate::image::{self, Format, ImageError};
 use crate::import::{ImportError, Layout, import};
+use crate::names::ImageName;
 use crate::ring::BufPool;
 
 /// How often a transfer's numbers are reported.
@@ -66,6 +66,8 @@ pub(super) enum WorkError {
     Unrepaired(#[from] Unrepaired),
     #[error("no file here and no URL to fetch it from; delete the image, or create it with a URL")]
     NoSource,
+    #[error("image {image}, of which this is a clone, has no complete copy that can be read")]
+    NoOrigin { image: ImageName },
     #[error(
         "{field} is {found}, but the image's first copy has {expected}; the source has changed: create an image of another name"
     )]
@@ -89,7 +91,7 @@ impl WorkError {
             Self::Image(error) => error.class() == image::Class::Refuse,
             Self::OtherImage { .. } => true,
             Self::Import(error) => error.condemns_bytes(),
-            Self::Disk(_) | Self::Unrepaired(_) | Self::NoSource => false,
+            Self::Disk(_) | Self::Unrepaired(_) | Self::NoOrigin { .. } | Self::NoSource => false,
         }
     }
 
@@ -104,6 +106,7 @@ impl WorkError {
             },
             Self::Image(error) => error.class() == image::Class::Retry,
             Self::Unrepaired(error) => error.may_retry,
+            Self::NoOrigin { .. } => true,
             Self::NoSource | Self::OtherImage { .. } => false,
         };
         Some(if retry { FailureClass::Retry } else { FailureClass::Refuse })
@@ -130,6 +133,8 @@ pub(super) struct Worker {
     pub(super) slot: Arc<Slot>,
     /// Disks with a complete copy.
     pub(super) others: Vec<Arc<Slot>>,
+    /// Disks with a complete copy of the image that this one is a clone of.
+    pub(super) origins: Vec<Arc<Slot>>,
     pub(super) shared: Shared,
     pub(super) task: CopyTask,
     pub(super) events: Reporter,
@@ -181,12 +186,14 @@ impl Worker {
     fn may_start_over(&self, error: &WorkError) -> bool {
         match error {
             WorkError::Disk(DiskError::DigestMismatch { .. } | DiskError::NoDigests { .. }) => {
-                self.has_origin() || self.task.upload_bytes.is_some()
+                let may_clone = !self.origins.is_empty();
+                self.has_origin() || may_clone || self.task.upload_bytes.is_some()
             }
             WorkError::Unrepaired(error) => error.start_over,
             WorkError::Disk(_)
             | WorkError::Import(_)
             | WorkError::Image(_)
+            | WorkError::NoOrigin { .. }
             | WorkError::NoSource
             | WorkError::OtherImage { .. } => false,
         }

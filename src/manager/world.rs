@@ -24,6 +24,7 @@ use super::records::{
     AttachmentId, AttachmentRecord, ClassRecord, DiskRecord, ImageRecord, Steering, VolumeRecord,
     Want,
 };
+use super::selectors::Selectors;
 use super::settings::{Settings, SettingsRecord};
 use super::volume::Volume;
 use crate::image::Trace;
@@ -310,6 +311,7 @@ impl World {
                 source: None,
                 mirrors: Vec::new(),
                 upload_bytes: None,
+                clone_of: None,
                 layout: Layout::default(),
                 base: None,
                 snapshot: None,
@@ -321,6 +323,7 @@ impl World {
                 facts: None,
                 disks: BTreeMap::new(),
                 min_copies: 0,
+                selectors: Selectors::default(),
                 deleting: false,
                 created_unix_s: now_unix_s,
             };

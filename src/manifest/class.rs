@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use super::document::{Fields, Object};
+use super::document::{Fields, Object, Selectors};
 use super::error::Fault;
 use crate::fetch::SourceUrl;
 use crate::names::{ClassName, ImageName};
@@ -32,12 +32,14 @@ pub struct Class {
     pub min_copies: Option<u32>,
     /// Replicas of a volume.
     pub replicas: Option<u32>,
+    /// On which disks its image may be.
+    pub selectors: Selectors,
     /// Parameters that mean nothing on one node.
     pub kept: BTreeMap<String, String>,
 }
 
 /// Read, and used.
-const USED: [&str; 9] = [
+const USED: [&str; 11] = [
     "backingImage",
     "backingImageName",
     "backingImageURL",
@@ -45,12 +47,13 @@ const USED: [&str; 9] = [
     "backingImageDataSourceParameters",
     "backingImageChecksum",
     "backingImageMinNumberOfCopies",
+    "backingImageNodeSelector",
+    "backingImageDiskSelector",
     "numberOfReplicas",
     "fromBackup",
 ];
-/// Said when given: they choose disks by tags, which disks of a node do not have here.
-const SELECTORS: [&str; 4] =
-    ["backingImageNodeSelector", "backingImageDiskSelector", "nodeSelector", "diskSelector"];
+/// Said when given: they choose disks for what guests write, which is not kept here.
+const SELECTORS: [&str; 2] = ["nodeSelector", "diskSelector"];
 /// Kept, and without meaning on one node that never writes.
 const KEPT: [&str; 20] = [
     "staleReplicaTimeout",
@@ -98,6 +101,10 @@ pub(super) fn parse_class(value: &Value) -> Result<(Object, Vec<String>), Fault>
         sha512: fields.sha512(&of("backingImageChecksum"))?,
         min_copies: fields.number(&of("backingImageMinNumberOfCopies"), u32::MAX)?,
         replicas: fields.number(&of("numberOfReplicas"), 64)?.filter(|count| *count > 0),
+        selectors: Selectors {
+            disk: fields.tags(&of("backingImageDiskSelector"))?,
+            node: fields.tags(&of("backingImageNodeSelector"))?,
+        },
         kept: BTreeMap::new(),
     };
     if class.image.is_none() {
@@ -112,7 +119,8 @@ pub(super) fn parse_class(value: &Value) -> Result<(Object, Vec<String>), Fault>
         let shown: String = key.chars().take(80).collect();
         if SELECTORS.contains(&key.as_str()) {
             if fields.text(&of(key))?.is_some() {
-                notes.push(format!("{shown} is passed over: disks of this node have no tags"));
+                notes
+                    .push(format!("{shown} is passed over: replicas are where their image may be"));
             }
         } else if !KEPT.contains(&key.as_str()) && !key.starts_with("csi.storage.k8s.io/") {
             notes.push(format!("{shown} is not known, and passed over"));

@@ -6,13 +6,15 @@
 //! Never: passes over a field in silence that would change what is made.
 //! Start at [`read`].
 
+use std::collections::BTreeSet;
+
 use serde_json::Value;
 
 use super::class::{Class, parse_class};
 use super::error::{Fault, ManifestError};
 use super::quantity::parse_quantity;
 use crate::fetch::{DigestKind, DigestMap, SourceUrl};
-use crate::names::{ClassName, ImageName, VolumeName};
+use crate::names::{ClassName, ImageName, Tag, VolumeName};
 
 /// Most documents of one manifest, those in ConfigMaps included.
 pub const MAX_DOCUMENTS: usize = 256;
@@ -49,11 +51,31 @@ pub struct Image {
     /// Its name.
     pub name: ImageName,
     /// Where it comes from.
-    pub url: SourceUrl,
+    pub source: ImageSource,
     /// The SHA-512 that its file must have, lower-case hex.
     pub sha512: Option<String>,
     /// Copies that stay although nobody uses them.
     pub min_copies: Option<u32>,
+    /// On which disks it may be.
+    pub selectors: Selectors,
+}
+
+/// Tags that a disk, and its node, must have.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Selectors {
+    /// Of its own.
+    pub disk: BTreeSet<Tag>,
+    /// Of its node's.
+    pub node: BTreeSet<Tag>,
+}
+
+/// Where an image comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ImageSource {
+    /// From a URL.
+    Url(SourceUrl),
+    /// It is a clone of this image.
+    Clone(ImageName),
 }
 
 /// A volume.
@@ -296,6 +318,24 @@ impl<'a> Fields<'a> {
         Ok(digests.get(DigestKind::Sha512).map(str::to_owned))
     }
 
+    /// Tags: a list of texts, or one text with commas between, as in a class.
+    pub(super) fn tags(&self, field: &str) -> Result<BTreeSet<Tag>, Fault> {
+        let mut value = self.value;
+        for part in field.split('.') {
+            value = &value[part];
+        }
+        let wrong = |e: &dyn std::fmt::Display| Err(self.wrong(field, e));
+        let Some(list) = value.as_array() else {
+            let text = self.text(field)?.unwrap_or_default();
+            let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
+            return Tag::parse_all(parts).or_else(|e| wrong(&e));
+        };
+        match list.iter().map(Value::as_str).collect::<Option<Vec<&str>>>() {
+            Some(texts) => Tag::parse_all(texts).or_else(|e| wrong(&e)),
+            None => wrong(&"give a list of texts"),
+        }
+    }
+
     /// A URL. Of it nothing but the scheme is in an error.
     pub(super) fn url(&self, field: &str, text: &str) -> Result<SourceUrl, Fault> {
         if text.contains('\\') {
@@ -327,26 +367,61 @@ fn parse_claim(value: &Value) -> Result<Found, Fault> {
 
 fn parse_image(value: &Value) -> Result<Found, Fault> {
     let fields = Fields::of("BackingImage", value)?;
-    let kind = fields.text("spec.sourceType")?.unwrap_or_else(|| "download".to_owned());
-    if kind != "download" {
-        let why = "only download can be applied; `bedplate upload` brings a file of this host in";
-        return Err(fields.wrong("spec.sourceType", &why));
-    }
-    let field = "spec.sourceParameters.url";
-    let url = fields.text(field)?.ok_or_else(|| fields.wrong(field, &"missing"))?;
     let image = Image {
         name: fields.parsed("metadata.name", ImageName::parse)?,
-        url: fields.url(field, &url)?,
+        source: image_source(&fields)?,
         sha512: fields.sha512("spec.checksum")?,
         min_copies: fields.number("spec.minNumberOfCopies", u32::MAX)?,
+        selectors: Selectors {
+            disk: fields.tags("spec.diskSelector")?,
+            node: fields.tags("spec.nodeSelector")?,
+        },
     };
-    let given = |field: &&str| {
-        let selector = &value["spec"][*field];
-        !selector.is_null() && selector.as_array().is_none_or(|tags| !tags.is_empty())
+    Ok((Object::Image(image), Vec::new()))
+}
+
+/// Longhorn's `sourceType` and its parameters.
+fn image_source(fields: &Fields<'_>) -> Result<ImageSource, Fault> {
+    let kind = fields.text("spec.sourceType")?;
+    let why = match kind.as_deref() {
+        None | Some("download") => {
+            let field = "spec.sourceParameters.url";
+            let url = fields.text(field)?.ok_or_else(|| fields.wrong(field, &"missing"))?;
+            return fields.url(field, &url).map(ImageSource::Url);
+        }
+        Some("clone") => return clone_source(fields),
+        Some("upload") => "an upload is not applied; `bedplate upload FILE` brings a file in",
+        Some("export-from-volume") => {
+            "volumes hold no data here; serve the volume over NBD (such as with qemu-nbd -r) and use \
+             `bedplate create NAME --from-nbd URI`"
+        }
+        Some("restore") => {
+            "a backup of an image is not read here; restore it where it was made, and bring the image \
+             in by URL or `bedplate upload`"
+        }
+        Some(_) => "not known; download and clone can be applied",
     };
-    let notes = ["nodeSelector", "diskSelector"].into_iter().filter(given);
-    let notes = notes.map(|f| format!("spec.{f} is passed over: disks of this node have no tags"));
-    Ok((Object::Image(image), notes.collect()))
+    Err(fields.wrong("spec.sourceType", &why))
+}
+
+fn clone_source(fields: &Fields<'_>) -> Result<ImageSource, Fault> {
+    let field = "spec.sourceParameters.encryption";
+    match fields.text(field)?.as_deref() {
+        None | Some("ignore") => {}
+        Some("encrypt" | "decrypt") => {
+            let why =
+                "images are neither encrypted nor decrypted here; give ignore, or leave it out";
+            return Err(fields.wrong(field, &why));
+        }
+        Some(_) => return Err(fields.wrong(field, &"give ignore, or leave it out")),
+    }
+    for field in ["spec.sourceParameters.secret", "spec.sourceParameters.secret-namespace"] {
+        if fields.text(field)?.is_some() {
+            let why = "a clone is made as it is, and needs no secret; leave it out";
+            return Err(fields.wrong(field, &why));
+        }
+    }
+    fields.parsed("spec.sourceParameters.backing-image", ImageName::parse).map(ImageSource::Clone)
 }
 
 fn parse_volume(value: &Value) -> Result<Found, Fault> {

@@ -16,6 +16,8 @@ mod tests;
 
 pub use backup::{Backup, BadBackup};
 pub use class::Class;
-pub use document::{Claim, Document, Image, MAX_DOCUMENTS, Object, Volume, read};
+pub use document::{
+    Claim, Document, Image, ImageSource, MAX_DOCUMENTS, Object, Selectors, Volume, read,
+};
 pub use error::{Fault, ManifestError};
 pub use quantity::{BadQuantity, parse_quantity};

@@ -96,7 +96,7 @@ fn every_parameter_of_today_is_read_or_said() {
          backingImageDataSourceType: download\n  \
          backingImageDataSourceParameters: '{{\"url\": \"https://h/a?x=1\\u0026y=2\", \"z\": \"1\"}}'\n  \
          backingImageChecksum: {}\n  backingImageMinNumberOfCopies: \"2\"\n  \
-         backingImageNodeSelector: \"n\"\n  backingImageDiskSelector: \"d\"\n  diskSelector: \"\"\n  \
+         backingImageNodeSelector: \"n\"\n  backingImageDiskSelector: \"d, e\"\n  diskSelector: \"x\"\n  \
          fsType: ext4\n  csi.storage.k8s.io/fstype: ext4\n  colour: blue\n",
         "AB".repeat(64)
     ));
@@ -105,25 +105,18 @@ fn every_parameter_of_today_is_read_or_said() {
     assert_eq!(class.sha512, Some("ab".repeat(64)));
     assert_eq!((class.min_copies, class.replicas), (Some(2), Some(2)));
     let kept: Vec<_> = class.kept.keys().map(String::as_str).collect();
-    assert_eq!(
-        kept,
-        [
-            "backingImageDiskSelector",
-            "backingImageNodeSelector",
-            "csi.storage.k8s.io/fstype",
-            "diskSelector",
-            "fsType"
-        ]
-    );
+    assert_eq!(kept, ["csi.storage.k8s.io/fstype", "diskSelector", "fsType"]);
     for words in [
         "z of the data source is passed over",
-        "backingImageNodeSelector is passed over: disks of this node have no tags",
-        "backingImageDiskSelector is passed over",
+        "diskSelector is passed over: replicas are where their image may be",
         "colour is not known, and passed over",
     ] {
         assert!(notes.iter().any(|note| note.contains(words)), "{words}: {notes:?}");
     }
-    assert_eq!(notes.len(), 4, "{notes:?}");
+    assert_eq!(notes.len(), 3, "{notes:?}");
+    let tags = |texts: &[&str]| crate::names::Tag::parse_all(texts.iter().copied()).unwrap();
+    let selectors = Selectors { disk: tags(&["d", "e"]), node: tags(&["n"]) };
+    assert_eq!(class.selectors, selectors);
 }
 
 #[test]
@@ -225,4 +218,78 @@ fn a_carriage_return_ends_a_line_too() {
     assert!((1..=4).contains(&error.line), "line {}: {error}", error.line);
     let error = read("kind: X\rspec: {a: b}}\r").unwrap_err();
     assert!((1..=3).contains(&error.line), "line {}: {error}", error.line);
+}
+
+#[test]
+fn tags_of_an_image_are_a_list_or_a_text_with_commas() {
+    let image = |spec: &str| {
+        read(&format!(
+            "apiVersion: longhorn.io/v1beta2\nkind: BackingImage\nmetadata: {{name: i}}\n\
+             spec: {{sourceParameters: {{url: 'http://h/i'}}, {spec}}}"
+        ))
+    };
+    let selectors = |spec: &str| match image(spec).unwrap().remove(0).object {
+        Object::Image(image) => image.selectors,
+        other @ (Object::Class(_) | Object::Claim(_) | Object::Volume(_)) => panic!("{other:?}"),
+    };
+    let tags = |texts: &[&str]| crate::names::Tag::parse_all(texts.iter().copied()).unwrap();
+    for (spec, disk, node) in [
+        ("diskSelector: [ssd, fast], nodeSelector: []", &["fast", "ssd"][..], &[][..]),
+        ("diskSelector: ' ssd,fast,,', nodeSelector: [rack-1]", &["fast", "ssd"], &["rack-1"]),
+        ("diskSelector: '', nodeSelector: null", &[], &[]),
+    ] {
+        let wanted = Selectors { disk: tags(disk), node: tags(node) };
+        assert_eq!(selectors(spec), wanted, "{spec}");
+    }
+    for bad in
+        ["diskSelector: [7]", "diskSelector: [a b]", "nodeSelector: {a: b}", "nodeSelector: ['']"]
+    {
+        let error = image(bad).unwrap_err().to_string();
+        assert!(error.contains("Selector"), "{bad}: {error}");
+    }
+    let many: Vec<String> = (0..65).map(|n| format!("t{n}")).collect();
+    assert!(image(&format!("diskSelector: [{}]", many.join(", "))).is_err());
+}
+
+#[test]
+fn a_clone_is_read_and_what_it_cannot_do_is_refused_with_what_to_do() {
+    let image = |spec: &str| {
+        read(&format!(
+            "apiVersion: longhorn.io/v1beta2\nkind: BackingImage\nmetadata: {{name: i}}\nspec: {spec}"
+        ))
+    };
+    let source = |spec: &str| match image(spec).unwrap().remove(0).object {
+        Object::Image(image) => image.source,
+        other @ (Object::Class(_) | Object::Claim(_) | Object::Volume(_)) => panic!("{other:?}"),
+    };
+    let parrot = ImageSource::Clone(crate::names::ImageName::parse("parrot").unwrap());
+    for more in ["", ", encryption: ignore", ", encryption: '', secret: '', secret-namespace: ''"] {
+        let spec =
+            format!("{{sourceType: clone, sourceParameters: {{backing-image: parrot{more}}}}}");
+        assert_eq!(source(&spec), parrot, "{spec}");
+    }
+    let clone = |parameters: &str| {
+        format!("{{sourceType: clone, sourceParameters: {{backing-image: parrot, {parameters}}}}}")
+    };
+    for (spec, field, word) in [
+        (clone("encryption: encrypt"), "sourceParameters.encryption", "neither encrypted"),
+        (clone("encryption: decrypt"), "sourceParameters.encryption", "neither encrypted"),
+        (clone("encryption: rot13"), "sourceParameters.encryption", "give ignore"),
+        (clone("secret: hunter2"), "sourceParameters.secret", "no secret"),
+        (clone("secret-namespace: hunter2"), "sourceParameters.secret-namespace", "no secret"),
+        ("{sourceType: clone}".to_owned(), "sourceParameters.backing-image", "missing"),
+        (
+            "{sourceType: clone, sourceParameters: {backing-image: ../x}}".to_owned(),
+            "sourceParameters.backing-image",
+            "a-z",
+        ),
+        ("{sourceType: export-from-volume}".to_owned(), "sourceType", "--from-nbd"),
+        ("{sourceType: upload}".to_owned(), "sourceType", "bedplate upload"),
+        ("{sourceType: restore}".to_owned(), "sourceType", "by URL"),
+        ("{sourceType: wish}".to_owned(), "sourceType", "not known"),
+    ] {
+        let error = image(&spec).unwrap_err().to_string();
+        let said = error.contains(field) && error.contains(word) && !error.contains("hunter2");
+        assert!(said, "{spec}: {error}");
+    }
 }

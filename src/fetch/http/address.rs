@@ -240,11 +240,11 @@ impl std::fmt::Display for AddressRefused {
 
 /// Resolves names and gives only what the policy allows.
 #[derive(Clone, Debug)]
-pub(super) struct Guarded(pub(super) Arc<AddressPolicy>);
+pub(in crate::fetch) struct Guarded(pub(in crate::fetch) Arc<AddressPolicy>);
 
 impl Guarded {
     /// The addresses of `host` that are allowed, with port 0: the client puts the URL's there.
-    pub(super) async fn lookup(
+    pub(in crate::fetch) async fn lookup(
         &self,
         host: &str,
     ) -> Result<Vec<SocketAddr>, Box<dyn std::error::Error + Send + Sync>> {

@@ -18,6 +18,7 @@ mod secret;
 mod tls;
 
 pub use access::{Access, Basic, S3Access};
+pub(super) use address::Guarded;
 pub use address::{AddressClass, AddressPolicy, AddressRefused, judge as judge_address};
 pub use client::parse_content_range;
 pub(super) use client::{Answer, Client};

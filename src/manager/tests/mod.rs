@@ -6,11 +6,13 @@
 mod any_order;
 mod chain;
 mod cleanup;
+mod clone;
 mod crash;
 mod disks;
 mod health;
 mod rules;
 mod scrub;
+mod selectors;
 mod steering;
 mod streaming;
 mod volumes;
@@ -41,6 +43,7 @@ fn disk_status(n: usize) -> DiskStatus {
         sink: "threads".to_owned(),
         healthy: true,
         message: String::new(),
+        node_tags: BTreeSet::new(),
     }
 }
 
@@ -66,12 +69,14 @@ fn create_from(image: &str, url: &str) -> Command {
         uuid: ImageUuid::random().unwrap(),
         source: Some(SourceUrl::parse(url).unwrap()),
         upload_bytes: None,
+        clone_of: None,
         access: Box::default(),
         mirrors: Vec::new(),
         layout: Layout::AsIs,
         base: None,
         snapshot: None,
         min_copies: 0,
+        selectors: Box::default(),
         expected: Box::default(),
         declared_format: None,
         disks: Vec::new(),
@@ -82,6 +87,11 @@ fn create_from(image: &str, url: &str) -> Command {
 fn create_on(image: &str, base: &str) -> Command {
     let Command::Create(new) = create(image) else { panic!() };
     Command::Create(NewImage { base: Some(name(base)), ..new })
+}
+
+fn create_clone(image: &str, of: &str) -> Command {
+    let Command::Create(new) = create(image) else { panic!() };
+    Command::Create(NewImage { source: None, clone_of: Some(name(of)), ..new })
 }
 
 fn create_upload(image: &str, bytes: u64) -> Command {
@@ -236,6 +246,11 @@ impl Node {
                         "not while in use"
                     );
                     assert!(!self.volumes.values().any(|v| v.image == name), "nor named");
+                    let waits = |r: &ImageRecord| {
+                        let of = r.clone_of.as_ref().is_some_and(|of| of.image == name);
+                        of && r.facts.is_none() && !r.deleting
+                    };
+                    assert!(!self.images.values().any(waits), "nor still to be cloned");
                 }
                 Action::SaveAttachment(record) => {
                     self.attachments.insert(record.id.clone(), record);
@@ -274,6 +289,14 @@ impl Node {
                     for other in &task.ready_on {
                         let whole = CopyId { disk: other.clone(), ..task.id.clone() };
                         assert!(self.files[&whole].is_some(), "only complete ones are copied");
+                    }
+                    for (of, disk) in
+                        task.origin.iter().flat_map(|o| o.ready_on.iter().map(move |d| (o, d)))
+                    {
+                        assert!(
+                            self.files[&of.on(disk)].is_some(),
+                            "only complete ones are cloned"
+                        );
                     }
                     let same = |id: &&CopyId| id.image == task.id.image && **id != task.id;
                     let asks = |id: &&CopyId| !self.stopping.contains(*id);

@@ -317,6 +317,7 @@ fn a_class_is_put_once_changed_and_kept() {
         sha512: None,
         min_copies: None,
         replicas: Some(replicas),
+        selectors: Selectors::default(),
         kept: BTreeMap::new(),
         created_unix_s: u64::from(replicas),
     };
