@@ -5,7 +5,6 @@
 //! Never: starts a transfer for a mere `create` (rule 1).
 //! Start at [`World::command`].
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +14,8 @@ use super::error::ManagerError;
 use super::records::{
     AttachmentId, AttachmentRecord, ClassRecord, Expected, ImageRecord, Steering, Want,
 };
-use super::selectors::{Selectors, list};
+use super::same::same_image;
+use super::selectors::Selectors;
 use super::settings::SettingsChange;
 use super::steer::SteeringChange;
 use super::volume::NewVolume;
@@ -23,7 +23,7 @@ use super::world::{Action, Attachment, AttachmentState, Change, Image, Touched, 
 use crate::fetch::{Access, SourceUrl};
 use crate::image::{Format, Trace};
 use crate::import::Layout;
-use crate::names::{ClassName, DiskUuid, ImageName, ImageUuid, Tag, VolumeName};
+use crate::names::{ClassName, DiskUuid, ImageName, ImageUuid, VolumeName};
 
 /// Longest label of a reader in bytes.
 pub const READER_MAX_LEN: usize = 128;
@@ -442,63 +442,4 @@ impl World {
             None => Err(self.no_disk_for(name, need_bytes)),
         }
     }
-}
-
-/// The existing image is the one that is asked for, as far as both say.
-fn same_image(record: &ImageRecord, new: &NewImage) -> Result<(), ManagerError> {
-    let cloned = record.clone_of.as_ref().map(|of| &of.image);
-    let is_other = record.source != new.source || record.upload_bytes != new.upload_bytes;
-    if is_other || cloned != new.clone_of.as_ref() {
-        let name = record.name.clone();
-        let source_text = match (&record.source, record.upload_bytes, cloned) {
-            (Some(source), ..) => source.to_string(),
-            (None, Some(bytes), _) => format!("an upload of {bytes} bytes"),
-            (None, None, Some(cloned)) => format!("a clone of {cloned}"),
-            (None, None, None) => "none (found on a disk)".to_owned(),
-        };
-        return Err(ManagerError::OtherSource { name, source_text });
-    }
-    let facts = record.facts.as_ref();
-    let known = |kind| {
-        let digest = record.expected.digests.get(kind).or_else(|| facts?.digests.get(kind));
-        digest.map(str::to_owned)
-    };
-    let digests = new.expected.digests.iter();
-    let digests = digests.map(|(kind, given)| (kind.key(), known(kind), Some(given.to_owned())));
-    let text = |text: &Option<String>| text.clone().unwrap_or_else(|| "none".to_owned());
-    let tags = |tags: &BTreeSet<Tag>| match tags.is_empty() {
-        true => Some("none".to_owned()),
-        false => Some(list(tags)),
-    };
-    let said = |new: &BTreeSet<Tag>| tags(new).filter(|_| !new.is_empty());
-    let named = |name: &Option<ImageName>| text(&name.as_ref().map(ToString::to_string));
-    let shown = |url: &Option<SourceUrl>| url.as_ref().map(ToString::to_string);
-    let others = [
-        ("checksum_url", shown(&record.expected.checksum_url), shown(&new.expected.checksum_url)),
-        // A clone has those of its image, unless another snapshot is said.
-        ("base", Some(named(&record.base)), Some(named(&new.base)).filter(|_| cloned.is_none())),
-        (
-            "snapshot",
-            Some(text(&record.snapshot)),
-            Some(text(&new.snapshot)).filter(|_| cloned.is_none() || new.snapshot.is_some()),
-        ),
-        ("disk_selector", tags(&record.selectors.disk), said(&new.selectors.disk)),
-        ("node_selector", tags(&record.selectors.node), said(&new.selectors.node)),
-        ("layout", Some(record.layout.to_string()), Some(new.layout.to_string())),
-        (
-            "format",
-            record.declared_format.or(facts.map(|f| f.format)).map(|f| f.to_string()),
-            new.declared_format.map(|f| f.to_string()),
-        ),
-    ];
-    for (what, found, given) in digests.chain(others) {
-        let Some(given) = given else { continue };
-        let fetched_unchecked = found.is_none() && !record.disks.is_empty();
-        let found = found.unwrap_or_else(|| "not known".to_owned());
-        if fetched_unchecked || (found != given && found != "not known") {
-            let name = record.name.clone();
-            return Err(ManagerError::OtherExpectation { name, what, found, given });
-        }
-    }
-    Ok(())
 }
