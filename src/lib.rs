@@ -15,6 +15,7 @@
 //! The parts that others may want by themselves: [`image::qcow2`] (a pure parser and a lock-free
 //! cluster map), [`ring`] (sinks), [`serve::nbd`] (a server for any view).
 
+mod ciphers;
 pub mod names;
 pub mod peer;
 

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use control_support::{bedplate, stderr, stdout};
 
-const COMMANDS: [&str; 29] = [
+const COMMANDS: [&str; 30] = [
     "run",
     "pull",
     "export",
@@ -15,6 +15,7 @@ const COMMANDS: [&str; 29] = [
     "create",
     "upload",
     "list",
+    "trace",
     "get",
     "delete",
     "attach",

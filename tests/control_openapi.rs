@@ -195,7 +195,7 @@ fn real_answers_are_as_documented() {
     }
     daemon.events_until("?image=a", |event| event["object"]["copies"][0]["scrub"].is_object());
     ask("GET", "/v1/images/{name}", "/v1/images/a", None);
-    volumes_are_as_documented(ask);
+    traces_and_volumes_are_as_documented(ask);
     ask("GET", "/v1/settings", "/v1/settings", None);
     ask("POST", "/v1/node/fail", "/v1/node/fail", None);
     ask("GET", "/v1/images/{name}", "/v1/images/a", None);
@@ -209,6 +209,38 @@ fn real_answers_are_as_documented() {
     ask("DELETE", "/v1/attachments/{id}", &held, None);
     ask("DELETE", "/v1/attachments/{id}", &held, None);
     ask("DELETE", "/v1/images/{name}", "/v1/images/a", None);
+}
+
+fn traces_and_volumes_are_as_documented(ask: impl Fn(&str, &str, &str, Option<&str>) + Copy) {
+    traces_are_as_documented(ask);
+    volumes_are_as_documented(ask);
+}
+
+/// Of the image `a`, which is ready, `u`, which is not, and `b`, which is none.
+fn traces_are_as_documented(ask: impl Fn(&str, &str, &str, Option<&str>)) {
+    for name in ["a", "u", "b", "B"] {
+        let path = format!("/v1/images/{name}/trace");
+        for body in [r#"{"for_s":0}"#, r#"{"x":1}"#, r#"{"for_s":600}"#, "{}"] {
+            ask("POST", "/v1/images/{name}/trace", &path, Some(body));
+        }
+        ask("GET", "/v1/images/{name}/trace", &path, None);
+        ask("DELETE", "/v1/images/{name}/trace", &path, None);
+        ask("DELETE", "/v1/images/{name}/trace", &path, None);
+    }
+    let other =
+        format!(r#"{{"version":1,"digests":{{"sha256":"{}"}},"ranges":[[0,1]]}}"#, "ab".repeat(32));
+    let route = "/v1/images/{name}/prefetch";
+    for name in ["a", "u", "b", "B"] {
+        let path = format!("/v1/images/{name}/prefetch");
+        ask("GET", route, &path, None);
+        let trace = r#"{"version":1,"virtual_size_bytes":7,"ranges":[[0,65536],[1,2]]}"#;
+        for body in ["{}", r#"{"version":2,"ranges":[]}"#, other.as_str(), trace] {
+            ask("PUT", route, &path, Some(body));
+        }
+        ask("GET", route, &path, None);
+        ask("GET", "/v1/images/{name}", &format!("/v1/images/{name}"), None);
+        ask("DELETE", route, &path, None);
+    }
 }
 
 /// Of the image `a`, which is ready.

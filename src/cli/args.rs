@@ -17,7 +17,9 @@ use super::args_digest::DigestArgs;
 use super::args_disk::DiskArgs;
 use super::args_health::{NodeArgs, ScrubArgs, SettingsArgs};
 use super::args_steer::{CancelArgs, CleanupArgs, PauseArgs, ResumeArgs, SetArgs, WatchArgs};
+use super::args_tcp::TcpArgs;
 use super::args_top::TopArgs;
+use super::args_trace::TraceArgs;
 use super::args_upload::UploadArgs;
 use super::args_view::{CatArgs, ExportArgs, InspectArgs, StandsArgs};
 use super::args_volume::{ApplyArgs, ClassArgs, VolumeArgs};
@@ -119,6 +121,8 @@ pub enum Command {
     Ps(PsArgs),
     /// What readers do now, and how long they wait
     Top(TopArgs),
+    /// What readers ask for first: record it, and keep it with an image
+    Trace(TraceArgs),
     /// Show one image
     Get(GetArgs),
     /// Delete an image and its copies
@@ -311,6 +315,9 @@ pub struct ServeArgs {
     /// Unix socket to serve NBD on [default: bedplate/nbd.sock on the first disk]
     #[arg(long, value_name = "SOCKET")]
     pub nbd: Option<PathBuf>,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type")]
+    pub tcp: TcpArgs,
     /// Fetch from this host's loopback addresses too
     #[arg(long)]
     pub allow_loopback: bool,
@@ -329,6 +336,7 @@ Examples:
   bedplate create ./overlay.qcow2 --base debian-12
   bedplate create golden --clone debian-12
   bedplate create vm-7 --from-nbd 'nbd+unix:///disk?socket=/run/vm-7.sock'
+  bedplate create https://example.org/d.qcow2 --trace boot.trace
   bedplate create - --name private < file-with-a-secret-url")]
 pub struct CreateArgs {
     /// http://, https://, s3:// or nbd:// URL, a path on the daemon's node, or - for a URL on stdin;
@@ -359,6 +367,12 @@ pub struct CreateArgs {
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at its type")]
     pub stands: StandsArgs,
+    /// A trace of what its readers ask for first: fetched ahead while it is read as it arrives
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
+    /// Take the trace also if it was recorded on an image with another digest
+    #[arg(long, requires = "trace")]
+    pub force_trace: bool,
     /// Bring it in now
     #[arg(long)]
     pub fetch: bool,

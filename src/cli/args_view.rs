@@ -9,6 +9,7 @@ use clap::Args;
 
 use super::args::FormatArg;
 use super::args_access::AccessArgs;
+use super::args_tcp::TcpArgs;
 use super::sizes::parse_bytes;
 use crate::control::types::CreateImage;
 use crate::names::{ImageName, Tag};
@@ -23,16 +24,21 @@ An image's own names for other files are never followed: its backing file is giv
 Examples:
   bedplate export disk.qcow2 --nbd /tmp/nbd.sock
   bedplate export overlay.qcow2 --base bottom.raw --nbd /tmp/nbd.sock
-  nbdinfo 'nbd+unix:///?socket=/tmp/nbd.sock'")]
+  nbdinfo 'nbd+unix:///?socket=/tmp/nbd.sock'
+  bedplate export disk.qcow2 --tcp '[::]:10809' --tls-cert cert.pem --tls-key key.pem
+  nbdinfo 'nbds://HOST/?tls-certificates=DIRECTORY'")]
 pub struct ExportArgs {
     /// The image file
     pub file: PathBuf,
     /// Unix socket to serve NBD on [default: the one that a service manager passed, LISTEN_FDS]
-    #[arg(long, value_name = "SOCKET")]
+    #[arg(long, value_name = "SOCKET", conflicts_with = "tcp")]
     pub nbd: Option<PathBuf>,
     /// Unix socket to serve the disk of one VM on, over vhost-user, instead of NBD
-    #[arg(long, value_name = "SOCKET", conflicts_with = "nbd")]
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["nbd", "tcp"])]
     pub vhost_user: Option<PathBuf>,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type")]
+    pub tcp: TcpArgs,
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at its type")]
     pub view: ViewArgs,

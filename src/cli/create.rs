@@ -8,7 +8,7 @@ use super::exit::{CliError, Exit};
 use super::follow::{self, OnFailure};
 use super::get;
 use super::output::Output;
-use super::source;
+use super::{source, trace};
 use crate::control::client::Client;
 use crate::control::types::{CreateImage, Digests, FetchImage, Image};
 use crate::fetch::SourceUrl;
@@ -22,6 +22,8 @@ pub(super) async fn run(
     output: &Output,
 ) -> Result<(), CliError> {
     let client = Client::new(&global.socket());
+    let file = args.trace.as_deref();
+    let prefetch = file.map(|file| trace::read(file, args.force_trace)).transpose()?;
     let mut request = match (&args.clone, &args.from_nbd) {
         (Some(image), _) => clone(&args.source, image, &args.expected)?,
         (None, Some(uri)) => {
@@ -43,6 +45,10 @@ pub(super) async fn run(
     request.access = args.access.by_value()?;
     args.stands.put_into(&mut request);
     let mut image: Image = client.post("/v1/images", &request).await?;
+    if let Some(prefetch) = prefetch {
+        let name = ImageName::parse(&image.name).map_err(|error| CliError::refused(&error))?;
+        image = trace::put(&client, &name, &prefetch).await?;
+    }
     if args.fetch || args.wait || args.disk.is_some() {
         let target = format!("/v1/images/{}/fetch", image.name);
         image = client.post(&target, &FetchImage { disk: args.disk.clone() }).await?;

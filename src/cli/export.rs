@@ -8,14 +8,16 @@ use std::sync::Arc;
 use serde_json::json;
 
 use super::args::Global;
+use super::args_tcp::TcpArgs;
 use super::args_view::ExportArgs;
 use super::cat;
 use super::exit::{CliError, Exit};
 use super::output::Output;
 use super::run::usage;
 use super::signals::Signals;
-use crate::control::nbd_uri;
+use crate::control::{nbd_tcp_uri, nbd_uri};
 use crate::names::ImageName;
+use crate::serve::activation::{Inherited, Kind};
 use crate::serve::{Exports, ServeError, Stopper, nbd, vhost_user};
 use crate::units::human_bytes;
 
@@ -63,7 +65,7 @@ pub(super) fn run(args: &ExportArgs, _global: &Global, output: &Output) -> Resul
 /// A server that listens.
 struct Listening {
     stopper: Stopper,
-    /// Of an NBD server, unless its socket was passed.
+    /// Of an NBD server, unless its socket has no path.
     uri: Option<String>,
     /// The path of a VM's disk.
     vm: Option<String>,
@@ -82,16 +84,49 @@ fn listen(args: &ExportArgs, exports: Arc<Exports>, name: &str) -> Result<Listen
         return Ok(Listening { stopper, uri: None, vm, run: Box::new(move || server.run()) });
     }
     let limits = nbd::Limits::default();
-    let server = match &args.nbd {
-        Some(path) => Some(nbd::Server::bind(&absolute(path)?, exports, limits)),
-        None => nbd::Server::from_activation(exports, limits).transpose(),
+    let server = match (&args.nbd, args.tcp.tcp) {
+        (Some(path), _) => nbd::Server::bind(&absolute(path)?, exports, limits),
+        (None, Some(address)) => {
+            nbd::Server::bind_tcp(address, security(&args.tcp)?, exports, limits)
+        }
+        (None, None) => match Inherited::take().and_then(Inherited::only) {
+            Ok(Some((Kind::UnixStream, socket))) => nbd::Server::on_passed(socket, exports, limits),
+            Ok(Some((Kind::Tcp, socket))) => {
+                nbd::Server::on_passed_tcp(socket, security(&args.tcp)?, exports, limits)
+            }
+            Ok(Some((kind @ Kind::UnixPackets, _))) => {
+                let (stream, tcp) = (Kind::UnixStream, Kind::Tcp);
+                let what = format!("{kind} was passed; NBD is served on {stream} or {tcp}");
+                Err(ServeError::Activation { what, source: None })
+            }
+            Ok(None) => {
+                let hint = "give --nbd SOCKET, --tcp ADDRESS:PORT, or --vhost-user SOCKET";
+                return Err(CliError::new(Exit::Usage, "no socket to serve on", hint));
+            }
+            Err(error) => Err(error),
+        },
     };
-    let server = server.transpose().map_err(|e| CliError::refused(&e))?.ok_or_else(|| {
-        let hint = "give --nbd SOCKET, or --vhost-user SOCKET";
-        CliError::new(Exit::Usage, "no socket to serve on", hint)
-    })?;
-    let (stopper, uri) = (server.stopper(), server.path().map(|socket| nbd_uri(name, socket)));
+    let server = server.map_err(|e| CliError::refused(&e))?;
+    let encrypted = args.tcp.tls_cert.is_some();
+    let local = server.path().map(|socket| nbd_uri(name, socket));
+    let uri = local.or_else(|| server.address().map(|at| nbd_tcp_uri(name, at, encrypted)));
+    let stopper = server.stopper();
     Ok(Listening { stopper, uri, vm: None, run: Box::new(move || server.run()) })
+}
+
+/// How a server over TCP is to be secured.
+fn security(args: &TcpArgs) -> Result<nbd::Security, CliError> {
+    if let (Some(cert), Some(key)) = (args.tls_cert.clone(), args.tls_key.clone()) {
+        let files = nbd::TlsFiles { cert, key, clients_ca: args.tls_clients_ca.clone() };
+        let credentials = nbd::Credentials::load(files).map_err(|e| CliError::refused(&e))?;
+        return Ok(nbd::Security::Tls(credentials));
+    }
+    if args.plain {
+        return Ok(nbd::Security::Plain);
+    }
+    let hint = "give --tls-cert FILE and --tls-key FILE; or, to let anybody on the network read the \
+                image in plain text, --plain";
+    Err(CliError::new(Exit::Usage, "nothing is said of TLS", hint))
 }
 
 /// What QEMU is to be told.

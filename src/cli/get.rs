@@ -44,6 +44,11 @@ pub(super) async fn run(args: &GetArgs, global: &Global, output: &Output) -> Res
         facts.push(("digests", "-".to_owned()));
     }
     facts.extend(image.checksum_url.clone().map(|url| ("checksum url", url)));
+    facts.extend(
+        image
+            .prefetch
+            .map(|kept| ("trace", format!("{} ranges, {}", kept.ranges, human_bytes(kept.bytes)))),
+    );
     facts.push(("readers", image.attachments.to_string()));
     facts.extend(image.nbd.as_ref().map(|nbd| ("nbd", nbd.uri.clone())));
     for (key, value) in facts {

@@ -15,7 +15,9 @@ pub mod args_digest;
 mod args_disk;
 pub mod args_health;
 pub mod args_steer;
+pub mod args_tcp;
 pub mod args_top;
+pub mod args_trace;
 pub mod args_upload;
 pub mod args_view;
 pub mod args_volume;
@@ -53,6 +55,7 @@ mod source;
 mod steer;
 mod table;
 mod top;
+mod trace;
 mod upload;
 mod volume;
 mod watch;
@@ -103,6 +106,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<(), CliError> {
         | Command::List(_)
         | Command::Ps(_)
         | Command::Top(_)
+        | Command::Trace(_)
         | Command::Get(_)
         | Command::Delete(_)
         | Command::Attach(_)
@@ -144,6 +148,7 @@ async fn run_async(command: Command, global: &Global, output: &Output) -> Result
         Command::List(_) => list::run(global, output).await,
         Command::Ps(_) => ps::run(global, output).await,
         Command::Top(args) => top::run(&args, global, output).await,
+        Command::Trace(args) => trace::run(&args.command, global, output).await,
         Command::Get(args) => get::run(&args, global, output).await,
         Command::Delete(args) => delete::run(&args, global, output).await,
         Command::Attach(args) => attach::run(&args, global, output).await,

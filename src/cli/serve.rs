@@ -8,6 +8,7 @@ use super::exit::{CliError, Exit};
 use super::output::Output;
 use super::signals::Signals;
 use crate::daemon::{Config, Daemon, logging};
+use crate::serve::activation::Inherited;
 
 pub(super) async fn run(
     args: &ServeArgs,
@@ -23,6 +24,7 @@ pub(super) async fn run(
     };
     config.allow_loopback |= args.allow_loopback;
     config.nbd_socket = args.nbd.clone().or(config.nbd_socket);
+    args.tcp.put_into(&mut config);
     config.control_socket = global.socket.clone().or(config.control_socket);
     for disk in &mut config.disks {
         *disk = std::path::absolute(&*disk).map_err(|e| CliError::refused(&e))?;
@@ -39,13 +41,17 @@ pub(super) async fn run(
             return Err(CliError::new(Exit::Refused, text, hint));
         }
     }
+    let passed = Inherited::take().map_err(|e| CliError::refused(&e))?;
     let opening = config.clone();
     let node = tokio::task::spawn_blocking(move || Daemon::open_node(&opening));
     let node = node.await.map_err(|e| CliError::refused(&e))??;
-    let daemon = Daemon::start(&config, node).await?;
+    let daemon = Daemon::start_on(&config, node, passed).await?;
     output.note(&format!("control socket: {}", daemon.control_socket().display()));
-    output.note(&format!("NBD socket:     {}", daemon.nbd_socket().display()));
+    if let Some(address) = daemon.nbd_address() {
+        output.note(&format!("NBD over TCP:   {address}"));
+    }
     output.note(&format!("replica socket: {}", daemon.replica_socket().display()));
+    output.note(&format!("NBD socket:     {}", daemon.nbd_socket().display()));
     signals.next().await;
     output.note("ending; what has arrived is kept");
     daemon.shutdown().await;

@@ -120,6 +120,19 @@ impl Client {
         self.json(Method::POST, target, Some(text.into_bytes())).await
     }
 
+    /// `PUT target` with a JSON body.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn put<T: DeserializeOwned>(
+        &self,
+        target: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        let body = serde_json::to_vec(body).map_err(|e| self.garbled(&e))?;
+        self.json(Method::PUT, target, Some(body)).await
+    }
+
     /// `DELETE target`. The answer's body, if it has one.
     ///
     /// # Errors

@@ -84,6 +84,12 @@ impl From<ManagerError> for ApiError {
                 "name-taken",
                 "drop the expectation, give another name, or delete that image",
             ),
+            ManagerError::OtherTrace { .. } => (
+                StatusCode::CONFLICT,
+                "refused-trace",
+                "record one on this image, or, if you know that this one fits, say --force or \
+                 leave its digests out",
+            ),
             ManagerError::InUse { .. } => {
                 (StatusCode::CONFLICT, "in-use", "detach its readers, then try again")
             }

@@ -100,7 +100,7 @@ fn kernel_workers() -> usize {
 fn add_images(registry: &mut Registry, app: &App, images: &[ImageStatus]) {
     let [copies, done, retries, sessions, rate, connections] =
         std::array::from_fn(|_| Family::<Labels, Gauge>::default());
-    let [requests, bytes, errors, decoded, misses] =
+    let [requests, bytes, errors, decoded, misses, stalls, ahead] =
         std::array::from_fn(|_| Family::<Labels, Counter>::default());
     let waited = Family::<Labels, Counter<f64, AtomicU64>>::default();
     let mut latencies = Vec::new();
@@ -113,6 +113,8 @@ fn add_images(registry: &mut Registry, app: &App, images: &[ImageStatus]) {
         errors.get_or_create(&labels).inc_by(served.counters.errors);
         decoded.get_or_create(&labels).inc_by(served.counters.decoded);
         misses.get_or_create(&labels).inc_by(served.waits.misses);
+        stalls.get_or_create(&labels).inc_by(served.waits.stalls);
+        ahead.get_or_create(&labels).inc_by(served.waits.foreseen_bytes);
         waited.get_or_create(&labels).inc_by(served.waits.waited.as_secs_f64());
         for (via, times) in served.times {
             let labels =
@@ -145,6 +147,9 @@ fn add_images(registry: &mut Registry, app: &App, images: &[ImageStatus]) {
     let help = "Reads of an arriving image that had to wait for what was still to come";
     registry.register("demand_misses", help, misses);
     registry.register("demand_waited_seconds", "How long they waited, together", waited);
+    let help = "Pieces asked for again on another connection, as nothing came of them";
+    registry.register("demand_stalls", help, stalls);
+    registry.register("prefetched_bytes", "Bytes fetched ahead as a trace named them", ahead);
     registry.register_collector(Box::new(Latencies(latencies)));
 }
 

@@ -21,12 +21,14 @@ pub mod routes;
 pub mod server;
 pub mod settings;
 mod stats;
+mod traces;
 pub mod types;
 pub mod types_attachment;
 mod types_create;
 pub mod types_disk;
 pub mod types_health;
 pub mod types_stats;
+pub mod types_trace;
 pub mod types_volume;
 mod upload;
 pub mod upload_client;
@@ -40,9 +42,9 @@ use tokio::sync::watch;
 
 use crate::image::Waits;
 use crate::manager::{AttachmentId, Backend, Manager};
-use crate::serve::{CounterValues, Times, Via};
+use crate::serve::{CounterValues, Exports, Times, Via};
 pub use metrics::HttpCounters;
-pub use wire::{nbd_uri, rfc3339};
+pub use wire::{nbd_tcp_uri, nbd_uri, rfc3339};
 
 /// What the handlers work with. Cheap to clone.
 #[derive(Clone)]
@@ -58,6 +60,8 @@ pub struct AppParts {
     pub sockets: Sockets,
     /// Looks at the host and the daemon; may block.
     pub doctor: Box<dyn Fn() -> Vec<types::Check> + Send + Sync>,
+    /// What is served, to trace its readers.
+    pub readers: Arc<Exports>,
     /// What an image's export has served; zeroes if it is not exported.
     pub served: Box<dyn Fn(&crate::names::ImageName) -> Served + Send + Sync>,
     /// True once the daemon shuts down: streams end.

@@ -12,7 +12,9 @@ use axum::response::Response;
 use axum::routing::{MethodRouter, delete, get, head, patch, post, put};
 
 use super::error::ApiError;
-use super::{App, apply, disks, events, handlers, metrics, settings, stats, upload, volumes};
+use super::{
+    App, apply, disks, events, handlers, metrics, settings, stats, traces, upload, volumes,
+};
 
 /// One method of one path.
 pub struct Route {
@@ -40,6 +42,12 @@ pub fn table() -> Vec<Route> {
         route("GET", "/v1/images/{name}/inspection", get(handlers::inspect_image)),
         route("HEAD", "/v1/images/{name}/upload", head(upload::offset)),
         route("PUT", "/v1/images/{name}/upload", put(upload::write)),
+        route("POST", "/v1/images/{name}/trace", post(traces::start)),
+        route("GET", "/v1/images/{name}/trace", get(traces::get)),
+        route("DELETE", "/v1/images/{name}/trace", delete(traces::stop)),
+        route("GET", "/v1/images/{name}/prefetch", get(traces::get_prefetch)),
+        route("PUT", "/v1/images/{name}/prefetch", put(traces::put_prefetch)),
+        route("DELETE", "/v1/images/{name}/prefetch", delete(traces::delete_prefetch)),
         route("GET", "/v1/settings", get(settings::get)),
         route("PATCH", "/v1/settings", patch(settings::change)),
         route("GET", "/v1/node", get(handlers::get_node)),

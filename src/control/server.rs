@@ -8,6 +8,7 @@
 //! Start at [`Server::bind`].
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,6 +27,7 @@ use super::App;
 use super::error::ApiError;
 use super::routes::router;
 use crate::peer::{Allowed, Peer};
+use crate::serve::activation::Passed;
 
 /// Connections at a time; more wait in the kernel's backlog.
 pub const MAX_CONNECTIONS: usize = 256;
@@ -60,6 +62,8 @@ pub enum BindError {
 #[derive(Debug)]
 pub struct Server {
     path: PathBuf,
+    /// Whether the path is ours to remove.
+    made: bool,
     stop: watch::Sender<bool>,
     task: JoinHandle<()>,
 }
@@ -78,9 +82,32 @@ impl Server {
         if let Some(gid) = allowed.gids.first() {
             std::os::unix::fs::chown(path, None, Some(*gid)).map_err(io("set the group of"))?;
         }
+        Ok(Self::start(listener, path, true, app, allowed))
+    }
+
+    /// Serves `app` on a socket that a service manager passed, which listens at `path`. The path stays
+    /// when the server ends.
+    ///
+    /// # Errors
+    /// [`BindError::Io`] if it cannot be waited for.
+    pub fn on_passed(
+        socket: Passed,
+        path: &Path,
+        app: App,
+        allowed: Allowed,
+    ) -> Result<Self, BindError> {
+        let listener = std::os::unix::net::UnixListener::from(OwnedFd::from(socket));
+        let listener = UnixListener::from_std(listener).map_err(|source| {
+            let op = "wait for connections at";
+            BindError::Io { op, path: path.to_owned(), source }
+        })?;
+        Ok(Self::start(listener, path, false, app, allowed))
+    }
+
+    fn start(listener: UnixListener, path: &Path, made: bool, app: App, allowed: Allowed) -> Self {
         let (stop, stopping) = watch::channel(false);
         let task = tokio::spawn(accept(listener, router(app), allowed, stopping));
-        Ok(Self { path: path.to_owned(), stop, task })
+        Self { path: path.to_owned(), made, stop, task }
     }
 
     /// Where it listens.
@@ -89,11 +116,13 @@ impl Server {
         &self.path
     }
 
-    /// Takes no new connection, lets running answers finish, and removes the socket.
+    /// Takes no new connection, lets running answers finish, and removes the socket that it made.
     pub async fn shutdown(self) {
         self.stop.send_replace(true);
         let _died = self.task.await;
-        let _gone = std::fs::remove_file(&self.path);
+        if self.made {
+            let _gone = std::fs::remove_file(&self.path);
+        }
     }
 }
 

@@ -49,6 +49,8 @@ fn of_image(image: &ImageStatus, served: &Served) -> ImageStats {
         decoded: served.counters.decoded,
         demand_misses: served.waits.misses,
         demand_waited_us: micros(served.waits.waited),
+        demand_stalls: served.waits.stalls,
+        prefetched_bytes: served.waits.foreseen_bytes,
         nbd: latency(Via::Nbd),
         replica: latency(Via::Replica),
         attach: latency(Via::Attach),

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 pub use super::types_attachment::{Vm, Wait};
 pub use super::types_create::CreateImage;
 use super::types_health::Scrub;
+use super::types_trace::Prefetch;
 use crate::fetch::{DigestKind, DigestMap};
 
 /// Digests of an image's file, lower-case hex.
@@ -173,6 +174,9 @@ pub struct Image {
     pub stored_bytes: Option<u64>,
     /// Digests that were computed.
     pub digests: Digests,
+    /// What is kept of what its readers will ask for first; `null` for nothing.
+    #[serde(default)]
+    pub prefetch: Option<Prefetch>,
     /// Its copies, by disk.
     pub copies: Vec<Copy>,
     /// How many attachments hold it.

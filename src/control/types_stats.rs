@@ -43,6 +43,12 @@ pub struct ImageStats {
     pub demand_misses: u64,
     /// How long they waited, together, in microseconds.
     pub demand_waited_us: u64,
+    /// Pieces that were asked for again on another connection, as nothing came of them.
+    #[serde(default)]
+    pub demand_stalls: u64,
+    /// Bytes that were fetched ahead because a trace named them.
+    #[serde(default)]
+    pub prefetched_bytes: u64,
     /// Times of NBD requests.
     pub nbd: Option<Latencies>,
     /// Times of questions of attached readers.

@@ -5,6 +5,7 @@
 //! Start at [`image`].
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::path::Path;
 
 use super::Sockets;
@@ -12,6 +13,8 @@ use super::settings::Settings;
 use super::types::{Attachment, Copy, Digests, Event, Image, Nbd, Vm, Wait};
 use super::types_disk::Disk;
 use super::types_health::{Node, Scrub};
+use super::types_trace::Prefetch;
+use crate::image::Trace;
 use crate::manager::{
     AttachmentState, AttachmentStatus, Change, CopyState, CopyStatus, DiskView, ImageStatus,
 };
@@ -47,12 +50,18 @@ pub(crate) fn image(status: &ImageStatus, sockets: &Sockets) -> Image {
         size_bytes: facts.map(|f| f.size_bytes),
         stored_bytes: (!sealed.is_empty()).then(|| sealed.iter().sum()),
         digests: facts.map_or_else(Digests::default, |f| (&f.digests).into()),
+        prefetch: record.prefetch.as_deref().map(prefetch),
         copies: status.copies.iter().map(copy).collect(),
         attachments: status.attachments as u64,
         deleting: record.deleting,
         nbd: status.exported.then(|| nbd(&record.name, &sockets.nbd)),
         created_at: rfc3339(record.created_unix_s),
     }
+}
+
+fn prefetch(trace: &Trace) -> Prefetch {
+    let size_bytes = trace.size_bytes().unwrap_or(u64::MAX);
+    Prefetch { ranges: trace.len() as u64, bytes: trace.bytes(size_bytes) }
 }
 
 fn copy(status: &CopyStatus) -> Copy {
@@ -178,6 +187,22 @@ pub fn nbd_uri(export: &str, socket: &Path) -> String {
     format!("nbd+unix:///{export}?socket={socket}")
 }
 
+/// The URI of an export at an address of a network: `nbds://ADDRESS:PORT/NAME`, or `nbd://` without
+/// TLS. Where a server listens at all addresses of its host, the URI has the host's name.
+#[must_use]
+pub fn nbd_tcp_uri(export: &str, address: SocketAddr, encrypted: bool) -> String {
+    let scheme = if encrypted { "nbds" } else { "nbd" };
+    let host = if address.ip().is_unspecified() {
+        rustix::system::uname().nodename().to_string_lossy().into_owned()
+    } else {
+        // With brackets around IPv6.
+        let without_port = address.to_string();
+        without_port.rsplit_once(':').map(|(host, _)| host.to_owned()).unwrap_or_default()
+    };
+    let port = address.port();
+    format!("{scheme}://{host}:{port}/{}", escape(export.as_bytes()))
+}
+
 /// RFC 3986: everything but unreserved characters and `/` as `%XX`.
 pub(crate) fn escape(bytes: &[u8]) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte);
@@ -222,6 +247,15 @@ mod tests {
         ] {
             assert_eq!(rfc3339(unix_s), text);
         }
+    }
+
+    #[test]
+    fn an_nbd_uri_of_a_network_has_a_host_and_a_port() {
+        let uri = |at: &str, encrypted| nbd_tcp_uri("a b", at.parse().unwrap(), encrypted);
+        assert_eq!(uri("10.0.0.1:10809", true), "nbds://10.0.0.1:10809/a%20b");
+        assert_eq!(uri("[2001:db8::1]:7", false), "nbd://[2001:db8::1]:7/a%20b");
+        let any = uri("[::]:10809", true);
+        assert!(any.starts_with("nbds://") && !any.contains("::]"), "{any}");
     }
 
     #[test]

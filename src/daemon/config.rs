@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ use super::{CONTROL_SOCKET, DaemonError, NBD_SOCKET, REPLICA_SOCKET, sockets};
 use crate::fetch::{AddressPolicy, Trust};
 use crate::manager::{NodeOptions, Setting, Settings};
 use crate::names::{ImageName, Tag};
-use crate::serve::vhost_user;
+use crate::serve::{nbd, vhost_user};
 
 /// Queues of a VM that may be set.
 const MAX_VM_QUEUES: u16 = 128;
@@ -37,6 +38,20 @@ pub struct Config {
     pub control_socket: Option<PathBuf>,
     /// Default: `<first disk>/bedplate/nbd.sock`.
     pub nbd_socket: Option<PathBuf>,
+    /// Where NBD is served over TCP as well, as `0.0.0.0:10809` or `[::]:10809`, with the certificates
+    /// below. Default: nowhere.
+    pub nbd_tcp: Option<SocketAddr>,
+    /// File (PEM) with the server's certificate, and those between it and its authority. It and the two
+    /// below are read again when they change.
+    pub nbd_tls_cert: Option<PathBuf>,
+    /// File (PEM) with its private key.
+    pub nbd_tls_key: Option<PathBuf>,
+    /// File (PEM) with the authorities of clients: who has no certificate of theirs is not let in.
+    /// Default: any client may read.
+    pub nbd_tls_clients_ca: Option<PathBuf>,
+    /// Serve TCP in plain text, to anybody who can connect. Default: no.
+    #[serde(default)]
+    pub nbd_tcp_plain: bool,
     /// Where readers on this node attach to images. Default: `<first disk>/bedplate/replica.sock`.
     pub replica_socket: Option<PathBuf>,
     /// Users, besides root and the daemon's own, that may attach. Default: none.
@@ -98,6 +113,17 @@ pub struct Config {
     /// True for a person's own process: it goes and reads where the person may.
     #[serde(skip)]
     pub personal: bool,
+}
+
+/// What is said of the security of NBD over TCP.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum NbdSecurity {
+    /// Nothing.
+    Unsaid,
+    /// Plain text is wanted.
+    Plain,
+    /// TLS with these files.
+    Tls(nbd::TlsFiles),
 }
 
 /// Why a configuration is refused.
@@ -214,6 +240,33 @@ impl Config {
         self.socket(self.nbd_socket.as_deref(), NBD_SOCKET)
     }
 
+    /// How NBD over TCP is to be secured.
+    ///
+    /// # Errors
+    /// [`DaemonError::BadSetting`] for keys that contradict each other, or need others.
+    pub(super) fn nbd_security(&self) -> Result<NbdSecurity, DaemonError> {
+        let refuse = |key, rule: &str| Err(DaemonError::BadSetting { key, rule: rule.to_owned() });
+        let (cert, key) = (self.nbd_tls_cert.clone(), self.nbd_tls_key.clone());
+        let clients_ca = self.nbd_tls_clients_ca.clone();
+        match (cert, key) {
+            (Some(_), _) | (_, Some(_)) if self.nbd_tcp_plain => {
+                refuse("nbd_tcp_plain", "contradicts nbd_tls_cert and nbd_tls_key; leave one out")
+            }
+            (Some(cert), Some(key)) => {
+                Ok(NbdSecurity::Tls(nbd::TlsFiles { cert, key, clients_ca }))
+            }
+            (Some(_), None) => refuse("nbd_tls_key", "is needed beside nbd_tls_cert"),
+            (None, Some(_)) => refuse("nbd_tls_cert", "is needed beside nbd_tls_key"),
+            (None, None) if clients_ca.is_some() => {
+                let rule = "needs nbd_tls_cert and nbd_tls_key: only over TLS do clients say who \
+                            they are";
+                refuse("nbd_tls_clients_ca", rule)
+            }
+            (None, None) if self.nbd_tcp_plain => Ok(NbdSecurity::Plain),
+            (None, None) => Ok(NbdSecurity::Unsaid),
+        }
+    }
+
     /// Where the socket that readers attach at is to be.
     ///
     /// # Errors
@@ -316,6 +369,35 @@ mod tests {
     fn a_misspelt_key_is_refused_with_its_line() {
         let error = parse("disks = ['/d']\ncontrol_soket = '/x'").unwrap_err();
         assert!(error.contains("line 2") && error.contains("control_soket"), "{error}");
+    }
+
+    #[test]
+    fn a_server_on_a_network_is_secured_or_plain_by_choice_and_never_both() {
+        let security = |text: &str| {
+            let config = parse(&format!("disks = ['/d']\n{text}")).unwrap();
+            config.nbd_security().map_err(|error| error.to_string())
+        };
+        let tls = "nbd_tls_cert = '/c'\nnbd_tls_key = '/k'\n";
+        let files = |clients_ca: Option<PathBuf>| {
+            NbdSecurity::Tls(nbd::TlsFiles { cert: "/c".into(), key: "/k".into(), clients_ca })
+        };
+        assert_eq!(security(""), Ok(NbdSecurity::Unsaid));
+        assert_eq!(security("nbd_tcp_plain = true"), Ok(NbdSecurity::Plain));
+        assert_eq!(security(tls), Ok(files(None)));
+        let with_ca = format!("{tls}nbd_tls_clients_ca = '/a'");
+        assert_eq!(security(&with_ca), Ok(files(Some("/a".into()))));
+        for (text, key) in [
+            ("nbd_tls_cert = '/c'", "nbd_tls_key:"),
+            ("nbd_tls_key = '/k'", "nbd_tls_cert:"),
+            ("nbd_tls_clients_ca = '/a'", "nbd_tls_clients_ca:"),
+            ("nbd_tls_clients_ca = '/a'\nnbd_tcp_plain = true", "nbd_tls_clients_ca:"),
+            ("nbd_tls_cert = '/c'\nnbd_tcp_plain = true", "nbd_tcp_plain:"),
+            (&format!("{tls}nbd_tcp_plain = true"), "nbd_tcp_plain:"),
+        ] {
+            let error = security(text).unwrap_err();
+            assert!(error.starts_with(key), "{text}: {error}");
+        }
+        assert!(parse("disks = ['/d']\nnbd_tcp = 'somewhere'").unwrap_err().contains("line 2"));
     }
 
     #[test]

@@ -61,7 +61,7 @@ impl DaemonError {
             Self::Node(NodeError::Disk(DiskError::Locked { .. }))
             | Self::Catalog(CatalogError::Locked { .. })
             | Self::Control(BindError::InUse { .. })
-            | Self::Nbd(ServeError::Live { .. })
+            | Self::Nbd(ServeError::Live { .. } | ServeError::Address { .. })
             | Self::Thread { .. } => true,
             Self::NoDisk
             | Self::Directory { .. }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::Config;
 use super::vms::Vms;
-use crate::image::View;
+use crate::image::{Trace, View};
 use crate::manager::{AttachmentId, Backend, BackendError, Exporter, FailureClass, Link};
 use crate::names::ImageName;
 use crate::serve::{self, ServeError};
@@ -75,8 +75,12 @@ impl Exporter for NodeExports {
         self.add(chain, self.backend.open_view(chain)?)
     }
 
-    fn stream(&self, chain: &[Link]) -> Result<(), BackendError> {
-        self.add(chain, self.backend.open_arriving(chain)?)
+    fn stream(&self, chain: &[Link], prefetch: Option<Arc<Trace>>) -> Result<(), BackendError> {
+        let view = self.backend.open_arriving(chain)?;
+        if let Some(Err(error)) = prefetch.map(|trace| view.prefetch(trace)) {
+            tracing::warn!(%error, "a trace is not followed: no thread can be started");
+        }
+        self.add(chain, view)
     }
 
     fn is_lost(&self, image: &ImageName) -> bool {

@@ -13,11 +13,13 @@ pub mod doctor;
 mod error;
 mod exports;
 pub mod logging;
+mod servers;
 mod sockets;
 mod vms;
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -29,7 +31,10 @@ use crate::image::DecodedCache;
 use crate::manager::{Backend, DiskRecord, Manager, Node};
 use crate::names::{DiskUuid, ImageName};
 use crate::peer::Allowed;
-use crate::serve::{self, Exports, Via, nbd, replica};
+use crate::serve::activation::Inherited;
+use crate::serve::{self, Exports, Via};
+
+use servers::{Gates, Place, Places, Servers};
 
 pub use config::{Config, ConfigError};
 pub use error::DaemonError;
@@ -60,23 +65,12 @@ pub struct DaemonHandle {
     backend: Arc<dyn Backend>,
     manager: Manager,
     exporter: Arc<exports::NodeExports>,
-    nbd: ServerThread,
-    replica: ServerThread,
+    servers: Servers,
     nbd_socket: PathBuf,
     replica_socket: PathBuf,
     closing: watch::Sender<bool>,
     /// Lets readers in, when it is time.
     opening: tokio::task::JoinHandle<()>,
-}
-
-/// Held while a server may not answer yet. Nothing is ever sent: its end is the sign.
-type Gate = mpsc::Sender<std::convert::Infallible>;
-
-/// A server on a thread of its own.
-struct ServerThread {
-    stop: Box<dyn FnOnce() + Send>,
-    gate: Option<Gate>,
-    thread: std::thread::JoinHandle<()>,
 }
 
 impl Daemon {
@@ -121,32 +115,37 @@ impl Daemon {
         config: &Config,
         backend: Arc<dyn Backend>,
     ) -> Result<DaemonHandle, DaemonError> {
+        Self::start_on(config, backend, Inherited::default()).await
+    }
+
+    /// As [`start`](Self::start), on the sockets that a service manager passed, as far as it did.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub async fn start_on(
+        config: &Config,
+        backend: Arc<dyn Backend>,
+        passed: Inherited,
+    ) -> Result<DaemonHandle, DaemonError> {
         let first = config.disks.first().ok_or(DaemonError::NoDisk)?;
         prepare_process(config);
         let settings = config.settings()?;
-        let control_socket = config.control_socket()?;
-        let nbd_socket = config.nbd_socket()?;
-        let replica_socket = config.replica_socket()?;
+        let Places { control, readers } = Places::find(config, passed)?;
+        let nbd_socket = readers.nbd.path.clone();
+        let replica_socket = readers.replica.path.clone();
         let sockets = Sockets { nbd: nbd_socket.clone(), vms: config.vm_sockets()? };
         let vms = vms::Vms::new(sockets.clone(), config.vm_gid, config.vm_limits()?);
         let catalog: Arc<dyn Catalog> = Arc::new(open_catalog(first).await?);
 
         let registry = Arc::new(serve::Exports::new());
-        let mut nbd = start_nbd(&nbd_socket, registry.clone())?;
-        let mut replica = match start_replica(&replica_socket, registry.clone(), config) {
-            Ok(replica) => replica,
-            Err(error) => {
-                nbd.stop().await;
-                return Err(error);
-            }
-        };
+        let mut servers = Servers::start(readers, &registry, config)?;
         let exporter = exports::NodeExports::new(backend.clone(), &registry, config, vms);
         let exporter = Arc::new(exporter);
         let manager =
             match Manager::start(catalog, backend.clone(), exporter.clone(), settings).await {
                 Ok(manager) => manager,
                 Err(error) => {
-                    stop_readers(exporter, replica, nbd).await;
+                    stop_readers(exporter, servers).await;
                     return Err(error.into());
                 }
             };
@@ -158,22 +157,27 @@ impl Daemon {
             backend: backend.clone(),
             sockets,
             doctor: Box::new(move || doctor::of_running_daemon(&disks)),
+            readers: Arc::clone(&registry),
             served: Box::new(move |name| served(&registry, name)),
             closing: watch_closing,
             http: HttpCounters::default(),
         });
         let allowed =
             Allowed { uids: config.control_uids.clone(), gids: config.control_gids.clone() };
-        let control = match server::Server::bind(&control_socket, app, allowed).await {
+        let Place { path: control_socket, passed } = control;
+        let control = match passed {
+            Some(socket) => server::Server::on_passed(socket, &control_socket, app, allowed),
+            None => server::Server::bind(&control_socket, app, allowed).await,
+        };
+        let control = match control {
             Ok(control) => control,
             Err(error) => {
                 manager.stop().await;
-                stop_readers(exporter, replica, nbd).await;
+                stop_readers(exporter, servers).await;
                 return Err(error.into());
             }
         };
-        let gates = [nbd.gate.take(), replica.gate.take()];
-        let opening = tokio::spawn(let_in(manager.clone(), gates));
+        let opening = tokio::spawn(let_in(manager.clone(), servers.take_gates()));
         tracing::info!(
             control = %control_socket.display(), nbd = %nbd_socket.display(),
             replica = %replica_socket.display(), "daemon is ready"
@@ -183,8 +187,7 @@ impl Daemon {
             backend,
             manager,
             exporter,
-            nbd,
-            replica,
+            servers,
             nbd_socket,
             replica_socket,
             closing,
@@ -194,7 +197,7 @@ impl Daemon {
 }
 
 /// Who comes back to an engine that was started anew must find its image there.
-async fn let_in<const N: usize>(manager: Manager, gates: [Option<Gate>; N]) {
+async fn let_in(manager: Manager, gates: Gates) {
     manager.settled(SETTLE).await;
     drop(gates);
 }
@@ -212,6 +215,12 @@ impl DaemonHandle {
         &self.nbd_socket
     }
 
+    /// Where NBD is served over TCP, if it is.
+    #[must_use]
+    pub fn nbd_address(&self) -> Option<SocketAddr> {
+        self.servers.tcp
+    }
+
     /// Where readers attach.
     #[must_use]
     pub fn replica_socket(&self) -> &Path {
@@ -225,8 +234,7 @@ impl DaemonHandle {
         self.closing.send_replace(true);
         self.control.shutdown().await;
         let (manager, vms) = (&self.manager, leave_vms(self.exporter));
-        let stop =
-            async { tokio::join!(manager.stop(), vms, self.replica.stop(), self.nbd.stop()) };
+        let stop = async { tokio::join!(manager.stop(), vms, self.servers.stop()) };
         tokio::pin!(stop);
         tokio::select! {
             _all = &mut stop => {}
@@ -237,33 +245,6 @@ impl DaemonHandle {
             }
         }
         tracing::info!("daemon has ended");
-    }
-}
-
-impl ServerThread {
-    fn start(
-        name: &str,
-        stop: impl FnOnce() + Send + 'static,
-        run: impl FnOnce() -> Result<(), serve::ServeError> + Send + 'static,
-    ) -> Result<Self, DaemonError> {
-        let what = name.to_owned();
-        let (gate, opened) = mpsc::channel();
-        let run = move || {
-            let _opened = opened.recv();
-            if let Err(error) = run() {
-                let error = crate::fetch::one_line(&error);
-                tracing::error!(%error, "the {what} server has ended");
-            }
-        };
-        let thread = std::thread::Builder::new().name(format!("{name}-accept")).spawn(run);
-        let thread = thread.map_err(|source| DaemonError::Thread { source })?;
-        Ok(Self { stop: Box::new(stop), gate: Some(gate), thread })
-    }
-
-    async fn stop(mut self) {
-        self.gate = None;
-        (self.stop)();
-        let _panicked = tokio::task::spawn_blocking(move || self.thread.join()).await;
     }
 }
 
@@ -278,14 +259,9 @@ fn prepare_process(config: &Config) {
 }
 
 /// Ends what readers are served by, of a daemon that does not start.
-async fn stop_readers(
-    exporter: Arc<exports::NodeExports>,
-    replica: ServerThread,
-    nbd: ServerThread,
-) {
+async fn stop_readers(exporter: Arc<exports::NodeExports>, servers: Servers) {
     leave_vms(exporter).await;
-    replica.stop().await;
-    nbd.stop().await;
+    servers.stop().await;
 }
 
 async fn leave_vms(exporter: Arc<exports::NodeExports>) {
@@ -300,23 +276,6 @@ fn raise_descriptor_limit() {
     if let Err(error) = setrlimit(Resource::Nofile, raised) {
         tracing::warn!(%error, soft = limit.current, "the limit of descriptors stays as it is");
     }
-}
-
-fn start_nbd(socket: &Path, registry: Arc<Exports>) -> Result<ServerThread, DaemonError> {
-    let server = nbd::Server::bind(socket, registry, nbd::Limits::default())?;
-    let stopper = server.stopper();
-    ServerThread::start("nbd", move || stopper.stop(), move || server.run())
-}
-
-fn start_replica(
-    socket: &Path,
-    registry: Arc<Exports>,
-    config: &Config,
-) -> Result<ServerThread, DaemonError> {
-    let allowed = Allowed { uids: config.replica_uids.clone(), gids: config.replica_gids.clone() };
-    let server = replica::Server::bind(socket, registry, allowed, replica::Limits::default())?;
-    let stopper = server.stopper();
-    ServerThread::start("replica", move || stopper.stop(), move || server.run())
 }
 
 /// Opens the catalog of the daemon whose first disk is `disk`; makes its directory.

@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::Advice;
 use tokio::sync::Notify;
 
+use super::foreseen::Foreseen;
 use super::presence::UNIT_BYTES;
 use crate::map::SharedTable;
 use crate::map::format::{Header, Kind};
@@ -61,6 +62,8 @@ pub struct Arriving {
     changed: Condvar,
     /// For whoever brings the bytes.
     asked: Notify,
+    /// What somebody thinks that readers will want.
+    foreseen: Foreseen,
     /// Reads that found their bytes here, and that had to wait.
     counts: Counts,
 }
@@ -76,6 +79,7 @@ struct State {
 struct Counts {
     misses: AtomicU64,
     waited_ns: AtomicU64,
+    stalls: AtomicU64,
 }
 
 /// How often readers had to wait.
@@ -85,6 +89,10 @@ pub struct Waits {
     pub misses: u64,
     /// How long they waited, together.
     pub waited: Duration,
+    /// Pieces that were asked for again on another connection, as nothing came of them.
+    pub stalls: u64,
+    /// Bytes that were brought because a trace foresaw them.
+    pub foreseen_bytes: u64,
 }
 
 impl Arriving {
@@ -115,6 +123,7 @@ impl Arriving {
             state: Mutex::default(),
             changed: Condvar::new(),
             asked: Notify::new(),
+            foreseen: Foreseen::default(),
             counts: Counts::default(),
         })
     }
@@ -158,10 +167,12 @@ impl Arriving {
     /// How often readers had to wait so far.
     #[must_use]
     pub fn waits(&self) -> Waits {
-        let Counts { misses, waited_ns } = &self.counts;
+        let Counts { misses, waited_ns, stalls } = &self.counts;
         Waits {
             misses: misses.load(Ordering::Relaxed),
             waited: Duration::from_nanos(waited_ns.load(Ordering::Relaxed)),
+            stalls: stalls.load(Ordering::Relaxed),
+            foreseen_bytes: self.foreseen.brought_bytes(),
         }
     }
 
@@ -291,6 +302,52 @@ impl Arriving {
         let missing = self.here_up_to(at, end);
         want(&mut self.state(), missing..end);
         self.asked.notify_one();
+    }
+
+    /// What somebody thinks that readers will want, for who brings it and who knows more.
+    #[must_use]
+    pub fn foreseen(&self) -> &Foreseen {
+        &self.foreseen
+    }
+
+    /// Says that `[at, at + len)` will probably be wanted some time, and does not wait.
+    pub fn foresee(&self, at: u64, len_bytes: u64) {
+        let end = at.saturating_add(len_bytes).min(self.len_bytes);
+        if at < end && !self.is_here(at, end - at) {
+            self.foreseen.push(self.here_up_to(at, end)..end);
+        }
+    }
+
+    /// Waits up to `patience` for `[at, at + len)`, says nothing and counts nothing: for who is no
+    /// reader. False if it is not here then.
+    #[must_use]
+    pub fn came_within(&self, at: u64, len_bytes: u64, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let mut state = self.state();
+        let came = loop {
+            fence(Ordering::SeqCst);
+            let left = deadline.saturating_duration_since(Instant::now());
+            if self.is_here(at, len_bytes) || left.is_zero() || state.failed.is_some() {
+                break self.is_here(at, len_bytes);
+            }
+            let waited = self.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        };
+        drop(state);
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        came
+    }
+
+    /// True while somebody waits for a part of it.
+    #[must_use]
+    pub fn is_waited_for(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0
+    }
+
+    /// Notes that a piece was asked for again, as nothing came of it.
+    pub fn add_stall(&self) {
+        self.counts.stalls.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Fills `buf` from byte `at` on, once that is here.

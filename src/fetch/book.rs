@@ -125,13 +125,23 @@ impl Book {
 
     /// Takes the first part of `wanted`, in whole units and to the end of its MiB at most, that nobody
     /// has; `None` if there is none, or if a lone stream is about to come there. `urgent`: it should
-    /// have come there by now.
+    /// have come there by now. What somebody took before and did not finish comes first: a lone stream
+    /// would not look at it before its own end.
     pub(super) fn take_wanted(
         &mut self,
         wanted: &Range<u64>,
         mut permits: BufPermits,
         urgent: bool,
     ) -> Option<Claim> {
+        let of_it = |claim: &Claim| {
+            let range = &claim.range;
+            range.start < wanted.end && wanted.start < range.end && blocks_of(range) == 1
+        };
+        if let Some(index) = self.returned.iter().position(of_it) {
+            let claim = self.returned.swap_remove(index);
+            self.active += 1;
+            return Some(Claim { asked_end: claim.range.end, ..claim });
+        }
         let soon = match (self.target, self.todo.lowest()) {
             (1, Some(lowest)) if self.connections > 0 && !urgent => {
                 lowest.start..lowest.start + SOON_BYTES
@@ -234,6 +244,30 @@ mod tests {
         assert_eq!(again.range, 5..2 * MIB);
         assert_eq!(again.permits.as_ref().map(BufPermits::len), Some(2));
         drop((again, second));
+    }
+
+    #[tokio::test]
+    async fn what_is_wanted_is_taken_over_from_who_did_not_finish_it() {
+        let share = BufPool::new(8).share(8, 8);
+        let mut book = Book::new(std::iter::once(0..20 * MIB).collect());
+        (book.target, book.connections) = (2, 2);
+        let wanted = 10 * MIB + 7..10 * MIB + 4096;
+        let permits = share.reserve(2).await.unwrap();
+        let mut first = book.take_wanted(&wanted, permits, false).unwrap();
+        assert_eq!(first.range, 10 * MIB..10 * MIB + UNIT_BYTES);
+        let permits = share.reserve(2).await.unwrap();
+        assert!(book.take_wanted(&wanted, permits, true).is_none(), "somebody has it");
+        first.range.start += 500;
+        book.give_back(first);
+        let permits = share.reserve(2).await.unwrap();
+        let again = book.take_wanted(&wanted, permits, false).unwrap();
+        assert_eq!(again.range, 10 * MIB + 500..10 * MIB + UNIT_BYTES);
+        // A long piece stays with the fleet: who wants a part of it must not fetch all.
+        let long = take(&mut book, &share).await;
+        assert_eq!(long.range, 0..2 * MIB);
+        book.give_back(long);
+        let permits = share.reserve(2).await.unwrap();
+        assert!(book.take_wanted(&(0..1), permits, true).is_none());
     }
 
     #[tokio::test]

@@ -3,12 +3,13 @@
 //! Why: who reads an image that is still arriving needs this block now, not when its turn comes.
 //! How: a few connections beside those of the fleet take what is wanted out of the book, a MiB of the
 //! file at most, and ask for it. Who reads forward gets more than it asked for, twice as much each
-//! time. The fleet's own connections rest while one of these is on its way.
+//! time. The fleet's own connections rest while one of these is on its way. A connection on which
+//! nothing comes is left for another one, sooner than one of the fleet would be.
 //! Never: asks for what somebody has, or is about to have; or keeps a buffer from the fleet.
 //! Start at [`Demand::new`] and [`Fleet::serve_demand`].
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -16,8 +17,10 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
 use super::book::Claim;
-use super::fleet::{Fleet, Held};
-use crate::disk::Arriving;
+use super::error::FetchError;
+use super::fleet::{Broken, Fleet, Held};
+use super::foreseen;
+use crate::disk::{Arriving, UNIT_BYTES};
 use crate::ring::{BufPool, BufShare};
 
 /// Connections for what is wanted.
@@ -34,17 +37,35 @@ const WATCHED: usize = 8;
 const REST: Duration = Duration::from_millis(100);
 /// When a lone stream has not come to what was left to it, it is fetched all the same.
 const OVERDUE: Duration = Duration::from_millis(500);
-/// How long a connection rests that has failed; the fleet takes over what it left.
+/// When nothing has come of a piece for so long, it is asked for on another connection; twice as long
+/// each time until something comes, so that a source that is only slow is waited for.
+const STALLED: Duration = Duration::from_secs(2);
+/// Doublings of that, at most.
+const MAX_DOUBLINGS: u32 = 6;
+/// How long a connection rests that has failed; others may take over what it left.
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
+
+/// How urgent a piece is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Urgency {
+    /// Its turn has come.
+    InTurn,
+    /// A reader will probably want it.
+    Foreseen,
+    /// A reader waits for it.
+    Wanted,
+}
 
 /// What is wanted of one transfer.
 #[derive(Debug)]
 pub(super) struct Demand {
-    arriving: Arc<Arriving>,
-    share: BufShare,
-    /// Pieces on their way.
-    active: AtomicUsize,
-    done: Notify,
+    pub(super) arriving: Arc<Arriving>,
+    pub(super) share: BufShare,
+    pub(super) foreseen_share: BufShare,
+    wanted: Traffic,
+    foreseen: Traffic,
+    /// Pieces in a row of which nothing came.
+    stalls: AtomicU32,
     /// What was left to a lone stream that was about to come there, and when.
     left: Mutex<Option<(u64, Instant)>>,
     /// Where readers are, each with the bytes that it got last; the latest last.
@@ -55,17 +76,37 @@ impl Demand {
     /// Of the readers of `arriving`.
     pub(super) fn new(arriving: Arc<Arriving>, pool: &BufPool) -> Self {
         let share = pool.share(BUFFERS, BUFFERS);
-        let (active, done) = (AtomicUsize::new(0), Notify::new());
+        let foreseen_share = pool.share(2 * foreseen::CONNECTIONS, 2 * foreseen::CONNECTIONS);
+        let (wanted, foreseen) = (Traffic::default(), Traffic::default());
         let (left, forward) = (Mutex::default(), Mutex::default());
-        Self { arriving, share, active, done, left, forward }
+        let stalls = AtomicU32::new(0);
+        Self { arriving, share, foreseen_share, wanted, foreseen, stalls, left, forward }
     }
 
-    /// Lets what is wanted pass, for a while.
-    pub(super) async fn yield_to_it(&self) {
-        let done = self.done.notified();
-        if self.active.load(Ordering::Relaxed) > 0 {
-            let _passed_or_not = tokio::time::timeout(REST, done).await;
+    /// Lets what is more urgent pass, for a while.
+    pub(super) async fn yield_to_others(&self, urgency: Urgency) {
+        match urgency {
+            Urgency::Wanted => {}
+            Urgency::Foreseen => self.wanted.let_pass().await,
+            Urgency::InTurn if self.wanted.is_active() => self.wanted.let_pass().await,
+            Urgency::InTurn => self.foreseen.let_pass().await,
         }
+    }
+
+    /// Whether what has come of a piece is worth handing over before all of it has: somebody waits, and
+    /// it is twice as much as was handed over before.
+    pub(super) fn is_worth_handing_over(&self, open_bytes: usize, handed_bytes: u64) -> bool {
+        let open_bytes = open_bytes as u64;
+        open_bytes >= UNIT_BYTES && open_bytes >= 2 * handed_bytes && self.arriving.is_waited_for()
+    }
+
+    /// How long nothing may come of a piece; `most`: of one in its turn.
+    pub(super) fn patience(&self, urgency: Urgency, most: Duration) -> Duration {
+        if urgency == Urgency::InTurn {
+            return most;
+        }
+        let doublings = self.stalls.load(Ordering::Relaxed).min(MAX_DOUBLINGS);
+        STALLED.saturating_mul(1 << doublings).min(most)
     }
 
     /// True if what begins here was left to the stream some time ago, and still has not come.
@@ -94,19 +135,40 @@ impl Demand {
             forward.remove(0);
         }
         // Where the reader will find the next thing missing.
-        let end = (wanted.start + len).next_multiple_of(crate::disk::UNIT_BYTES);
+        let end = (wanted.start + len).next_multiple_of(UNIT_BYTES);
         forward.push((end, len));
         wanted.start..end
     }
 }
 
+/// Pieces of one urgency that are on their way.
+#[derive(Debug, Default)]
+struct Traffic {
+    active: AtomicUsize,
+    done: Notify,
+}
+
+impl Traffic {
+    fn is_active(&self) -> bool {
+        self.active.load(Ordering::Relaxed) > 0
+    }
+
+    /// Waits until none is on its way, but not for long.
+    async fn let_pass(&self) {
+        let done = self.done.notified();
+        if self.is_active() {
+            let _passed_or_not = tokio::time::timeout(REST, done).await;
+        }
+    }
+}
+
 /// A piece on its way.
-struct OnItsWay<'a>(&'a Demand);
+struct OnItsWay<'a>(&'a Traffic);
 
 impl<'a> OnItsWay<'a> {
-    fn new(demand: &'a Demand) -> Self {
-        demand.active.fetch_add(1, Ordering::Relaxed);
-        Self(demand)
+    fn new(traffic: &'a Traffic) -> Self {
+        traffic.active.fetch_add(1, Ordering::Relaxed);
+        Self(traffic)
     }
 }
 
@@ -127,6 +189,7 @@ impl Fleet {
                 tasks.spawn(Arc::clone(self).demand_connection());
             }
         }
+        self.serve_foreseen(&mut tasks);
         tasks
     }
 
@@ -153,26 +216,57 @@ impl Fleet {
         let Some(claim) = self.book().take_wanted(&wide, permits, urgent) else {
             return demand.leave(wanted.start);
         };
-        let rest = claim.range.end..wide.end;
+        let (piece, rest) = (claim.range.clone(), claim.range.end..wide.end);
         if !rest.is_empty() {
             demand.arriving.will_read(rest.start, rest.end - rest.start);
         }
-        let way = self.ways.pick();
-        let brought = {
-            let _on_its_way = OnItsWay::new(demand);
-            self.bring_wanted(&way.0, claim).await
-        };
-        if let Err(error) = brought {
-            tracing::warn!(error = %error, "what a reader waits for could not be fetched");
-            tokio::time::sleep(AFTER_FAILURE).await;
+        if !self.bring(demand, claim, Urgency::Wanted).await {
+            demand.arriving.will_read(piece.start, piece.end - piece.start);
         }
     }
 
-    async fn bring_wanted(&self, way: &super::ways::Way, claim: Claim) -> Result<(), String> {
+    /// Brings a piece out of turn; false if it, or a part of it, is to be asked for again.
+    pub(super) async fn bring(&self, demand: &Demand, claim: Claim, urgency: Urgency) -> bool {
+        let traffic = if urgency == Urgency::Wanted { &demand.wanted } else { &demand.foreseen };
+        let brought = {
+            let _on_its_way = OnItsWay::new(traffic);
+            self.try_to_bring(demand, claim, urgency).await
+        };
+        match brought {
+            Ok(()) => {
+                demand.stalls.store(0, Ordering::Relaxed);
+                return true;
+            }
+            Err(Broken::Error(FetchError::Stalled { at, seconds, .. })) => {
+                tracing::info!(at, seconds, "nothing came of a piece; it is asked for once more");
+                demand.stalls.fetch_add(1, Ordering::Relaxed);
+                demand.arriving.add_stall();
+            }
+            Err(broken) => {
+                let error = broken.report();
+                tracing::warn!(error, "what a reader waits for, or will, could not be fetched");
+                tokio::time::sleep(AFTER_FAILURE).await;
+            }
+        }
+        false
+    }
+
+    async fn try_to_bring(
+        &self,
+        demand: &Demand,
+        claim: Claim,
+        urgency: Urgency,
+    ) -> Result<(), Broken> {
+        let way = self.ways.pick();
         // Whatever happens, what was claimed goes back.
         let mut held = Held::new(self, claim);
-        let open = self.ask(way, held.claim()).await.map_err(|error| error.report())?;
-        self.stream(way, open, &mut held, true).await.map_err(|broken| broken.report())
+        let patience = demand.patience(urgency, self.policy.stall_timeout);
+        let asked = tokio::time::timeout(patience, self.ask(&way.0, held.claim())).await;
+        let open = asked.unwrap_or_else(|_elapsed| {
+            let (url, at) = (way.0.client.shown(), held.claim().range.start);
+            Err(FetchError::Stalled { url, at, seconds: patience.as_secs() })
+        })?;
+        self.stream(&way.0, open, &mut held, urgency).await
     }
 }
 
@@ -180,10 +274,9 @@ impl Fleet {
 mod tests {
     use super::*;
 
-    #[test]
-    fn who_goes_forward_gets_more_each_time_and_who_jumps_does_not() {
-        let disk = tempfile::tempdir().unwrap();
-        let disk = crate::disk::Disk::open(disk.path(), true).unwrap();
+    fn demand() -> (tempfile::TempDir, Demand) {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = crate::disk::Disk::open(dir.path(), true).unwrap();
         let id = crate::disk::CopyId {
             name: crate::names::ImageName::parse("a").unwrap(),
             uuid: crate::names::ImageUuid::parse("0a").unwrap(),
@@ -192,7 +285,44 @@ mod tests {
         let version = crate::disk::Version { total_bytes: Some(1 << 30), tag: String::new() };
         filling.begin(&version).unwrap();
         let arriving = filling.arriving().cloned().unwrap();
-        let demand = Demand::new(arriving, &BufPool::new(8));
+        (dir, Demand::new(arriving, &BufPool::new(8)))
+    }
+
+    #[tokio::test]
+    async fn what_is_foreseen_waits_for_what_is_wanted() {
+        use futures_util::FutureExt;
+
+        let (_dir, demand) = demand();
+        let rests = |urgency| demand.yield_to_others(urgency).now_or_never().is_none();
+        let all = [Urgency::Wanted, Urgency::Foreseen, Urgency::InTurn];
+        let foreseen = OnItsWay::new(&demand.foreseen);
+        assert_eq!(all.map(rests), [false, false, true]);
+        let wanted = OnItsWay::new(&demand.wanted);
+        assert_eq!(all.map(rests), [false, true, true]);
+        drop(wanted);
+        assert_eq!(all.map(rests), [false, false, true]);
+        // But not for ever.
+        demand.yield_to_others(Urgency::InTurn).await;
+        drop(foreseen);
+        assert_eq!(all.map(rests), [false; 3]);
+    }
+
+    #[test]
+    fn a_slow_source_is_waited_for_longer_each_time() {
+        let (_dir, demand) = demand();
+        let most = Duration::from_secs(30);
+        for seconds in [2, 4, 8, 16, 30, 30] {
+            let patience = demand.patience(Urgency::Wanted, most);
+            assert_eq!(patience, Duration::from_secs(seconds));
+            demand.stalls.fetch_add(1, Ordering::Relaxed);
+        }
+        assert_eq!(demand.patience(Urgency::InTurn, most), most);
+        assert_eq!(demand.patience(Urgency::Foreseen, Duration::from_secs(1)).as_secs(), 1);
+    }
+
+    #[test]
+    fn who_goes_forward_gets_more_each_time_and_who_jumps_does_not() {
+        let (_dir, demand) = demand();
         let mut at = 0;
         for want in [256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20, 4 << 20] {
             let wide = demand.widen(&(at..at + 4096));

@@ -18,7 +18,7 @@ use tokio::sync::{Notify, watch};
 
 use super::book::{Book, Claim, Turn};
 use super::crew::Crew;
-use super::demand::Demand;
+use super::demand::{Demand, Urgency};
 use super::error::FetchError;
 use super::http::Answer;
 use super::limit::RateLimit;
@@ -172,7 +172,7 @@ impl Fleet {
                 Some(first) => first,
                 None => self.ask(way, held.claim()).await?,
             };
-            self.stream(way, open, &mut held, false).await?;
+            self.stream(way, open, &mut held, Urgency::InTurn).await?;
             way.worked();
         }
         Ok(())
@@ -229,14 +229,13 @@ impl Fleet {
         }
     }
 
-    /// Reads the body of an answer into the claim and, if it goes on, into what follows. `urgent`:
-    /// somebody waits for it.
+    /// Reads the body of an answer into the claim and, if it goes on, into what follows.
     pub(super) async fn stream(
         &self,
         way: &Way,
         open: First,
         held: &mut Held<'_>,
-        urgent: bool,
+        urgency: Urgency,
     ) -> Result<(), Broken> {
         let First { mut answer, asked_end } = open;
         let end = match self.total {
@@ -245,11 +244,16 @@ impl Fleet {
         };
         let Claim { range, permits, buf, .. } = held.claim_mut();
         let (start, permits, buf) = (range.start, permits.take(), buf.take());
-        let feed = if urgent { self.feed.out_of_turn() } else { self.feed.clone() };
-        let share = self.share.clone();
+        let in_turn = urgency == Urgency::InTurn;
+        let feed = if in_turn { self.feed.clone() } else { self.feed.out_of_turn() };
+        let share = match (&self.demand, urgency) {
+            (Some(demand), Urgency::Wanted) => demand.share.clone(),
+            (Some(demand), Urgency::Foreseen) => demand.foreseen_share.clone(),
+            (Some(_) | None, _) => self.share.clone(),
+        };
         let mut cutter = Cutter::resume(feed, share, start, permits, buf);
         self.progress.set_phase(Phase::Fetching);
-        let read = self.read(way, &mut answer, end, &mut cutter, held, urgent).await;
+        let read = self.read(way, &mut answer, end, &mut cutter, held, urgency).await;
         let at = cutter.at();
         // A body that ended well ends where a range does; one that broke goes on in its buffer.
         let flushed = if read.is_ok() { cutter.flush(true) } else { Ok(()) };
@@ -272,10 +276,12 @@ impl Fleet {
         end: u64,
         cutter: &mut Cutter,
         held: &mut Held<'_>,
-        urgent: bool,
+        urgency: Urgency,
     ) -> Result<(), Broken> {
         // For what a body that is over may not have.
         let mut beyond = [0];
+        // Of a piece out of turn: before its buffer was full.
+        let mut handed_bytes = 0;
         loop {
             let at = cutter.at();
             // A body without a length of its own may go on: that is a lie to be found.
@@ -286,14 +292,16 @@ impl Fleet {
                 // Somebody else has what follows: this body is of no more use.
                 return Ok(());
             }
-            if let Some(demand) = self.demand.as_ref().filter(|_| !urgent) {
-                demand.yield_to_it().await;
+            let mut patience = self.policy.stall_timeout;
+            if let Some(demand) = &self.demand {
+                demand.yield_to_others(urgency).await;
+                patience = demand.patience(urgency, patience);
             }
             let portion = self.limit.portion().min(self.progress.limit().portion());
             let most = portion.min(held.claim().range.end.min(end) - at);
             let room = if at < end { cutter.room(most).await? } else { &mut beyond[..] };
             let begin = Instant::now();
-            let filled = answer.fill(at, room, &way.client, self.policy.stall_timeout).await;
+            let filled = answer.fill(at, room, &way.client, patience).await;
             self.state.starved.fetch_add(nanos(begin.elapsed()), Ordering::Relaxed);
             match filled {
                 Ok(0) if at == end || self.total.is_none() => return Ok(()),
@@ -308,6 +316,13 @@ impl Fleet {
                 Ok(count) => {
                     self.progress.add_received(count as u64);
                     cutter.filled(count).map_err(|Stopped| Broken::Stopped)?;
+                    if let Some(demand) =
+                        self.demand.as_ref().filter(|_| urgency != Urgency::InTurn)
+                        && demand.is_worth_handing_over(cutter.open_bytes(), handed_bytes)
+                    {
+                        handed_bytes += cutter.open_bytes() as u64;
+                        cutter.hand_over().await?.map_err(|Stopped| Broken::Stopped)?;
+                    }
                     self.limit.spend(count).await;
                     self.progress.limit().spend(count).await;
                 }

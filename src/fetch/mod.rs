@@ -18,6 +18,7 @@ mod duplicate;
 mod error;
 mod expect;
 mod fleet;
+mod foreseen;
 mod http;
 mod limit;
 mod local;

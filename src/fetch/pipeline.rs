@@ -280,6 +280,20 @@ impl Cutter {
         self.flush(false).map(|()| tail)
     }
 
+    /// Bytes in the open buffer.
+    pub(super) fn open_bytes(&self) -> usize {
+        self.buf.as_ref().map_or(0, Buf::len)
+    }
+
+    /// Hands the whole units of the open buffer over before it is full: somebody waits for them. The
+    /// stream goes on in another buffer.
+    pub(super) async fn hand_over(&mut self) -> Result<Result<(), Stopped>, FetchError> {
+        match self.park() {
+            Ok(tail) => self.push(&tail).await,
+            Err(Stopped) => Ok(Err(Stopped)),
+        }
+    }
+
     /// The open buffer and what is left of the permits, for whoever goes on here.
     pub(super) fn take_apart(mut self) -> (Option<BufPermits>, Option<Buf>) {
         (self.permits.take(), self.buf.take())

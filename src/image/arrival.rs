@@ -11,7 +11,7 @@
 use std::sync::Arc;
 
 use super::layer::Layer;
-use super::source::Impatient;
+use super::source::{Asking, Impatient};
 use super::{ReadError, Run, RunKind, Stored, View};
 use crate::disk::{Arriving, GoesOn, Waits};
 use crate::units::GuestOffset;
@@ -20,10 +20,12 @@ use crate::units::GuestOffset;
 const MAX_RUNS: usize = 1 << 16;
 
 /// What is missing of a layer's file.
-struct Missing<'a> {
-    layer: &'a Arc<Layer>,
-    at: u64,
-    len_bytes: u64,
+pub(super) struct Missing<'a> {
+    pub(super) layer: &'a Arc<Layer>,
+    pub(super) at: u64,
+    pub(super) len_bytes: u64,
+    /// It says where others are: nobody knows what else is missing.
+    pub(super) is_table: bool,
 }
 
 impl View {
@@ -47,13 +49,15 @@ impl View {
         all.fold(Waits::default(), |sum, waits| Waits {
             misses: sum.misses + waits.misses,
             waited: sum.waited + waits.waited,
+            stalls: sum.stalls + waits.stalls,
+            foreseen_bytes: sum.foreseen_bytes + waits.foreseen_bytes,
         })
     }
 
     /// Asks for all that a read of `[at, at + len)` needs and that is not here; true if nothing is
     /// missing. Does not wait.
     pub fn ask(&self, at: GuestOffset, len_bytes: u64) -> bool {
-        self.first_missing(at, len_bytes).is_none()
+        self.first_missing(at, len_bytes, Asking::Now).is_none()
     }
 
     /// Waits until all is here that a read of `[at, at + len)` needs.
@@ -76,9 +80,8 @@ impl View {
         goes_on: GoesOn<'_>,
     ) -> Result<(), ReadError> {
         while self.is_arriving() {
-            let Some(Missing { layer, at, len_bytes }) = self.first_missing(at, len_bytes) else {
-                break;
-            };
+            let missing = self.first_missing(at, len_bytes, Asking::Now);
+            let Some(Missing { layer, at, len_bytes, .. }) = missing else { break };
             let Some(arriving) = layer.arriving() else { continue };
             arriving.wait_while(at, len_bytes, goes_on).map_err(|source| {
                 let len = usize::try_from(len_bytes).unwrap_or(usize::MAX);
@@ -101,14 +104,19 @@ impl View {
                 None => (true, run.len_bytes),
             },
             RunKind::Encoded if self.is_arriving() => {
-                (self.first_missing(at, 1).is_none(), run.len_bytes)
+                (self.first_missing(at, 1, Asking::Now).is_none(), run.len_bytes)
             }
             RunKind::Encoded | RunKind::Zero => (true, run.len_bytes),
         }
     }
 
     /// Asks for what is missing of a range; gives the first of it.
-    fn first_missing(&self, mut at: GuestOffset, len_bytes: u64) -> Option<Missing<'_>> {
+    pub(super) fn first_missing(
+        &self,
+        mut at: GuestOffset,
+        len_bytes: u64,
+        asking: Asking,
+    ) -> Option<Missing<'_>> {
         let end = at.0.saturating_add(len_bytes).min(self.size_bytes());
         let mut first = None;
         for _ in 0..MAX_RUNS {
@@ -117,12 +125,12 @@ impl View {
             }
             let table = std::cell::Cell::new(None);
             let found = self.layer_run_by(at, end - at.0, |layer, at, end| {
-                let file = Impatient::new(layer.file());
+                let file = Impatient::new(layer.file(), asking);
                 let run = layer.run_from(&file, at, end);
                 if let (Err(_), Some((at, len_bytes))) = (&run, file.missing())
                     && let Some(layer) = self.shared(layer)
                 {
-                    table.set(Some(Missing { layer, at, len_bytes }));
+                    table.set(Some(Missing { layer, at, len_bytes, is_table: true }));
                 }
                 run
             });
@@ -130,7 +138,7 @@ impl View {
                 // Without the table nobody knows what comes after it; or it is damaged.
                 return first.or(table.into_inner());
             };
-            let missing = layer.and_then(|layer| self.missing_of(layer, run, at));
+            let missing = layer.and_then(|layer| self.missing_of(layer, run, at, asking));
             first = first.or(missing);
             at = at.advance(run.len_bytes);
         }
@@ -143,6 +151,7 @@ impl View {
         layer: &'a Arc<Layer>,
         run: Run,
         at: GuestOffset,
+        asking: Asking,
     ) -> Option<Missing<'a>> {
         let (arriving, (at, len_bytes)) = match run.kind {
             RunKind::Zero => return None,
@@ -153,8 +162,8 @@ impl View {
         if arriving.is_here(at, len_bytes) {
             return None;
         }
-        arriving.will_read(at, len_bytes);
-        Some(Missing { layer, at, len_bytes })
+        asking.ask(arriving, at, len_bytes);
+        Some(Missing { layer, at, len_bytes, is_table: false })
     }
 
     fn shared(&self, layer: &Layer) -> Option<&Arc<Layer>> {

@@ -21,10 +21,12 @@ mod format;
 mod info;
 mod inspection;
 mod layer;
+mod prefetch;
 pub mod qcow2;
 mod raw;
 mod source;
 mod tally;
+mod trace;
 mod view;
 
 pub use crate::disk::Waits;
@@ -35,4 +37,7 @@ pub use format::{Format, UnknownFormat, detect};
 pub use info::{ClusterCounts, Info, inspect, peek};
 pub use inspection::{Finding, Inspection, Verdict};
 pub use source::{LayerFile, Source};
+pub use trace::{
+    MAX_TRACE_BYTES, MAX_TRACE_RANGES, TRACE_UNIT_BYTES, Trace, TraceError, TraceFile,
+};
 pub use view::{Handout, MAX_LAYERS, Opening, Run, RunKind, Stored, View};

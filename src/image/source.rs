@@ -170,17 +170,37 @@ impl Source for LayerFile {
     }
 }
 
+/// How what is not here is asked for by somebody who does not wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Asking {
+    /// A reader wants it.
+    Now,
+    /// A reader may want it later.
+    Later,
+}
+
+impl Asking {
+    /// Asks for a range.
+    pub(super) fn ask(self, arriving: &Arriving, at: u64, len_bytes: u64) {
+        match self {
+            Self::Now => arriving.will_read(at, len_bytes),
+            Self::Later => arriving.foresee(at, len_bytes),
+        }
+    }
+}
+
 /// A layer's file for somebody who does not wait: what is not here is asked for, and noted.
 #[derive(Debug)]
 pub(super) struct Impatient<'a> {
     file: &'a LayerFile,
+    asking: Asking,
     /// The first range that was missing: where it begins, and its length.
     missing: OnceLock<(u64, u64)>,
 }
 
 impl<'a> Impatient<'a> {
-    pub(super) fn new(file: &'a LayerFile) -> Self {
-        Self { file, missing: OnceLock::new() }
+    pub(super) fn new(file: &'a LayerFile, asking: Asking) -> Self {
+        Self { file, asking, missing: OnceLock::new() }
     }
 
     /// What was missing, if anything was.
@@ -202,7 +222,7 @@ impl Source for Impatient<'_> {
         let len_bytes = bytes.len() as u64;
         match self.file.arriving() {
             Some(arriving) if !arriving.is_here(at, len_bytes) => {
-                arriving.will_read(at, len_bytes);
+                self.asking.ask(arriving, at, len_bytes);
                 self.missing.get_or_init(|| (at, len_bytes));
                 Err(io::ErrorKind::WouldBlock.into())
             }
@@ -215,6 +235,9 @@ impl Source for Impatient<'_> {
     }
 
     fn will_read(&self, at: u64, len_bytes: u64) {
-        self.file.will_read(at, len_bytes);
+        match self.file.arriving() {
+            Some(arriving) => self.asking.ask(arriving, at, len_bytes),
+            None => self.file.will_read(at, len_bytes),
+        }
     }
 }

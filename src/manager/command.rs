@@ -6,6 +6,7 @@
 //! Start at [`World::command`].
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::backend::DiskStatus;
@@ -20,7 +21,7 @@ use super::steer::SteeringChange;
 use super::volume::NewVolume;
 use super::world::{Action, Attachment, AttachmentState, Change, Image, Touched, Worker, World};
 use crate::fetch::{Access, SourceUrl};
-use crate::image::Format;
+use crate::image::{Format, Trace};
 use crate::import::Layout;
 use crate::names::{ClassName, DiskUuid, ImageName, ImageUuid, Tag, VolumeName};
 
@@ -93,6 +94,8 @@ pub enum Command {
     Fetch(ImageName, Option<DiskUuid>),
     /// Steer its transfers.
     Steer(ImageName, SteeringChange),
+    /// Keep with it what its readers will ask for first, or nothing any more.
+    SetPrefetch(ImageName, Option<Arc<Trace>>),
     /// Stop its unfinished transfers and remove what has arrived of them.
     Cancel(ImageName),
     /// Remove its copies on these disks, all of them or none.
@@ -184,6 +187,7 @@ impl World {
                 Outcome::Image(name, false)
             }
             Command::Steer(name, change) => self.steer(name, change, &mut touched)?,
+            Command::SetPrefetch(name, trace) => self.set_prefetch(name, trace, &mut touched)?,
             Command::Cancel(name) => self.cancel(name, &mut touched)?,
             Command::CleanUp(name, disks) => self.clean_up(name, &disks, &mut touched)?,
             Command::Scrub(name, disk) => self.ask_for_scrub(name, disk.as_ref(), &mut touched)?,
@@ -250,6 +254,7 @@ impl World {
                 steering: Steering::default(),
                 expected: new.expected,
                 declared_format: new.declared_format,
+                prefetch: None,
                 facts: None,
                 disks: std::collections::BTreeMap::new(),
                 min_copies: new.min_copies,
@@ -461,11 +466,7 @@ fn same_image(record: &ImageRecord, new: &NewImage) -> Result<(), ManagerError> 
     let digests = new.expected.digests.iter();
     let digests = digests.map(|(kind, given)| (kind.key(), known(kind), Some(given.to_owned())));
     let text = |text: &Option<String>| text.clone().unwrap_or_else(|| "none".to_owned());
-    let tags = |tags: &BTreeSet<Tag>| match tags.is_empty() {
-        true => Some("none".to_owned()),
-        false => Some(list(tags)),
-    };
-    let said = |new: &BTreeSet<Tag>| tags(new).filter(|_| !new.is_empty());
+    let said = |new: &BTreeSet<Tag>| Some(list(new)).filter(|_| !new.is_empty());
     let named = |name: &Option<ImageName>| text(&name.as_ref().map(ToString::to_string));
     let shown = |url: &Option<SourceUrl>| url.as_ref().map(ToString::to_string);
     let others = [
@@ -477,8 +478,8 @@ fn same_image(record: &ImageRecord, new: &NewImage) -> Result<(), ManagerError> 
             Some(text(&record.snapshot)),
             Some(text(&new.snapshot)).filter(|_| cloned.is_none() || new.snapshot.is_some()),
         ),
-        ("disk_selector", tags(&record.selectors.disk), said(&new.selectors.disk)),
-        ("node_selector", tags(&record.selectors.node), said(&new.selectors.node)),
+        ("disk_selector", Some(list(&record.selectors.disk)), said(&new.selectors.disk)),
+        ("node_selector", Some(list(&record.selectors.node)), said(&new.selectors.node)),
         ("layout", Some(record.layout.to_string()), Some(new.layout.to_string())),
         (
             "format",

@@ -23,6 +23,7 @@ use super::steer::SteeringChange;
 use super::volume::NewVolume;
 use super::world::{Change, World};
 use crate::catalog::{Catalog, CatalogError};
+use crate::image::Trace;
 use crate::names::{ClassName, DiskUuid, ImageName, VolumeName};
 
 /// Commands that may wait; more senders wait in line.
@@ -37,12 +38,12 @@ pub trait Exporter: Send + Sync + 'static {
     /// [`BackendError`] if its view can't be opened.
     fn publish(&self, chain: &[Link]) -> Result<(), BackendError>;
 
-    /// As [`publish`](Self::publish), for a copy that is still arriving. Blocks until its first
-    /// bytes are here.
+    /// As [`publish`](Self::publish), for a copy that is still arriving; what is in `prefetch` is
+    /// asked for ahead. Blocks until its first bytes are here.
     ///
     /// # Errors
     /// [`BackendError`] if it can't be read before it is complete.
-    fn stream(&self, chain: &[Link]) -> Result<(), BackendError>;
+    fn stream(&self, chain: &[Link], prefetch: Option<Arc<Trace>>) -> Result<(), BackendError>;
 
     /// True if the readers of the image's export have lost what they read. Quick.
     fn is_lost(&self, image: &ImageName) -> bool;
@@ -222,6 +223,19 @@ impl Manager {
         change: SteeringChange,
     ) -> Result<ImageStatus, ManagerError> {
         self.command(Command::Steer(name, change)).await?.image().map(|(image, _)| image)
+    }
+
+    /// Keeps with an image what its readers will ask for first, or nothing any more.
+    ///
+    /// # Errors
+    /// [`ManagerError::OtherTrace`] if it is another image's; nothing was changed.
+    pub async fn set_prefetch(
+        &self,
+        name: ImageName,
+        trace: Option<Arc<Trace>>,
+    ) -> Result<ImageStatus, ManagerError> {
+        let command = Command::SetPrefetch(name, trace);
+        self.command(command).await?.image().map(|(image, _)| image)
     }
 
     /// Stops the unfinished transfers of an image and removes what has arrived of them.

@@ -24,6 +24,11 @@ pub enum ManagerError {
     /// The image exists and differs in what is expected of it.
     #[error("image {name}: exists, and its {what} is {found}, not {given}")]
     OtherExpectation { name: ImageName, what: &'static str, found: String, given: String },
+    /// The trace was recorded on another image.
+    #[error(
+        "image {name}: its {kind} is {found}, and the trace was recorded on an image with {given}"
+    )]
+    OtherTrace { name: ImageName, kind: &'static str, found: String, given: String },
     /// The image is in use.
     #[error("image {name}: in use (attachments: {attachments}, open sessions: {sessions})")]
     InUse { name: ImageName, attachments: usize, sessions: usize },

@@ -48,7 +48,7 @@ impl Driver {
                 | Action::Steer(..)
                 | Action::Remove(_)
                 | Action::Publish(_)
-                | Action::Stream(_)
+                | Action::Stream(..)
                 | Action::Withdraw(_)
                 | Action::Announce(_) => {}
             }

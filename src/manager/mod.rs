@@ -27,6 +27,7 @@ mod keep;
 mod mend;
 mod node;
 mod perform;
+mod prefetch;
 pub mod records;
 mod recovery;
 mod scrub;
@@ -61,7 +62,7 @@ pub use disks::{DiskChange, DiskView, OpenedDisk};
 pub use driver::{Exporter, Manager, Object, Subscription, Told};
 pub use error::ManagerError;
 pub use node::{Node, NodeError, NodeOptions};
-pub(crate) use perform::unix_now_s;
+pub(crate) use records::unix_now_s;
 pub use records::{
     AttachmentId, AttachmentRecord, BackupRecord, ClassRecord, CloneOf, DiskRecord, Expected,
     Facts, ImageRecord, ScrubRecord, ScrubResult, Steering, VolumeRecord,

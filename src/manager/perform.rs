@@ -10,18 +10,22 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
 
-use super::backend::{Backend, BackendError, CopyId, CopyTask, Report, Reporter, WorkerHandle};
+use super::backend::{
+    Backend, BackendError, CopyId, CopyTask, Link, Report, Reporter, WorkerHandle,
+};
 use super::command::{Command, Outcome};
 use super::disks::OpenedDisk;
 use super::driver::{Answer, Exporter, Message, Subscription, Told};
 use super::error::ManagerError;
-use super::records::{AttachmentRecord, ClassRecord, DiskRecord, ImageRecord, VolumeRecord};
+use super::records::{
+    AttachmentRecord, ClassRecord, DiskRecord, ImageRecord, VolumeRecord, unix_now_s,
+};
 use super::settings::{Settings, SettingsRecord};
 use super::world::{Action, Event, Records, World};
 use crate::catalog::{Catalog, CatalogError, Kind, Revision, list_as};
@@ -348,23 +352,27 @@ impl Driver {
                     });
                 }
                 Action::Publish(chain) => {
-                    let exporter = self.exporter.clone();
-                    self.tasks.spawn_blocking(move || {
-                        let result = exporter.publish(&chain).map_err(|e| (e.class, e.message));
-                        chain.into_iter().next().map(|top| Event::Published(top.copy, result))
-                    });
+                    self.open(chain, |exporter, chain| exporter.publish(chain));
                 }
-                Action::Stream(chain) => {
-                    let exporter = self.exporter.clone();
-                    self.tasks.spawn_blocking(move || {
-                        let result = exporter.stream(&chain).map_err(|e| (e.class, e.message));
-                        chain.into_iter().next().map(|top| Event::Published(top.copy, result))
-                    });
+                Action::Stream(chain, prefetch) => {
+                    self.open(chain, |exporter, chain| exporter.stream(chain, prefetch));
                 }
                 Action::Withdraw(name) => self.exporter.withdraw(&name),
                 Action::Announce(change) => self.announce(change),
             }
         }
+    }
+
+    fn open(
+        &mut self,
+        chain: Vec<Link>,
+        open: impl FnOnce(&dyn Exporter, &[Link]) -> Result<(), BackendError> + Send + 'static,
+    ) {
+        let exporter = self.exporter.clone();
+        self.tasks.spawn_blocking(move || {
+            let result = open(&*exporter, &chain).map_err(|e| (e.class, e.message));
+            chain.into_iter().next().map(|top| Event::Published(top.copy, result))
+        });
     }
 
     fn start_worker(
@@ -426,10 +434,4 @@ pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send 
         Ok(value) => value,
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
-}
-
-/// Seconds since 1970, UTC; 0 if the clock is before.
-#[must_use]
-pub(crate) fn unix_now_s() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }

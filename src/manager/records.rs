@@ -8,13 +8,15 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
 use super::selectors::Selectors;
 use crate::fetch::source::{self, SourceUrl};
 use crate::fetch::{Access, DigestMap};
-use crate::image::Format;
+use crate::image::{Format, Trace};
 use crate::import::Layout;
 use crate::names::{ClassName, DiskUuid, ImageName, ImageUuid, NameError, VolumeName};
 
@@ -168,6 +170,9 @@ pub struct ImageRecord {
     /// What the user says of its format; `None` = look.
     #[serde(default)]
     pub declared_format: Option<Format>,
+    /// What its readers will ask for first: asked for ahead while a copy is read as it arrives.
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "shared")]
+    pub prefetch: Option<Arc<Trace>>,
     /// What the first good copy told.
     #[serde(default)]
     pub facts: Option<Facts>,
@@ -185,6 +190,25 @@ pub struct ImageRecord {
     pub deleting: bool,
     /// Seconds since 1970, UTC.
     pub created_unix_s: u64,
+}
+
+/// A trace that records share.
+mod shared {
+    use super::{Arc, Trace};
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(
+        trace: &Option<Arc<Trace>>,
+        out: S,
+    ) -> Result<S::Ok, S::Error> {
+        trace.as_deref().serialize(out)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<Option<Arc<Trace>>, D::Error> {
+        Option::<Trace>::deserialize(from).map(|trace| trace.map(Arc::new))
+    }
 }
 
 /// A disk of the node, as it is known while it is missing.
@@ -366,6 +390,12 @@ pub struct ClassRecord {
     pub kept: BTreeMap<String, String>,
     /// Seconds since 1970, UTC.
     pub created_unix_s: u64,
+}
+
+/// Seconds since 1970, UTC; 0 if the clock is before.
+#[must_use]
+pub(crate) fn unix_now_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
 #[cfg(test)]

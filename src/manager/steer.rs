@@ -122,9 +122,10 @@ pub(super) fn step(now: Duration, image: &mut Image, disk: &DiskUuid, touched: &
     let Some(copy) = image.copies.get_mut(disk) else { return };
     // A copy that goes is closed first, also one that turned out bad meanwhile; nobody reads it, or
     // who does was told.
+    let mut is_opening = false;
     if copy.cancelled {
         match &image.export {
-            Export::Opening(on) if on == disk => return,
+            Export::Opening(on) if on == disk => is_opening = true,
             Export::Open(on) | Export::Streaming(on) if on == disk => {
                 image.export = Export::Closed;
                 touched.actions.push(Action::Withdraw(image.record.name.clone()));
@@ -138,7 +139,7 @@ pub(super) fn step(now: Duration, image: &mut Image, disk: &DiskUuid, touched: &
             touched.actions.push(Action::Cancel(id));
         }
         Worker::Idle if copy.cancelled => {
-            if !copy.removing && copy.retry_at.is_none_or(|at| now >= at) {
+            if !is_opening && !copy.removing && copy.retry_at.is_none_or(|at| now >= at) {
                 (copy.removing, copy.retry_at) = (true, None);
                 touched.actions.push(Action::Remove(id));
             }

@@ -79,7 +79,8 @@ pub(super) fn open_step(
     if image.export == Export::Closed
         && let Some((disk, chain)) = streams.into_iter().next()
     {
-        touched.actions.push(Action::Stream(chain));
+        let prefetch = image.record.prefetch.clone();
+        touched.actions.push(Action::Stream(chain, prefetch));
         image.export = Export::Opening(disk);
     }
 }

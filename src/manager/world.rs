@@ -9,6 +9,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -26,6 +27,7 @@ use super::records::{
 use super::selectors::Selectors;
 use super::settings::{Settings, SettingsRecord};
 use super::volume::Volume;
+use crate::image::Trace;
 use crate::import::Layout;
 use crate::names::{ClassName, DiskUuid, ImageName, VolumeName};
 
@@ -150,8 +152,8 @@ pub enum Action {
     /// Open the first copy for readers, on the others, which it stands on; answer with
     /// [`Event::Published`].
     Publish(Vec<Link>),
-    /// As [`Action::Publish`], for a copy that is still arriving.
-    Stream(Vec<Link>),
+    /// As [`Action::Publish`], for a copy that is still arriving, of which this will be read first.
+    Stream(Vec<Link>, Option<Arc<Trace>>),
     /// Close the image's export.
     Withdraw(ImageName),
     /// Tell the watchers.
@@ -317,6 +319,7 @@ impl World {
                 access: Box::default(),
                 expected: Box::default(),
                 declared_format: None,
+                prefetch: None,
                 facts: None,
                 disks: BTreeMap::new(),
                 min_copies: 0,

@@ -79,6 +79,15 @@ impl<'a> KernelSlice<'a> {
         }
     }
 
+    /// Copies its first bytes into `buf`, as [`FileMap::copy_to`] does; `buf` must not be longer.
+    pub fn copy_to(&self, buf: &mut [u8]) -> Copied {
+        if buf.len() > self.len_bytes {
+            return Copied::Not;
+        }
+        // SAFETY: the range is in a map that the borrow keeps mapped; `buf` is ours to write.
+        unsafe { guard::copy(self.base, buf.as_mut_ptr(), buf.len()) }
+    }
+
     /// As the kernel takes it in sendmsg, writev and IORING_OP_SENDMSG; for reading from only.
     #[must_use]
     pub fn iovec(&self) -> libc::iovec {
@@ -255,6 +264,21 @@ mod tests {
         let rest = slice.skip(20);
         assert_eq!((rest.len(), rest.as_ptr() as usize), (30, slice.as_ptr() as usize + 20));
         assert!(slice.skip(51).is_empty());
+    }
+
+    #[test]
+    fn a_slice_is_copied_within_its_bounds_and_a_page_that_is_gone_is_no_signal() {
+        let file = file_of(&[7; 8192]);
+        let map = FileMap::new(&file, 8192).unwrap();
+        let slice = map.slice(FileOffset(4000), 200).unwrap();
+        assert_eq!(slice.copy_to(&mut [0; 201]), Copied::Not);
+        let mut buf = [0; 200];
+        if cfg!(target_arch = "x86_64") {
+            assert_ne!(slice.copy_to(&mut buf), Copied::Not);
+            assert_eq!(buf, [7; 200]);
+        }
+        file.set_len(4096).unwrap();
+        assert_eq!(slice.copy_to(&mut buf), Copied::Not);
     }
 
     #[test]

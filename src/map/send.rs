@@ -8,7 +8,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use super::KernelSlice;
+use super::{Copied, KernelSlice};
 
 /// Most pieces that one sendmsg takes (the kernel's UIO_MAXIOV); [`send_pieces`] sends no more.
 pub const MAX_PIECES: usize = 1024;
@@ -44,6 +44,19 @@ impl Piece<'_> {
         match self {
             Self::Bytes(bytes) => Self::Bytes(bytes.get(count..).unwrap_or_default()),
             Self::Mapped(slice) => Self::Mapped(slice.skip(count)),
+        }
+    }
+
+    /// Copies its first bytes into `buf`, for whoever changes them on their way (encryption). False,
+    /// with anything in `buf`, if the piece is shorter or a page of it cannot be read.
+    #[must_use]
+    pub fn copy_to(&self, buf: &mut [u8]) -> bool {
+        match self {
+            Self::Bytes(bytes) => {
+                let first = bytes.get(..buf.len());
+                first.map(|first| buf.copy_from_slice(first)).is_some()
+            }
+            Self::Mapped(slice) => slice.copy_to(buf) != Copied::Not,
         }
     }
 

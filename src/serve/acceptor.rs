@@ -8,6 +8,7 @@
 //! Start at [`Acceptor::new`] and [`Acceptor::run`].
 
 use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -34,6 +35,8 @@ pub(super) struct Acceptor {
     name: &'static str,
     /// Open connections; the next one is closed as soon as it is accepted.
     connections: usize,
+    /// As many of them may be of one host of a network.
+    per_host: usize,
     /// Time that sessions get to answer what was asked when the server stops.
     farewell: Duration,
     shared: Arc<Shared>,
@@ -70,6 +73,23 @@ impl Table {
     fn sockets(&self) -> impl Iterator<Item = &Socket> {
         self.open.values().filter_map(|connection| connection.socket.as_ref())
     }
+
+    fn of_host(&self, wanted: IpAddr) -> usize {
+        let peers = self.sockets().filter_map(Socket::peer);
+        peers.filter(|peer| host(*peer) == wanted).count()
+    }
+}
+
+/// Whose address it is: of IPv6 a host has a whole network of 64 bits to choose from.
+fn host(peer: SocketAddr) -> IpAddr {
+    match peer.ip().to_canonical() {
+        IpAddr::V6(address) => {
+            let mut segments = address.segments();
+            segments[4..].fill(0);
+            IpAddr::V6(Ipv6Addr::from(segments))
+        }
+        v4 @ IpAddr::V4(_) => v4,
+    }
 }
 
 impl Acceptor {
@@ -88,12 +108,23 @@ impl Acceptor {
                 |errno| ServeError::Resources { op: "make an eventfd", source: errno.into() },
             )?;
         let shared = Shared { stop, table: Mutex::default(), one_finished: Condvar::new() };
-        Ok(Self { listener, name, connections, farewell, shared: Arc::new(shared) })
+        let (per_host, shared) = (connections, Arc::new(shared));
+        Ok(Self { listener, name, connections, per_host, farewell, shared })
     }
 
-    /// Where it listens; `None` for an inherited socket.
+    /// Lets one host of a network have no more than so many of the connections.
+    pub(super) fn with_per_host(self, per_host: usize) -> Self {
+        Self { per_host, ..self }
+    }
+
+    /// Where it listens, if that is a path.
     pub(super) fn path(&self) -> Option<&Path> {
         self.listener.path()
+    }
+
+    /// Where it listens, if that is an address of a network.
+    pub(super) fn address(&self) -> Option<SocketAddr> {
+        self.listener.address()
     }
 
     /// A handle that stops this server.
@@ -128,8 +159,12 @@ impl Acceptor {
             if self.wait(rest.take())? {
                 return Ok(());
             }
-            match rustix::net::accept_with(&self.listener.fd, SocketFlags::CLOEXEC) {
-                Ok(fd) => self.welcome(fd, session),
+            match rustix::net::acceptfrom_with(&self.listener.fd, SocketFlags::CLOEXEC) {
+                Ok((fd, peer)) => {
+                    // A peer on a Unix socket has no such address.
+                    let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
+                    self.welcome(Socket::with_peer(fd, peer), session);
+                }
                 Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
                 Err(errno) => {
                     tracing::error!(error = %errno, "cannot accept a connection; trying again");
@@ -154,11 +189,10 @@ impl Acceptor {
         }
     }
 
-    fn welcome<S>(&self, fd: OwnedFd, session: &S)
+    fn welcome<S>(&self, socket: Socket, session: &S)
     where
         S: Fn(u64, Socket) + Clone + Send + 'static,
     {
-        let socket = Socket::new(fd);
         let mut table = self.shared.table();
         let open = table.open.len() - table.finished.len();
         if open >= self.connections {
@@ -167,6 +201,13 @@ impl Acceptor {
                 server = self.name,
                 "connection refused: too many are open"
             );
+            return;
+        }
+        if let Some(host) = socket.peer().map(host)
+            && table.of_host(host) >= self.per_host
+        {
+            let (limit, server) = (self.per_host, self.name);
+            tracing::warn!(limit, server, %host, "connection refused: this host has too many open");
             return;
         }
         let id = table.next_id;
@@ -266,5 +307,21 @@ impl Connection {
         if self.thread.join().is_err() {
             tracing::error!("a session panicked; its connection was closed");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_is_an_address_of_ipv4_or_a_network_of_ipv6() {
+        let same =
+            |one: &str, other: &str| host(one.parse().unwrap()) == host(other.parse().unwrap());
+        assert!(same("10.0.0.1:5", "10.0.0.1:6"));
+        assert!(!same("10.0.0.1:5", "10.0.0.2:5"));
+        assert!(same("[::ffff:10.0.0.1]:5", "10.0.0.1:5"));
+        assert!(same("[2001:db8:1:2:3::4]:5", "[2001:db8:1:2:5:6:7:8]:5"));
+        assert!(!same("[2001:db8:1:2::4]:5", "[2001:db8:1:3::4]:5"));
     }
 }

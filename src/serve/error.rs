@@ -1,6 +1,7 @@
 //! Why serving was refused or failed: what, where, and what to do.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 /// Why an export or a server is refused, or failed. The message prints every field.
@@ -36,10 +37,26 @@ pub enum ServeError {
         #[source]
         source: io::Error,
     },
-    /// LISTEN_PID and LISTEN_FDS speak of this process, but not of one listening stream socket.
-    #[error("socket activation: {what}; pass exactly one listening Unix stream socket")]
-    Activation {
+    /// An address of a network cannot be listened at.
+    #[error("{address}: cannot listen here; give an address of this host, and a port that is free")]
+    Address {
+        address: SocketAddr,
+        #[source]
+        source: io::Error,
+    },
+    /// A certificate or key of TLS cannot be used.
+    #[error("{}: the {what} {fault}", path.display())]
+    Credential {
         what: &'static str,
+        path: PathBuf,
+        fault: String,
+        #[source]
+        source: Option<io::Error>,
+    },
+    /// LISTEN_PID and LISTEN_FDS speak of this process, but not of sockets that can be served.
+    #[error("socket activation: {what}")]
+    Activation {
+        what: String,
         #[source]
         source: Option<io::Error>,
     },

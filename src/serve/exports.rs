@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::Socket;
 use super::replica::Handout;
-use super::{Counters, Latency, ServeError, Warmth};
+use super::{Counters, Latency, ServeError, Tracing, Warmth};
 use crate::image::View;
 
 /// Longest name or description in bytes (the protocol's limit for strings).
@@ -32,6 +32,7 @@ pub struct Export {
     warmth: Warmth,
     counters: Counters,
     latency: Latency,
+    tracing: Tracing,
     sessions: Mutex<Sessions>,
 }
 
@@ -94,6 +95,12 @@ impl Export {
     #[must_use]
     pub fn latency(&self) -> &Latency {
         &self.latency
+    }
+
+    /// Which of its ranges are asked for, if somebody wants to know.
+    #[must_use]
+    pub fn tracing(&self) -> &Tracing {
+        &self.tracing
     }
 
     /// How many sessions are in the transmission phase now.
@@ -203,6 +210,7 @@ impl Exports {
             view,
             counters: Counters::default(),
             latency: Latency::default(),
+            tracing: Tracing::default(),
             sessions: Mutex::default(),
         });
         names.by_name.insert(name.to_owned(), Arc::clone(&export));

@@ -1,12 +1,13 @@
-//! A listening Unix socket at a path, made and removed with care.
+//! A listening socket: at a path, made and removed with care, or at an address of a network.
 //!
 //! Why: a socket file outlives its server, and two servers at one path would both look alive.
 //! How: the mode is set before the file exists; an existing socket is asked whether anybody
 //! answers before it is replaced; our own is unlinked only while it is still ours.
 //! Never: deletes a file that is not a socket, or a socket that answers.
-//! Start at [`Listener::bind`].
+//! Start at [`Listener::bind`] and [`Listener::bind_tcp`].
 
 use std::io;
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -17,6 +18,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::ServeError;
+use super::activation::Passed;
 
 /// Room for a path in a socket address, without the final NUL.
 const MAX_PATH_BYTES: usize = 107;
@@ -29,6 +31,8 @@ const MODE: u32 = 0o660;
 #[derive(Debug)]
 pub(super) struct Listener {
     pub(super) fd: OwnedFd,
+    path: Option<PathBuf>,
+    address: Option<SocketAddr>,
     made: Option<Made>,
 }
 
@@ -42,8 +46,21 @@ struct Made {
 
 impl Listener {
     /// A socket that somebody else made, and will remove.
-    pub(super) fn inherited(fd: OwnedFd) -> Self {
-        Self { fd, made: None }
+    pub(super) fn inherited(passed: Passed) -> Self {
+        let Passed { fd, path, address } = passed;
+        Self { fd, path, address, made: None }
+    }
+
+    /// Listens at this address of a network; port 0 is any that is free.
+    ///
+    /// # Errors
+    /// [`ServeError::Address`].
+    pub(super) fn bind_tcp(address: SocketAddr) -> Result<Self, ServeError> {
+        let failed = |source| ServeError::Address { address, source };
+        let listener = TcpListener::bind(address).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        let address = Some(listener.local_addr().map_err(failed)?);
+        Ok(Self { fd: listener.into(), path: None, address, made: None })
     }
 
     /// Listens at `path` with mode 0660 (less the process's umask).
@@ -78,12 +95,17 @@ impl Listener {
         })?;
         let made = Made { path: path.to_owned(), device: meta.dev(), inode: meta.ino() };
         listen.map_err(|errno| socket_error("listen", path, errno))?;
-        Ok(Self { fd, made: Some(made) })
+        Ok(Self { fd, path: Some(path.to_owned()), address: None, made: Some(made) })
     }
 
-    /// Where it listens, if it was made at a path.
+    /// Where it listens, if that is a path.
     pub(super) fn path(&self) -> Option<&Path> {
-        self.made.as_ref().map(|made| made.path.as_path())
+        self.path.as_deref()
+    }
+
+    /// Where it listens, if that is an address of a network.
+    pub(super) fn address(&self) -> Option<SocketAddr> {
+        self.address
     }
 }
 

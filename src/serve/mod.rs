@@ -6,6 +6,7 @@
 //! Never: changes a byte of an image, or opens one.
 //! Start at [`Exports`], [`nbd::Server`], [`replica::Server`] and [`vhost_user::Server`].
 
+pub mod activation;
 pub mod nbd;
 pub mod replica;
 pub mod vhost_user;
@@ -15,6 +16,7 @@ mod error;
 mod exports;
 mod latency;
 mod listener;
+mod recorder;
 mod socket;
 mod stats;
 mod warmth;
@@ -23,6 +25,8 @@ pub use acceptor::Stopper;
 pub use error::ServeError;
 pub use exports::{Attachment, Export, Exports};
 pub use latency::{Latency, Times, Via};
+pub use recorder::{Recorder, Tracing};
 pub use socket::Socket;
 pub use stats::{CounterValues, Counters};
+
 pub use warmth::{Wanted, Warmth};

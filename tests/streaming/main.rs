@@ -21,3 +21,4 @@ mod formats;
 mod lost;
 mod origin;
 mod reads;
+mod trace;

@@ -168,7 +168,7 @@ fn an_engine_that_ends_lets_go_of_who_waits() {
     assert_eq!(code, Some(0));
 }
 
-fn sha256(bytes: &[u8]) -> String {
+pub fn sha256(bytes: &[u8]) -> String {
     use sha2::Digest;
     use std::fmt::Write;
     sha2::Sha256::digest(bytes).iter().fold(String::new(), |mut text, byte| {

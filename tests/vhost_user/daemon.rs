@@ -57,6 +57,21 @@ fn a_vm_is_attached_reads_and_is_detached() {
 }
 
 #[test]
+fn what_a_vm_asks_for_first_is_in_its_image_s_trace() {
+    let (daemon, _) = start();
+    let held = attach(&daemon, "vm-7");
+    let mut vm = Vm::start(&socket(&held), ALL, 2);
+    vm.read(0, 0, 512);
+    assert_eq!(daemon.curl("POST", "/v1/images/debian/trace", None).0, 201);
+    let unit: u32 = 64 << 10;
+    for (queue, sector, len) in [(0, 2 * 2048, 512), (1, 128, 2 * unit), (0, 2 * 2048 + 1, 512)] {
+        vm.read(queue, sector, len);
+    }
+    let (status, trace) = daemon.curl("DELETE", "/v1/images/debian/trace", None);
+    assert_eq!((status, &trace["ranges"]), (200, &json!([[2 * MIB, unit], [unit, 2 * unit]])));
+}
+
+#[test]
 fn a_vm_goes_on_after_the_daemon_was_killed_and_has_lost_no_request() {
     let (daemon, bytes) = start();
     let held = attach(&daemon, "vm-7");

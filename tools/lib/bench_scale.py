@@ -23,7 +23,7 @@ _QUICK_IMAGES, _QUICK_ATTACHMENTS = 60, 20
 _START_S, _ROUND_S = 2.0, 0.05
 
 
-class _Client(http.client.HTTPConnection):
+class Client(http.client.HTTPConnection):
     """HTTP over a Unix socket."""
 
     def __init__(self, path):
@@ -56,7 +56,7 @@ def run(bench):
     path = disks[0] / "bedplate" / "control.sock"
     rounds.say(f"\n{NAME}: {images} images, {_DISKS} copies of each, {attachments} attachments")
     server = _start(bench, config, path, 0)
-    client = _Client(path)
+    client = Client(path)
     uuids = [disk["uuid"] for disk in json.loads(client.call("GET", "/v1/disks"))["disks"]]
     client.call("PATCH", "/v1/settings", {"max_disk_copies": 64})
     began = time.monotonic()
@@ -80,7 +80,7 @@ def run(bench):
         if len(starts) < 3:
             bench.scratch.retire(server, sign)
     rss_bytes = procs.resident(server.pid)[1]
-    client = _Client(path)
+    client = Client(path)
     changes = []
     for number in range(200):
         began = time.monotonic()
@@ -117,7 +117,7 @@ def _start(bench, config, path, copies):
 
 def _answers(path):
     try:
-        _Client(path).call("GET", "/healthz")
+        Client(path).call("GET", "/healthz")
         return True
     except OSError:
         return False
@@ -125,7 +125,7 @@ def _answers(path):
 
 def _until_ready(path, copies, limit_s):
     """Until the daemon's own metrics have so many ready copies."""
-    client, deadline = _Client(path), time.monotonic() + limit_s
+    client, deadline = Client(path), time.monotonic() + limit_s
     while copies:
         text = client.call("GET", "/metrics").decode()
         found = re.search(r'^bedplate_copies\{state="ready"\} (\d+)$', text, re.MULTILINE)

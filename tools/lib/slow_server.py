@@ -4,7 +4,8 @@ A thread a connection, `sendfile` in small steps paced by the clock: cheap enoug
 compete with what is measured. What a connection may send is counted over all its answers, so that
 many small ranges are no way around the rate. Serves one file, with ranges and a strong ETag.
 
-  slow_server.py FILE
+  slow_server.py FILE         40 MB/s for each connection
+  slow_server.py FILE RATE    RATE bytes a second for all of them together
 """
 
 import os
@@ -20,7 +21,23 @@ STEP = 256 * 1024
 _NAP_S = 0.002
 
 
-def main(path):
+class _Pace:
+    """When all that was sent so far may have been sent, at the rate."""
+
+    def __init__(self, rate):
+        self._rate, self._paid_until, self._lock = rate, 0.0, threading.Lock()
+
+    def pay(self, count):
+        with self._lock:
+            now = time.monotonic()
+            self._paid_until = max(self._paid_until, now) + count / self._rate
+            wait_s = self._paid_until - now
+        if wait_s > _NAP_S:
+            time.sleep(wait_s)
+
+
+def main(path, rate=None):
+    shared = rate and _Pace(float(rate))
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", 0))
@@ -29,16 +46,14 @@ def main(path):
     while True:
         client, _ = listener.accept()
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        threading.Thread(target=_Connection(client, path).serve, daemon=True).start()
+        threading.Thread(target=_Connection(client, path, shared or _Pace(RATE)).serve, daemon=True).start()
 
 
 class _Connection:
     """One client, request after request."""
 
-    def __init__(self, client, path):
-        self._client, self._path = client, path
-        self._paid_until = 0.0
-        """When all that was sent so far may have been sent, at the rate."""
+    def __init__(self, client, path, pace):
+        self._client, self._path, self._pace = client, path, pace
 
     def serve(self):
         pending = b""
@@ -77,15 +92,9 @@ class _Connection:
             count = os.sendfile(
                 self._client.fileno(), source.fileno(), start, min(STEP, end - start))
             start += count
-            self._pay(count)
+            self._pace.pay(count)
         return None
-
-    def _pay(self, count):
-        now = time.monotonic()
-        self._paid_until = max(self._paid_until, now) + count / RATE
-        if self._paid_until - now > _NAP_S:
-            time.sleep(self._paid_until - now)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

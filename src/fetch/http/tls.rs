@@ -3,27 +3,20 @@
 //! Why: private registries have authorities of their own, and some want a client's certificate.
 //! How: the system's authorities, and those of the source besides; one configuration with the
 //! client's certificate, for the source's own origin, and one without, for whoever it redirects to.
-//! AES-128-GCM is offered first: it is as good here, and costs a third less than AES-256.
 //! Never: turns verification off.
 //! Start at [`Tls::new`].
 
 use std::sync::Arc;
 
+use rustls::ClientConfig;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{CipherSuite, ClientConfig};
 use rustls_platform_verifier::Verifier;
 
 use super::access::{Access, unusable};
 use super::secret::{AccessError, Trust};
-
-/// Offered before all others.
-const LIGHT: [CipherSuite; 3] = [
-    CipherSuite::TLS13_AES_128_GCM_SHA256,
-    CipherSuite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
-    CipherSuite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
-];
+use crate::ciphers::provider;
 
 /// Certificates and keys, read and parsed.
 pub(super) struct Tls {
@@ -84,26 +77,4 @@ fn certificates(
         .ok()
         .filter(|found| !found.is_empty())
         .ok_or_else(|| unusable(what, "it holds no PEM certificate"))
-}
-
-fn provider() -> CryptoProvider {
-    let mut provider = rustls::crypto::ring::default_provider();
-    // Stable: TLS 1.3 stays ahead of 1.2, and ChaCha20 behind AES.
-    provider.cipher_suites.sort_by_key(|suite| {
-        let old = suite.version().version != rustls::ProtocolVersion::TLSv1_3;
-        (old, !LIGHT.contains(&suite.suite()))
-    });
-    provider
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn aes_128_is_offered_first_and_nothing_is_lost() {
-        let (ours, theirs) = (provider(), rustls::crypto::ring::default_provider());
-        assert_eq!(ours.cipher_suites[0].suite(), CipherSuite::TLS13_AES_128_GCM_SHA256);
-        assert_eq!(ours.cipher_suites.len(), theirs.cipher_suites.len());
-    }
 }

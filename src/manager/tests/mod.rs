@@ -7,6 +7,7 @@ mod any_order;
 mod chain;
 mod cleanup;
 mod clone;
+mod crash;
 mod disks;
 mod health;
 mod rules;
@@ -155,6 +156,10 @@ struct Node {
     removing: BTreeSet<CopyId>,
     publishing: BTreeSet<CopyId>,
     exported: BTreeMap<ImageName, CopyId>,
+    /// Actions so far, and after how many the daemon dies.
+    actions: usize,
+    dies_after: Option<usize>,
+    is_dead: bool,
     /// What has happened and is to be heard of at once, later.
     held: Option<Vec<Event>>,
 }
@@ -181,6 +186,8 @@ impl Node {
                 None => FoundState::Filling { bytes_present: 0, bytes_total: None },
             },
         });
+        let is_here =
+            |disk: &DiskUuid| self.lost.as_ref() != Some(disk) || self.disks.contains_key(disk);
         let (world, actions) = World::restore(
             Records {
                 images: self.images.values().cloned().collect(),
@@ -190,8 +197,8 @@ impl Node {
                 disks: self.disks.values().cloned().collect(),
                 settings: quiet().with(self.settings.clone()),
             },
-            (0..DISKS.len()).map(disk_status).collect(),
-            found.collect(),
+            (0..DISKS.len()).filter(|n| is_here(&disk(*n))).map(disk_status).collect(),
+            found.filter(|found| is_here(&found.id.disk)).collect(),
             1,
         );
         self.world = world;
@@ -219,7 +226,12 @@ impl Node {
 
     #[expect(clippy::too_many_lines, reason = "one table of actions and what each may not do")]
     fn perform(&mut self, actions: Vec<Action>) {
-        for action in actions {
+        for action in in_driver_order(actions) {
+            self.is_dead |= self.dies_after == Some(self.actions);
+            if self.is_dead {
+                return;
+            }
+            self.actions += 1;
             match action {
                 Action::SaveImage(record) => {
                     if let Some(old) = self.images.insert(record.name.clone(), (*record).clone()) {
@@ -345,7 +357,7 @@ impl Node {
                     assert!(!self.exported.contains_key(&id.image));
                     assert!(self.publishing.insert(id), "once");
                 }
-                Action::Stream(chain) => {
+                Action::Stream(chain, _) => {
                     let (top, beneath) = chain.split_first().unwrap();
                     let state = self.world.images[&top.copy.image].copies[&top.copy.disk].state;
                     assert!(!state.is_sealed(), "a complete one is published");
@@ -418,6 +430,9 @@ impl Node {
     /// Everything goes well from now on, until nothing is left to do.
     fn settle(&mut self) {
         for _ in 0..1000 {
+            if self.is_dead {
+                return;
+            }
             if let Some(id) = self.running.keys().next().cloned() {
                 if self.stopping.contains(&id) {
                     self.end(&id);
@@ -441,7 +456,7 @@ impl Node {
 
     /// Everything that is asked for now goes well, and no time passes.
     fn settle_now(&mut self) {
-        loop {
+        while !self.is_dead {
             if let Some(id) = self.running.keys().next().cloned() {
                 match (self.stopping.contains(&id), self.scrubbing.contains(&id)) {
                     (true, _) => self.end(&id),
@@ -467,6 +482,28 @@ impl Node {
         assert_eq!(self.running.len(), 1);
         self.running.keys().next().unwrap().clone()
     }
+}
+
+/// Records first, as the driver stores them; then what is done, in its order.
+fn in_driver_order(actions: Vec<Action>) -> impl Iterator<Item = Action> {
+    let is_record = |action: &Action| {
+        matches!(
+            action,
+            Action::SaveImage(_)
+                | Action::ForgetImage(_)
+                | Action::SaveAttachment(_)
+                | Action::ForgetAttachment(_)
+                | Action::SaveVolume(_)
+                | Action::ForgetVolume(_)
+                | Action::SaveClass(_)
+                | Action::ForgetClass(_)
+                | Action::SaveSettings(_)
+                | Action::SaveDisk(_)
+                | Action::ForgetDisk(_)
+        )
+    };
+    let (records, others): (Vec<_>, Vec<_>) = actions.into_iter().partition(is_record);
+    records.into_iter().chain(others)
 }
 
 fn failed(class: FailureClass) -> WorkerEvent {

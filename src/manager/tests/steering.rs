@@ -124,3 +124,20 @@ fn a_copy_that_is_wanted_again_while_it_is_cancelled_begins_anew() {
     node.settle();
     assert_eq!(node.state("a", 0), Some(CopyState::Ready));
 }
+
+#[test]
+fn a_cancelled_copy_stops_also_while_it_is_being_opened() {
+    let mut node = Node::new();
+    node.command(create("a")).unwrap();
+    node.command(stream("a", Some(0), "vm")).unwrap();
+    let id = node.only_worker();
+    node.report(&id, WorkerEvent::Progress(Progress { bytes_done: 7, ..Progress::default() }));
+    assert_eq!(node.publishing.len(), 1);
+    node.command(Command::Detach(node.attachments.keys().next().unwrap().clone())).unwrap();
+    node.command(Command::Cancel(name("a"))).unwrap();
+    assert!(node.stopping.contains(&id), "the source is not asked for nothing");
+    node.end(&id);
+    assert!(node.removing.is_empty(), "it is being opened");
+    node.published(&id, Err((FailureClass::Retry, "it has ended".to_owned())));
+    assert!(node.removing.contains(&id));
+}

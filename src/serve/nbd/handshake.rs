@@ -38,10 +38,23 @@ pub(super) enum Step {
     Used(usize),
     /// So many bytes are used up; after the answers, requests follow.
     Enter(usize, Agreed),
+    /// So many bytes are used up; after the answer, TLS begins.
+    StartTls(usize),
     /// After the answers the session ends, as the client asked.
     Leave,
     /// The session ends: a rule was broken that has no error reply.
     Refuse(&'static str),
+}
+
+/// What TLS is to this negotiation ("TLS support": NOTLS and FORCEDTLS).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Encryption {
+    /// There is none.
+    Never,
+    /// Nothing is answered before it has begun.
+    Required,
+    /// It has begun.
+    Begun,
 }
 
 /// The state of one negotiation.
@@ -50,6 +63,7 @@ pub(super) struct Handshake<'a> {
     exports: &'a Exports,
     limits: &'a Limits,
     socket: Option<Socket>,
+    encryption: Encryption,
     flags_known: bool,
     no_zeroes: bool,
     options: u32,
@@ -74,12 +88,18 @@ impl<'a> Handshake<'a> {
             exports,
             limits,
             socket,
+            encryption: Encryption::Never,
             flags_known: false,
             no_zeroes: false,
             options: 0,
             style: Style::Simple,
             selected: None,
         }
+    }
+
+    /// This negotiation in another state of encryption.
+    pub(super) fn with(self, encryption: Encryption) -> Self {
+        Self { encryption, ..self }
     }
 
     /// Takes the next message off the front of `input` and appends its answer to `out`.
@@ -114,6 +134,10 @@ impl<'a> Handshake<'a> {
         if flags.get() & !known != 0 {
             return Step::Refuse("unknown client flags");
         }
+        let fixed = flags.get() & u32::from(handshake_flag::FIXED_NEWSTYLE) != 0;
+        if self.encryption == Encryption::Required && !fixed {
+            return Step::Refuse("a client without fixed newstyle negotiation cannot begin TLS");
+        }
         self.no_zeroes = flags.get() & u32::from(handshake_flag::NO_ZEROES) != 0;
         self.flags_known = true;
         Step::Used(size_of::<U32>())
@@ -121,6 +145,9 @@ impl<'a> Handshake<'a> {
 
     fn option(&mut self, number: u32, data: &[u8], used: usize, out: &mut Vec<u8>) -> Step {
         let mut answer = Answer { out, option: number };
+        if self.encryption == Encryption::Required {
+            return without_tls(number, data, used, &mut answer);
+        }
         match number {
             option::EXPORT_NAME => return self.export_name(data, used, answer.out),
             option::GO => return self.go(data, used, &mut answer),
@@ -153,6 +180,9 @@ impl<'a> Handshake<'a> {
             option::LIST_META_CONTEXT => self.list_contexts(data, &mut answer),
             option::SET_META_CONTEXT => self.set_contexts(data, &mut answer),
             option::STARTTLS if !data.is_empty() => answer.invalid("STARTTLS has no data"),
+            option::STARTTLS if self.encryption == Encryption::Begun => {
+                answer.invalid("TLS is in use already");
+            }
             option::STARTTLS => {
                 answer.refuse(option_reply::ERR_UNSUP, "there is no TLS here; go on without it");
             }
@@ -323,6 +353,27 @@ impl<'a> Handshake<'a> {
             }
         }
     }
+}
+
+/// Answers an option of a client that has to begin TLS before all else.
+fn without_tls(number: u32, data: &[u8], used: usize, answer: &mut Answer<'_>) -> Step {
+    match number {
+        option::STARTTLS if data.is_empty() => {
+            answer.ack();
+            return Step::StartTls(used);
+        }
+        option::STARTTLS => answer.invalid("STARTTLS has no data"),
+        option::ABORT => {
+            answer.ack();
+            return Step::Leave;
+        }
+        option::EXPORT_NAME => return Step::Refuse("EXPORT_NAME without TLS"),
+        _any_other => {
+            let text = "this server is read over TLS only; begin with STARTTLS";
+            answer.refuse(option_reply::ERR_TLS_REQD, text);
+        }
+    }
+    Step::Used(used)
 }
 
 /// Replies to one option.

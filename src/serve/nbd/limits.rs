@@ -18,7 +18,9 @@ pub const PREFERRED_BLOCK_BYTES: u32 = 4096;
 pub struct Limits {
     /// Open connections of one server; the next one is closed as soon as it is accepted.
     pub connections: usize,
-    /// From accept to the transmission phase.
+    /// As many of them may be of one host of a network: an address, or 64 bits of IPv6.
+    pub connections_per_host: usize,
+    /// From accept to the transmission phase, TLS included.
     pub handshake: Duration,
     /// Longest data of one option in bytes; a longer one ends the session.
     pub option_bytes: usize,
@@ -37,6 +39,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: 256,
+            connections_per_host: 64,
             handshake: Duration::from_secs(10),
             option_bytes: 64 << 10,
             options: 1024,

@@ -12,17 +12,16 @@ use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::U64;
 
 use super::handshake::{Agreed, Handshake, Step, greeting};
+use super::inbox::Inbox;
 use super::limits::{Limits, MAX_READ_BYTES};
 use super::options::{Malformed, StatusFilter};
 use super::reply::{Batch, Extent, Sent, send_all};
 use super::style::{Asked, Incoming, Style};
 use super::transport::Transport;
-use super::wire::{self, NbdError, command, command_flag};
+use super::wire::{NbdError, command, command_flag};
 use crate::serve::{CounterValues, Exports, Socket, Via};
 use crate::units::GuestOffset;
 
-/// Bytes that are received at once in the transmission phase, at least: a thousand requests.
-const INBOX_BYTES: usize = 32 << 10;
 /// READs in a row, each beginning where the last one ended, that make a sequential reader.
 const SEQUENTIAL_READS: u32 = 3;
 
@@ -47,16 +46,21 @@ pub enum End {
     /// The socket failed.
     #[error("the socket failed")]
     Socket(#[source] io::Error),
+    /// No TLS with this client, or what it sent was damaged on the way.
+    #[error("TLS: {0}")]
+    Tls(String),
 }
 
 impl End {
     pub(super) fn from_io(error: io::Error) -> Self {
-        use io::ErrorKind::{BrokenPipe, ConnectionReset, TimedOut, WouldBlock};
+        use io::ErrorKind::{BrokenPipe, ConnectionReset, InvalidData, TimedOut, WouldBlock};
         let kind = error.kind();
         if matches!(kind, BrokenPipe | ConnectionReset) {
             Self::HungUp
         } else if matches!(kind, WouldBlock | TimedOut) {
             Self::TooSlow
+        } else if kind == InvalidData {
+            Self::Tls(error.to_string())
         } else {
             Self::Socket(error)
         }
@@ -72,11 +76,81 @@ pub fn serve<T: Transport>(
     exports: &Exports,
     limits: &Limits,
 ) -> End {
+    let deadline = Instant::now() + limits.handshake;
     let mut inbox = Inbox::new(limits);
-    let agreed = match negotiate(transport, &mut inbox, socket, exports, limits) {
-        Ok(agreed) => agreed,
-        Err(end) => return end,
-    };
+    let mut handshake = Handshake::new(exports, limits, socket);
+    let greeting = greeting();
+    match negotiate(transport, &mut inbox, &mut handshake, greeting.as_bytes(), deadline) {
+        Ok(Negotiated::Agreed(agreed)) => transmit(transport, inbox, agreed, limits),
+        Ok(Negotiated::StartTls) => End::Protocol("STARTTLS where there is no TLS"),
+        Err(end) => end,
+    }
+}
+
+/// What a negotiation has come to.
+#[derive(Debug)]
+pub(super) enum Negotiated {
+    /// Requests follow.
+    Agreed(Agreed),
+    /// TLS follows, and then the rest of the negotiation.
+    StartTls,
+}
+
+/// Sends what is to be said `first`, and negotiates until that comes to something.
+///
+/// # Errors
+/// [`End`] if the session is over before.
+pub(super) fn negotiate<T: Transport>(
+    transport: &mut T,
+    inbox: &mut Inbox,
+    handshake: &mut Handshake<'_>,
+    first: &[u8],
+    deadline: Instant,
+) -> Result<Negotiated, End> {
+    let mut out = first.to_vec();
+    loop {
+        let step = handshake.advance(inbox.bytes(), &mut out);
+        if let Step::StartTls(count) = step
+            && inbox.bytes().len() > count
+        {
+            // Somebody between us and the client would have them taken for the client's own, read
+            // under TLS.
+            return Err(End::Protocol("bytes in plain text after STARTTLS"));
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(End::TooSlow);
+        }
+        if !out.is_empty() || matches!(step, Step::More) {
+            transport.set_time_left(Some(left)).map_err(End::from_io)?;
+        }
+        send_all(transport, &out)?;
+        out.clear();
+        match step {
+            Step::More => inbox.fill(transport)?,
+            Step::Used(count) => inbox.consume(count),
+            Step::Leave => return Err(End::Goodbye),
+            Step::Refuse(why) => return Err(End::Protocol(why)),
+            Step::StartTls(count) => {
+                inbox.consume(count);
+                return Ok(Negotiated::StartTls);
+            }
+            Step::Enter(count, agreed) => {
+                inbox.consume(count);
+                transport.set_time_left(None).map_err(End::from_io)?;
+                return Ok(Negotiated::Agreed(agreed));
+            }
+        }
+    }
+}
+
+/// Serves a connection that has come to its transmission phase, until it ends.
+pub(super) fn transmit<T: Transport>(
+    transport: &mut T,
+    inbox: Inbox,
+    agreed: Agreed,
+    limits: &Limits,
+) -> End {
     let style = agreed.style;
     let mut session = Session {
         transport,
@@ -95,41 +169,6 @@ pub fn serve<T: Transport>(
     match session.run() {
         Ok(never) => match never {},
         Err(end) => end,
-    }
-}
-
-fn negotiate<T: Transport>(
-    transport: &mut T,
-    inbox: &mut Inbox,
-    socket: Option<Socket>,
-    exports: &Exports,
-    limits: &Limits,
-) -> Result<Agreed, End> {
-    let deadline = Instant::now() + limits.handshake;
-    let mut handshake = Handshake::new(exports, limits, socket);
-    let mut out = greeting().as_bytes().to_vec();
-    loop {
-        let step = handshake.advance(inbox.bytes(), &mut out);
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(End::TooSlow);
-        }
-        if !out.is_empty() || matches!(step, Step::More) {
-            transport.set_time_left(Some(left)).map_err(End::from_io)?;
-        }
-        send_all(transport, &out)?;
-        out.clear();
-        match step {
-            Step::More => inbox.fill(transport)?,
-            Step::Used(count) => inbox.consume(count),
-            Step::Leave => return Err(End::Goodbye),
-            Step::Refuse(why) => return Err(End::Protocol(why)),
-            Step::Enter(count, agreed) => {
-                inbox.consume(count);
-                transport.set_time_left(None).map_err(End::from_io)?;
-                return Ok(agreed);
-            }
-        }
     }
 }
 
@@ -207,12 +246,18 @@ impl<T: Transport> Session<'_, T> {
     /// Answers all whole requests in the inbox.
     fn answer_arrived(&mut self) -> Result<(), End> {
         let style = self.agreed.style;
+        let recorder = self.agreed.attachment.export().tracing().recorder();
         loop {
             let Some((request, len)) = style.first_request(self.inbox.bytes()) else {
                 return self.inbox.check_magic(style);
             };
             self.inbox.check_magic(style)?;
             self.inbox.consume(len);
+            if let Some(recorder) = &recorder
+                && matches!(request.command, command::READ | command::CACHE)
+            {
+                recorder.note(request.offset, request.len_bytes);
+            }
             if !self.defer(&request) {
                 self.answer(&request)?;
             }
@@ -392,57 +437,5 @@ impl<T: Transport> Session<'_, T> {
         export.latency().record(Via::Nbd, self.arrived.elapsed(), self.tally.requests);
         self.tally = CounterValues::default();
         sent
-    }
-}
-
-/// Received bytes that are not used yet, in a buffer that never grows.
-struct Inbox {
-    buffer: Vec<u8>,
-    start: usize,
-    end: usize,
-}
-
-impl Inbox {
-    fn new(limits: &Limits) -> Self {
-        // The longest option has to fit whole.
-        let len = INBOX_BYTES.max(limits.option_bytes + size_of::<wire::OptionHead>());
-        Self { buffer: vec![0; len], start: 0, end: 0 }
-    }
-
-    fn bytes(&self) -> &[u8] {
-        &self.buffer[self.start..self.end]
-    }
-
-    fn consume(&mut self, count: usize) {
-        assert!(count <= self.end - self.start, "only bytes that were looked at are consumed");
-        self.start += count;
-    }
-
-    /// A first word that can never become a request ends the session without waiting for more.
-    fn check_magic(&self, style: Style) -> Result<(), End> {
-        match self.bytes().first_chunk() {
-            Some(first) if u32::from_be_bytes(*first) != style.request_magic() => {
-                Err(End::Protocol("a request without its magic number"))
-            }
-            _right_or_not_here_yet => Ok(()),
-        }
-    }
-
-    /// Waits for more bytes.
-    fn fill<T: Transport>(&mut self, transport: &mut T) -> Result<(), End> {
-        if self.start > 0 {
-            self.buffer.copy_within(self.start..self.end, 0);
-            self.end -= self.start;
-            self.start = 0;
-        }
-        let space = &mut self.buffer[self.end..];
-        assert!(!space.is_empty(), "the longest message fits");
-        match transport.receive(space).map_err(End::from_io)? {
-            0 => Err(End::HungUp),
-            count => {
-                self.end += count;
-                Ok(())
-            }
-        }
     }
 }

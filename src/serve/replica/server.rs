@@ -19,6 +19,7 @@ use crate::peer::{Allowed, Peer};
 use crate::replica::socket;
 use crate::replica::wire::{MAX_NAME_BYTES, Request};
 use crate::serve::acceptor::{Acceptor, Stopper};
+use crate::serve::activation::Passed;
 use crate::serve::listener::Listener;
 use crate::serve::{Exports, ServeError, Socket};
 
@@ -70,7 +71,28 @@ impl Server {
         allowed: Allowed,
         limits: Limits,
     ) -> Result<Self, ServeError> {
-        let listener = Listener::bind(path, SocketType::SEQPACKET)?;
+        Self::new(Listener::bind(path, SocketType::SEQPACKET)?, exports, allowed, limits)
+    }
+
+    /// Listens on a socket that a service manager passed.
+    ///
+    /// # Errors
+    /// [`ServeError::Resources`].
+    pub fn on_passed(
+        socket: Passed,
+        exports: Arc<Exports>,
+        allowed: Allowed,
+        limits: Limits,
+    ) -> Result<Self, ServeError> {
+        Self::new(Listener::inherited(socket), exports, allowed, limits)
+    }
+
+    fn new(
+        listener: Listener,
+        exports: Arc<Exports>,
+        allowed: Allowed,
+        limits: Limits,
+    ) -> Result<Self, ServeError> {
         let acceptor = Acceptor::new(listener, "replica", limits.connections, limits.farewell)?;
         Ok(Self { acceptor, exports, allowed: Arc::new(allowed), limits })
     }

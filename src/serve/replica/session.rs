@@ -161,6 +161,9 @@ fn read(export: &Export, request: &Request, body: &mut Vec<u8>) -> Result<(), Re
     let Some(len) = usize::try_from(request.limit).ok().filter(|_| request.limit <= most) else {
         return Err(refuse(Status::PastEnd, format!("a read of more than {most} bytes")));
     };
+    if let Some(recorder) = export.tracing().recorder() {
+        recorder.note(request.at, request.limit);
+    }
     body.resize(len, 0);
     let read = export.view().read_at(body, GuestOffset(request.at));
     count(export, request.limit, read.is_err());

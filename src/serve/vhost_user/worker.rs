@@ -219,6 +219,13 @@ impl<'a> Batch<'a> {
         let mut sum = CounterValues::default();
         let mut result = Ok(true);
         let mut hinted = false;
+        if let Some(recorder) = self.disk.export.tracing().recorder() {
+            for request in &self.requests {
+                if let Request::Read { at, len_bytes } = *request {
+                    recorder.note(at, len_bytes);
+                }
+            }
+        }
         for (number, (chain, request)) in self.chains.iter().zip(&self.requests).enumerate() {
             let is_cold = !self.disk.is_resident(*request);
             if is_cold && !hinted {
