@@ -44,8 +44,11 @@ impl Selectors {
     }
 }
 
-/// Tags as text.
+/// Tags as text; `none` if there are none.
 pub(super) fn list(tags: &BTreeSet<Tag>) -> String {
+    if tags.is_empty() {
+        return "none".to_owned();
+    }
     tags.iter().map(Tag::as_str).collect::<Vec<_>>().join(", ")
 }
 

@@ -1,7 +1,7 @@
 //! An NBD export as a source: a volume of another system, a running VM's disk, a file that a tool serves.
 //!
 //! Why: what has no URL of a file may have an export, and a whole disk over a network is mostly holes.
-//! How: one connection with many requests under way ([`Session`]); holes are told by the server
+//! How: one connection with many requests under way ([`NbdSession`]); holes are told by the server
 //! (`base:allocation`) and neither asked for nor sent. The blocks go the way of every transfer: buffers of
 //! the pool, digests, disk.
 //! Never: goes on with bytes of an earlier connection unless a digest will prove the whole: an export is
