@@ -11,14 +11,14 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 
 use tokio::sync::watch;
 
 use super::log::{self, LOG};
 use super::{
-    Catalog, CatalogError, Change, Expect, KEPT_CHANGES, Kind, Listing, Revision, Stored,
-    check_expected, check_key, check_record,
+    Catalog, CatalogError, Change, KEPT_CHANGES, Kind, Listing, Revision, Stored, Write,
+    check_expected, check_key, check_write,
 };
 
 type Records = TableDefinition<'static, &'static str, &'static [u8]>;
@@ -114,51 +114,38 @@ impl Embedded {
         }
     }
 
-    /// One change in one transaction: `Some(json)` stores, `None` removes. The revision is the
-    /// catalog's last if there was nothing to remove.
+    /// One change within a transaction. True if it is one: there was something to remove.
     fn change(
         &self,
-        kind: Kind,
-        key: &str,
-        json: Option<&[u8]>,
-        expect: Expect,
-    ) -> Result<Revision, CatalogError> {
+        tx: &WriteTransaction,
+        write: &Write,
+    ) -> Result<(Revision, bool), CatalogError> {
         let failed = |e| self.failed("write", e);
-        let tx = self.db.begin_write().map_err(|e| failed(e.into()))?;
-        let revision = {
-            let mut table = tx.open_table(table_of(kind)).map_err(|e| failed(e.into()))?;
-            let found = match table.get(key).map_err(|e| failed(e.into()))? {
-                Some(value) => Some(self.split(kind, key, value.value())?.revision),
-                None => None,
-            };
-            check_expected(kind, key, found, expect)?;
-            let mut counter = tx.open_table(COUNTER).map_err(|e| failed(e.into()))?;
-            let last = newest(&counter).map_err(|e| failed(e.into()))?;
-            if json.is_none() && found.is_none() {
-                return Ok(Revision(last));
-            }
-            let revision = last + 1;
-            counter.insert(NEXT_REVISION, revision).map_err(|e| failed(e.into()))?;
-            if let Some(json) = json {
-                let value = [&revision.to_le_bytes()[..], json].concat();
-                table.insert(key, value.as_slice()).map_err(|e| failed(e.into()))?;
-            } else {
-                table.remove(key).map_err(|e| failed(e.into()))?;
-            }
-            let mut log = tx.open_table(LOG).map_err(|e| failed(e.into()))?;
-            let (revision, deleted) = (Revision(revision), json.is_none());
-            let change = Change { revision, kind, key: key.to_owned(), deleted };
-            log::append(&mut log, &change, self.kept).map_err(|e| failed(e.into()))?;
-            revision
+        let (kind, key) = (write.kind, write.key.as_str());
+        let mut table = tx.open_table(table_of(kind)).map_err(|e| failed(e.into()))?;
+        let found = match table.get(key).map_err(|e| failed(e.into()))? {
+            Some(value) => Some(self.split(kind, key, value.value())?.revision),
+            None => None,
         };
-        tx.commit().map_err(|e| failed(e.into()))?;
-        // Writers end in the order of their revisions, but may come here in another.
-        self.head.send_if_modified(|head| {
-            let is_newer = revision > *head;
-            *head = revision.max(*head);
-            is_newer
-        });
-        Ok(revision)
+        check_expected(kind, key, found, write.expect)?;
+        let mut counter = tx.open_table(COUNTER).map_err(|e| failed(e.into()))?;
+        let last = newest(&counter).map_err(|e| failed(e.into()))?;
+        if write.json.is_none() && found.is_none() {
+            return Ok((Revision(last), false));
+        }
+        let revision = last + 1;
+        counter.insert(NEXT_REVISION, revision).map_err(|e| failed(e.into()))?;
+        if let Some(json) = &write.json {
+            let value = [&revision.to_le_bytes()[..], json].concat();
+            table.insert(key, value.as_slice()).map_err(|e| failed(e.into()))?;
+        } else {
+            table.remove(key).map_err(|e| failed(e.into()))?;
+        }
+        let mut log = tx.open_table(LOG).map_err(|e| failed(e.into()))?;
+        let (revision, deleted) = (Revision(revision), write.json.is_none());
+        let change = Change { revision, kind, key: key.to_owned(), deleted };
+        log::append(&mut log, &change, self.kept).map_err(|e| failed(e.into()))?;
+        Ok((revision, true))
     }
 
     fn read_changes(&self, since: Revision, most: usize) -> Result<Changes, redb::Error> {
@@ -218,20 +205,23 @@ impl Catalog for Embedded {
         Ok(Listing { revision, records })
     }
 
-    fn put(
-        &self,
-        kind: Kind,
-        key: &str,
-        json: &[u8],
-        expect: Expect,
-    ) -> Result<Revision, CatalogError> {
-        check_record(kind, key, json)?;
-        self.change(kind, key, Some(json), expect)
-    }
-
-    fn delete(&self, kind: Kind, key: &str, expect: Expect) -> Result<(), CatalogError> {
-        check_key(kind, key)?;
-        self.change(kind, key, None, expect).map(|_| ())
+    fn write(&self, changes: &[Write]) -> Result<Vec<Revision>, CatalogError> {
+        changes.iter().try_for_each(check_write)?;
+        let failed = |e| self.failed("write", e);
+        let tx = self.db.begin_write().map_err(|e| failed(e.into()))?;
+        // On an error the transaction is dropped, which undoes it.
+        let made = changes.iter().map(|write| self.change(&tx, write));
+        let made = made.collect::<Result<Vec<_>, CatalogError>>()?;
+        if let Some((newest, _)) = made.iter().rfind(|(_, is_change)| *is_change) {
+            tx.commit().map_err(|e| failed(e.into()))?;
+            // Writers end in the order of their revisions, but may come here in another.
+            self.head.send_if_modified(|head| {
+                let is_newer = newest > head;
+                *head = (*newest).max(*head);
+                is_newer
+            });
+        }
+        Ok(made.into_iter().map(|(revision, _)| revision).collect())
     }
 
     fn changes(&self, since: Revision, most: usize) -> Result<Vec<Change>, CatalogError> {

@@ -124,6 +124,30 @@ pub struct Change {
     pub deleted: bool,
 }
 
+/// One of several changes that are made together.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Write {
+    /// Kind of the record.
+    pub kind: Kind,
+    /// Its key.
+    pub key: String,
+    /// Its JSON text; `None` removes it.
+    pub json: Option<Vec<u8>>,
+    /// What has to be there before.
+    pub expect: Expect,
+}
+
+impl std::fmt::Debug for Write {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let len_bytes = self.json.as_ref().map(Vec::len);
+        write!(
+            f,
+            "Write {{ {:?} {:?}, {len_bytes:?} bytes, {:?} }}",
+            self.kind, self.key, self.expect
+        )
+    }
+}
+
 /// Durable records. Every call may block on the disk.
 pub trait Catalog: Send + Sync + 'static {
     /// The record under `key`, or `None`.
@@ -138,25 +162,39 @@ pub trait Catalog: Send + Sync + 'static {
     /// [`CatalogError`] if the store can't be read.
     fn list(&self, kind: Kind) -> Result<Listing, CatalogError>;
 
+    /// Makes these changes in their order, all of them or none, each if what is there is what it
+    /// expects; what the ones before it have made is there. Durable when it returns. Gives the revision
+    /// of each: of one that removes nothing, which is no change, the catalog's last.
+    ///
+    /// # Errors
+    /// [`CatalogError::Conflict`] if something else is there; [`CatalogError::BadKey`],
+    /// [`CatalogError::TooLong`]; others if the store can't be written. Then all is as before.
+    fn write(&self, changes: &[Write]) -> Result<Vec<Revision>, CatalogError>;
+
     /// Stores a record if what is there is what `expect` says. Durable when it returns.
     ///
     /// # Errors
-    /// [`CatalogError::Conflict`] if it isn't; [`CatalogError::BadKey`], [`CatalogError::TooLong`];
-    /// others if the store can't be written, and then the old record stands.
+    /// As [`Catalog::write`].
     fn put(
         &self,
         kind: Kind,
         key: &str,
         json: &[u8],
         expect: Expect,
-    ) -> Result<Revision, CatalogError>;
+    ) -> Result<Revision, CatalogError> {
+        let (key, json) = (key.to_owned(), Some(json.to_vec()));
+        let made = self.write(&[Write { kind, key, json, expect }])?;
+        Ok(made.into_iter().next().unwrap_or(Revision(0)))
+    }
 
     /// Removes a record if what is there is what `expect` says. Durable when it returns. Removing
     /// nothing with [`Expect::Any`] is no error, and no change.
     ///
     /// # Errors
-    /// As [`Catalog::put`].
-    fn delete(&self, kind: Kind, key: &str, expect: Expect) -> Result<(), CatalogError>;
+    /// As [`Catalog::write`].
+    fn delete(&self, kind: Kind, key: &str, expect: Expect) -> Result<(), CatalogError> {
+        self.write(&[Write { kind, key: key.to_owned(), json: None, expect }]).map(|_| ())
+    }
 
     /// The changes of all kinds after `since`, each once, in the order of their revisions: the first
     /// `most` of them. None if there are none yet.
@@ -191,12 +229,12 @@ fn check_key(kind: Kind, key: &str) -> Result<(), CatalogError> {
     Ok(())
 }
 
-fn check_record(kind: Kind, key: &str, json: &[u8]) -> Result<(), CatalogError> {
-    check_key(kind, key)?;
-    let len_bytes = json.len();
+fn check_write(write: &Write) -> Result<(), CatalogError> {
+    check_key(write.kind, &write.key)?;
+    let len_bytes = write.json.as_ref().map_or(0, Vec::len);
     if len_bytes > MAX_RECORD_LEN {
-        let key = key.to_owned();
-        return Err(CatalogError::TooLong { kind: kind.as_str(), key, len_bytes });
+        let (kind, key) = (write.kind.as_str(), write.key.clone());
+        return Err(CatalogError::TooLong { kind, key, len_bytes });
     }
     Ok(())
 }
@@ -225,23 +263,16 @@ fn check_expected(
     Err(CatalogError::Conflict { kind: kind.as_str(), key: key.to_owned(), found, expected })
 }
 
-/// Stores `record` as JSON.
+/// `record` as JSON.
 ///
 /// # Errors
-/// As [`Catalog::put`].
-pub fn put_as<T: Serialize>(
-    catalog: &dyn Catalog,
-    kind: Kind,
-    key: &str,
-    record: &T,
-    expect: Expect,
-) -> Result<Revision, CatalogError> {
-    let json = serde_json::to_vec(record).map_err(|source| CatalogError::Encode {
+/// [`CatalogError::Encode`].
+pub fn encode<T: Serialize>(kind: Kind, key: &str, record: &T) -> Result<Vec<u8>, CatalogError> {
+    serde_json::to_vec(record).map_err(|source| CatalogError::Encode {
         kind: kind.as_str(),
         key: key.into(),
         source,
-    })?;
-    catalog.put(kind, key, &json, expect)
+    })
 }
 
 /// All records of a kind, decoded.

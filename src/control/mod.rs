@@ -75,6 +75,8 @@ pub struct AppParts {
 pub struct Sockets {
     /// The socket of the NBD server.
     pub nbd: std::path::PathBuf,
+    /// The socket at which programs attach that read by themselves.
+    pub replica: std::path::PathBuf,
     /// The directory with a socket for each VM.
     pub vms: std::path::PathBuf,
 }

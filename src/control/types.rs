@@ -8,7 +8,7 @@
 
 use serde::{Deserialize, Serialize};
 
-pub use super::types_attachment::{Vm, Wait};
+pub use super::types_attachment::{Attach, Vm, Wait};
 pub use super::types_create::CreateImage;
 use super::types_health::Scrub;
 use super::types_trace::Prefetch;
@@ -209,6 +209,9 @@ pub struct Attachment {
     pub message: String,
     /// Where to read; `null` until it is ready.
     pub nbd: Option<Nbd>,
+    /// Where it attaches to read by itself; `null` until it is ready.
+    #[serde(default)]
+    pub attach: Option<Attach>,
     /// Where its VM reads; `null` until it is ready, and for readers that are no VM.
     #[serde(default)]
     pub vm: Option<Vm>,

@@ -14,6 +14,15 @@ pub struct Vm {
     pub socket: String,
 }
 
+/// Where a program attaches that reads in its own process (`bedplate_replica.h`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attach {
+    /// Path of the Unix socket.
+    pub socket: String,
+    /// The image to name there.
+    pub image: String,
+}
+
 /// What an attachment waits for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::types::Nbd;
+use super::types::{Attach, Nbd};
 
 /// One condition of a replica, as Kubernetes writes them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +41,9 @@ pub struct Replica {
     pub path: Option<String>,
     /// Where it can read the image's disk; `null` unless it runs.
     pub nbd: Option<Nbd>,
+    /// Where it attaches to read by itself; `null` unless it runs.
+    #[serde(default)]
+    pub attach: Option<Attach>,
 }
 
 /// The backup that a volume is restored from.

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use super::Sockets;
 use super::settings::Settings;
-use super::types::{Attachment, Copy, Digests, Event, Image, Nbd, Vm, Wait};
+use super::types::{Attach, Attachment, Copy, Digests, Event, Image, Nbd, Vm, Wait};
 use super::types_disk::Disk;
 use super::types_health::{Node, Scrub};
 use super::types_trace::Prefetch;
@@ -106,6 +106,7 @@ pub(crate) fn attachment(status: &AttachmentStatus, sockets: &Sockets) -> Attach
         state: status.state.as_str().to_owned(),
         message: status.message.clone(),
         nbd: ready.then(|| nbd(&record.image, &sockets.nbd)),
+        attach: ready.then(|| attach(&record.image, &sockets.replica)),
         vm: (ready && record.vm)
             .then(|| Vm { socket: sockets.vm(&record.id).display().to_string() }),
         created_at: rfc3339(record.created_unix_s),
@@ -169,6 +170,10 @@ pub(crate) fn event(told: &crate::manager::Told, sockets: &Sockets) -> Event {
         Object::Settings(settings) => serde_json::json!(Settings::from(&**settings)),
     };
     Event { id: told.id, kind: kind.to_owned(), object }
+}
+
+pub(super) fn attach(image: &ImageName, socket: &Path) -> Attach {
+    Attach { socket: socket.display().to_string(), image: image.to_string() }
 }
 
 pub(super) fn nbd(name: &ImageName, socket: &Path) -> Nbd {

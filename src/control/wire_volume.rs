@@ -6,7 +6,7 @@
 
 use super::Sockets;
 use super::types_volume::{Backup, Class, Condition, Replica, Volume};
-use super::wire::{nbd, rfc3339};
+use super::wire::{attach, nbd, rfc3339};
 use crate::manager::{ClassRecord, ReplicaState, ReplicaStatus, VolumeStatus};
 use crate::names::ImageName;
 
@@ -79,6 +79,7 @@ fn replica(status: &ReplicaStatus, image: &ImageName, sockets: &Sockets) -> Repl
         }],
         path: status.path.as_ref().map(|path| path.display().to_string()),
         nbd: (status.state == ReplicaState::Running).then(|| nbd(image, &sockets.nbd)),
+        attach: (status.state == ReplicaState::Running).then(|| attach(image, &sockets.replica)),
     }
 }
 

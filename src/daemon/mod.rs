@@ -66,8 +66,7 @@ pub struct DaemonHandle {
     manager: Manager,
     exporter: Arc<exports::NodeExports>,
     servers: Servers,
-    nbd_socket: PathBuf,
-    replica_socket: PathBuf,
+    sockets: Sockets,
     closing: watch::Sender<bool>,
     /// Lets readers in, when it is time.
     opening: tokio::task::JoinHandle<()>,
@@ -131,9 +130,11 @@ impl Daemon {
         prepare_process(config);
         let settings = config.settings()?;
         let Places { control, readers } = Places::find(config, passed)?;
-        let nbd_socket = readers.nbd.path.clone();
-        let replica_socket = readers.replica.path.clone();
-        let sockets = Sockets { nbd: nbd_socket.clone(), vms: config.vm_sockets()? };
+        let sockets = Sockets {
+            nbd: readers.nbd.path.clone(),
+            replica: readers.replica.path.clone(),
+            vms: config.vm_sockets()?,
+        };
         let vms = vms::Vms::new(sockets.clone(), config.vm_gid, config.vm_limits()?);
         let catalog: Arc<dyn Catalog> = Arc::new(open_catalog(first).await?);
 
@@ -155,7 +156,7 @@ impl Daemon {
         let app = App::new(AppParts {
             manager: manager.clone(),
             backend: backend.clone(),
-            sockets,
+            sockets: sockets.clone(),
             doctor: Box::new(move || doctor::of_running_daemon(&disks)),
             readers: Arc::clone(&registry),
             served: Box::new(move |name| served(&registry, name)),
@@ -179,20 +180,10 @@ impl Daemon {
         };
         let opening = tokio::spawn(let_in(manager.clone(), servers.take_gates()));
         tracing::info!(
-            control = %control_socket.display(), nbd = %nbd_socket.display(),
-            replica = %replica_socket.display(), "daemon is ready"
+            control = %control_socket.display(), nbd = %sockets.nbd.display(),
+            replica = %sockets.replica.display(), "daemon is ready"
         );
-        Ok(DaemonHandle {
-            control,
-            backend,
-            manager,
-            exporter,
-            servers,
-            nbd_socket,
-            replica_socket,
-            closing,
-            opening,
-        })
+        Ok(DaemonHandle { control, backend, manager, exporter, servers, sockets, closing, opening })
     }
 }
 
@@ -212,7 +203,7 @@ impl DaemonHandle {
     /// Where the NBD socket is.
     #[must_use]
     pub fn nbd_socket(&self) -> &Path {
-        &self.nbd_socket
+        &self.sockets.nbd
     }
 
     /// Where NBD is served over TCP, if it is.
@@ -224,7 +215,7 @@ impl DaemonHandle {
     /// Where readers attach.
     #[must_use]
     pub fn replica_socket(&self) -> &Path {
-        &self.replica_socket
+        &self.sockets.replica
     }
 
     /// Ends it in order: no new commands; workers stop and what they have is durable; sessions

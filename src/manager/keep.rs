@@ -1,43 +1,36 @@
 //! Records are made durable before anything is done.
 //!
 //! Why: what is done must be known after a crash; what is known and not done is done again.
-//! How: the records that a list of actions names are put into the catalog in their order, each only over
-//! the revision that was read or written last.
+//! How: the records that a list of actions names are put into the catalog together, all or none, each only
+//! over the revision that was read or written last.
 //! Never: acts.
 //! Start at [`Driver::save_first`].
 
+use std::collections::BTreeMap;
+
 use super::perform::{Driver, SETTINGS, blocking};
 use super::world::Action;
-use crate::catalog::{CatalogError, Expect, Kind, put_as};
+use crate::catalog::{CatalogError, Expect, Kind, Write, encode};
 
 impl Driver {
-    /// Stores every record that the actions name, before any of them is performed.
+    /// Stores every record that the actions name, before any of them is performed: all or none.
     pub(super) async fn save_first(&mut self, actions: &[Action]) -> Result<(), CatalogError> {
+        let mut writes = BTreeMap::new();
         for action in actions {
-            match action {
-                Action::SaveImage(record) => {
-                    self.save(Kind::Image, record.name.as_str(), record.clone()).await?;
-                }
+            let write = match action {
+                Action::SaveImage(record) => save(Kind::Image, record.name.as_str(), record)?,
                 Action::SaveAttachment(record) => {
-                    self.save(Kind::Attachment, record.id.as_str(), record.clone()).await?;
+                    save(Kind::Attachment, record.id.as_str(), record)?
                 }
-                Action::ForgetImage(name) => self.forget(Kind::Image, name.as_str()).await?,
-                Action::ForgetAttachment(id) => self.forget(Kind::Attachment, id.as_str()).await?,
-                Action::SaveVolume(record) => {
-                    self.save(Kind::Volume, record.name.as_str(), record.clone()).await?;
-                }
-                Action::SaveClass(record) => {
-                    self.save(Kind::Class, record.name.as_str(), record.clone()).await?;
-                }
-                Action::SaveSettings(record) => {
-                    self.save(Kind::Setting, SETTINGS, record.clone()).await?;
-                }
-                Action::SaveDisk(record) => {
-                    self.save(Kind::Disk, record.uuid.as_str(), record.clone()).await?;
-                }
-                Action::ForgetDisk(disk) => self.forget(Kind::Disk, disk.as_str()).await?,
-                Action::ForgetVolume(name) => self.forget(Kind::Volume, name.as_str()).await?,
-                Action::ForgetClass(name) => self.forget(Kind::Class, name.as_str()).await?,
+                Action::SaveVolume(record) => save(Kind::Volume, record.name.as_str(), record)?,
+                Action::SaveClass(record) => save(Kind::Class, record.name.as_str(), record)?,
+                Action::SaveSettings(record) => save(Kind::Setting, SETTINGS, record)?,
+                Action::SaveDisk(record) => save(Kind::Disk, record.uuid.as_str(), record)?,
+                Action::ForgetImage(name) => forget(Kind::Image, name.as_str()),
+                Action::ForgetAttachment(id) => forget(Kind::Attachment, id.as_str()),
+                Action::ForgetVolume(name) => forget(Kind::Volume, name.as_str()),
+                Action::ForgetClass(name) => forget(Kind::Class, name.as_str()),
+                Action::ForgetDisk(disk) => forget(Kind::Disk, disk.as_str()),
                 Action::ApplySettings(_)
                 | Action::Start(..)
                 | Action::Scrub(..)
@@ -50,30 +43,41 @@ impl Driver {
                 | Action::Publish(_)
                 | Action::Stream(..)
                 | Action::Withdraw(_)
-                | Action::Announce(_) => {}
-            }
+                | Action::Announce(_) => continue,
+            };
+            // Of a record that is changed twice the last state counts.
+            writes.insert((write.kind, write.key.clone()), write);
+        }
+        if writes.is_empty() {
+            return Ok(());
+        }
+        for (at, write) in writes.iter_mut().filter(|(_, write)| write.json.is_some()) {
+            let known = self.revisions.get(at);
+            write.expect = known.map_or(Expect::Absent, |revision| Expect::At(*revision));
+        }
+        let writes: Vec<Write> = writes.into_values().collect();
+        let catalog = self.catalog.clone();
+        let (writes, made) = blocking(move || {
+            let made = catalog.write(&writes);
+            (writes, made)
+        })
+        .await;
+        for (write, revision) in writes.into_iter().zip(made?) {
+            let at = (write.kind, write.key);
+            match write.json {
+                Some(_) => self.revisions.insert(at, revision),
+                None => self.revisions.remove(&at),
+            };
         }
         Ok(())
     }
+}
 
-    async fn save<T: serde::Serialize + Send + 'static>(
-        &mut self,
-        kind: Kind,
-        key: &str,
-        record: T,
-    ) -> Result<(), CatalogError> {
-        let at = (kind, key.to_owned());
-        let expect = self.revisions.get(&at).map_or(Expect::Absent, |r| Expect::At(*r));
-        let (catalog, key) = (self.catalog.clone(), key.to_owned());
-        let put = move || put_as(&*catalog, kind, &key, &record, expect);
-        self.revisions.insert(at, blocking(put).await?);
-        Ok(())
-    }
+fn save<T: serde::Serialize>(kind: Kind, key: &str, record: &T) -> Result<Write, CatalogError> {
+    let json = Some(encode(kind, key, record)?);
+    Ok(Write { kind, key: key.to_owned(), json, expect: Expect::Any })
+}
 
-    async fn forget(&mut self, kind: Kind, key: &str) -> Result<(), CatalogError> {
-        let (catalog, owned) = (self.catalog.clone(), key.to_owned());
-        blocking(move || catalog.delete(kind, &owned, Expect::Any)).await?;
-        self.revisions.remove(&(kind, key.to_owned()));
-        Ok(())
-    }
+fn forget(kind: Kind, key: &str) -> Write {
+    Write { kind, key: key.to_owned(), json: None, expect: Expect::Any }
 }

@@ -354,6 +354,47 @@ pub(super) fn a_hostile_key_is_refused_and_changes_nothing<S: Subject>() {
 }
 
 /// Runs the suite on one implementation, a test for each promise.
+pub(super) fn several_changes_are_all_made_or_none<S: Subject>() {
+    let subject = S::new();
+    let catalog = subject.open();
+    let write = |kind, key: &str, json: Option<&[u8]>, expect| Write {
+        kind,
+        key: key.to_owned(),
+        json: json.map(<[u8]>::to_vec),
+        expect,
+    };
+    assert_eq!(catalog.write(&[]).unwrap(), []);
+    let made = catalog.write(&[
+        write(Kind::Image, "a", Some(b"1"), Expect::Absent),
+        write(Kind::Volume, "v", Some(b"2"), Expect::Absent),
+        write(Kind::Image, "none", None, Expect::Any),
+        // What the one before it has made is there.
+        write(Kind::Image, "a", Some(b"3"), Expect::At(Revision(1))),
+    ]);
+    assert_eq!(made.unwrap(), [1, 2, 2, 3].map(Revision));
+    let all = |catalog: &S::Catalog| Kind::ALL.map(|kind| catalog.list(kind).unwrap().records);
+    let (before, head) = (all(&catalog), *catalog.head().borrow());
+    let good = write(Kind::Image, "b", Some(b"4"), Expect::Absent);
+    let gone = write(Kind::Volume, "v", None, Expect::Any);
+    let long = vec![b' '; MAX_RECORD_LEN + 1];
+    for bad in [
+        write(Kind::Image, "a", Some(b"5"), Expect::Absent),
+        write(Kind::Image, "a", Some(b"5"), Expect::At(Revision(1))),
+        write(Kind::Image, "..", Some(b"5"), Expect::Any),
+        write(Kind::Image, "c", Some(&long), Expect::Any),
+    ] {
+        catalog.write(&[good.clone(), gone.clone(), bad]).unwrap_err();
+        assert_eq!((all(&catalog), *catalog.head().borrow()), (before.clone(), head));
+    }
+    drop(catalog);
+    let catalog = subject.open();
+    assert_eq!(all(&catalog), before);
+    let made = catalog.write(&[good, gone]).unwrap();
+    let changes = catalog.changes(head, usize::MAX).unwrap();
+    assert_eq!(changes.iter().map(|change| change.revision).collect::<Vec<_>>(), made);
+    assert_eq!(changes.iter().map(|change| change.deleted).collect::<Vec<_>>(), [false, true]);
+}
+
 macro_rules! conforms {
     ($name:ident, $subject:ty) => {
         mod $name {
@@ -371,6 +412,7 @@ macro_rules! conforms {
                 writers_at_the_same_time_lose_no_update
                 records_have_any_size_up_to_the_limit
                 a_hostile_key_is_refused_and_changes_nothing
+                several_changes_are_all_made_or_none
             );
         }
     };

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 
 use super::*;
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct State {
     last: u64,
     records: BTreeMap<(Kind, String), Stored>,
@@ -27,32 +27,24 @@ impl Memory {
         Self { state: Arc::default(), head: watch::Sender::new(Revision(0)), kept }
     }
 
-    fn change(
-        &self,
-        kind: Kind,
-        key: &str,
-        json: Option<&[u8]>,
-        expect: Expect,
-    ) -> Result<Revision, CatalogError> {
-        let mut state = self.state.lock().unwrap();
-        let at = (kind, key.to_owned());
+    fn change(&self, state: &mut State, write: &Write) -> Result<Revision, CatalogError> {
+        let Write { kind, key, json, expect } = write.clone();
+        let at = (kind, key.clone());
         let found = state.records.get(&at).map(|stored| stored.revision);
-        check_expected(kind, key, found, expect)?;
+        check_expected(kind, &key, found, expect)?;
         if json.is_none() && found.is_none() {
             return Ok(Revision(state.last));
         }
         state.last += 1;
-        let revision = Revision(state.last);
+        let (revision, deleted) = (Revision(state.last), json.is_none());
         match json {
-            Some(json) => state.records.insert(at, Stored { revision, json: json.to_vec() }),
+            Some(json) => state.records.insert(at, Stored { revision, json }),
             None => state.records.remove(&at),
         };
-        let deleted = json.is_none();
-        state.log.push_back(Change { revision, kind, key: key.to_owned(), deleted });
+        state.log.push_back(Change { revision, kind, key, deleted });
         if state.log.len() as u64 > self.kept {
             state.log.pop_front();
         }
-        self.head.send_replace(revision);
         Ok(revision)
     }
 }
@@ -70,20 +62,17 @@ impl Catalog for Memory {
         Ok(Listing { revision: Revision(state.last), records })
     }
 
-    fn put(
-        &self,
-        kind: Kind,
-        key: &str,
-        json: &[u8],
-        expect: Expect,
-    ) -> Result<Revision, CatalogError> {
-        check_record(kind, key, json)?;
-        self.change(kind, key, Some(json), expect)
-    }
-
-    fn delete(&self, kind: Kind, key: &str, expect: Expect) -> Result<(), CatalogError> {
-        check_key(kind, key)?;
-        self.change(kind, key, None, expect).map(|_| ())
+    fn write(&self, changes: &[Write]) -> Result<Vec<Revision>, CatalogError> {
+        changes.iter().try_for_each(check_write)?;
+        let mut state = self.state.lock().unwrap();
+        let mut after = state.clone();
+        let made = changes.iter().map(|write| self.change(&mut after, write));
+        let made = made.collect::<Result<Vec<_>, CatalogError>>()?;
+        if after.last > state.last {
+            self.head.send_replace(Revision(after.last));
+        }
+        *state = after;
+        Ok(made)
     }
 
     fn changes(&self, since: Revision, most: usize) -> Result<Vec<Change>, CatalogError> {

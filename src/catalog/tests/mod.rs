@@ -66,31 +66,30 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 12, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
     fn any_calls_do_to_the_file_what_they_do_to_the_model(
-        calls in proptest::collection::vec(call(), 1..40),
+        batches in proptest::collection::vec(proptest::collection::vec(call(), 1..4), 1..30),
     ) {
         let file = InAFile::new();
         let (mut catalog, model) = (file.open(), InMemory::new().open());
         let mut given = vec![Revision(77)];
-        for call in calls {
-            let kind = [Kind::Image, Kind::Volume][call.kind];
-            let key = format!("k{}", call.key);
-            let expect = match call.at {
-                Some(back) => Expect::At(given[given.len().saturating_sub(1 + back)]),
-                None if call.any => Expect::Any,
-                None => Expect::Absent,
+        for calls in batches {
+            let write = |call: &Call| Write {
+                kind: [Kind::Image, Kind::Volume][call.kind],
+                key: format!("k{}", call.key),
+                json: (!call.delete).then(|| vec![call.key; 3]),
+                expect: match call.at {
+                    Some(back) => Expect::At(given[given.len().saturating_sub(1 + back)]),
+                    None if call.any => Expect::Any,
+                    None => Expect::Absent,
+                },
             };
-            let json = [call.key; 3];
+            let writes: Vec<_> = calls.iter().map(write).collect();
             let both: [&dyn Catalog; 2] = [&catalog, &model];
             let did = both.map(|catalog| {
-                let done = match call.delete {
-                    true => catalog.delete(kind, &key, expect).map(|()| None),
-                    false => catalog.put(kind, &key, &json, expect).map(Some),
-                };
-                done.map_err(|error| error.to_string())
+                catalog.write(&writes).map_err(|error| error.to_string())
             });
             prop_assert_eq!(&did[0], &did[1]);
-            given.extend(did[0].clone().ok().flatten());
-            if call.reopen {
+            given.extend(did[0].clone().unwrap_or_default());
+            if calls.iter().any(|call| call.reopen) {
                 drop(catalog);
                 catalog = file.open();
             }

@@ -15,8 +15,6 @@ mod place;
 mod plan;
 mod replies;
 mod session;
-#[cfg(test)]
-mod tests;
 mod wire;
 
 use std::ops::Range;
