@@ -348,8 +348,8 @@ pub struct CreateArgs {
     /// Image of the daemon's whose bytes, format and base it has: a copy of its copy on the node
     #[arg(long, value_name = "IMAGE", conflicts_with_all = ["name", "format", "mirror", "layout", "base"])]
     pub clone: Option<ImageName>,
-    /// NBD export whose bytes it has, as a disk: nbd://HOST[:PORT]/EXPORT or
-    /// nbd+unix:///EXPORT?socket=PATH
+    /// NBD export whose bytes it has, as a disk: `nbd://HOST[:PORT]/EXPORT` or
+    /// `nbd+unix:///EXPORT?socket=PATH`
     #[arg(long, value_name = "URI", conflicts_with_all = ["name", "clone", "mirror", "layout"])]
     pub from_nbd: Option<String>,
     #[command(flatten)]
