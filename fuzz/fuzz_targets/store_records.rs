@@ -17,6 +17,7 @@ fn sealed(bytes: &[u8]) -> Vec<u8> {
 
 fuzz_target!(|bytes: &[u8]| {
     let _ = serde_json::from_slice::<CopyCfg>(bytes);
+    let _ = bedplate::fetch::BackupRecord::parse(bytes);
     let temp = tempfile::tempdir().expect("a directory");
     std::fs::write(temp.path().join("p"), sealed(bytes)).expect("written");
     let dir = Dir::open(temp.path()).expect("opened");

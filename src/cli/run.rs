@@ -28,7 +28,7 @@ pub(super) async fn run(args: RunArgs, global: &Global, output: &Output) -> Resu
     let url = source::parse(&args.source)?;
     let name = match &args.name {
         Some(name) => name.clone(),
-        None => ImageName::suggest(url.expose().path()).ok_or_else(|| {
+        None => ImageName::suggest(&url.title()).ok_or_else(|| {
             CliError::new(Exit::Usage, "the source's last part gives no name", "give --name NAME")
         })?,
     };

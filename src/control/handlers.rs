@@ -69,7 +69,7 @@ pub(super) fn new_image(body: &CreateImage) -> Answer<NewImage> {
         Some(name) => ImageName::parse(name)?,
         None => source
             .as_ref()
-            .and_then(|source| ImageName::suggest(source.expose().path()))
+            .and_then(|source| ImageName::suggest(&source.title()))
             .ok_or_else(|| ApiError::bad_request("no URL's last part gives a name; give one"))?,
     };
     let format = body.format.as_deref().map(str::parse::<Format>).transpose();

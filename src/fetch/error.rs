@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::backup::BackupFault;
 use super::http::{AccessError, AddressRefused};
 use super::nbd::NbdFault;
 use super::sums::SumsFault;
@@ -54,6 +55,12 @@ pub enum FetchError {
     Status { url: String, status: u16, hint: &'static str, retry_after_s: Option<u64> },
     #[error("{url}: {source}")]
     Nbd { url: String, source: NbdFault },
+    #[error("{url}")]
+    Backup {
+        url: String,
+        #[source]
+        source: BackupFault,
+    },
     #[error("{url}: no byte arrived for {seconds} s at byte {at:#x}")]
     Stalled { url: String, at: u64, seconds: u64 },
     #[error("{url}: the connection broke at byte {at:#x}")]
@@ -161,6 +168,7 @@ impl FetchError {
             },
             Self::Disk(error) if error.may_retry() => Class::Retry,
             Self::Nbd { source, .. } => source.class(),
+            Self::Backup { source, .. } => source.class(),
             Self::Redirect { .. }
             | Self::Address { .. }
             | Self::Certificate { .. }

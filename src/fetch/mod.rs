@@ -9,6 +9,7 @@
 //! Never: knows image formats, or believes a server: what it says is checked or bounded.
 //! Start at [`transfer()`].
 
+mod backup;
 mod book;
 mod crew;
 pub mod decode;
@@ -42,6 +43,7 @@ mod version;
 mod ways;
 
 pub use crate::disk::{BadDigest, DigestKind, DigestMap};
+pub use backup::{BackupFault, BackupRecord};
 pub use duplicate::duplicate;
 pub use error::{Class, FetchError, HttpError, one_line};
 pub use expect::Expect;

@@ -63,6 +63,10 @@ impl<'a> SourceFile<'a> {
             let url = source.url.to_string();
             return Err(FetchError::NoParts { url, why: "an export is read as a whole" });
         }
+        if source.url.backup().is_some() {
+            let url = source.url.to_string();
+            return Err(FetchError::NoParts { url, why: "a backup is read as a whole" });
+        }
         let (kind, total, head) = match source.url.file_path() {
             Some(path) => {
                 let file = LocalFile::open(&path)?;

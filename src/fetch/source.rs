@@ -12,12 +12,13 @@ use std::path::Path;
 
 use url::Url;
 
+use super::backup::BackupPlace;
 use super::nbd::Place;
 
 /// What replaces each secret part.
 const REDACTED: &str = "***";
 
-/// An http, https, s3, file or NBD URL. Prints itself without userinfo and without query values.
+/// An http, https, s3, file, NBD or backup URL. Prints itself without userinfo and without query values.
 #[derive(Clone, PartialEq, Eq)]
 pub struct SourceUrl(Url);
 
@@ -26,14 +27,16 @@ pub struct SourceUrl(Url);
 pub enum SourceError {
     /// Not a URL at all.
     #[error(
-        "source is not a URL ({reason}); give http://, https://, s3://, nbd:// or file:///absolute/path"
+        "source is not a URL ({reason}); give http://, https://, s3://, nbd://, backup:// or file:///absolute/path"
     )]
     NotAUrl {
         /// The parser's words, without the text.
         reason: String,
     },
     /// A URL of a scheme that nothing here can fetch.
-    #[error("scheme {scheme:?} is not supported; give http://, https://, s3://, nbd:// or file://")]
+    #[error(
+        "scheme {scheme:?} is not supported; give http://, https://, s3://, nbd://, backup:// or file://"
+    )]
     Scheme {
         /// The scheme as given.
         scheme: String,
@@ -45,22 +48,24 @@ pub enum SourceError {
         scheme: String,
     },
     /// A file of digests that is no file.
-    #[error("a file of digests is not in an NBD export; give http://, https://, s3:// or file://")]
+    #[error(
+        "a file of digests is in no NBD export or backup; give http://, https://, s3:// or file://"
+    )]
     Sums,
     /// More or less than bucket and key in an s3 URL; a host or no absolute path in a file URL; no
-    /// place of an export in one of NBD.
+    /// place of an export in one of NBD, or of a backup.
     #[error("{scheme} URL has {fault}; give {need}")]
     Shape {
-        /// "s3", "file", "nbd" or "nbd+unix".
+        /// "s3", "file", "nbd", "nbd+unix" or "backup".
         scheme: String,
         /// What is wrong.
         fault: &'static str,
         /// What it should look like.
         need: &'static str,
     },
-    /// A file of the node and an export have no mirrors and are none.
+    /// A file of the node, an export and a backup have no mirrors and are none.
     #[error(
-        "a file of the node or an NBD export is no mirror and has none; give http://, https:// or s3:// URLs"
+        "a file of the node, an NBD export or a backup is no mirror and has none; give http://, https:// or s3:// URLs"
     )]
     Mirror,
     /// Longer than [`SourceUrl::MAX_LEN`].
@@ -75,7 +80,7 @@ impl SourceUrl {
     /// Longest URL in bytes. Pre-signed URLs of the large clouds stay below 4 KiB.
     pub const MAX_LEN: usize = 8192;
 
-    /// Parses an absolute http, https, s3, file or NBD URL.
+    /// Parses an absolute http, https, s3, file, NBD or backup URL.
     ///
     /// # Errors
     /// [`SourceError`]; its text holds nothing of the URL but its scheme.
@@ -108,6 +113,10 @@ impl SourceUrl {
                 Some(Err((fault, need))) => shape(fault, need),
                 Some(Ok(_)) | None => Ok(Self(url)),
             },
+            "backup" => match BackupPlace::of(&url) {
+                Some(Err(fault)) => shape(fault, "backup:///MOUNTED/TARGET?backingImage=NAME"),
+                Some(Ok(_)) | None => Ok(Self(url)),
+            },
             other => Err(SourceError::Scheme { scheme: other.to_owned() }),
         }
     }
@@ -121,18 +130,19 @@ impl SourceUrl {
     /// Checks what is to be a mirror of `self`.
     ///
     /// # Errors
-    /// [`SourceError::Mirror`] if either is a file of the node or an export.
+    /// [`SourceError::Mirror`] if either is a file of the node, an export or a backup.
     pub fn check_mirror(&self, mirror: &Self) -> Result<(), SourceError> {
-        let has_none = |url: &Self| url.0.scheme() == "file" || url.is_nbd();
+        let has_none = |url: &Self| matches!(url.0.scheme(), "file" | "backup") || url.is_nbd();
         if has_none(self) || has_none(mirror) { Err(SourceError::Mirror) } else { Ok(()) }
     }
 
     /// Checks what is to be where a file of digests is.
     ///
     /// # Errors
-    /// [`SourceError::Sums`] if it is an export.
+    /// [`SourceError::Sums`] if it is an export or a backup.
     pub fn check_sums(&self) -> Result<(), SourceError> {
-        if self.is_nbd() { Err(SourceError::Sums) } else { Ok(()) }
+        let has_none = self.is_nbd() || self.backup().is_some();
+        if has_none { Err(SourceError::Sums) } else { Ok(()) }
     }
 
     /// True for an NBD export.
@@ -144,6 +154,17 @@ impl SourceUrl {
     /// Where the export is, if this is one.
     pub(super) fn nbd(&self) -> Option<Place> {
         Place::of(&self.0)?.ok()
+    }
+
+    /// Where the backup is, if this is one.
+    pub(super) fn backup(&self) -> Option<BackupPlace> {
+        BackupPlace::of(&self.0)?.ok()
+    }
+
+    /// What an image is named after that comes from here.
+    #[must_use]
+    pub fn title(&self) -> String {
+        self.backup().map_or_else(|| self.0.path().to_owned(), |place| place.image)
     }
 
     /// The whole URL, credentials included: only for the request itself and the catalog.
@@ -162,8 +183,8 @@ impl SourceUrl {
 impl fmt::Display for SourceUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let url = &self.0;
-        if self.is_nbd() {
-            // It has no place for a secret: no user, and a query that is the path of a socket.
+        if self.is_nbd() || self.0.scheme() == "backup" {
+            // It has no place for a secret: no user, and a query that is a socket or a name.
             return f.write_str(url.as_str());
         }
         write!(f, "{}://", url.scheme())?;
@@ -267,6 +288,7 @@ mod tests {
             ("https://h/a#hunter2", "https://h/a"),
             ("file:///data/a%20b.img", "file:///data/a%20b.img"),
             ("nbd://h:7/a", "nbd://h:7/a"),
+            ("backup:///mnt/t?backingImage=a", "backup:///mnt/t?backingImage=a"),
             ("nbd+unix:///a?socket=/run/n.sock", "nbd+unix:///a?socket=/run/n.sock"),
         ];
         for (whole, printed) in cases {
@@ -293,6 +315,10 @@ mod tests {
             "nbd://h/a?hunter2",
             "nbds://hunter2@h/a",
             "nbd+unix:///hunter2",
+            "backup:///hunter2",
+            "backup://hunter2/t?backingImage=a",
+            "backup:///t?backingImage=../hunter2",
+            "backup:///t?backingImage=a&x=hunter2",
             "nbd+unix:///a?socket=hunter2",
         ] {
             let text = SourceUrl::parse(bad).unwrap_err().to_string();

@@ -106,10 +106,11 @@ pub async fn transfer(
             unproven,
             mirrors: mirrors && !source.mirrors.is_empty(),
         };
-        let result = match (url.file_path(), url.nbd()) {
-            (Some(path), _) => run.local(&path).await,
-            (None, Some(place)) => run.nbd(&place, fresh).await,
-            (None, None) => run.http(fresh).await,
+        let result = match (url.file_path(), url.nbd(), url.backup()) {
+            (Some(path), ..) => run.local(&path).await,
+            (None, Some(place), _) => run.nbd(&place, fresh).await,
+            (None, None, Some(place)) => run.backup(&place).await,
+            (None, None, None) => run.http(fresh).await,
         };
         let unproven = run.unproven;
         let again = match &result {

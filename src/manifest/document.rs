@@ -396,8 +396,8 @@ fn image_source(fields: &Fields<'_>) -> Result<ImageSource, Fault> {
              `bedplate create NAME --from-nbd URI`"
         }
         Some("restore") => {
-            "a backup of an image is not read here; restore it where it was made, and bring the image \
-             in by URL or `bedplate upload`"
+            "a backup target is not mounted here; mount it, and bring the image in by URL: `bedplate \
+             create 'backup:///MOUNTED?backingImage=NAME'`"
         }
         Some(_) => "not known; download and clone can be applied",
     };

@@ -1,0 +1,195 @@
+//! A backup of an image, as Longhorn's backup store keeps it, as a source.
+//!
+//! Why: an image that was backed up comes back without the system that made the backup: from the
+//! directory where the backup target is mounted.
+//! How: the backup's record ([`Record`]) names the blocks of the image by their digests, and where each
+//! belongs; the blocks are files, compressed, read and decoded on several threads and passed on in the
+//! order of the image. What no block covers is zeroes. The record has the SHA-512 of the whole.
+//! Never: passes on a block whose digest is another; follows a name of the record that is no digest.
+//! Start at [`Run::backup`].
+
+mod block;
+mod place;
+mod record;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use tokio::runtime::Handle;
+
+pub use place::BackupFault;
+pub(in crate::fetch) use place::BackupPlace;
+pub use record::BackupRecord;
+
+use super::error::FetchError;
+use super::limit::RateLimit;
+use super::pipeline::{Feed, Stopped};
+use super::progress::{Phase, Progress};
+use super::threads::{blocking, in_place};
+use super::transfer::{Fetched, Run};
+use super::version::{Remote, Resume};
+use crate::disk::{DigestKind, UNIT_BYTES};
+use crate::ring::{BLOCK_BYTES, BufShare};
+
+impl Run<'_> {
+    /// From a backup. What is durable of the same backup is not read again.
+    pub(super) async fn backup(&mut self, place: &BackupPlace) -> Result<Fetched, FetchError> {
+        self.progress.set_phase(Phase::Connecting);
+        let url = self.url.to_string();
+        let (opening, named) = (place.clone(), url.clone());
+        let record = blocking(move || opening.open()).await;
+        let record = record.map_err(|source| FetchError::Backup { url: named, source })?;
+        let (total, remote) = (record.size_bytes, Remote::new(Some(&record.tag()), None));
+        let known = self.known_version();
+        if known.is_some_and(|known| known.may_resume(&remote, false) == Resume::Same)
+            && self.filling.total_bytes() == Some(total)
+        {
+            in_place(|| self.filling.resume())?;
+        } else {
+            self.begin(&remote, Some(total))?;
+        }
+        self.progress.set_total(Some(total));
+        self.progress.set_phase(Phase::Fetching);
+        let missing = self.filling.missing();
+        let sha512 = record.sha512.clone();
+        let wanted = match &sha512 {
+            Some(_) => self.source.wanted().with(DigestKind::Sha512),
+            None => self.source.wanted(),
+        };
+        let feed = self.start_pipeline(&missing, wanted)?;
+        let reader = Reader {
+            place: place.clone(),
+            record,
+            url: url.clone(),
+            feed,
+            share: self.share.clone(),
+            runtime: Handle::current(),
+            progress: Arc::clone(self.progress),
+            limit: Arc::clone(&self.engine.limit),
+        };
+        match blocking(move || reader.copy(&missing)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(Stopped)) => return Err(self.writer_error().await),
+            Err(error) => return self.abandon(error).await,
+        }
+        let fetched = self.complete(remote.etag, total).await?;
+        let found = fetched.digests.whole.get(DigestKind::Sha512);
+        match (sha512, found) {
+            (Some(expected), Some(found)) if expected != found => {
+                let (kind, found) = (DigestKind::Sha512.name(), found.to_owned());
+                Err(FetchError::Digest { url, kind, expected, found })
+            }
+            _same_or_unknown => Ok(fetched),
+        }
+    }
+}
+
+/// What brings the blocks in.
+struct Reader {
+    place: BackupPlace,
+    record: BackupRecord,
+    url: String,
+    feed: Feed,
+    share: BufShare,
+    runtime: Handle,
+    progress: Arc<Progress>,
+    limit: Arc<RateLimit>,
+}
+
+type Sent = Result<Result<(), Stopped>, FetchError>;
+
+impl Reader {
+    /// Sends what belongs into `missing`, in the order of the image. Blocks the thread.
+    fn copy(&self, missing: &[Range<u64>]) -> Sent {
+        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        for range in missing {
+            let mut at = range.start;
+            let blocks = self.record.within(range);
+            for few in blocks.chunks(threads) {
+                // Decoded together, sent in order: whoever sends holds buffers only for what is next.
+                let (place, record) = (&self.place, &self.record);
+                let decoded: Vec<_> = std::thread::scope(|scope| {
+                    let read = |block| scope.spawn(move || place.read(record, block));
+                    let started: Vec<_> = few.iter().map(read).collect();
+                    let ended = started.into_iter().map(std::thread::ScopedJoinHandle::join);
+                    ended
+                        .map(|read| read.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+                        .collect()
+                });
+                for (block, bytes) in few.iter().zip(decoded) {
+                    let bytes = bytes.map_err(|source| {
+                        let url = self.url.clone();
+                        FetchError::Backup { url, source }
+                    })?;
+                    let begin = block.offset.max(at);
+                    let sent = self.zeroes(at..begin)?;
+                    if sent.is_err() {
+                        return Ok(sent);
+                    }
+                    let skip = usize::try_from(begin - block.offset).unwrap_or(usize::MAX);
+                    let end = (block.offset + bytes.len() as u64).min(range.end);
+                    let len = usize::try_from(end.saturating_sub(begin)).unwrap_or(usize::MAX);
+                    let part = bytes.get(skip..).and_then(|rest| rest.get(..len));
+                    let sent = self.data(begin, part.unwrap_or_default())?;
+                    if sent.is_err() {
+                        return Ok(sent);
+                    }
+                    at = at.max(end);
+                }
+            }
+            let sent = self.zeroes(at..range.end)?;
+            if sent.is_err() {
+                return Ok(sent);
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    fn zeroes(&self, range: Range<u64>) -> Sent {
+        if self.progress.is_stopped() {
+            return Err(FetchError::Cancelled);
+        }
+        match range.is_empty() {
+            true => Ok(Ok(())),
+            false => Ok(self.feed.send_zeroes(range.start, range.end - range.start)),
+        }
+    }
+
+    fn data(&self, at: u64, bytes: &[u8]) -> Sent {
+        let mut at = at;
+        let mut left = bytes;
+        while !left.is_empty() {
+            // No buffer crosses the border of a MiB.
+            let room = BLOCK_BYTES as u64 - at % BLOCK_BYTES as u64;
+            let len = usize::try_from(room).unwrap_or(BLOCK_BYTES).min(left.len());
+            let (part, rest) = left.split_at(len);
+            let taken = self.runtime.block_on(async {
+                tokio::select! {
+                    buf = self.share.take() => buf.map_err(|source| FetchError::Memory { source }),
+                    () = self.progress.stopped() => Err(FetchError::Cancelled),
+                }
+            });
+            let mut buf = taken?;
+            buf.spare(len)[..len].copy_from_slice(part);
+            buf.set_len(len);
+            self.progress.add_received(len as u64);
+            self.runtime.block_on(async {
+                tokio::select! {
+                    () = self.limit.spend(len) => {}
+                    () = self.progress.stopped() => {}
+                }
+            });
+            if let Err(stopped) = self.feed.send(at, buf) {
+                return Ok(Err(stopped));
+            }
+            at += len as u64;
+            left = rest;
+        }
+        Ok(Ok(()))
+    }
+}
+
+/// A length as a whole number of the units in which a copy is filled, but never past `most`.
+fn in_units(len: u64, most: u64) -> u64 {
+    len.div_ceil(UNIT_BYTES).saturating_mul(UNIT_BYTES).min(most)
+}
