@@ -2,7 +2,7 @@
 //!
 //! Why: an image that was backed up comes back without the system that made the backup: from the
 //! directory where the backup target is mounted.
-//! How: the backup's record ([`Record`]) names the blocks of the image by their digests, and where each
+//! How: the backup's record ([`BackupRecord`]) names the blocks of the image by their digests, and where each
 //! belongs; the blocks are files, compressed, read and decoded on several threads and passed on in the
 //! order of the image. What no block covers is zeroes. The record has the SHA-512 of the whole.
 //! Never: passes on a block whose digest is another; follows a name of the record that is no digest.
