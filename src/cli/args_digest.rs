@@ -10,6 +10,7 @@ use clap::Args;
 
 use super::exit::{CliError, Exit};
 use super::source;
+use crate::control::types::{CreateImage, Digests};
 use crate::fetch::{BadDigest, DigestKind, DigestMap, SourceUrl};
 
 /// Digests that the file must have: all that are given.
@@ -41,6 +42,16 @@ fn sha512(text: &str) -> Result<DigestMap, BadDigest> {
 }
 
 impl DigestArgs {
+    /// Puts what is expected into a request.
+    pub(super) fn put_into(&self, request: &mut CreateImage) -> Result<(), CliError> {
+        let digests = Digests::from(&self.digests()?);
+        (request.sha256, request.sha512) = (digests.sha256, digests.sha512);
+        (request.sha1, request.md5) = (digests.sha1, digests.md5);
+        request.blake3 = digests.blake3;
+        request.checksum_url = self.checksum_url()?.map(|url| url.expose().to_string());
+        Ok(())
+    }
+
     /// All digests that are given.
     pub(super) fn digests(&self) -> Result<DigestMap, CliError> {
         let mut all = DigestMap::default();

@@ -10,7 +10,7 @@ use super::get;
 use super::output::Output;
 use super::{source, trace};
 use crate::control::client::Client;
-use crate::control::types::{CreateImage, Digests, FetchImage, Image};
+use crate::control::types::{CreateImage, FetchImage, Image};
 use crate::fetch::SourceUrl;
 use crate::image::Format;
 use crate::import::Layout;
@@ -77,18 +77,10 @@ fn clone(
     image: &ImageName,
     expected: &super::args_digest::DigestArgs,
 ) -> Result<CreateImage, CliError> {
-    let name = new_name(name)?;
-    let digests = Digests::from(&expected.digests()?);
-    Ok(CreateImage {
-        name: Some(name.to_string()),
-        sha256: digests.sha256,
-        sha512: digests.sha512,
-        sha1: digests.sha1,
-        md5: digests.md5,
-        blake3: digests.blake3,
-        checksum_url: expected.checksum_url()?.map(|url| url.expose().to_string()),
-        ..CreateImage::clone_of(image.as_str())
-    })
+    let mut request = CreateImage::clone_of(image.as_str());
+    request.name = Some(new_name(name)?.to_string());
+    expected.put_into(&mut request)?;
+    Ok(request)
 }
 
 /// The body of `POST /v1/images`.
@@ -99,17 +91,10 @@ pub(super) fn request(
     format: Option<super::args::FormatArg>,
     layout: Layout,
 ) -> Result<CreateImage, CliError> {
-    let digests = Digests::from(&expected.digests()?);
-    Ok(CreateImage {
-        name,
-        sha256: digests.sha256,
-        sha512: digests.sha512,
-        sha1: digests.sha1,
-        md5: digests.md5,
-        blake3: digests.blake3,
-        checksum_url: expected.checksum_url()?.map(|url| url.expose().to_string()),
-        format: format.map(|f| Format::from(f).to_string()),
-        layout: (layout != Layout::default()).then(|| layout.to_string()),
-        ..CreateImage::of_url(url.expose().as_str())
-    })
+    let mut request = CreateImage::of_url(url.expose().as_str());
+    request.name = name;
+    request.format = format.map(|f| Format::from(f).to_string());
+    request.layout = (layout != Layout::default()).then(|| layout.to_string());
+    expected.put_into(&mut request)?;
+    Ok(request)
 }

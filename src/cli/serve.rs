@@ -29,13 +29,14 @@ pub(super) async fn run(
     for disk in &mut config.disks {
         *disk = std::path::absolute(&*disk).map_err(|e| CliError::refused(&e))?;
     }
+    let missing: Vec<_> = config.disks.iter().filter(|disk| !disk.is_dir()).collect();
     // One that is missing may be back later, if it is known.
     let known = match config.disks.first() {
-        Some(first) if first.is_dir() => Daemon::known_disks(&config)?,
+        Some(first) if first.is_dir() && !missing.is_empty() => Daemon::known_disks(&config)?,
         Some(_) | None => Vec::new(),
     };
-    for disk in &config.disks {
-        if !disk.is_dir() && known.iter().all(|(_, path)| path != disk) {
+    for disk in missing {
+        if known.iter().all(|(_, path)| path != disk) {
             let text = format!("{}: not a directory", disk.display());
             let hint = "make it, or mount what belongs there: a daemon makes no disk by itself";
             return Err(CliError::new(Exit::Refused, text, hint));

@@ -26,7 +26,7 @@ use super::progress::{Meter, Moment};
 use crate::control::client::{Client, ClientError};
 use crate::control::types::{Copy, CreateImage, Digests, FetchImage, Image, Uploaded};
 use crate::disk::{DigestSet, Hasher, hash_file};
-use crate::fetch::{Access, DigestKind, DigestMap, one_line};
+use crate::fetch::{DigestKind, DigestMap, one_line};
 use crate::image::Format;
 use crate::names::ImageName;
 use crate::units::human_bytes;
@@ -63,34 +63,14 @@ pub(super) async fn run(
 ) -> Result<(), CliError> {
     let client = Client::new(&global.socket());
     let (file, len) = open(&args.file)?;
-    let mut digests = args.expected.digests()?;
-    if digests.is_empty() && !args.no_digest {
+    let mut request = CreateImage::of_upload(len);
+    request.name = Some(name_of(args)?.to_string());
+    request.format = args.format.map(|f| Format::from(f).to_string());
+    args.expected.put_into(&mut request)?;
+    if args.expected.digests()?.is_empty() && !args.no_digest {
         output.note("reading the file for its digest, which proves an upload that goes on later");
-        digests = sha256_of(&file, &args.file, len).await?;
+        request.sha256 = Digests::from(&sha256_of(&file, &args.file, len).await?).sha256;
     }
-    let digests = Digests::from(&digests);
-    let mut request = CreateImage {
-        name: Some(name_of(args)?.to_string()),
-        url: None,
-        upload_bytes: Some(len),
-        clone_of: None,
-        access: Access::default(),
-        mirrors: Vec::new(),
-        sha256: digests.sha256,
-        sha512: digests.sha512,
-        sha1: digests.sha1,
-        md5: digests.md5,
-        blake3: digests.blake3,
-        checksum_url: args.expected.checksum_url()?.map(|url| url.expose().to_string()),
-        format: args.format.map(|f| Format::from(f).to_string()),
-        layout: None,
-        base: None,
-        snapshot: None,
-        min_copies: None,
-        disk_selector: Vec::new(),
-        node_selector: Vec::new(),
-        disks: Vec::new(),
-    };
     args.stands.put_into(&mut request);
     let image: Image = client.post("/v1/images", &request).await?;
     let disk = args.disk.as_deref();

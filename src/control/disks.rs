@@ -19,7 +19,7 @@ use super::handlers::{Answer, blocking};
 use super::types_disk::{AddDisk, ChangeDisk, Disk, Disks};
 use super::wire;
 use crate::manager::{DiskChange, ManagerError};
-use crate::names::DiskUuid;
+use crate::names::{DiskUuid, Tag};
 
 /// With its room as it is at this moment.
 pub(super) async fn list(State(app): State<App>) -> Answer<Json<Disks>> {
@@ -51,6 +51,7 @@ pub(super) async fn change(
     Body(body): Body<ChangeDisk>,
 ) -> Answer<Json<Disk>> {
     let ChangeDisk { schedulable, evict, tags } = body;
+    let tags = tags.map(|tags| Tag::parse_all(tags.iter().map(String::as_str))).transpose()?;
     let change = DiskChange { schedulable, evict, tags };
     Ok(Json(wire::disk(&app.manager.change_disk(DiskUuid::parse(&uuid)?, change).await?)))
 }

@@ -176,8 +176,6 @@ impl From<ManagerError> for ApiError {
             ),
             ManagerError::BadReader { .. }
             | ManagerError::BadPriority { .. }
-            | ManagerError::BadTag { .. }
-            | ManagerError::TooManyTags { .. }
             | ManagerError::BadSetting { .. } => (StatusCode::BAD_REQUEST, "bad-request", ""),
             ManagerError::DiskClosed { .. } => (
                 StatusCode::CONFLICT,

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::fetch::Access;
 
 /// Body of `POST /v1/images`. Its `Debug` shows no URL.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CreateImage {
     /// Its name; default: made of the URL's last part.
@@ -81,34 +81,19 @@ impl CreateImage {
     /// A clone of `image`, with nothing else said.
     #[must_use]
     pub fn clone_of(image: &str) -> Self {
-        Self { url: None, clone_of: Some(image.to_owned()), ..Self::of_url("") }
+        Self { clone_of: Some(image.to_owned()), ..Self::default() }
     }
 
     /// An image at `url`, with nothing else said.
     #[must_use]
     pub fn of_url(url: &str) -> Self {
-        Self {
-            name: None,
-            url: Some(url.to_owned()),
-            upload_bytes: None,
-            clone_of: None,
-            mirrors: Vec::new(),
-            access: Access::default(),
-            sha256: None,
-            sha512: None,
-            sha1: None,
-            md5: None,
-            blake3: None,
-            checksum_url: None,
-            format: None,
-            layout: None,
-            base: None,
-            snapshot: None,
-            min_copies: None,
-            disk_selector: Vec::new(),
-            node_selector: Vec::new(),
-            disks: Vec::new(),
-        }
+        Self { url: Some(url.to_owned()), ..Self::default() }
+    }
+
+    /// An image of which so many bytes are to be uploaded, with nothing else said.
+    #[must_use]
+    pub fn of_upload(upload_bytes: u64) -> Self {
+        Self { upload_bytes: Some(upload_bytes), ..Self::default() }
     }
 }
 

@@ -126,7 +126,7 @@ pub(crate) fn disk(view: &DiskView) -> Disk {
         healthy: status.healthy,
         schedulable: view.schedulable,
         evicting: view.evicting,
-        tags: view.tags.clone(),
+        tags: view.tags.iter().map(ToString::to_string).collect(),
         copies: view.copies as u64,
         message: status.message.clone(),
     }

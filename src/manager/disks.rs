@@ -16,12 +16,7 @@ use super::command::Outcome;
 use super::error::ManagerError;
 use super::records::DiskRecord;
 use super::world::{Action, Change, Copy, Image, Touched, Worker, World};
-use crate::names::{DiskUuid, ImageName};
-
-/// Most tags of a disk.
-const MAX_TAGS: usize = 32;
-/// Longest tag in bytes.
-const MAX_TAG_BYTES: usize = 63;
+use crate::names::{DiskUuid, ImageName, Tag};
 
 /// What is to be different about a disk; `None` stays as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -31,7 +26,7 @@ pub struct DiskChange {
     /// Its copies are to go elsewhere.
     pub evict: Option<bool>,
     /// Words that its user has for it: all of them.
-    pub tags: Option<BTreeSet<String>>,
+    pub tags: Option<BTreeSet<Tag>>,
 }
 
 /// A disk that the backend has just opened.
@@ -59,7 +54,7 @@ pub struct DiskView {
     /// Its copies are to go elsewhere.
     pub evicting: bool,
     /// Words that its user has for it.
-    pub tags: BTreeSet<String>,
+    pub tags: BTreeSet<Tag>,
     /// Copies on it, complete or not.
     pub copies: usize,
 }
@@ -169,12 +164,6 @@ impl World {
         let Some(record) = self.disk_records.get_mut(&disk) else {
             return Err(ManagerError::NoSuchDisk { disk });
         };
-        if let Some(bad) = change.tags.iter().flatten().find(|tag| !is_tag(tag)) {
-            return Err(ManagerError::BadTag { tag: bad.chars().take(80).collect() });
-        }
-        if change.tags.as_ref().is_some_and(|tags| tags.len() > MAX_TAGS) {
-            return Err(ManagerError::TooManyTags { most: MAX_TAGS });
-        }
         let before = record.clone();
         record.schedulable = change.schedulable.unwrap_or(record.schedulable);
         record.evict = change.evict.unwrap_or(record.evict);
@@ -299,9 +288,4 @@ impl World {
         };
         self.disks.iter().find(fits).map(|disk| disk.uuid.clone())
     }
-}
-
-fn is_tag(tag: &str) -> bool {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_./".contains(&byte);
-    (1..=MAX_TAG_BYTES).contains(&tag.len()) && tag.bytes().all(plain)
 }

@@ -125,12 +125,6 @@ pub enum ManagerError {
     /// The disk could not be opened.
     #[error("{message}")]
     DiskRefused { message: String },
-    /// A tag is not usable.
-    #[error("tag {tag:?} is not usable; give 1 to 63 letters, digits, '-', '_', '.' or '/'")]
-    BadTag { tag: String },
-    /// Too many tags.
-    #[error("a disk has at most {most} tags")]
-    TooManyTags { most: usize },
     /// The catalog could not store the change.
     #[error("cannot store the change; nothing was done")]
     Catalog(#[from] CatalogError),

@@ -18,7 +18,7 @@ use crate::fetch::source::{self, SourceUrl};
 use crate::fetch::{Access, DigestMap};
 use crate::image::{Format, Trace};
 use crate::import::Layout;
-use crate::names::{ClassName, DiskUuid, ImageName, ImageUuid, NameError, VolumeName};
+use crate::names::{ClassName, DiskUuid, ImageName, ImageUuid, NameError, Tag, VolumeName};
 
 /// What a user says of the digests of an image's file; checked on arrival.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -226,7 +226,7 @@ pub struct DiskRecord {
     pub evict: bool,
     /// Words that its user has for it.
     #[serde(default)]
-    pub tags: std::collections::BTreeSet<String>,
+    pub tags: std::collections::BTreeSet<Tag>,
 }
 
 fn yes() -> bool {

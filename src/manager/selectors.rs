@@ -2,7 +2,8 @@
 //!
 //! Why: fast disks are for some images, and large ones for others; who runs the node says which are which.
 //! How: a disk has the tags that its user gives it, the node those of the configuration; an image names
-//! those that it needs, all of them. Disks that are chosen here have them; one that is named and has not is refused with the reason.
+//! those that it needs, all of them. Disks that are chosen here have them; one that is named and has not
+//! is refused with the reason.
 //! Never: moves or removes what is there already: a copy on a disk that has lost its tag stays, and is read.
 //! Start at [`World::check_disk_for`].
 
@@ -61,7 +62,7 @@ impl World {
             (!missing.is_empty()).then(|| format!("{who} lacks the tag {}", missing.join(", ")))
         };
         let record = self.disk_records.get(&disk.uuid);
-        let has = |tag: &Tag| record.is_some_and(|record| record.tags.contains(tag.as_str()));
+        let has = |tag: &Tag| record.is_some_and(|record| record.tags.contains(tag));
         let of_node = |tag: &Tag| disk.node_tags.contains(tag);
         let own = lacks("it", &selectors.disk, &has);
         own.or_else(|| lacks("its node", &selectors.node, &of_node))

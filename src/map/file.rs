@@ -84,7 +84,8 @@ impl<'a> KernelSlice<'a> {
         if buf.len() > self.len_bytes {
             return Copied::Not;
         }
-        // SAFETY: the range is in a map that the borrow keeps mapped; `buf` is ours to write.
+        // SAFETY: the first `len_bytes` bytes from `base` on are in a map that the borrow `'a` keeps
+        // mapped, and `buf`, which is no longer than that, is borrowed mutably: they do not overlap.
         unsafe { guard::copy(self.base, buf.as_mut_ptr(), buf.len()) }
     }
 

@@ -12,8 +12,9 @@ fn attached(node: &Node, reader: &str) -> Option<AttachmentId> {
 }
 
 fn ask(node: &mut Node, command: Command) {
+    let outcome = node.command(command);
     // A second time it may be done already.
-    let _refused = node.command(command);
+    assert!(node.has_died || outcome.is_ok(), "{outcome:?}");
 }
 
 fn detach(node: &mut Node, reader: &str) {
@@ -59,6 +60,7 @@ const LIVES: [(&str, &[Step]); 5] = [
             |node| detach(node, "vm"),
             Node::settle_now,
             |node| delete(node, "top"),
+            Node::settle_now,
             |node| delete(node, "a"),
             Node::settle_now,
         ],
@@ -146,7 +148,7 @@ fn live(steps: &[Step], dies_after: Option<usize>) -> (Node, usize) {
     for step in steps {
         step(&mut node);
         if node.is_dead {
-            node.is_dead = false;
+            (node.is_dead, node.has_died) = (false, true);
             node.dies_after = None;
             node.restart();
             step(&mut node);

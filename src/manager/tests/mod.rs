@@ -160,6 +160,7 @@ struct Node {
     actions: usize,
     dies_after: Option<usize>,
     is_dead: bool,
+    has_died: bool,
     /// What has happened and is to be heard of at once, later.
     held: Option<Vec<Event>>,
 }

@@ -8,8 +8,7 @@ fn tags(texts: &[&str]) -> BTreeSet<Tag> {
 }
 
 fn tag(node: &mut Node, n: usize, own: &[&str]) {
-    let tags = Some(own.iter().map(ToString::to_string).collect());
-    let change = DiskChange { tags, ..DiskChange::default() };
+    let change = DiskChange { tags: Some(tags(own)), ..DiskChange::default() };
     node.command(Command::ChangeDisk(disk(n), change)).unwrap();
 }
 
