@@ -124,3 +124,37 @@ fn the_wait_is_configured_shown_and_changed_and_nonsense_is_refused() {
     let unused = |n: usize| image["copies"][n]["unused_since"].is_null();
     assert!(unused(0) || unused(1), "{image}");
 }
+
+#[test]
+fn an_image_gets_its_minimum_of_copies_by_itself() {
+    let disks = ["one", "two", "three"];
+    let daemon = Daemon::start_on(tempfile::tempdir().unwrap(), &disks, "max_replenished = 0\n");
+    let file = daemon.dir.path().join("golden.img");
+    raw_image(&file, 1 << 20);
+    let file = file.to_str().unwrap();
+    ok(&daemon, &["create", file, "--min-copies", "2", "--wait"]);
+    assert_eq!(copies(&daemon.get("/v1/images/golden")).len(), 1);
+    // The file goes: what comes now comes from the copy.
+    std::fs::remove_file(file).unwrap();
+    ok(&daemon, &["settings", "set", "max_replenished=2"]);
+    let ready = |count: usize| {
+        move |event: &Value| {
+            let copies = event["object"]["copies"].as_array();
+            let is_ready = |copy: &&Value| copy["state"] == "ready";
+            copies.is_some_and(|copies| copies.iter().filter(is_ready).count() == count)
+        }
+    };
+    daemon.events_until("", ready(2));
+    ok(&daemon, &["set", "golden", "--min-copies", "3"]);
+    daemon.events_until("", ready(3));
+    // There are no four disks: somebody hears of it.
+    let asked = std::cell::Cell::new(false);
+    let events = daemon.events_until("", |event| {
+        if event["type"] == "snapshot.end" && !asked.replace(true) {
+            ok(&daemon, &["set", "golden", "--min-copies", "4"]);
+        }
+        event["type"] == "image.warning"
+    });
+    let warning = events.last().unwrap().to_string();
+    assert!(warning.contains("has 3 of its 4 copies, and no disk is ready"), "{warning}");
+}

@@ -116,7 +116,7 @@ impl From<ManagerError> for ApiError {
             ManagerError::TooFewCopies { .. } => (
                 StatusCode::CONFLICT,
                 "in-use",
-                "no copy was removed; delete the image to remove the last ones",
+                "no copy was removed; lower its min_copies, or delete the image to remove the last ones",
             ),
             ManagerError::TooManyBases { .. } => (
                 StatusCode::UNPROCESSABLE_ENTITY,

@@ -30,9 +30,12 @@ pub struct Settings {
     pub disk_copy_rate_bytes_per_s: i64,
     /// Copies between disks at the same time; further ones wait.
     pub max_disk_copies: i64,
+    /// Copies made at the same time so that images have their `min_copies`; 0: none is made by itself.
+    pub max_replenished: i64,
     /// Minutes that a copy stays which nobody uses; 0: none, -1: for ever.
     pub cleanup_wait_minutes: i64,
-    /// Seconds for which all copies of an image have failed before one is started again; -1: never.
+    /// Seconds for which all copies of an image have failed before one is started again, or one of
+    /// several before another is made; -1: never.
     pub recovery_wait_seconds: i64,
     /// Minutes after which a complete copy is read and checked again; 0: only when asked.
     pub scrub_interval_minutes: i64,
@@ -53,6 +56,7 @@ impl Settings {
             Setting::MaxTransfers => self.max_transfers,
             Setting::DiskCopyRate => self.disk_copy_rate_bytes_per_s,
             Setting::MaxDiskCopies => self.max_disk_copies,
+            Setting::MaxReplenished => self.max_replenished,
             Setting::CleanupWait => self.cleanup_wait_minutes,
             Setting::RecoveryWait => self.recovery_wait_seconds,
             Setting::ScrubInterval => self.scrub_interval_minutes,
@@ -71,6 +75,7 @@ impl From<&manager::Settings> for Settings {
             max_transfers: settings.get(Setting::MaxTransfers),
             disk_copy_rate_bytes_per_s: settings.get(Setting::DiskCopyRate),
             max_disk_copies: settings.get(Setting::MaxDiskCopies),
+            max_replenished: settings.get(Setting::MaxReplenished),
             cleanup_wait_minutes: settings.get(Setting::CleanupWait),
             recovery_wait_seconds: settings.get(Setting::RecoveryWait),
             scrub_interval_minutes: settings.get(Setting::ScrubInterval),

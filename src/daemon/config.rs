@@ -89,7 +89,11 @@ pub struct Config {
     pub disk_copy_rate: Option<u64>,
     /// Copies between disks at the same time; further ones wait. Default: 5.
     pub max_disk_copies: Option<usize>,
-    /// Seconds for which all copies of an image have failed before one is started again; -1: never.
+    /// Copies made at the same time so that images have their `min_copies`; 0: none is made by itself.
+    /// Default: 5.
+    pub max_replenished: Option<usize>,
+    /// Seconds for which all copies of an image have failed before one is started again, or one of
+    /// several before another is made; -1: never.
     /// Default: 300; a person's own process starts nothing again.
     pub recovery_wait_seconds: Option<i64>,
     /// Minutes after which a complete copy is read and checked again; 0: only when asked. Default:
@@ -207,6 +211,7 @@ impl Config {
             ("max_transfers", Setting::MaxTransfers, count(self.max_transfers)),
             ("disk_copy_rate", Setting::DiskCopyRate, bytes(self.disk_copy_rate)),
             ("max_disk_copies", Setting::MaxDiskCopies, count(self.max_disk_copies)),
+            ("max_replenished", Setting::MaxReplenished, count(self.max_replenished)),
             ("cleanup_wait_minutes", Setting::CleanupWait, self.cleanup_wait_minutes.or(never)),
             ("recovery_wait_seconds", Setting::RecoveryWait, self.recovery_wait_seconds.or(never)),
             (

@@ -98,6 +98,13 @@ impl World {
         (exported && read).then_some("readers are connected to it")
     }
 
+    /// True if `disk`'s copy can go by itself. A failed one stays until it is made up for: else it
+    /// would be tried there anew, without end.
+    fn spares(&self, image: &Image, disk: &DiskUuid) -> bool {
+        let failed = image.copies.get(disk).is_some_and(|copy| worth(copy) == Worth::Failed);
+        image.can_spare(disk) && !(failed && self.is_replenished(image))
+    }
+
     /// Rules 9 and 10, for all copies of one image.
     pub(super) fn clean_up_step(&mut self, now: Duration, name: &ImageName, touched: &mut Touched) {
         let now_s = self.now_unix_s(now);
@@ -109,8 +116,9 @@ impl World {
                 // A clock that was set back begins the wait anew.
                 None => want.unused_since_unix_s.filter(|at| *at <= now_s).or(Some(now_s)),
             };
-            let due = since.zip(wait_s).is_some_and(|(since, wait)| now_s >= since + wait);
-            let is_news = since != want.unused_since_unix_s || due && image.can_spare(disk);
+            let due = since.zip(wait_s).is_some_and(|(since, wait)| now_s >= since + wait)
+                && self.spares(image, disk);
+            let is_news = since != want.unused_since_unix_s || due;
             is_news.then(|| (disk.clone(), since, due))
         };
         let stamps: Vec<_> = image.record.disks.iter().filter_map(stamp).collect();
@@ -139,7 +147,7 @@ impl World {
         });
         let due = copies.filter_map(|(image, disk, want)| {
             let since = want.unused_since_unix_s?;
-            let free = self.user_of(&image.record.name, disk).is_none() && image.can_spare(disk);
+            let free = self.user_of(&image.record.name, disk).is_none() && self.spares(image, disk);
             free.then(|| (since + wait_s).saturating_sub(self.started_unix_s))
         });
         due.min().map(Duration::from_secs)

@@ -12,6 +12,7 @@ use std::time::Duration;
 use super::backend::{CopyId, CopyInfo, Progress};
 use super::records::ImageRecord;
 use super::recovery::Failing;
+use super::replenish::Short;
 use super::world::{Action, CopyState, Touched};
 use crate::names::{DiskUuid, ImageName};
 
@@ -91,6 +92,7 @@ pub(super) struct Image {
     /// It is being opened on bytes that were repaired, turned out bad or went meanwhile.
     pub(super) stale: bool,
     pub(super) failing: Failing,
+    pub(super) short: Short,
 }
 
 impl Image {
@@ -101,6 +103,7 @@ impl Image {
             export: Export::Closed,
             stale: false,
             failing: Failing::default(),
+            short: Short::default(),
         };
         let wanted: Vec<_> =
             image.record.disks.iter().map(|(d, want)| (d.clone(), want.clone())).collect();

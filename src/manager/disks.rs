@@ -276,16 +276,4 @@ impl World {
             self.want_chain(name, &disk, touched);
         }
     }
-
-    /// A disk with room on which there is no copy of `image` yet.
-    fn other_disk_for(&self, image: &Image) -> Option<DiskUuid> {
-        let need_bytes = image.record.facts.as_ref().map_or(0, |facts| facts.size_bytes);
-        let fits = |disk: &&DiskStatus| {
-            let is_open = self.is_fit(&disk.uuid) && self.is_open_to_copies(&disk.uuid);
-            let has_room = disk.free_bytes.saturating_sub(disk.reserved_bytes) > need_bytes;
-            let may = self.allows(&image.record.name, disk);
-            is_open && has_room && may && !image.copies.contains_key(&disk.uuid)
-        };
-        self.disks.iter().find(fits).map(|disk| disk.uuid.clone())
-    }
 }

@@ -30,6 +30,7 @@ mod perform;
 mod prefetch;
 pub mod records;
 mod recovery;
+mod replenish;
 mod same;
 mod scrub;
 mod selectors;

@@ -105,17 +105,7 @@ impl World {
     fn disk_to_recover_on(&self, name: &ImageName) -> Option<DiskUuid> {
         let image = self.images.get(name)?;
         let known = image.copies.keys().find(|disk| self.is_fit(disk));
-        let need_bytes = image.record.facts.as_ref().map_or(0, |facts| facts.size_bytes);
-        let room = || {
-            let free = |d: &&super::DiskStatus| d.free_bytes.saturating_sub(d.reserved_bytes);
-            let mut disks = self.disks.iter().filter(|disk| self.is_fit(&disk.uuid));
-            let fits = |d: &&super::DiskStatus| {
-                let is_open = self.is_open_to_copies(&d.uuid) && self.allows(name, d);
-                is_open && free(d) > need_bytes
-            };
-            disks.find(fits).map(|disk| &disk.uuid)
-        };
-        known.or_else(room).cloned()
+        known.cloned().or_else(|| self.other_disk_for(image))
     }
 
     /// When the next image is due to be started again.

@@ -35,9 +35,12 @@ pub enum Setting {
     DiskCopyRate,
     /// Copies between disks at the same time.
     MaxDiskCopies,
+    /// Copies that are made at the same time so that images have their minimum.
+    MaxReplenished,
     /// How long a copy stays which nobody uses.
     CleanupWait,
-    /// How long all copies of an image may be failed before one is started again.
+    /// How long all copies of an image may be failed before one is started again, and how long one
+    /// that may come back is waited for before another is made in its place.
     RecoveryWait,
     /// How often a complete copy is read and held against its digests.
     ScrubInterval,
@@ -47,11 +50,12 @@ pub enum Setting {
 
 impl Setting {
     /// Every setting, in the order in which they are shown.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::RateLimit,
         Self::MaxTransfers,
         Self::DiskCopyRate,
         Self::MaxDiskCopies,
+        Self::MaxReplenished,
         Self::CleanupWait,
         Self::RecoveryWait,
         Self::ScrubInterval,
@@ -66,6 +70,7 @@ impl Setting {
             Self::MaxTransfers => "max_transfers",
             Self::DiskCopyRate => "disk_copy_rate_bytes_per_s",
             Self::MaxDiskCopies => "max_disk_copies",
+            Self::MaxReplenished => "max_replenished",
             Self::CleanupWait => "cleanup_wait_minutes",
             Self::RecoveryWait => "recovery_wait_seconds",
             Self::ScrubInterval => "scrub_interval_minutes",
@@ -89,12 +94,16 @@ impl Setting {
                 "bytes per second at most, of all copies between disks together; 0: no limit"
             }
             Self::MaxDiskCopies => "copies between disks at the same time; further ones wait",
+            Self::MaxReplenished => {
+                "copies made at the same time so that images have their min_copies; 0: none is made \
+                 by itself"
+            }
             Self::CleanupWait => {
                 "minutes that a copy stays which nobody uses; 0: none, -1: for ever"
             }
             Self::RecoveryWait => {
-                "seconds for which all copies of an image have failed before one is started again; \
-                 -1: never"
+                "seconds for which all copies of an image have failed before one is started again, \
+                 or one of several before another is made; -1: never"
             }
             Self::ScrubInterval => {
                 "minutes after which a complete copy is read and checked again; 0: only when asked"
@@ -109,7 +118,7 @@ impl Setting {
         match self {
             Self::RateLimit | Self::DiskCopyRate => 0,
             Self::MaxTransfers => 8,
-            Self::MaxDiskCopies => 5,
+            Self::MaxDiskCopies | Self::MaxReplenished => 5,
             Self::CleanupWait => 60,
             Self::RecoveryWait => 300,
             Self::ScrubInterval => 7 * 24 * 60,
@@ -123,6 +132,7 @@ impl Setting {
         match self {
             Self::RateLimit | Self::DiskCopyRate | Self::ScrubRate => 0..=i64::MAX,
             Self::MaxTransfers | Self::MaxDiskCopies => 1..=1000,
+            Self::MaxReplenished => 0..=1000,
             Self::CleanupWait => -1..=MOST_MINUTES,
             Self::RecoveryWait => -1..=MOST_SECONDS,
             Self::ScrubInterval => 0..=MOST_MINUTES,
@@ -215,6 +225,12 @@ impl Settings {
 
     fn count(&self, setting: Setting) -> usize {
         usize::try_from(self.get(setting)).unwrap_or(1).max(1)
+    }
+
+    /// How many copies are made at the same time of images that have too few.
+    #[must_use]
+    pub fn most_replenished(&self) -> usize {
+        usize::try_from(self.get(Setting::MaxReplenished)).unwrap_or_default()
     }
 
     /// How long a copy that nobody uses stays; `None` for ever.

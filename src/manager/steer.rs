@@ -93,20 +93,18 @@ impl World {
             let overlays = self.overlays_of(&name).to_vec();
             return Err(ManagerError::IsABase { name, overlays });
         }
-        let Some(image) = self.images.get_mut(&name) else {
-            return Err(ManagerError::NoSuchImage { name });
-        };
-        if unfinished.is_empty() {
-            return Ok(Outcome::Image(name, false));
-        }
+        let Some(first) = unfinished.first() else { return Ok(Outcome::Image(name, false)) };
+        let mut left = image.clone();
         for disk in &unfinished {
-            image.record.disks.remove(disk);
-            if let Some(copy) = image.copies.get_mut(disk) {
-                (copy.cancelled, copy.retry_at) = (true, None);
-            }
+            left.give_up(disk);
         }
-        touched.actions.push(Action::SaveImage(Box::new(image.record.clone())));
+        if self.would_be_replenished(&left) {
+            let least = left.record.min_copies;
+            return Err(ManagerError::TooFewCopies { name, disk: first.clone(), least });
+        }
+        touched.actions.push(Action::SaveImage(Box::new(left.record.clone())));
         touched.images.insert(name.clone());
+        self.images.insert(name.clone(), left);
         Ok(Outcome::Image(name, false))
     }
 }

@@ -44,6 +44,7 @@ impl World {
         self.lose_step(&mut touched);
         self.evict_step(&mut touched);
         self.recover_step(now, &mut touched);
+        self.replenish_step(now, &mut touched);
         let names: Vec<ImageName> = self.images.keys().cloned().collect();
         for name in &names {
             self.reconcile(now, name, &mut touched);

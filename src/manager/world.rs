@@ -382,6 +382,7 @@ impl World {
             .chain(self.clean_up_due())
             .chain(self.scrub_wake())
             .chain(self.recovery_wake())
+            .chain(self.replenish_wake())
             .min()
     }
 

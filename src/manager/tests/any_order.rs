@@ -68,7 +68,7 @@ fn random_move(node: &mut Node, kind: u8, pick: usize) {
                 paused: Some(kind == 14),
                 priority: Some(i32::try_from(pick % 5).unwrap()),
                 rate_bytes_per_s: Some(pick as u64 % 3),
-                ..SteeringChange::default()
+                min_copies: pick.is_multiple_of(2).then_some(u32::try_from(pick / 6 % 4).unwrap()),
             };
             drop(node.command(Command::Steer(name(image), change)));
         }
@@ -129,16 +129,20 @@ fn random_move(node: &mut Node, kind: u8, pick: usize) {
             };
             node.command(Command::ChangeDisk(disk(pick % 3), change)).unwrap();
         }
+        33 => {
+            let most = i64::try_from(pick % 3).unwrap();
+            node.command(set(Setting::MaxReplenished, most)).unwrap();
+        }
         _ => node.event(Event::Tick),
     }
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(512))]
+    #![proptest_config(ProptestConfig::with_cases(4096))]
 
     #[test]
     fn any_order_of_events_keeps_the_rules_and_converges(
-        moves in proptest::collection::vec((0u8..35, 0usize..1000), 0..80)
+        moves in proptest::collection::vec((0u8..36, 0usize..1000), 0..80)
     ) {
         let mut node = Node::new();
         for (kind, pick) in moves {
@@ -161,6 +165,15 @@ proptest! {
                 let waits = copy.message.contains("its base");
                 let settled = copy.state == CopyState::Ready || copy.refused || paused || waits;
                 prop_assert!(settled, "{copy:?}");
+            }
+        }
+        for image in node.world.images() {
+            let complete = image.copies.iter().filter(|c| c.state == CopyState::Ready).count();
+            let least = usize::try_from(image.record.min_copies).unwrap().min(DISKS.len());
+            let may = !image.record.steering.paused && complete > 0;
+            if may && node.world.settings().most_replenished() > 0 {
+                // Where a disk is left, another was made; a refused one, or one that waits, has its own.
+                prop_assert!(image.copies.len() >= least, "{image:?}");
             }
         }
         for volume in node.world.volumes() {

@@ -10,6 +10,7 @@ mod clone;
 mod crash;
 mod disks;
 mod health;
+mod replenish;
 mod rules;
 mod scrub;
 mod selectors;
