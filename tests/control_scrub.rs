@@ -241,3 +241,23 @@ fn a_daemon_that_is_killed_while_it_repairs_ends_with_right_bytes() {
     assert!(!mark(&path).exists(), "{events:?}");
     assert_eq!(path.metadata().unwrap().ino(), inode, "repaired, not fetched again");
 }
+
+#[test]
+fn how_far_a_scrub_is_is_seen_while_it_runs() {
+    let daemon = Daemon::start();
+    let source = daemon.dir.path().join("a.img");
+    std::fs::write(&source, content()).unwrap();
+    ok(&daemon, &["create", source.to_str().unwrap(), "--name", "a", "--wait"]);
+    // Five MiB of it have to be read: some seconds.
+    ok(&daemon, &["settings", "set", "scrub_rate_bytes_per_s=2M"]);
+    ok(&daemon, &["scrub", "a"]);
+    let part = |event: &Value| {
+        let done = event["object"]["copies"][0]["scrubbed_bytes"].as_u64();
+        done.is_some_and(|done| done > 0 && done < LEN as u64)
+    };
+    daemon.events_until("?image=a", part);
+    assert!(ok(&daemon, &["get", "a"]).contains("now, "));
+    ok(&daemon, &["settings", "set", "scrub_rate_bytes_per_s=0"]);
+    daemon.events_until("?image=a", |event| event["object"]["copies"][0]["scrubbing"] == false);
+    assert!(daemon.get("/v1/images/a")["copies"][0]["scrubbed_bytes"].is_null());
+}

@@ -58,6 +58,18 @@ fn an_image_goes_to_a_disk_that_has_its_tags() {
     let nowhere = cli(&["create", &image, "--name", "b", "--disk-tag", "tape", "--fetch"]);
     let said = stderr(&nowhere);
     assert!(!nowhere.status.success() && said.contains("no disk has the tags"), "{said}");
+    let set = cli(&["set", "a", "--disk-tags", "tape,large", "--node-tags", ""]);
+    assert!(set.status.success(), "{}", stderr(&set));
+    let found = get("/v1/images/a");
+    assert_eq!(found["disk_selector"], json!(["large", "tape"]));
+    assert_eq!(
+        (&found["node_selector"], &found["copies"][0]["disk"]),
+        (&json!([]), &disks[1]["uuid"])
+    );
+    let bad = cli(&["set", "a", "--disk-tags", "a b"]);
+    assert_eq!(bad.status.code(), Some(2), "{}", stderr(&bad));
+    let body = r#"{"disk_selector":["-"]}"#;
+    assert_eq!(curl(&socket, "PATCH", "/v1/images/a", Some(body)).0, 400);
     let bad = cli(&["create", &image, "--name", "c", "--disk-tag", "a b"]);
     assert_eq!(bad.status.code(), Some(2), "{}", stderr(&bad));
     for body in [

@@ -3,9 +3,12 @@
 //! Why: as `args`, which is long enough.
 //! Never: acts; see [`super::args`].
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
+
+use crate::names::{NameError, Tag};
 
 /// Arguments of `disk`.
 #[derive(Debug, Args)]
@@ -87,7 +90,7 @@ pub struct DiskSetArgs {
     pub evict: Option<YesNo>,
     /// Words for it, all of them; none: an empty text
     #[arg(long, value_name = "TAG,TAG")]
-    pub tags: Option<String>,
+    pub tags: Option<TagList>,
     /// Wait until it holds no copies
     #[arg(long, requires = "evict")]
     pub wait: bool,
@@ -125,5 +128,26 @@ impl YesNo {
     #[must_use]
     pub fn is_yes(self) -> bool {
         self == Self::Yes
+    }
+}
+
+/// Tags separated by commas; an empty text is none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TagList(BTreeSet<Tag>);
+
+impl TagList {
+    /// The tags, as a request has them.
+    #[must_use]
+    pub fn texts<T: FromIterator<String>>(&self) -> T {
+        self.0.iter().map(ToString::to_string).collect()
+    }
+}
+
+impl std::str::FromStr for TagList {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        let tags = text.split(',').map(str::trim).filter(|tag| !tag.is_empty());
+        Tag::parse_all(tags).map(Self)
     }
 }

@@ -5,6 +5,7 @@
 
 use clap::Args;
 
+use super::args_disk::TagList;
 use super::sizes::parse_bytes;
 use crate::names::ImageName;
 
@@ -65,20 +66,27 @@ A running transfer hears of it at once. Rates may end in K, M or G (of 1024); 0 
 
 Examples:
   bedplate set debian-12 --rate 20M
-  bedplate set debian-12 --priority 10 --rate 0")]
+  bedplate set debian-12 --priority 10 --rate 0
+  bedplate set debian-12 --min-copies 2 --disk-tags ssd")]
 pub struct SetArgs {
     /// The image
     pub name: ImageName,
     /// Bytes per second at most, of each copy
     #[arg(long, value_parser = parse_bytes, value_name = "SIZE",
-          required_unless_present_any = ["priority", "min_copies"])]
+          required_unless_present_any = ["priority", "min_copies", "disk_tags", "node_tags"])]
     pub rate: Option<u64>,
     /// -100 to 100: of images that wait for their turn, higher ones come first
     #[arg(long, allow_negative_numbers = true, value_name = "NUMBER")]
     pub priority: Option<i32>,
-    /// Copies that stay although nobody uses them
+    /// Copies that it is to have, and that stay although nobody uses them
     #[arg(long, value_name = "NUMBER")]
     pub min_copies: Option<u32>,
+    /// Tags that a disk must have for further copies, separated by commas; empty: any disk
+    #[arg(long, value_name = "TAGS")]
+    pub disk_tags: Option<TagList>,
+    /// Tags that the node must have for further copies, separated by commas; empty: any node
+    #[arg(long, value_name = "TAGS")]
+    pub node_tags: Option<TagList>,
 }
 
 /// Arguments of `watch`.

@@ -120,7 +120,7 @@ pub struct StandsArgs {
     /// Readers get the disk as it was at this internal snapshot, by ID or name
     #[arg(long, value_name = "SNAPSHOT")]
     pub snapshot: Option<String>,
-    /// Copies that stay although nobody uses them [default: 1]
+    /// Copies that it is to have, and that stay although nobody uses them [default: 1]
     #[arg(long, value_name = "NUMBER")]
     pub min_copies: Option<u32>,
     /// Tag that a disk must have for it; repeatable, all must match

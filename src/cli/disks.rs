@@ -8,7 +8,7 @@
 use std::time::Duration;
 
 use super::args::Global;
-use super::args_disk::{DiskCommand, DiskSetArgs, YesNo};
+use super::args_disk::{DiskCommand, DiskSetArgs, TagList, YesNo};
 use super::exit::{CliError, Exit};
 use super::output::Output;
 use super::table::Table;
@@ -52,13 +52,10 @@ pub(super) async fn run(
 
 async fn set(client: &Client, args: &DiskSetArgs, output: &Output) -> Result<(), CliError> {
     let disk = find(client, &args.disk).await?;
-    let tags = args.tags.as_ref().map(|text| {
-        text.split(',').map(str::trim).filter(|tag| !tag.is_empty()).map(str::to_owned).collect()
-    });
     let change = ChangeDisk {
         schedulable: args.schedulable.map(YesNo::is_yes),
         evict: args.evict.map(YesNo::is_yes),
-        tags,
+        tags: args.tags.as_ref().map(TagList::texts),
     };
     let target = format!("/v1/disks/{}", disk.uuid);
     let mut disk: Disk = client.patch(&target, &change).await?;

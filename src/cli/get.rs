@@ -9,7 +9,7 @@ use super::follow::moment;
 use super::output::Output;
 use super::table::Table;
 use crate::control::client::Client;
-use crate::control::types::{Digests, Image};
+use crate::control::types::{Copy, Digests, Image};
 use crate::units::human_bytes;
 
 pub(super) async fn run(args: &GetArgs, global: &Global, output: &Output) -> Result<(), CliError> {
@@ -66,7 +66,7 @@ pub(super) async fn run(args: &GetArgs, global: &Global, output: &Output) -> Res
             rate => format!("{}/s", human_bytes(rate)),
         };
         let scrubbed = match (&copy.scrub, copy.scrubbing) {
-            (_, true) => "now".to_owned(),
+            (_, true) => scrubbing(copy),
             (None, false) => "-".to_owned(),
             (Some(scrub), false) => format!("{} {}", scrub.result, scrub.at),
         };
@@ -78,12 +78,21 @@ pub(super) async fn run(args: &GetArgs, global: &Global, output: &Output) -> Res
     table.lines().iter().try_for_each(|line| output.line(line))
 }
 
+/// How far the check of a copy is: `now, 43%`.
+fn scrubbing(copy: &Copy) -> String {
+    let Some(done) = copy.scrubbed_bytes else { return "waits".to_owned() };
+    match copy.bytes_total.filter(|total| *total > 0) {
+        Some(total) => format!("now, {}%", u128::from(done.min(total)) * 100 / u128::from(total)),
+        None => "now".to_owned(),
+    }
+}
+
 /// An image's state in a word or two: that of its best copy.
 pub(super) fn state(image: &Image) -> String {
     if image.deleting {
         return "deleting".to_owned();
     }
-    let unfinished = |copy: &crate::control::types::Copy| !copy.state.starts_with("ready");
+    let unfinished = |copy: &Copy| !copy.state.starts_with("ready");
     if image.paused && image.copies.iter().all(unfinished) {
         return "paused".to_owned();
     }

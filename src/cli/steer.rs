@@ -6,6 +6,7 @@
 use serde::Serialize;
 
 use super::args::Global;
+use super::args_disk::TagList;
 use super::args_steer::{CancelArgs, CleanupArgs, PauseArgs, ResumeArgs, SetArgs};
 use super::exit::CliError;
 use super::get;
@@ -38,6 +39,8 @@ pub(super) async fn set(args: &SetArgs, global: &Global, output: &Output) -> Res
         priority: args.priority,
         rate_limit_bytes_per_s: args.rate,
         min_copies: args.min_copies,
+        disk_selector: args.disk_tags.as_ref().map(TagList::texts),
+        node_selector: args.node_tags.as_ref().map(TagList::texts),
         ..SteerImage::default()
     };
     change_image(&args.name, change, global, output).await

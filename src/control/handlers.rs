@@ -4,6 +4,8 @@
 //! Never: decide; each is a few lines.
 //! Start at [`super::routes::table`].
 
+use std::collections::BTreeSet;
+
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
@@ -106,8 +108,11 @@ pub(super) fn new_image(body: &CreateImage) -> Answer<NewImage> {
 }
 
 fn selectors(body: &CreateImage) -> Answer<Selectors> {
-    let tags = |texts: &[String]| Tag::parse_all(texts.iter().map(String::as_str));
     Ok(Selectors { disk: tags(&body.disk_selector)?, node: tags(&body.node_selector)? })
+}
+
+fn tags(texts: &[String]) -> Answer<BTreeSet<Tag>> {
+    Ok(Tag::parse_all(texts.iter().map(String::as_str))?)
 }
 
 /// Checks the mirrors of a request. Of a URL nothing is in an error.
@@ -159,6 +164,8 @@ pub(super) async fn steer_image(
         priority: body.priority,
         rate_bytes_per_s: body.rate_limit_bytes_per_s,
         min_copies: body.min_copies,
+        disk_tags: body.disk_selector.as_deref().map(tags).transpose()?,
+        node_tags: body.node_selector.as_deref().map(tags).transpose()?,
     };
     let image = app.manager.steer(ImageName::parse(&name)?, change).await?;
     Ok(show(&app, &image))

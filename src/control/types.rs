@@ -105,6 +105,9 @@ pub struct Copy {
     /// True while it is read against its digests, or waits to be.
     #[serde(default)]
     pub scrubbing: bool,
+    /// How many of its bytes that has done; `null` while it waits, or nobody asked.
+    #[serde(default)]
+    pub scrubbed_bytes: Option<u64>,
     /// What came of that the last time; `null` if it never was.
     #[serde(default)]
     pub scrub: Option<Scrub>,
@@ -141,7 +144,7 @@ pub struct Image {
     /// The internal snapshot that readers get, by ID or name.
     #[serde(default)]
     pub snapshot: Option<String>,
-    /// Copies that stay although nobody uses them.
+    /// Copies that it is to have, and that stay although nobody uses them.
     #[serde(default)]
     pub min_copies: u32,
     /// Tags that a disk must have for it.
@@ -300,7 +303,7 @@ pub struct Uploaded {
 }
 
 /// Body of `PATCH /v1/images/{name}`: what is absent stays as it is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SteerImage {
     /// Fetch nothing for now (what has arrived is kept), or go on.
@@ -312,9 +315,15 @@ pub struct SteerImage {
     /// Bytes per second at most, of each copy; 0 is no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_limit_bytes_per_s: Option<u64>,
-    /// Copies that stay although nobody uses them; 0 counts as 1.
+    /// Copies that it is to have, and that stay although nobody uses them; 0 counts as 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min_copies: Option<u32>,
+    /// Tags that a disk must have for a further copy: all of them. What is there stays.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_selector: Option<Vec<String>>,
+    /// Tags that the node must have for a further copy: all of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node_selector: Option<Vec<String>>,
 }
 
 /// Body of `POST /v1/images/{name}/cleanup`.

@@ -63,7 +63,7 @@ pub struct CreateImage {
     /// Readers get the disk as it was at this internal snapshot, by ID or name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<String>,
-    /// Copies that stay although nobody uses them; default 1.
+    /// Copies that it is to have, and that stay although nobody uses them; default 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min_copies: Option<u32>,
     /// Tags that a disk must have for it; default: any disk will do.

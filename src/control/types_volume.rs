@@ -148,7 +148,7 @@ pub struct Class {
     pub source: Option<String>,
     /// SHA-512 that its file must have.
     pub sha512: Option<String>,
-    /// Copies that stay although nobody uses them; `null`: not said.
+    /// Copies that it is to have, and that stay although nobody uses them; `null`: not said.
     pub min_copies: Option<u32>,
     /// Replicas of a volume; `null`: not said.
     pub number_of_replicas: Option<u32>,

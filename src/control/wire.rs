@@ -83,6 +83,7 @@ fn copy(status: &CopyStatus) -> Copy {
         message: status.message.clone(),
         unused_since: status.unused_since_unix_s.map(rfc3339),
         scrubbing: status.scrubbing,
+        scrubbed_bytes: status.scrubbed_bytes,
         scrub: status.scrub.as_ref().map(|scrub| Scrub {
             at: rfc3339(scrub.at_unix_s),
             result: scrub.result.as_str().to_owned(),

@@ -149,7 +149,8 @@ impl Disk {
     /// Reads a sealed file against the recorded digests of its MiBs. What is found bad is marked:
     /// the copy is [`super::CopyState::Unchecked`] from then on, also after a crash.
     ///
-    /// `pace` is told of each bytes that were read, may wait, and ends the work by returning false.
+    /// `pace` is told how far it is, in bytes, and how many of them were read since it was last told;
+    /// it may wait, and ends the work by returning false.
     ///
     /// # Errors
     /// [`DiskError::NoDigests`] if there are none to hold it against; [`DiskError::Damaged`] if the
@@ -157,7 +158,7 @@ impl Disk {
     pub fn scrub(
         &self,
         id: &CopyId,
-        pace: &mut dyn FnMut(u64) -> bool,
+        pace: &mut dyn FnMut(u64, u64) -> bool,
     ) -> Result<Scrubbed, DiskError> {
         let (dir, layout, record) = self.recorded_blocks(id)?;
         let mut reader = Reader::open(&dir, &layout.data)?;
@@ -184,7 +185,7 @@ impl Disk {
             if found != Some(*wanted) {
                 add(&mut bad, at..end);
             }
-            if !pace(read) {
+            if !pace(end, read) {
                 let stopped = io::Error::from(io::ErrorKind::Interrupted);
                 return Err(DiskError::io("go on reading", &reader.path, stopped));
             }
@@ -388,14 +389,14 @@ mod tests {
     }
 
     fn bad(disk: &Disk) -> Vec<Range<u64>> {
-        disk.scrub(&id(), &mut |_| true).unwrap().bad
+        disk.scrub(&id(), &mut |_, _| true).unwrap().bad
     }
 
     #[test]
     fn a_wrong_byte_is_found_in_data_in_a_hole_and_in_the_short_tail() {
         let (_temp, disk, file, bytes) = copy(DigestSet::default());
         let mut read = 0;
-        let found = disk.scrub(&id(), &mut |bytes| {
+        let found = disk.scrub(&id(), &mut |_, bytes| {
             read += bytes;
             true
         });
@@ -406,11 +407,11 @@ mod tests {
         {
             let right = bytes[usize::try_from(at).unwrap()];
             file.write_all_at(&[right ^ 1], at).unwrap();
-            let found = disk.scrub(&id(), &mut |_| true).unwrap();
+            let found = disk.scrub(&id(), &mut |_, _| true).unwrap();
             assert!(found.changed && found.bad == [range], "{at}: {found:?}");
             file.write_all_at(&[right], at).unwrap();
         }
-        let stopped = disk.scrub(&id(), &mut |_| false).unwrap_err();
+        let stopped = disk.scrub(&id(), &mut |_, _| false).unwrap_err();
         assert!(
             matches!(stopped, DiskError::Io { source, .. } if source.kind() == io::ErrorKind::Interrupted)
         );
@@ -466,11 +467,11 @@ mod tests {
     fn what_cannot_be_held_against_anything_is_refused() {
         let (_temp, disk, file, _) = copy(DigestSet::default());
         file.set_len(LEN as u64 + 1).unwrap();
-        let refused = disk.scrub(&id(), &mut |_| true).unwrap_err();
+        let refused = disk.scrub(&id(), &mut |_, _| true).unwrap_err();
         assert!(matches!(refused, DiskError::Damaged { .. }), "{refused}");
         let dir = disk.images().open_dir(&id().dir_name()).unwrap();
         dir.remove_file("backing.digests").unwrap();
-        let refused = disk.scrub(&id(), &mut |_| true).unwrap_err();
+        let refused = disk.scrub(&id(), &mut |_, _| true).unwrap_err();
         assert!(matches!(refused, DiskError::NoDigests { .. }), "{refused}");
         dir.replace(MARK, b"junk").unwrap();
         assert_eq!(disk.marked_bad(&id()).unwrap(), [] as [Range<u64>; 0]);

@@ -18,6 +18,7 @@ use super::fleet::{self, Fleet, Outcome};
 use super::http::Client;
 use super::local::LocalFile;
 use super::pipeline::{Feed, Taker};
+use super::policy::Policy;
 use super::progress::{Phase, Progress};
 use super::spec::Source;
 use super::threads::blocking;
@@ -75,7 +76,8 @@ impl<'a> SourceFile<'a> {
             }
             None => {
                 let client = Client::new(&source.url, &source.access, &engine.policy)?;
-                let opened = retried(engine, progress, || first_part(engine, source, &client));
+                let opened =
+                    retried(&engine.policy, progress, || first_part(engine, source, &client));
                 let (agreed, total, head) = opened.await?;
                 (Kind::Http { client: Arc::new(client), agreed }, total, Some(head))
             }
@@ -127,7 +129,7 @@ impl<'a> SourceFile<'a> {
             Kind::Local(file) => in_blocks(file, range),
             Kind::Http { client, agreed } => {
                 let attempt = || self.part(client, agreed, range.clone());
-                retried(self.engine, self.progress, attempt).await
+                retried(&self.engine.policy, self.progress, attempt).await
             }
         }
     }
@@ -293,7 +295,7 @@ async fn first_part(
 
 /// Tries until it works, as often and with such pauses as the policy says.
 pub(super) async fn retried<T, F>(
-    engine: &Engine,
+    policy: &Policy,
     progress: &Progress,
     attempt: impl Fn() -> F,
 ) -> Result<T, FetchError>
@@ -314,11 +316,11 @@ where
         if error.class() != Class::Retry || error.ends_run() {
             return Err(error);
         }
-        if failures >= engine.policy.max_attempts {
+        if failures >= policy.max_attempts {
             let source = Box::new(error);
             return Err(FetchError::GaveUp { attempts: failures, source });
         }
         progress.failed_once(error.report());
-        crew::rest(&error, failures, &engine.policy, progress).await?;
+        crew::rest(&error, failures, policy, progress).await?;
     }
 }

@@ -93,6 +93,13 @@ impl SourceUrl {
             |fault, need| Err(SourceError::Shape { scheme: url.scheme().to_owned(), fault, need });
         match url.scheme() {
             "http" | "https" => Ok(Self(url)),
+            "backup" | "s3" if let Some(place) = BackupPlace::of(&url) => match place {
+                Err(fault) if url.scheme() == "s3" => {
+                    shape(fault, "s3://BUCKET@REGION/PATH?backingImage=NAME")
+                }
+                Err(fault) => shape(fault, "backup:///MOUNTED/TARGET?backingImage=NAME"),
+                Ok(_) => Ok(Self(url)),
+            },
             "s3" if url.host_str().is_none_or(str::is_empty) || url.path().len() < 2 => {
                 shape("no bucket or no key", "s3://BUCKET/KEY")
             }
@@ -113,10 +120,6 @@ impl SourceUrl {
                 Some(Err((fault, need))) => shape(fault, need),
                 Some(Ok(_)) | None => Ok(Self(url)),
             },
-            "backup" => match BackupPlace::of(&url) {
-                Some(Err(fault)) => shape(fault, "backup:///MOUNTED/TARGET?backingImage=NAME"),
-                Some(Ok(_)) | None => Ok(Self(url)),
-            },
             other => Err(SourceError::Scheme { scheme: other.to_owned() }),
         }
     }
@@ -132,7 +135,8 @@ impl SourceUrl {
     /// # Errors
     /// [`SourceError::Mirror`] if either is a file of the node, an export or a backup.
     pub fn check_mirror(&self, mirror: &Self) -> Result<(), SourceError> {
-        let has_none = |url: &Self| matches!(url.0.scheme(), "file" | "backup") || url.is_nbd();
+        let has_none =
+            |url: &Self| url.0.scheme() == "file" || url.is_nbd() || url.backup().is_some();
         if has_none(self) || has_none(mirror) { Err(SourceError::Mirror) } else { Ok(()) }
     }
 
@@ -183,8 +187,8 @@ impl SourceUrl {
 impl fmt::Display for SourceUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let url = &self.0;
-        if self.is_nbd() || self.0.scheme() == "backup" {
-            // It has no place for a secret: no user, and a query that is a socket or a name.
+        if self.is_nbd() || self.backup().is_some() {
+            // It has no place for a secret: a user that is a bucket, a query that is a socket or a name.
             return f.write_str(url.as_str());
         }
         write!(f, "{}://", url.scheme())?;

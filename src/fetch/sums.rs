@@ -17,7 +17,6 @@ use super::error::FetchError;
 use super::expect::Expect;
 use super::http::Client;
 use super::local::LocalFile;
-use super::policy::Policy;
 use super::progress::Progress;
 use super::remote::retried;
 use super::source::SourceUrl;
@@ -74,7 +73,9 @@ pub async fn settle<'a>(
         }
         None => {
             let client = Client::new(url, &source.access_at(url), &engine.policy)?;
-            let fetched = retried(engine, progress, || fetch(&client, &engine.policy)).await?;
+            let fetched =
+                retried(&engine.policy, progress, || client.get_whole(MAX_BYTES, &engine.policy))
+                    .await?;
             fetched.ok_or_else(|| at_fault(too_long()))?
         }
     };
@@ -103,29 +104,6 @@ fn read_local(path: &Path) -> Result<Option<Vec<u8>>, FetchError> {
     file.read_into(&mut text, 0)?;
     file.unchanged()?;
     Ok(Some(text))
-}
-
-/// The whole body; `None` if it is too long.
-async fn fetch(client: &Client, policy: &Policy) -> Result<Option<Vec<u8>>, FetchError> {
-    let mut answer = client.get(0..u64::MAX, None, policy).await?;
-    let mut text = Vec::new();
-    if answer.total.is_some_and(|total| total > MAX_BYTES) {
-        return Ok(None);
-    }
-    loop {
-        let at = text.len() as u64;
-        match answer.chunk(at, client, policy.stall_timeout).await? {
-            Some(chunk) if at + chunk.len() as u64 > MAX_BYTES => return Ok(None),
-            Some(chunk) => text.extend_from_slice(&chunk),
-            None if text.is_empty() => return Err(FetchError::Empty { url: client.shown() }),
-            None => match answer.total {
-                Some(total) if total > at => {
-                    return Err(FetchError::Short { url: client.shown(), at, total });
-                }
-                Some(_) | None => return Ok(Some(text)),
-            },
-        }
-    }
 }
 
 /// The last part of a URL's path, percent-decoded; `None` if it is empty.

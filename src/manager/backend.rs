@@ -250,6 +250,9 @@ pub enum WorkerEvent {
         /// True if the partial file was removed; false if it is kept for a resume.
         cleaned: bool,
     },
+    /// So many of the copy's bytes were held against their digests so far; as
+    /// [`WorkerEvent::Scrubbed`].
+    Scrubbing(u64),
     /// The copy was read against its digests; only of a worker that [`Backend::scrub`] started.
     Scrubbed(ScrubReport),
 }

@@ -55,7 +55,7 @@ pub struct NewImage {
     pub expected: Box<Expected>,
     /// Format, if the user says it.
     pub declared_format: Option<Format>,
-    /// Copies that stay although nobody uses them; 0 counts as 1.
+    /// Copies that it is to have, and that stay although nobody uses them; 0 counts as 1.
     pub min_copies: u32,
     /// On which disks it may be.
     pub selectors: Box<Selectors>,

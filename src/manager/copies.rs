@@ -47,6 +47,8 @@ pub(super) struct Copy {
     pub(super) evicting: bool,
     /// Its worker is a scrub.
     pub(super) scrubbing: bool,
+    /// How far that is.
+    pub(super) scrubbed_bytes: u64,
     /// Somebody asked for a scrub.
     pub(super) scrub_wanted: bool,
     pub(super) progress: Progress,
@@ -71,6 +73,7 @@ impl Copy {
             cancelled: false,
             evicting: false,
             scrubbing: false,
+            scrubbed_bytes: 0,
             scrub_wanted: false,
             progress: Progress::default(),
             info: None,

@@ -11,11 +11,12 @@
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::backend::{CopyInfo, FailureClass, ScrubReport, WorkerEvent};
 use super::slots::Slot;
-use super::worker::{WorkError, Worker};
+use super::worker::{TICK, WorkError, Worker};
 use crate::disk::{self, DiskError, Mending, Scrubbed, bytes_of};
 use crate::fetch::{self, Class, Engine, Expect, FetchError, RateLimit, SourceFile, one_line};
 use crate::import::{ImportError, Layout};
@@ -157,13 +158,16 @@ impl Worker {
     /// Finds the bad MiBs, at `limit` if there is one, on a thread that yields to all others.
     async fn scrub(&self, limit: Option<Arc<RateLimit>>) -> Result<Scrubbed, WorkError> {
         let (slot, id, cancel) = (Arc::clone(&self.slot), self.id(), self.cancel.clone());
-        let (tx, rx) = tokio::sync::oneshot::channel();
+        let (tx, mut rx) = tokio::sync::oneshot::channel();
+        let done = Arc::new(AtomicU64::new(0));
+        let at = Arc::clone(&done);
         let work = move || {
             let mut since = Instant::now();
             if limit.is_some() {
                 idle_io_priority();
             }
-            let pace = &mut |bytes: u64| {
+            let pace = &mut |end: u64, bytes: u64| {
+                at.store(end, Ordering::Relaxed);
                 while let Some(rate) = limit.as_ref().and_then(|limit| limit.get()) {
                     let cost = Duration::from_nanos(bytes.saturating_mul(1_000_000_000) / rate);
                     let left = cost.saturating_sub(since.elapsed());
@@ -182,7 +186,16 @@ impl Worker {
             |source| DiskError::io("start a thread to scrub", self.slot.disk.root(), source);
         let _detached = spawned.map_err(failed)?;
         let died = |_| failed(std::io::Error::other("it died; see the log"));
-        Ok(rx.await.map_err(died)??)
+        let mut tick = tokio::time::interval(TICK);
+        loop {
+            tokio::select! {
+                found = &mut rx => return Ok(found.map_err(died)??),
+                _ = tick.tick() => {
+                    let bytes = done.load(Ordering::Relaxed);
+                    self.events.send(WorkerEvent::Scrubbing(bytes));
+                }
+            }
+        }
     }
 
     /// Makes `bad` ranges good.

@@ -179,7 +179,7 @@ pub struct ImageRecord {
     /// The disks on which a copy is wanted.
     #[serde(default)]
     pub disks: BTreeMap<DiskUuid, Want>,
-    /// Copies that stay although nobody uses them; 0 counts as 1.
+    /// Copies that it is to have, and that stay although nobody uses them; 0 counts as 1.
     #[serde(default)]
     pub min_copies: u32,
     /// On which disks it may be.
@@ -376,7 +376,7 @@ pub struct ClassRecord {
     /// The SHA-512 that its file must have, lower-case hex.
     #[serde(default)]
     pub sha512: Option<String>,
-    /// Copies that stay although nobody uses them; `None`: not said.
+    /// Copies that it is to have, and that stay although nobody uses them; `None`: not said.
     #[serde(default)]
     pub min_copies: Option<u32>,
     /// Replicas of a volume; `None`: not said.

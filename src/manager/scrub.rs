@@ -113,7 +113,7 @@ impl World {
             self.generation += 1;
             let Some(copy) = image.copies.get_mut(disk) else { continue };
             copy.worker = Worker::Running(self.generation);
-            (copy.scrubbing, copy.scrub_wanted) = (true, false);
+            (copy.scrubbing, copy.scrubbed_bytes, copy.scrub_wanted) = (true, 0, false);
             let task = task_of(&image.record, id, copy.worker_name.clone(), ready);
             touched.actions.push(Action::Scrub(Box::new(task), self.generation));
             touched.images.insert(image.record.name.clone());

@@ -34,6 +34,8 @@ pub struct CopyStatus {
     pub unused_since_unix_s: Option<u64>,
     /// True while it is read against its digests, or waits to be.
     pub scrubbing: bool,
+    /// How many of its bytes that has done; `None` if it waits, or nobody asked.
+    pub scrubbed_bytes: Option<u64>,
     /// What came of that the last time.
     pub scrub: Option<ScrubRecord>,
 }
@@ -185,6 +187,7 @@ fn copy_status(image: &Image, disk: &DiskUuid, copy: &Copy) -> CopyStatus {
         message: copy.message.clone(),
         unused_since_unix_s: image.record.disks.get(disk).and_then(|d| d.unused_since_unix_s),
         scrubbing: copy.scrubbing || copy.scrub_wanted,
+        scrubbed_bytes: copy.scrubbing.then_some(copy.scrubbed_bytes),
         scrub: image.record.disks.get(disk).and_then(|d| d.scrub.clone()),
     }
 }

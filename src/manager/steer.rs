@@ -7,18 +7,19 @@
 //! Never: takes a copy away that somebody waits for or reads.
 //! Start at [`World::command`].
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::command::Outcome;
 use super::error::ManagerError;
 use super::world::{Action, Copy, CopyState, Export, Image, Touched, Worker, World};
-use crate::names::{DiskUuid, ImageName};
+use crate::names::{DiskUuid, ImageName, Tag};
 
 /// Lowest and highest priority of an image.
 pub const PRIORITIES: std::ops::RangeInclusive<i32> = -100..=100;
 
 /// What is to change in how an image is steered; what is `None` stays.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SteeringChange {
     /// Fetch nothing for now, or go on.
     pub paused: Option<bool>,
@@ -26,8 +27,12 @@ pub struct SteeringChange {
     pub priority: Option<i32>,
     /// Bytes per second at most; 0 is no limit.
     pub rate_bytes_per_s: Option<u64>,
-    /// Copies that stay although nobody uses them.
+    /// Copies that it is to have, and that stay although nobody uses them.
     pub min_copies: Option<u32>,
+    /// Tags that a disk must have for a further copy: all of them.
+    pub disk_tags: Option<BTreeSet<Tag>>,
+    /// Tags that the node must have: all of them.
+    pub node_tags: Option<BTreeSet<Tag>>,
 }
 
 impl World {
@@ -44,7 +49,7 @@ impl World {
         let Some(image) = self.images.get_mut(&name) else {
             return Err(ManagerError::NoSuchImage { name });
         };
-        let before = image.record.steering;
+        let (old, before) = (image.record.clone(), image.record.steering);
         let steering = &mut image.record.steering;
         steering.paused = change.paused.unwrap_or(before.paused);
         steering.priority = change.priority.unwrap_or(before.priority);
@@ -52,9 +57,12 @@ impl World {
             steering.rate_bytes_per_s = (rate > 0).then_some(rate);
         }
         let now = *steering;
-        let least = change.min_copies.unwrap_or(image.record.min_copies);
-        let same_least = std::mem::replace(&mut image.record.min_copies, least) == least;
-        if now == before && same_least {
+        let record = &mut image.record;
+        record.min_copies = change.min_copies.unwrap_or(record.min_copies);
+        let selectors = &mut record.selectors;
+        selectors.disk = change.disk_tags.unwrap_or_else(|| std::mem::take(&mut selectors.disk));
+        selectors.node = change.node_tags.unwrap_or_else(|| std::mem::take(&mut selectors.node));
+        if *record == old {
             return Ok(Outcome::Image(name, false));
         }
         touched.actions.push(Action::SaveImage(Box::new(image.record.clone())));

@@ -118,8 +118,12 @@ impl World {
             Some(WorkerEvent::Scrubbed(report)) if !unwanted && copy.scrubbing => {
                 self.scrubbed(now, &id, report, touched);
             }
+            Some(WorkerEvent::Scrubbing(bytes)) if !unwanted && copy.scrubbing => {
+                copy.scrubbed_bytes = bytes;
+                touched.progress.insert(id.image);
+            }
             Some(_) if stopping || unwanted || copy.scrubbing || copy.state.is_sealed() => {}
-            Some(WorkerEvent::Started | WorkerEvent::Scrubbed(_)) => {
+            Some(WorkerEvent::Started | WorkerEvent::Scrubbing(_) | WorkerEvent::Scrubbed(_)) => {
                 touched.progress.insert(id.image);
             }
             Some(WorkerEvent::Progress(progress)) => {

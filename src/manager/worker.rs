@@ -33,7 +33,7 @@ use crate::names::ImageName;
 use crate::ring::BufPool;
 
 /// How often a transfer's numbers are reported.
-const TICK: Duration = Duration::from_millis(200);
+pub(super) const TICK: Duration = Duration::from_millis(200);
 /// Ticks over which the rate is averaged: three seconds.
 const RATE_TICKS: usize = 15;
 

@@ -28,7 +28,7 @@ pub struct Class {
     pub url: Option<SourceUrl>,
     /// The SHA-512 that its file must have, lower-case hex.
     pub sha512: Option<String>,
-    /// Copies that stay although nobody uses them.
+    /// Copies that it is to have, and that stay although nobody uses them.
     pub min_copies: Option<u32>,
     /// Replicas of a volume.
     pub replicas: Option<u32>,
@@ -143,13 +143,15 @@ pub(super) fn parse_class(value: &Value) -> Result<(Object, Vec<String>), Fault>
     Ok((Object::Class(class), notes))
 }
 
-/// The URL: `backingImageURL`, as in 1.1.1, or `url` of the data source's parameters.
+/// The URL: `backingImageURL`, as in 1.1.1, or `url` of the data source's parameters, or that of the
+/// backup in a bucket from which it is restored.
 fn source(fields: &Fields<'_>, notes: &mut Vec<String>) -> Result<Option<SourceUrl>, Fault> {
     let old = "parameters.backingImageURL";
     let old = fields.text(old)?.map(|text| fields.url(old, &text)).transpose()?;
     let kind = fields.text("parameters.backingImageDataSourceType")?;
     let field = "parameters.backingImageDataSourceParameters";
-    let mut new = None;
+    let is_restored = kind.as_deref() == Some("restore");
+    let (mut new, mut backup) = (None, None);
     if let Some(text) = fields.text(field)? {
         let parsed: Result<serde_json::Map<String, Value>, _> = serde_json::from_str(&text);
         // The parser's own words are left out: they may repeat a part of the URL.
@@ -165,6 +167,9 @@ fn source(fields: &Fields<'_>, notes: &mut Vec<String>) -> Result<Option<SourceU
             let shown: String = key.chars().take(80).collect();
             match (key.as_str(), value) {
                 ("url", Value::String(text)) => new = Some(fields.url(field, text.trim())?),
+                ("backup-url", Value::String(text)) if is_restored && is_readable(text.trim()) => {
+                    backup = Some(fields.url(field, text.trim())?);
+                }
                 ("url", _) => return Err(fields.wrong(field, &"url: give a text")),
                 _ => notes.push(format!("{shown} of the data source is passed over")),
             }
@@ -173,9 +178,10 @@ fn source(fields: &Fields<'_>, notes: &mut Vec<String>) -> Result<Option<SourceU
     match kind.as_deref() {
         None | Some("download") => {}
         Some(_) if new.is_some() || old.is_some() => {
-            let why = "only download has a URL";
+            let why = "only download has a url";
             return Err(fields.wrong("parameters.backingImageDataSourceType", &why));
         }
+        Some("restore") if backup.is_some() => return Ok(backup),
         Some(other) => {
             let other: String = other.chars().take(40).collect();
             notes.push(format!(
@@ -189,4 +195,9 @@ fn source(fields: &Fields<'_>, notes: &mut Vec<String>) -> Result<Option<SourceU
         }
         (old, new) => Ok(new.or(old)),
     }
+}
+
+/// True for the URL of a backup that can be read here: not of one on a share that is mounted elsewhere.
+pub(super) fn is_readable(backup: &str) -> bool {
+    backup.starts_with("s3://") || backup.starts_with("backup://")
 }

@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use super::class::{Class, parse_class};
+use super::class::{Class, is_readable, parse_class};
 use super::error::{Fault, ManifestError};
 use super::quantity::parse_quantity;
 use crate::fetch::{DigestKind, DigestMap, SourceUrl};
@@ -54,7 +54,7 @@ pub struct Image {
     pub source: ImageSource,
     /// The SHA-512 that its file must have, lower-case hex.
     pub sha512: Option<String>,
-    /// Copies that stay although nobody uses them.
+    /// Copies that it is to have, and that stay although nobody uses them.
     pub min_copies: Option<u32>,
     /// On which disks it may be.
     pub selectors: Selectors,
@@ -396,6 +396,11 @@ fn image_source(fields: &Fields<'_>) -> Result<ImageSource, Fault> {
              `bedplate create NAME --from-nbd URI`"
         }
         Some("restore") => {
+            let field = "spec.sourceParameters.backup-url";
+            let url = fields.text(field)?.ok_or_else(|| fields.wrong(field, &"missing"))?;
+            if is_readable(&url) {
+                return fields.url(field, &url).map(ImageSource::Url);
+            }
             "a backup target is not mounted here; mount it, and bring the image in by URL: `bedplate \
              create 'backup:///MOUNTED?backingImage=NAME'`"
         }

@@ -120,6 +120,21 @@ fn every_parameter_of_today_is_read_or_said() {
 }
 
 #[test]
+fn a_class_restores_its_image_from_a_bucket_and_says_where_it_cannot() {
+    let restored = |url: &str| {
+        class_of(&class(&format!(
+            "  backingImage: a\n  backingImageDataSourceType: restore\n  \
+             backingImageDataSourceParameters: '{{\"backup-url\": \"{url}\"}}'\n"
+        )))
+    };
+    let backup = "s3://backups@eu-1/?backingImage=parrot";
+    let (class, notes) = restored(backup);
+    assert_eq!((url(&class), notes.len()), (backup, 0), "{notes:?}");
+    let (class, notes) = restored("nfs://server:/path?backingImage=parrot");
+    assert!(class.url.is_none() && notes.iter().any(|note| note.contains("has to be known")));
+}
+
+#[test]
 fn a_claim_an_image_and_a_volume_are_read_with_their_lines() {
     let text = "# first\n---\napiVersion: v1\nkind: PersistentVolumeClaim\nmetadata:\n  name: c\n  \
                 namespace: vms\nspec:\n  storageClassName: longhorn\n  resources:\n    requests:\n      \
@@ -271,6 +286,12 @@ fn a_clone_is_read_and_what_it_cannot_do_is_refused_with_what_to_do() {
     let clone = |parameters: &str| {
         format!("{{sourceType: clone, sourceParameters: {{backing-image: parrot, {parameters}}}}}")
     };
+    let restore =
+        |url: &str| format!("{{sourceType: restore, sourceParameters: {{backup-url: '{url}'}}}}");
+    let backup = "s3://backups@eu-1/longhorn/?backingImage=parrot";
+    let url = crate::fetch::SourceUrl::parse(backup).unwrap();
+    assert_eq!(url.to_string(), backup, "nothing of it is a secret");
+    assert_eq!(source(&restore(backup)), ImageSource::Url(url));
     for (spec, field, word) in [
         (clone("encryption: encrypt"), "sourceParameters.encryption", "neither encrypted"),
         (clone("encryption: decrypt"), "sourceParameters.encryption", "neither encrypted"),
@@ -285,7 +306,10 @@ fn a_clone_is_read_and_what_it_cannot_do_is_refused_with_what_to_do() {
         ),
         ("{sourceType: export-from-volume}".to_owned(), "sourceType", "--from-nbd"),
         ("{sourceType: upload}".to_owned(), "sourceType", "bedplate upload"),
-        ("{sourceType: restore}".to_owned(), "sourceType", "by URL"),
+        ("{sourceType: restore}".to_owned(), "sourceParameters.backup-url", "missing"),
+        (restore("nfs://server:/path?backingImage=a"), "sourceType", "by URL"),
+        (restore("s3://b@r/?backup=hunter2"), "sourceParameters.backup-url", "BUCKET/KEY"),
+        (restore("s3://b:hunter2@r/?backingImage=a"), "backup-url", "BUCKET@REGION"),
         ("{sourceType: wish}".to_owned(), "sourceType", "not known"),
     ] {
         let error = image(&spec).unwrap_err().to_string();

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 #![expect(clippy::cast_possible_truncation, reason = "test files are small")]
 
+mod backup;
 #[path = "../control_support/mod.rs"]
 mod control_support;
 mod credentials;

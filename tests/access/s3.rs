@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use crate::fault_server::{Cut, FaultServer, Reply, Request};
 use crate::{Place, SECRET, content};
 
-const KEY_ID: &str = "AKIDEXAMPLE";
+pub const KEY_ID: &str = "AKIDEXAMPLE";
 const TOKEN: &str = "token/of+the=session";
 
 fn hmac(key: &[u8], text: &str) -> Vec<u8> {
@@ -19,7 +19,7 @@ fn hmac(key: &[u8], text: &str) -> Vec<u8> {
 
 /// Signature Version 4 of a pre-signed GET, as AWS writes it down ("Authenticating Requests: Using
 /// Query Parameters"); an error says what is wrong.
-fn verify(request: &Request, region: &str, token: Option<&str>) -> Result<(), String> {
+pub fn verify(request: &Request, region: &str, token: Option<&str>) -> Result<(), String> {
     let (path, query) = request.path.split_once('?').ok_or("no query")?;
     let mut pairs: Vec<&str> = query.split('&').collect();
     let value = |name: &str| {

@@ -1,10 +1,10 @@
 //! A backup of an image, as Longhorn's backup store keeps it, as a source.
 //!
-//! Why: an image that was backed up comes back without the system that made the backup: from the
-//! directory where the backup target is mounted.
+//! Why: an image that was backed up comes back without the system that made the backup: from the bucket of
+//! the backup target, or the directory where it is mounted.
 //! How: the backup's record ([`BackupRecord`]) names the blocks of the image by their digests, and where each
-//! belongs; the blocks are files, compressed, read and decoded on several threads and passed on in the
-//! order of the image. What no block covers is zeroes. The record has the SHA-512 of the whole.
+//! belongs; the blocks are files or objects, compressed; several are read and decoded ahead and passed on in
+//! the order of the image. What no block covers is zeroes. The record has the SHA-512 of the whole.
 //! Never: passes on a block whose digest is another; follows a name of the record that is no digest.
 //! Start at [`Run::backup`].
 
@@ -12,14 +12,19 @@ mod block;
 mod place;
 mod record;
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
 use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
 
 pub use place::BackupFault;
 pub(in crate::fetch) use place::BackupPlace;
 pub use record::BackupRecord;
+
+use place::Store;
+use record::Block;
 
 use super::error::FetchError;
 use super::limit::RateLimit;
@@ -31,14 +36,20 @@ use super::version::{Remote, Resume};
 use crate::disk::{DigestKind, UNIT_BYTES};
 use crate::ring::{BLOCK_BYTES, BufShare};
 
+/// Blocks of a bucket that are asked for at the same time.
+const FAR_BLOCKS: usize = 8;
+/// Bytes, decoded, after which no further block is asked for ahead.
+const AHEAD_BYTES: u64 = 32 << 20;
+
 impl Run<'_> {
     /// From a backup. What is durable of the same backup is not read again.
     pub(super) async fn backup(&mut self, place: &BackupPlace) -> Result<Fetched, FetchError> {
         self.progress.set_phase(Phase::Connecting);
         let url = self.url.to_string();
-        let (opening, named) = (place.clone(), url.clone());
-        let record = blocking(move || opening.open()).await;
-        let record = record.map_err(|source| FetchError::Backup { url: named, source })?;
+        let store = Arc::new(place.open(self.access, &self.engine.policy, self.progress)?);
+        let text = store.record(&url, &place.image).await?;
+        let record = BackupRecord::parse(&text);
+        let record = record.map_err(|source| FetchError::Backup { url: url.clone(), source })?;
         let (total, remote) = (record.size_bytes, Remote::new(Some(&record.tag()), None));
         let known = self.known_version();
         if known.is_some_and(|known| known.may_resume(&remote, false) == Resume::Same)
@@ -58,8 +69,8 @@ impl Run<'_> {
         };
         let feed = self.start_pipeline(&missing, wanted)?;
         let reader = Reader {
-            place: place.clone(),
-            record,
+            store,
+            record: Arc::new(record),
             url: url.clone(),
             feed,
             share: self.share.clone(),
@@ -86,8 +97,8 @@ impl Run<'_> {
 
 /// What brings the blocks in.
 struct Reader {
-    place: BackupPlace,
-    record: BackupRecord,
+    store: Arc<Store>,
+    record: Arc<BackupRecord>,
     url: String,
     feed: Feed,
     share: BufShare,
@@ -98,44 +109,52 @@ struct Reader {
 
 type Sent = Result<Result<(), Stopped>, FetchError>;
 
+/// Blocks that are on their way, in the order of the image; they are let go with it.
+struct Ahead(VecDeque<(Block, Reading)>);
+
+type Reading = JoinHandle<Result<Vec<u8>, FetchError>>;
+
+impl Drop for Ahead {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|(_, task)| task.abort());
+    }
+}
+
 impl Reader {
     /// Sends what belongs into `missing`, in the order of the image. Blocks the thread.
     fn copy(&self, missing: &[Range<u64>]) -> Sent {
-        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         for range in missing {
             let mut at = range.start;
-            let blocks = self.record.within(range);
-            for few in blocks.chunks(threads) {
-                // Decoded together, sent in order: whoever sends holds buffers only for what is next.
-                let (place, record) = (&self.place, &self.record);
-                let decoded: Vec<_> = std::thread::scope(|scope| {
-                    let read = |block| scope.spawn(move || place.read(record, block));
-                    let started: Vec<_> = few.iter().map(read).collect();
-                    let ended = started.into_iter().map(std::thread::ScopedJoinHandle::join);
-                    ended
-                        .map(|read| read.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-                        .collect()
-                });
-                for (block, bytes) in few.iter().zip(decoded) {
-                    let bytes = bytes.map_err(|source| {
-                        let url = self.url.clone();
-                        FetchError::Backup { url, source }
-                    })?;
-                    let begin = block.offset.max(at);
-                    let sent = self.zeroes(at..begin)?;
-                    if sent.is_err() {
-                        return Ok(sent);
-                    }
-                    let skip = usize::try_from(begin - block.offset).unwrap_or(usize::MAX);
-                    let end = (block.offset + bytes.len() as u64).min(range.end);
-                    let len = usize::try_from(end.saturating_sub(begin)).unwrap_or(usize::MAX);
-                    let part = bytes.get(skip..).and_then(|rest| rest.get(..len));
-                    let sent = self.data(begin, part.unwrap_or_default())?;
-                    if sent.is_err() {
-                        return Ok(sent);
-                    }
-                    at = at.max(end);
+            let mut blocks = self.record.within(range).iter();
+            let mut ahead = Ahead(VecDeque::new());
+            loop {
+                while self.may_begin_another(&ahead)
+                    && let Some(block) = blocks.next()
+                {
+                    let task = self.runtime.spawn(self.begin(block.clone()));
+                    ahead.0.push_back((block.clone(), task));
                 }
+                let Some((block, task)) = ahead.0.front_mut() else { break };
+                let bytes = match self.runtime.block_on(task) {
+                    Ok(bytes) => bytes?,
+                    Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+                    Err(_cancelled) => return Err(FetchError::Cancelled),
+                };
+                let begin = block.offset.max(at);
+                let sent = self.zeroes(at..begin)?;
+                if sent.is_err() {
+                    return Ok(sent);
+                }
+                let skip = usize::try_from(begin - block.offset).unwrap_or(usize::MAX);
+                let end = (block.offset + bytes.len() as u64).min(range.end);
+                let len = usize::try_from(end.saturating_sub(begin)).unwrap_or(usize::MAX);
+                let part = bytes.get(skip..).and_then(|rest| rest.get(..len));
+                let sent = self.data(begin, part.unwrap_or_default())?;
+                if sent.is_err() {
+                    return Ok(sent);
+                }
+                at = at.max(end);
+                ahead.0.pop_front();
             }
             let sent = self.zeroes(at..range.end)?;
             if sent.is_err() {
@@ -143,6 +162,25 @@ impl Reader {
             }
         }
         Ok(Ok(()))
+    }
+
+    /// True as long as what is on its way is little, by number and by bytes.
+    fn may_begin_another(&self, ahead: &Ahead) -> bool {
+        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let most = if self.store.is_far() { threads.max(FAR_BLOCKS) } else { threads };
+        let bytes: u64 = ahead.0.iter().map(|(block, _)| block.room.min(block::MAX_BYTES)).sum();
+        ahead.0.is_empty() || ahead.0.len() < most && bytes < AHEAD_BYTES
+    }
+
+    /// Reads and decodes one block.
+    fn begin(&self, block: Block) -> impl Future<Output = Result<Vec<u8>, FetchError>> + use<> {
+        let (store, record) = (Arc::clone(&self.store), Arc::clone(&self.record));
+        let url = self.url.clone();
+        async move {
+            let stored = store.block(&url, &block).await?;
+            let decoded = blocking(move || block.bytes(&record, &stored)).await;
+            decoded.map_err(|source| FetchError::Backup { url, source })
+        }
     }
 
     fn zeroes(&self, range: Range<u64>) -> Sent {

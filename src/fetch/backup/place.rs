@@ -1,9 +1,10 @@
-//! Where a backup is: the directory of a backup target, and the name of an image in it.
+//! Where a backup is: a backup target, and the name of an image in it.
 //!
-//! Why: `backup:///mnt/target?backingImage=NAME` is Longhorn's URL of a backup, with the directory at
-//! which the target is mounted in the place of its address.
+//! Why: `s3://BUCKET@REGION/PATH?backingImage=NAME` is Longhorn's URL of a backup in a bucket; of one on a
+//! share it is `backup:///mnt/target?backingImage=NAME` here, with the directory at which the share is
+//! mounted in the place of its address.
 //! How: the layout of Longhorn's backup store: `backupstore/backing-images/` with
-//! `backing-images/NAME/backing-image.cfg` and `blocks/AB/CD/DIGEST.blk`.
+//! `backing-images/NAME/backing-image.cfg` and `blocks/AB/CD/DIGEST.blk`, as files or as objects.
 //! Never: makes a path of a name that is neither checked nor a digest; opens what is no regular file.
 //! Start at [`BackupPlace::of`].
 
@@ -11,13 +12,19 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use url::Url;
 
-use super::super::error::Class;
-use super::block::{MAX_BYTES, decode};
-use super::in_units;
-use super::record::{BackupRecord, Block};
+use super::super::error::{Class, FetchError};
+use super::super::http::{Access, Client};
+use super::super::policy::Policy;
+use super::super::progress::Progress;
+use super::super::remote::retried;
+use super::super::source::SourceUrl;
+use super::super::threads::blocking;
+use super::block::MAX_BYTES;
+use super::record::Block;
 
 /// Longest record that is read: of an image of 8 TiB in blocks of 2 MiB.
 const MAX_RECORD_BYTES: u64 = 512 << 20;
@@ -37,12 +44,14 @@ pub enum BackupFault {
     },
     #[error("{}: not a regular file of at most {most} bytes", path.display())]
     NotAFile { path: PathBuf, most: u64 },
+    #[error("{object}: longer than {most} bytes")]
+    TooLarge { object: String, most: u64 },
     #[error("its backing-image.cfg is not usable: {fault}")]
     Record { fault: String },
     #[error("it is not complete; wait until it is, or make it again")]
     Unfinished,
-    #[error("{}: damaged: not what its name says; the backup cannot be restored without it", path.display())]
-    Block { path: PathBuf },
+    #[error("{place}: damaged: not what its name says; the backup cannot be restored without it")]
+    Block { place: String },
     #[error("the block at byte {at} has {len} bytes, {room} would fit")]
     TooLong { at: u64, len: u64, room: u64 },
 }
@@ -55,6 +64,7 @@ impl BackupFault {
             Self::File { source, .. } if source.kind() != io::ErrorKind::NotFound => Class::Retry,
             Self::File { .. }
             | Self::NotAFile { .. }
+            | Self::TooLarge { .. }
             | Self::Record { .. }
             | Self::Unfinished
             | Self::Block { .. }
@@ -66,25 +76,39 @@ impl BackupFault {
 /// Where a backup is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::fetch) struct BackupPlace {
-    target: PathBuf,
+    target: Target,
     /// The name that the image was backed up under.
     pub(in crate::fetch) image: String,
 }
 
+/// A backup target.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Target {
+    Directory(PathBuf),
+    Bucket {
+        /// The s3 URL of the store in it, with a `/` at its end.
+        store: SourceUrl,
+        region: Option<String>,
+    },
+}
+
 impl BackupPlace {
-    /// The place that `url` names; `None` if it is of another scheme.
+    /// The place that `url` names; `None` if it is no URL of a backup.
     pub(in crate::fetch) fn of(url: &Url) -> Option<Result<Self, &'static str>> {
-        (url.scheme() == "backup").then(|| Self::parse(url))
+        let names_one = || url.query_pairs().any(|(key, _)| key == "backingImage");
+        match url.scheme() {
+            "backup" => Some(Self::parse(url, Self::directory)),
+            "s3" if names_one() => Some(Self::parse(url, Self::bucket)),
+            _ => None,
+        }
     }
 
-    fn parse(url: &Url) -> Result<Self, &'static str> {
-        if url.host_str().is_some_and(|host| !host.is_empty()) || url.fragment().is_some() {
-            return Err("a host or a fragment");
-        }
-        let path = percent_encoding::percent_decode_str(url.path()).decode_utf8();
-        let path = path.map_err(|_| "a path that is no UTF-8")?;
-        if path.len() < 2 || !path.starts_with('/') || path.contains('\0') {
-            return Err("no directory");
+    fn parse(
+        url: &Url,
+        target: impl Fn(&Url) -> Result<Target, &'static str>,
+    ) -> Result<Self, &'static str> {
+        if url.fragment().is_some() {
+            return Err("a fragment");
         }
         let mut pairs = url.query_pairs();
         let image = match (pairs.next(), pairs.next()) {
@@ -97,39 +121,104 @@ impl BackupPlace {
         if !begins || image.len() > 253 || !image.bytes().all(plain) {
             return Err("a name that no image has");
         }
-        Ok(Self { target: PathBuf::from(&*path), image })
+        Ok(Self { target: target(url)?, image })
     }
 
-    /// Reads the record. Blocks.
-    pub(super) fn open(&self) -> Result<BackupRecord, BackupFault> {
-        let store = self.target.join(STORE);
-        let path = store.join("backing-images").join(&self.image).join("backing-image.cfg");
-        BackupRecord::parse(&read(&path, MAX_RECORD_BYTES)?)
-    }
-
-    /// The bytes of a block, in whole units, checked. Blocks.
-    pub(super) fn read(
-        &self,
-        record: &BackupRecord,
-        block: &Block,
-    ) -> Result<Vec<u8>, BackupFault> {
-        let Block { offset, room, digest } = block;
-        let (first, second) = (digest.get(..2), digest.get(2..4));
-        let dir = self.target.join(STORE).join("blocks");
-        let dir = dir.join(first.unwrap_or_default()).join(second.unwrap_or_default());
-        let path = dir.join(format!("{digest}.blk"));
-        let stored = read(&path, MAX_FILE_BYTES)?;
-        let mut bytes = decode(record.codec, &stored, digest).ok_or(BackupFault::Block { path })?;
-        let len = bytes.len() as u64;
-        let over = bytes.get(usize::try_from(*room).unwrap_or(usize::MAX)..).unwrap_or_default();
-        // The last block may be filled up to its usual length.
-        let is_last = offset + room == record.size_bytes;
-        if over.iter().any(|byte| *byte != 0) || !over.is_empty() && !is_last {
-            return Err(BackupFault::TooLong { at: *offset, len, room: *room });
+    fn directory(url: &Url) -> Result<Target, &'static str> {
+        if url.host_str().is_some_and(|host| !host.is_empty()) {
+            return Err("a host");
         }
-        let whole = usize::try_from(in_units(len, *room)).unwrap_or(usize::MAX);
-        bytes.resize(whole, 0);
-        Ok(bytes)
+        let path = percent_encoding::percent_decode_str(url.path()).decode_utf8();
+        let path = path.map_err(|_| "a path that is no UTF-8")?;
+        if path.len() < 2 || !path.starts_with('/') || path.contains('\0') {
+            return Err("no directory");
+        }
+        Ok(Target::Directory(PathBuf::from(&*path)))
+    }
+
+    /// `s3://BUCKET@REGION/PATH`, or without the region.
+    fn bucket(url: &Url) -> Result<Target, &'static str> {
+        let host = url.host_str().filter(|host| !host.is_empty()).ok_or("no bucket")?;
+        if url.password().is_some() || url.port().is_some() {
+            return Err("more than bucket, region and path");
+        }
+        let (bucket, region) = match url.username() {
+            "" => (host, None),
+            bucket => (bucket, Some(host.to_owned())),
+        };
+        let path = url.path().trim_matches('/');
+        let between = if path.is_empty() { "" } else { "/" };
+        let store = SourceUrl::parse(&format!("s3://{bucket}/{path}{between}{STORE}/"));
+        Ok(Target::Bucket { store: store.map_err(|_| "no bucket")?, region })
+    }
+
+    /// Gets ready to read.
+    pub(super) fn open(
+        &self,
+        access: &Access,
+        policy: &Policy,
+        progress: &Arc<Progress>,
+    ) -> Result<Store, FetchError> {
+        let from = match &self.target {
+            Target::Directory(path) => From::Directory(path.join(STORE)),
+            Target::Bucket { store, region } => {
+                let mut access = access.clone();
+                if let Some(region) = region {
+                    let s3 = access.s3.get_or_insert_default();
+                    s3.region.get_or_insert_with(|| region.clone());
+                }
+                From::Bucket(Client::new(store, &access, policy)?)
+            }
+        };
+        Ok(Store { from, policy: policy.clone(), progress: Arc::clone(progress) })
+    }
+}
+
+/// A backup store that is open.
+pub(super) struct Store {
+    from: From,
+    policy: Policy,
+    progress: Arc<Progress>,
+}
+
+enum From {
+    Directory(PathBuf),
+    Bucket(Client),
+}
+
+impl Store {
+    /// Requests that are worth making at the same time: one that is far answers late.
+    pub(super) fn is_far(&self) -> bool {
+        matches!(self.from, From::Bucket(_))
+    }
+
+    /// The text of an image's record.
+    pub(super) async fn record(&self, url: &str, image: &str) -> Result<Vec<u8>, FetchError> {
+        let path = format!("backing-images/{image}/backing-image.cfg");
+        self.read(url, &path, MAX_RECORD_BYTES).await
+    }
+
+    /// What is stored of a block, as it is.
+    pub(super) async fn block(&self, url: &str, block: &Block) -> Result<Vec<u8>, FetchError> {
+        self.read(url, &block.path(), MAX_FILE_BYTES).await
+    }
+
+    async fn read(&self, url: &str, path: &str, most: u64) -> Result<Vec<u8>, FetchError> {
+        let at_fault = |source| FetchError::Backup { url: url.to_owned(), source };
+        match &self.from {
+            From::Directory(store) => {
+                let path = store.join(path);
+                blocking(move || read(&path, most)).await.map_err(at_fault)
+            }
+            From::Bucket(client) => {
+                let none = |_| BackupFault::TooLarge { object: path.to_owned(), most: 0 };
+                let client = client.beneath(path).map_err(none).map_err(at_fault)?;
+                let get = || client.get_whole(most, &self.policy);
+                let bytes = retried(&self.policy, &self.progress, get).await?;
+                let object = client.shown();
+                bytes.ok_or_else(|| at_fault(BackupFault::TooLarge { object, most }))
+            }
+        }
     }
 }
 

@@ -12,7 +12,8 @@ use serde::Deserialize;
 use sha2::{Digest, Sha512};
 
 use super::BackupFault;
-use super::block::Codec;
+use super::block::{Codec, decode};
+use super::in_units;
 use crate::disk::UNIT_BYTES;
 use crate::names::hex;
 
@@ -41,6 +42,36 @@ pub(super) struct Block {
     pub(super) room: u64,
     /// The first half of its SHA-512, lower-case hex.
     pub(super) digest: String,
+}
+
+impl Block {
+    /// Where it is, beneath the store.
+    pub(super) fn path(&self) -> String {
+        let (first, second) = (self.digest.get(..2), self.digest.get(2..4));
+        let (first, second) = (first.unwrap_or_default(), second.unwrap_or_default());
+        format!("blocks/{first}/{second}/{}.blk", self.digest)
+    }
+
+    /// Its bytes, in whole units, made of what is stored and checked.
+    pub(super) fn bytes(
+        &self,
+        record: &BackupRecord,
+        stored: &[u8],
+    ) -> Result<Vec<u8>, BackupFault> {
+        let Self { offset, room, digest } = self;
+        let damaged = || BackupFault::Block { place: self.path() };
+        let mut bytes = decode(record.codec, stored, digest).ok_or_else(damaged)?;
+        let len = bytes.len() as u64;
+        let over = bytes.get(usize::try_from(*room).unwrap_or(usize::MAX)..).unwrap_or_default();
+        // The last block may be filled up to its usual length.
+        let is_last = offset + room == record.size_bytes;
+        if over.iter().any(|byte| *byte != 0) || !over.is_empty() && !is_last {
+            return Err(BackupFault::TooLong { at: *offset, len, room: *room });
+        }
+        let whole = usize::try_from(in_units(len, *room)).unwrap_or(usize::MAX);
+        bytes.resize(whole, 0);
+        Ok(bytes)
+    }
 }
 
 #[derive(Deserialize)]

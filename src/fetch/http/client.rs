@@ -7,6 +7,7 @@
 //! Start at [`Client::get`].
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use reqwest::StatusCode;
@@ -20,14 +21,16 @@ use super::reply::Reply;
 use super::route::Route;
 use crate::fetch::error::{FetchError, HttpError, status_hint};
 use crate::fetch::policy::Policy;
-use crate::fetch::source::SourceUrl;
+use crate::fetch::source::{SourceError, SourceUrl};
 use crate::fetch::version::Remote;
 
 /// Makes requests for one source.
 #[derive(Debug)]
 pub(in crate::fetch) struct Client {
-    route: Route,
+    route: Arc<Route>,
     url: SourceUrl,
+    /// The part of the object's key that is not the route's.
+    beneath: Option<String>,
 }
 
 /// A judged answer, its body not yet read.
@@ -50,7 +53,15 @@ impl Client {
         access: &Access,
         policy: &Policy,
     ) -> Result<Self, FetchError> {
-        Ok(Self { route: Route::new(url, access, policy)?, url: url.clone() })
+        let route = Arc::new(Route::new(url, access, policy)?);
+        Ok(Self { route, url: url.clone(), beneath: None })
+    }
+
+    /// For what is at `path` beneath this URL, which ends in a `/`: the same way, with the same
+    /// connections. `path` is plain: letters, digits, and `/._-`.
+    pub(in crate::fetch) fn beneath(&self, path: &str) -> Result<Self, SourceError> {
+        let url = SourceUrl::parse(&format!("{}{path}", self.url.expose()))?;
+        Ok(Self { route: Arc::clone(&self.route), url, beneath: Some(path.to_owned()) })
     }
 
     /// The URL for messages.
@@ -81,13 +92,40 @@ impl Client {
             at: range.start,
             seconds: policy.stall_timeout.as_secs(),
         };
-        let sent = self.route.send(&headers);
+        let sent = self.route.send(self.beneath.as_deref(), &headers);
         let sent = tokio::time::timeout(policy.stall_timeout + policy.connect_timeout, sent);
         let body = sent.await.map_err(|_elapsed| {
             self.route.forget();
             stalled()
         })??;
         self.judge(body, range.start)
+    }
+
+    /// The whole object; `None` if it has more than `most` bytes.
+    pub(in crate::fetch) async fn get_whole(
+        &self,
+        most: u64,
+        policy: &Policy,
+    ) -> Result<Option<Vec<u8>>, FetchError> {
+        let mut answer = self.get(0..u64::MAX, None, policy).await?;
+        let mut bytes = Vec::new();
+        if answer.total.is_some_and(|total| total > most) {
+            return Ok(None);
+        }
+        loop {
+            let at = bytes.len() as u64;
+            match answer.chunk(at, self, policy.stall_timeout).await? {
+                Some(chunk) if at + chunk.len() as u64 > most => return Ok(None),
+                Some(chunk) => bytes.extend_from_slice(&chunk),
+                None if bytes.is_empty() => return Err(FetchError::Empty { url: self.shown() }),
+                None => match answer.total.filter(|total| at < *total) {
+                    Some(total) => {
+                        return Err(FetchError::Short { url: self.shown(), at, total });
+                    }
+                    None => return Ok(Some(bytes)),
+                },
+            }
+        }
     }
 
     fn judge(&self, body: Reply, asked: u64) -> Result<Answer, FetchError> {

@@ -134,9 +134,15 @@ impl Route {
         })
     }
 
-    /// Sends a GET with these headers and gives the first answer that is no redirect.
-    pub(super) async fn send(&self, headers: &HeaderMap) -> Result<Reply, FetchError> {
-        if let Some(hop) = self.landed() {
+    /// Sends a GET with these headers, for what is `beneath` the source if that is given, and gives
+    /// the first answer that is no redirect.
+    pub(super) async fn send(
+        &self,
+        beneath: Option<&str>,
+        headers: &HeaderMap,
+    ) -> Result<Reply, FetchError> {
+        // Where a walk has landed is one object's place.
+        if let Some(hop) = self.landed().filter(|_| beneath.is_none()) {
             match self.walk(hop, headers).await {
                 Ok((response, _)) if !is_stale(response.status) => {
                     if response.status.is_server_error() {
@@ -151,11 +157,15 @@ impl Route {
             self.forget();
         }
         let url = match &self.start {
-            Start::Url(url) => url.clone(),
-            Start::Object(object) => object.signed(),
+            Start::Url(url) => match beneath.map(|path| url.join(path)) {
+                None => url.clone(),
+                Some(Ok(url)) => url,
+                Some(Err(error)) => return Err(self.failed(error.into())),
+            },
+            Start::Object(object) => object.signed(beneath.unwrap_or_default()),
         };
         let (response, end) = self.walk(Hop { url, own: true }, headers).await?;
-        if response.status.is_success() {
+        if response.status.is_success() && beneath.is_none() {
             self.land(end);
         }
         Ok(response)

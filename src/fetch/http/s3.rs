@@ -72,9 +72,10 @@ impl Object {
         Ok(Self { bucket, key: key_of(url)?, credentials: signer })
     }
 
-    /// A URL for one GET, now.
-    pub(super) fn signed(&self) -> Url {
-        GetObject::new(&self.bucket, self.credentials.as_ref(), &self.key).sign(EXPIRES)
+    /// A URL for one GET, now, of the object whose key has `beneath` at its end.
+    pub(super) fn signed(&self, beneath: &str) -> Url {
+        let key = format!("{}{beneath}", self.key);
+        GetObject::new(&self.bucket, self.credentials.as_ref(), &key).sign(EXPIRES)
     }
 }
 
@@ -104,7 +105,7 @@ mod tests {
     fn signed(url: &str, json: &str) -> Result<Url, AccessError> {
         let access: Access = serde_json::from_str(json).unwrap();
         let trust = Trust::Clients { secrets_dir: None };
-        Object::new(&Url::parse(url).unwrap(), &access, &trust).map(|object| object.signed())
+        Object::new(&Url::parse(url).unwrap(), &access, &trust).map(|object| object.signed(""))
     }
 
     #[test]

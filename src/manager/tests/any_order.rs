@@ -69,6 +69,7 @@ fn random_move(node: &mut Node, kind: u8, pick: usize) {
                 priority: Some(i32::try_from(pick % 5).unwrap()),
                 rate_bytes_per_s: Some(pick as u64 % 3),
                 min_copies: pick.is_multiple_of(2).then_some(u32::try_from(pick / 6 % 4).unwrap()),
+                ..SteeringChange::default()
             };
             drop(node.command(Command::Steer(name(image), change)));
         }

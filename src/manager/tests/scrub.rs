@@ -203,3 +203,22 @@ fn a_copy_that_goes_is_not_waited_for() {
     assert_eq!(node.state("a", 1), None);
     assert!(node.warnings.is_empty());
 }
+
+#[test]
+fn how_far_a_scrub_is_is_told_and_only_while_it_runs() {
+    let mut node = with_copies(&[0, 1]);
+    let told = |node: &Node| {
+        let image = node.world.image(&name("a")).unwrap();
+        image.copies.iter().map(|copy| (copy.scrubbing, copy.scrubbed_bytes)).collect::<Vec<_>>()
+    };
+    assert_eq!(told(&node), [(false, None), (false, None)]);
+    node.command(scrub("a", Some(0))).unwrap();
+    let id = node.scrubbing.first().unwrap().clone();
+    node.report(&id, WorkerEvent::Started);
+    node.report(&id, WorkerEvent::Scrubbing(1024));
+    assert_eq!(told(&node), [(true, Some(1024)), (false, None)]);
+    node.report(&id, good());
+    assert_eq!(told(&node), [(false, None), (false, None)]);
+    node.command(scrub("a", Some(0))).unwrap();
+    assert_eq!(told(&node)[0], (true, Some(0)), "it begins anew");
+}

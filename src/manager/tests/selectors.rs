@@ -130,3 +130,24 @@ fn the_same_image_has_the_same_tags_or_says_none() {
     let other = node.command(Command::Create(create_for("a", &["large"], &[]))).unwrap_err();
     assert_eq!(other.to_string(), "image a: exists, and its disk_selector is ssd, not large");
 }
+
+#[test]
+fn other_tags_hold_for_further_copies_and_what_is_there_stays() {
+    let mut node = tagged();
+    node.command(Command::Create(create_for("a", &["ssd"], &[]))).unwrap();
+    node.command(Command::Fetch(name("a"), None)).unwrap();
+    let first = node.only_worker().disk;
+    assert_ne!(first, disk(0));
+    node.settle_now();
+    let tags = |tags: &[&str]| Tag::parse_all(tags.iter().copied()).unwrap();
+    let change = SteeringChange { disk_tags: Some(tags(&["tape"])), ..SteeringChange::default() };
+    node.command(Command::Steer(name("a"), change)).unwrap();
+    assert_eq!(node.images[&name("a")].selectors.disk, tags(&["tape"]));
+    let refused = node.command(Command::Fetch(name("a"), Some(disk(0)))).unwrap_err();
+    assert!(matches!(refused, ManagerError::NotSelected { .. }), "{refused}");
+    node.settle_now();
+    assert_eq!(node.world.image(&name("a")).unwrap().copies.len(), 1, "it stays");
+    let any = SteeringChange { disk_tags: Some(tags(&[])), ..SteeringChange::default() };
+    node.command(Command::Steer(name("a"), any)).unwrap();
+    node.command(Command::Fetch(name("a"), Some(disk(0)))).unwrap();
+}
