@@ -1,9 +1,9 @@
 //! The catalog in one redb file.
 //!
 //! Why: durable and transactional without a server to install.
-//! How: one table a kind, key to revision (8 bytes, little-endian) and JSON; a counter table gives
-//! revisions, so that a deleted and re-created record never gets an old one again; a log for watchers.
-//! Each change is one transaction, flushed before it returns.
+//! How: one table a kind, key to value (see `change`); a counter table gives revisions, so that a deleted
+//! and re-created record never gets an old one again; a log for watchers. Each write is one transaction,
+//! flushed before it returns.
 //! Never: leaves the file readable for others: sources may hold credentials.
 //! Start at [`Embedded::open`].
 
@@ -15,6 +15,7 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTran
 
 use tokio::sync::watch;
 
+use super::change::{self, Made};
 use super::log::{self, LOG};
 use super::{
     Catalog, CatalogError, Change, KEPT_CHANGES, Kind, Listing, Revision, Stored, Write,
@@ -99,22 +100,16 @@ impl Embedded {
         CatalogError::Store { op, path: self.path.clone(), source: Box::new(source) }
     }
 
-    fn split(&self, kind: Kind, key: &str, value: &[u8]) -> Result<Stored, CatalogError> {
-        match value.split_first_chunk::<8>() {
-            Some((revision, json)) => Ok(Stored {
-                revision: Revision(u64::from_le_bytes(*revision)),
-                json: json.to_vec(),
-            }),
-            None => Err(CatalogError::Damaged {
-                path: self.path.clone(),
-                kind: kind.as_str(),
-                key: key.to_owned(),
-                len_bytes: value.len(),
-            }),
-        }
+    fn decode(&self, kind: Kind, key: &str, value: &[u8]) -> Result<Stored, CatalogError> {
+        change::decode(value).ok_or_else(|| CatalogError::Damaged {
+            path: self.path.clone(),
+            kind: kind.as_str(),
+            key: key.to_owned(),
+            len_bytes: value.len(),
+        })
     }
 
-    /// One change within a transaction. True if it is one: there was something to remove.
+    /// One change within a transaction. True if it is one: not if nothing is different after it.
     fn change(
         &self,
         tx: &WriteTransaction,
@@ -124,25 +119,27 @@ impl Embedded {
         let (kind, key) = (write.kind, write.key.as_str());
         let mut table = tx.open_table(table_of(kind)).map_err(|e| failed(e.into()))?;
         let found = match table.get(key).map_err(|e| failed(e.into()))? {
-            Some(value) => Some(self.split(kind, key, value.value())?.revision),
+            Some(value) => Some(self.decode(kind, key, value.value())?),
             None => None,
         };
-        check_expected(kind, key, found, write.expect)?;
+        check_expected(kind, key, found.as_ref().map(|found| found.revision), write.expect)?;
         let mut counter = tx.open_table(COUNTER).map_err(|e| failed(e.into()))?;
         let last = newest(&counter).map_err(|e| failed(e.into()))?;
-        if write.json.is_none() && found.is_none() {
-            return Ok((Revision(last), false));
-        }
-        let revision = last + 1;
-        counter.insert(NEXT_REVISION, revision).map_err(|e| failed(e.into()))?;
-        if let Some(json) = &write.json {
-            let value = [&revision.to_le_bytes()[..], json].concat();
-            table.insert(key, value.as_slice()).map_err(|e| failed(e.into()))?;
-        } else {
-            table.remove(key).map_err(|e| failed(e.into()))?;
-        }
+        let revision = Revision(last + 1);
+        let deleted = match change::apply(found, write)? {
+            Made::Same => return Ok((Revision(last), false)),
+            Made::Record(stored) => {
+                let value = change::encode(&Stored { revision, ..stored });
+                table.insert(key, value.as_slice()).map_err(|e| failed(e.into()))?;
+                false
+            }
+            Made::Gone => {
+                table.remove(key).map_err(|e| failed(e.into()))?;
+                true
+            }
+        };
+        counter.insert(NEXT_REVISION, revision.0).map_err(|e| failed(e.into()))?;
         let mut log = tx.open_table(LOG).map_err(|e| failed(e.into()))?;
-        let (revision, deleted) = (Revision(revision), write.json.is_none());
         let change = Change { revision, kind, key: key.to_owned(), deleted };
         log::append(&mut log, &change, self.kept).map_err(|e| failed(e.into()))?;
         Ok((revision, true))
@@ -186,7 +183,7 @@ impl Catalog for Embedded {
         let tx = self.db.begin_read().map_err(|e| failed(e.into()))?;
         let table = tx.open_table(table_of(kind)).map_err(|e| failed(e.into()))?;
         match table.get(key).map_err(|e| failed(e.into()))? {
-            Some(value) => self.split(kind, key, value.value()).map(Some),
+            Some(value) => self.decode(kind, key, value.value()).map(Some),
             None => Ok(None),
         }
     }
@@ -198,7 +195,7 @@ impl Catalog for Embedded {
         let mut records = Vec::new();
         for row in table.iter().map_err(|e| failed(e.into()))? {
             let (key, value) = row.map_err(|e| failed(e.into()))?;
-            records.push((key.value().to_owned(), self.split(kind, key.value(), value.value())?));
+            records.push((key.value().to_owned(), self.decode(kind, key.value(), value.value())?));
         }
         let counter = tx.open_table(COUNTER).map_err(|e| failed(e.into()))?;
         let revision = Revision(newest(&counter).map_err(|e| failed(e.into()))?);

@@ -18,6 +18,12 @@ pub enum CatalogError {
         super::MAX_RECORD_LEN
     )]
     TooLong { kind: &'static str, key: String, len_bytes: usize },
+    /// A finalizer is to be added to a record that is being deleted.
+    #[error("{kind} {key:?} is being deleted; nothing more can hold that up")]
+    BeingDeleted { kind: &'static str, key: String },
+    /// More than [`super::MAX_FINALIZERS`].
+    #[error("{kind} {key:?}: {count} finalizers, there are at most {}", super::MAX_FINALIZERS)]
+    TooManyFinalizers { kind: &'static str, key: String, count: usize },
     /// The changes after a revision are not, or not all, kept.
     #[error(
         "changes after revision {since} are not kept, those after {oldest} up to {newest} are: list, and watch from there"

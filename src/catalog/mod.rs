@@ -2,7 +2,9 @@
 //!
 //! Why: what a user asked for must survive any crash, and the same manager must later run on
 //! Kubernetes objects: so it sees a few calls, not a database.
-//! How: a record is JSON under a kind and a key, with a revision that compare-and-set is based on.
+//! How: a record is JSON under a kind and a key, with a revision that compare-and-set is based on. Beside
+//! what is wanted (its spec) it may have a status, which is written apart, and finalizers, which hold its
+//! removal up until what they stand for is done.
 //! [`Embedded`] keeps all of them in one redb file; a change is on the disk when the call returns.
 //! Who wants to follow lists, and watches from the list's revision ([`Watch`]). The suite in `tests/`
 //! is what every implementation passes.
@@ -10,12 +12,15 @@
 //! credential.
 //! Start at [`Catalog`].
 
+mod change;
 mod embedded;
 mod error;
 mod log;
 #[cfg(test)]
 mod tests;
 mod watch;
+
+use std::collections::BTreeSet;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -86,18 +91,42 @@ pub enum Expect {
     Any,
 }
 
-/// A record as stored. Its `Debug` shows the length, not the bytes.
+/// Finalizers that a record may have.
+pub const MAX_FINALIZERS: usize = 16;
+
+/// A record as stored. Its `Debug` shows lengths, not the bytes.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Stored {
-    /// Its version.
+    /// Its version: of spec, status and finalizers together.
     pub revision: Revision,
-    /// Its JSON text.
+    /// Its spec, a JSON text: what is wanted.
     pub json: Vec<u8>,
+    /// Its status, a JSON text: what was found out.
+    pub status: Option<Vec<u8>>,
+    /// What has to be done before it can go, by names like keys.
+    pub finalizers: BTreeSet<String>,
+    /// It goes with its last finalizer.
+    pub deleting: bool,
+}
+
+impl Stored {
+    /// A record of a spec alone.
+    #[must_use]
+    pub fn new(revision: Revision, json: Vec<u8>) -> Self {
+        Self { revision, json, status: None, finalizers: BTreeSet::new(), deleting: false }
+    }
 }
 
 impl std::fmt::Debug for Stored {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Stored {{ revision: {}, {} bytes }}", self.revision.0, self.json.len())
+        let Self { revision, json, status, finalizers, deleting } = self;
+        f.debug_struct("Stored")
+            .field("revision", &revision.0)
+            .field("json_bytes", &json.len())
+            .field("status_bytes", &status.as_ref().map(Vec::len))
+            .field("finalizers", finalizers)
+            .field("deleting", deleting)
+            .finish()
     }
 }
 
@@ -124,28 +153,41 @@ pub struct Change {
     pub deleted: bool,
 }
 
-/// One of several changes that are made together.
+/// What is to become of a record. Its `Debug` shows lengths, not the bytes.
 #[derive(Clone, PartialEq, Eq)]
+pub enum What {
+    /// It has this spec, a JSON text; its status and its finalizers stay. Makes the record.
+    Spec(Vec<u8>),
+    /// It has this status, a JSON text; its spec stays.
+    Status(Vec<u8>),
+    /// It has these finalizers. Of one that is being deleted none can be added, and it goes with the last.
+    Finalizers(BTreeSet<String>),
+    /// It goes: at once, or, while it has finalizers, with the last of them.
+    Delete,
+}
+
+impl std::fmt::Debug for What {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Spec(json) => write!(f, "Spec({} bytes)", json.len()),
+            Self::Status(json) => write!(f, "Status({} bytes)", json.len()),
+            Self::Finalizers(names) => write!(f, "Finalizers({names:?})"),
+            Self::Delete => f.write_str("Delete"),
+        }
+    }
+}
+
+/// One of several changes that are made together.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Write {
     /// Kind of the record.
     pub kind: Kind,
     /// Its key.
     pub key: String,
-    /// Its JSON text; `None` removes it.
-    pub json: Option<Vec<u8>>,
+    /// What is to become of it.
+    pub what: What,
     /// What has to be there before.
     pub expect: Expect,
-}
-
-impl std::fmt::Debug for Write {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let len_bytes = self.json.as_ref().map(Vec::len);
-        write!(
-            f,
-            "Write {{ {:?} {:?}, {len_bytes:?} bytes, {:?} }}",
-            self.kind, self.key, self.expect
-        )
-    }
 }
 
 /// Durable records. Every call may block on the disk.
@@ -167,11 +209,13 @@ pub trait Catalog: Send + Sync + 'static {
     /// of each: of one that removes nothing, which is no change, the catalog's last.
     ///
     /// # Errors
-    /// [`CatalogError::Conflict`] if something else is there; [`CatalogError::BadKey`],
-    /// [`CatalogError::TooLong`]; others if the store can't be written. Then all is as before.
+    /// [`CatalogError::Conflict`] if something else is there, or nothing for a status or finalizers;
+    /// [`CatalogError::BeingDeleted`] for a finalizer more; [`CatalogError::BadKey`],
+    /// [`CatalogError::TooLong`], [`CatalogError::TooManyFinalizers`]; others if the store can't be
+    /// written. Then all is as before.
     fn write(&self, changes: &[Write]) -> Result<Vec<Revision>, CatalogError>;
 
-    /// Stores a record if what is there is what `expect` says. Durable when it returns.
+    /// Stores a record's spec if what is there is what `expect` says. Durable when it returns.
     ///
     /// # Errors
     /// As [`Catalog::write`].
@@ -182,18 +226,19 @@ pub trait Catalog: Send + Sync + 'static {
         json: &[u8],
         expect: Expect,
     ) -> Result<Revision, CatalogError> {
-        let (key, json) = (key.to_owned(), Some(json.to_vec()));
-        let made = self.write(&[Write { kind, key, json, expect }])?;
+        let (key, what) = (key.to_owned(), What::Spec(json.to_vec()));
+        let made = self.write(&[Write { kind, key, what, expect }])?;
         Ok(made.into_iter().next().unwrap_or(Revision(0)))
     }
 
-    /// Removes a record if what is there is what `expect` says. Durable when it returns. Removing
-    /// nothing with [`Expect::Any`] is no error, and no change.
+    /// Removes a record if what is there is what `expect` says, as soon as it has no finalizers. Durable
+    /// when it returns. Removing nothing with [`Expect::Any`] is no error, and no change.
     ///
     /// # Errors
     /// As [`Catalog::write`].
     fn delete(&self, kind: Kind, key: &str, expect: Expect) -> Result<(), CatalogError> {
-        self.write(&[Write { kind, key: key.to_owned(), json: None, expect }]).map(|_| ())
+        let (key, what) = (key.to_owned(), What::Delete);
+        self.write(&[Write { kind, key, what, expect }]).map(|_| ())
     }
 
     /// The changes of all kinds after `since`, each once, in the order of their revisions: the first
@@ -231,12 +276,18 @@ fn check_key(kind: Kind, key: &str) -> Result<(), CatalogError> {
 
 fn check_write(write: &Write) -> Result<(), CatalogError> {
     check_key(write.kind, &write.key)?;
-    let len_bytes = write.json.as_ref().map_or(0, Vec::len);
-    if len_bytes > MAX_RECORD_LEN {
-        let (kind, key) = (write.kind.as_str(), write.key.clone());
-        return Err(CatalogError::TooLong { kind, key, len_bytes });
+    let kind = write.kind.as_str();
+    match &write.what {
+        What::Spec(json) | What::Status(json) if json.len() > MAX_RECORD_LEN => {
+            Err(CatalogError::TooLong { kind, key: write.key.clone(), len_bytes: json.len() })
+        }
+        What::Finalizers(names) if names.len() > MAX_FINALIZERS => {
+            let (key, count) = (write.key.clone(), names.len());
+            Err(CatalogError::TooManyFinalizers { kind, key, count })
+        }
+        What::Finalizers(names) => names.iter().try_for_each(|name| check_key(write.kind, name)),
+        What::Spec(_) | What::Status(_) | What::Delete => Ok(()),
     }
-    Ok(())
 }
 
 /// Compare-and-set: an error unless what is there is what was expected.
@@ -259,8 +310,12 @@ fn check_expected(
         Expect::Absent => "none".to_owned(),
         Expect::At(revision) => format!("revision {}", revision.0),
     };
-    let found = found.map(|r| r.0);
-    Err(CatalogError::Conflict { kind: kind.as_str(), key: key.to_owned(), found, expected })
+    Err(conflict(kind, key, found, expected))
+}
+
+fn conflict(kind: Kind, key: &str, found: Option<Revision>, expected: String) -> CatalogError {
+    let found = found.map(|revision| revision.0);
+    CatalogError::Conflict { kind: kind.as_str(), key: key.to_owned(), found, expected }
 }
 
 /// `record` as JSON.
@@ -275,18 +330,23 @@ pub fn encode<T: Serialize>(kind: Kind, key: &str, record: &T) -> Result<Vec<u8>
     })
 }
 
-/// All records of a kind, decoded.
+/// `json`, decoded.
 ///
 /// # Errors
 /// [`CatalogError::Decode`] for a record that doesn't read: starting without it could remove its
 /// files, so the caller refuses to start.
+pub fn decode<T: DeserializeOwned>(kind: Kind, key: &str, json: &[u8]) -> Result<T, CatalogError> {
+    serde_json::from_slice(json).map_err(|error| CatalogError::decode(kind.as_str(), key, &error))
+}
+
+/// The specs of all records of a kind, decoded.
+///
+/// # Errors
+/// As [`decode`].
 pub fn list_as<T: DeserializeOwned>(
     catalog: &dyn Catalog,
     kind: Kind,
-) -> Result<Vec<(T, Revision)>, CatalogError> {
-    let decode = |(key, stored): (String, Stored)| match serde_json::from_slice(&stored.json) {
-        Ok(record) => Ok((record, stored.revision)),
-        Err(e) => Err(CatalogError::decode(kind.as_str(), &key, &e)),
-    };
-    catalog.list(kind)?.records.into_iter().map(decode).collect()
+) -> Result<Vec<(T, Stored)>, CatalogError> {
+    let one = |(key, stored): (String, Stored)| Ok((decode(kind, &key, &stored.json)?, stored));
+    catalog.list(kind)?.records.into_iter().map(one).collect()
 }

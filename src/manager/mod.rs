@@ -26,6 +26,7 @@ mod index;
 mod keep;
 mod mend;
 mod node;
+mod parts;
 mod perform;
 mod prefetch;
 pub mod records;

@@ -23,12 +23,12 @@ use super::command::{Command, Outcome};
 use super::disks::OpenedDisk;
 use super::driver::{Answer, Exporter, Message, Subscription, Told};
 use super::error::ManagerError;
-use super::records::{
-    AttachmentRecord, ClassRecord, DiskRecord, ImageRecord, VolumeRecord, unix_now_s,
-};
+use super::keep::{Known, Revisions};
+use super::parts::list_images;
+use super::records::{AttachmentRecord, ClassRecord, DiskRecord, VolumeRecord, unix_now_s};
 use super::settings::{Settings, SettingsRecord};
 use super::world::{Action, Event, Records, World};
-use crate::catalog::{Catalog, CatalogError, Kind, Revision, list_as};
+use crate::catalog::{Catalog, CatalogError, Kind, Stored, list_as};
 
 /// Changes that a slow watcher may be behind before it is told and dropped.
 const CHANGES: usize = 1024;
@@ -81,9 +81,9 @@ impl Driver {
         let read = move || -> Result<_, CatalogError> {
             let mut revisions = HashMap::new();
             let records = Records {
-                images: list(&*catalog, Kind::Image, &mut revisions, |r: &ImageRecord| {
+                images: known(Kind::Image, list_images(&*catalog)?, &mut revisions, |r| {
                     r.name.to_string()
-                })?,
+                }),
                 attachments: list(
                     &*catalog,
                     Kind::Attachment,
@@ -414,18 +414,25 @@ fn of_task(done: Result<Option<Event>, tokio::task::JoinError>) -> Option<Event>
     })
 }
 
-pub(super) type Revisions = HashMap<(Kind, String), Revision>;
-
-/// All records of a kind; their revisions go to the others.
+/// All records of a kind; what is known of them goes to the others.
 fn list<T: serde::de::DeserializeOwned>(
     catalog: &dyn Catalog,
     kind: Kind,
     revisions: &mut Revisions,
     key: impl Fn(&T) -> String,
 ) -> Result<Vec<T>, CatalogError> {
-    let all: Vec<(T, Revision)> = list_as(catalog, kind)?;
-    revisions.extend(all.iter().map(|(record, revision)| ((kind, key(record)), *revision)));
-    Ok(all.into_iter().map(|(record, _)| record).collect())
+    Ok(known(kind, list_as(catalog, kind)?, revisions, key))
+}
+
+fn known<T>(
+    kind: Kind,
+    all: Vec<(T, Stored)>,
+    revisions: &mut Revisions,
+    key: impl Fn(&T) -> String,
+) -> Vec<T> {
+    let of = |(record, stored): &(T, Stored)| ((kind, key(record)), Known::of(stored));
+    revisions.extend(all.iter().map(of));
+    all.into_iter().map(|(record, _)| record).collect()
 }
 
 /// Runs what blocks on a thread that may. A panic there goes on here.

@@ -35,7 +35,7 @@ pub(super) fn compare_and_set_tells_a_lost_race<S: Subject>() {
         assert_conflict(catalog.delete(kind, "a", Expect::At(first)));
         assert_conflict(catalog.delete(kind, "a", Expect::Absent));
         // Whoever lost has changed nothing.
-        let stored = Stored { revision: second, json: b"2".to_vec() };
+        let stored = Stored::new(second, b"2".to_vec());
         assert_eq!(catalog.get(kind, "a").unwrap(), Some(stored));
         let third = catalog.put(kind, "a", b"3", Expect::Any).unwrap();
         assert!(third > second);
@@ -242,7 +242,7 @@ pub(super) fn a_crash_loses_nothing_that_was_acknowledged<S: Subject>() {
         let key = format!("k{n:02}");
         let revision = catalog.put(Kind::Image, &key, &[n; 9], Expect::Absent).unwrap();
         assert_eq!(*catalog.head().borrow(), revision);
-        wanted.push((key, Stored { revision, json: vec![n; 9] }));
+        wanted.push((key, Stored::new(revision, vec![n; 9])));
         if n % 4 == 3 {
             let (key, stored) = wanted.remove(0);
             catalog.delete(Kind::Image, &key, Expect::At(stored.revision)).unwrap();
@@ -353,14 +353,91 @@ pub(super) fn a_hostile_key_is_refused_and_changes_nothing<S: Subject>() {
     }
 }
 
-/// Runs the suite on one implementation, a test for each promise.
+pub(super) fn a_status_and_a_spec_leave_each_other_alone<S: Subject>() {
+    let subject = S::new();
+    let catalog = subject.open();
+    let status = |json: &[u8], expect| {
+        let what = What::Status(json.to_vec());
+        catalog.write(&[Write { kind: Kind::Image, key: "a".to_owned(), what, expect }])
+    };
+    // Of nothing there is no status.
+    assert_conflict(status(b"1", Expect::Any));
+    let first = catalog.put(Kind::Image, "a", b"spec", Expect::Absent).unwrap();
+    assert_eq!(catalog.get(Kind::Image, "a").unwrap().unwrap().status, None);
+    let second = status(b"status", Expect::At(first)).unwrap()[0];
+    assert!(second > first);
+    // Who writes the one is told of a change of the other: they have one revision.
+    assert_conflict(catalog.put(Kind::Image, "a", b"late", Expect::At(first)));
+    assert_conflict(status(b"late", Expect::At(first)));
+    let third = catalog.put(Kind::Image, "a", b"other", Expect::At(second)).unwrap();
+    let stored = catalog.get(Kind::Image, "a").unwrap().unwrap();
+    let wanted =
+        Stored { status: Some(b"status".to_vec()), ..Stored::new(third, b"other".to_vec()) };
+    assert_eq!(stored, wanted);
+    let long = vec![b' '; MAX_RECORD_LEN + 1];
+    assert!(matches!(status(&long, Expect::Any), Err(CatalogError::TooLong { .. })));
+    status(&long[1..], Expect::Any).unwrap();
+    // It goes with its record, and another of the name has none.
+    catalog.delete(Kind::Image, "a", Expect::Any).unwrap();
+    catalog.put(Kind::Image, "a", b"spec", Expect::Absent).unwrap();
+    assert_eq!(catalog.get(Kind::Image, "a").unwrap().unwrap().status, None);
+}
+
+pub(super) fn a_record_goes_with_its_last_finalizer<S: Subject>() {
+    let subject = S::new();
+    let catalog = subject.open();
+    let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+    let set = |finalizers: &[&str], expect| {
+        let what = What::Finalizers(names(finalizers));
+        catalog.write(&[Write { kind: Kind::Volume, key: "v".to_owned(), what, expect }])
+    };
+    let get = || catalog.get(Kind::Volume, "v").unwrap();
+    assert_conflict(set(&["a"], Expect::Any));
+    set(&[], Expect::Any).unwrap();
+    assert_eq!(*catalog.head().borrow(), Revision(0), "nothing is no change");
+    catalog.put(Kind::Volume, "v", b"1", Expect::Absent).unwrap();
+    let two = set(&["a", "b.c"], Expect::Any).unwrap()[0];
+    catalog.delete(Kind::Volume, "v", Expect::At(two)).unwrap();
+    let marked = get().unwrap();
+    assert!(marked.deleting && marked.revision > two && marked.finalizers == names(&["a", "b.c"]));
+    // Deleted again it is as it was; and nothing more can hold it up.
+    catalog.delete(Kind::Volume, "v", Expect::Any).unwrap();
+    assert_eq!(get(), Some(marked.clone()));
+    assert_conflict(catalog.put(Kind::Volume, "v", b"2", Expect::Absent));
+    let more = set(&["a", "c"], Expect::Any).unwrap_err();
+    assert!(matches!(more, CatalogError::BeingDeleted { .. }), "{more}");
+    // Who finishes the work still writes what it found.
+    catalog.put(Kind::Volume, "v", b"2", Expect::At(marked.revision)).unwrap();
+    let one = set(&["b.c"], Expect::Any).unwrap()[0];
+    let changes = catalog.changes(Revision(0), usize::MAX).unwrap();
+    assert!(changes.iter().all(|change| !change.deleted), "{changes:?}");
+    let gone = set(&[], Expect::At(one)).unwrap()[0];
+    assert_eq!(get(), None);
+    let told = catalog.changes(one, usize::MAX).unwrap();
+    assert_eq!(told.iter().map(|c| (c.revision, c.deleted)).collect::<Vec<_>>(), [(gone, true)]);
+    // Without a deletion the last finalizer is only the last finalizer.
+    catalog.put(Kind::Volume, "v", b"1", Expect::Absent).unwrap();
+    set(&["a"], Expect::Any).unwrap();
+    set(&[], Expect::Any).unwrap();
+    assert!(!get().unwrap().deleting);
+    catalog.delete(Kind::Volume, "v", Expect::Any).unwrap();
+    assert_eq!(get(), None);
+    // Bounds.
+    catalog.put(Kind::Volume, "v", b"1", Expect::Absent).unwrap();
+    let many: Vec<String> = (0..=MAX_FINALIZERS).map(|n| format!("f{n}")).collect();
+    let many: Vec<&str> = many.iter().map(String::as_str).collect();
+    assert!(matches!(set(&many, Expect::Any), Err(CatalogError::TooManyFinalizers { .. })));
+    assert!(matches!(set(&["../x"], Expect::Any), Err(CatalogError::BadKey { .. })));
+    set(&many[1..], Expect::Any).unwrap();
+}
+
 pub(super) fn several_changes_are_all_made_or_none<S: Subject>() {
     let subject = S::new();
     let catalog = subject.open();
     let write = |kind, key: &str, json: Option<&[u8]>, expect| Write {
         kind,
         key: key.to_owned(),
-        json: json.map(<[u8]>::to_vec),
+        what: json.map_or(What::Delete, |json| What::Spec(json.to_vec())),
         expect,
     };
     assert_eq!(catalog.write(&[]).unwrap(), []);
@@ -395,6 +472,7 @@ pub(super) fn several_changes_are_all_made_or_none<S: Subject>() {
     assert_eq!(changes.iter().map(|change| change.deleted).collect::<Vec<_>>(), [false, true]);
 }
 
+/// Runs the suite on one implementation, a test for each promise.
 macro_rules! conforms {
     ($name:ident, $subject:ty) => {
         mod $name {
@@ -413,6 +491,8 @@ macro_rules! conforms {
                 records_have_any_size_up_to_the_limit
                 a_hostile_key_is_refused_and_changes_nothing
                 several_changes_are_all_made_or_none
+                a_status_and_a_spec_leave_each_other_alone
+                a_record_goes_with_its_last_finalizer
             );
         }
     };

@@ -28,19 +28,20 @@ impl Memory {
     }
 
     fn change(&self, state: &mut State, write: &Write) -> Result<Revision, CatalogError> {
-        let Write { kind, key, json, expect } = write.clone();
+        let Write { kind, key, expect, .. } = write.clone();
         let at = (kind, key.clone());
-        let found = state.records.get(&at).map(|stored| stored.revision);
-        check_expected(kind, &key, found, expect)?;
-        if json.is_none() && found.is_none() {
-            return Ok(Revision(state.last));
-        }
-        state.last += 1;
-        let (revision, deleted) = (Revision(state.last), json.is_none());
-        match json {
-            Some(json) => state.records.insert(at, Stored { revision, json }),
-            None => state.records.remove(&at),
+        let found = state.records.get(&at).cloned();
+        check_expected(kind, &key, found.as_ref().map(|stored| stored.revision), expect)?;
+        let revision = Revision(state.last + 1);
+        let deleted = match change::apply(found, write)? {
+            change::Made::Same => return Ok(Revision(state.last)),
+            change::Made::Record(stored) => {
+                state.records.insert(at, Stored { revision, ..stored });
+                false
+            }
+            change::Made::Gone => state.records.remove(&at).is_some(),
         };
+        state.last = revision.0;
         state.log.push_back(Change { revision, kind, key, deleted });
         if state.log.len() as u64 > self.kept {
             state.log.pop_front();

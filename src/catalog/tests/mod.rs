@@ -48,7 +48,8 @@ conforms!(the_model, InMemory);
 struct Call {
     kind: usize,
     key: u8,
-    delete: bool,
+    /// Which of the changes.
+    what: u8,
     /// Which of the revisions that were given is expected; none: absent, or anything.
     at: Option<usize>,
     any: bool,
@@ -57,13 +58,12 @@ struct Call {
 
 fn call() -> impl Strategy<Value = Call> {
     let at = proptest::option::of(0..8usize);
-    (0..2usize, 0..3u8, any::<bool>(), at, any::<bool>(), proptest::bool::weighted(0.1)).prop_map(
-        |(kind, key, delete, at, any, reopen)| Call { kind, key, delete, at, any, reopen },
-    )
+    (0..2usize, 0..3u8, 0..9u8, at, any::<bool>(), proptest::bool::weighted(0.1))
+        .prop_map(|(kind, key, what, at, any, reopen)| Call { kind, key, what, at, any, reopen })
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 12, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
     fn any_calls_do_to_the_file_what_they_do_to_the_model(
         batches in proptest::collection::vec(proptest::collection::vec(call(), 1..4), 1..30),
@@ -75,7 +75,14 @@ proptest! {
             let write = |call: &Call| Write {
                 kind: [Kind::Image, Kind::Volume][call.kind],
                 key: format!("k{}", call.key),
-                json: (!call.delete).then(|| vec![call.key; 3]),
+                what: match call.what {
+                    0 | 1 => What::Delete,
+                    2 => What::Status(vec![call.key; 2]),
+                    3 => What::Finalizers(BTreeSet::new()),
+                    4 => What::Finalizers([format!("f{}", call.key), "g".to_owned()].into()),
+                    5 => What::Finalizers(["g".to_owned()].into()),
+                    _ => What::Spec(vec![call.key; 3]),
+                },
                 expect: match call.at {
                     Some(back) => Expect::At(given[given.len().saturating_sub(1 + back)]),
                     None if call.any => Expect::Any,
@@ -113,7 +120,7 @@ fn a_change_survives_a_crash_right_after_it() {
         // What a killed process leaves is the file as it is now, never closed.
         std::fs::copy(&path, &crashed).unwrap();
         let after = Embedded::open(&crashed).unwrap().get(Kind::Image, "a").unwrap().unwrap();
-        assert_eq!(after, Stored { revision, json: vec![b'0' + n] });
+        assert_eq!(after, Stored::new(revision, vec![b'0' + n]));
     }
 }
 
@@ -192,4 +199,31 @@ fn what_was_in_a_record_is_not_in_the_log() {
     catalog.put(Kind::Image, "a", b"hunter2", Expect::Absent).unwrap();
     let text = format!("{:?}", catalog.changes(Revision(0), 9).unwrap());
     assert!(text.contains("\"a\"") && !text.contains("hunter2"), "{text}");
+}
+
+#[test]
+fn a_value_is_read_as_it_was_written_and_damage_is_told() {
+    let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+    let plain = Stored::new(Revision(7), b"{}".to_vec());
+    let all = [
+        plain.clone(),
+        Stored::new(Revision(7), Vec::new()),
+        // What begins as a value does that has more.
+        Stored::new(Revision(7), vec![1, 2, 3]),
+        Stored { status: Some(Vec::new()), ..plain.clone() },
+        Stored { status: Some(b"[1]".to_vec()), finalizers: names(&["a", "b.c"]), ..plain.clone() },
+        Stored { deleting: true, finalizers: names(&[&"x".repeat(253)]), ..plain.clone() },
+    ];
+    for stored in all {
+        let value = change::encode(&stored);
+        assert_eq!(change::decode(&value), Some(stored.clone()));
+        // Cut anywhere it is another record, or none, and never a panic.
+        for len in 0..value.len() {
+            assert_ne!(change::decode(&value[..len]), Some(stored.clone()), "{len}");
+        }
+    }
+    assert_eq!(change::encode(&plain), [&7u64.to_le_bytes()[..], b"{}"].concat(), "as ever");
+    for bad in [&b"\x01\x00\x01\x02\xff\xff\x00\x00\x00\x00"[..], b"\x01\x04\x00\x00\x00\x00\x00"] {
+        assert_eq!(change::decode(&[&[0; 8], bad].concat()), None, "{bad:?}");
+    }
 }

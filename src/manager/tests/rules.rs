@@ -30,6 +30,95 @@ fn rule_2_an_attachment_waits_for_its_copy_and_then_is_ready() {
 }
 
 #[test]
+fn rule_3_a_wanted_copy_gets_one_worker_of_its_name_and_only_on_a_disk_that_is_here() {
+    let mut node = Node::new();
+    node.command(create("a")).unwrap();
+    let gone = DiskStatus { healthy: false, ..disk_status(1) };
+    node.event(Event::Disks(vec![disk_status(0), gone]));
+    node.command(Command::Fetch(name("a"), Some(disk(1)))).unwrap();
+    assert_eq!((node.running.len(), node.state("a", 1)), (0, Some(CopyState::Unknown)));
+    node.event(Event::Disks(vec![disk_status(0), disk_status(1)]));
+    let copy = node.only_worker();
+    assert_eq!((&copy.disk, node.tasks[0].worker.as_str()), (&disk(1), "a-bbbbbbbb"));
+    for _ in 0..3 {
+        node.event(Event::Tick);
+        node.command(Command::Fetch(name("a"), Some(disk(1)))).unwrap();
+    }
+    assert_eq!(node.only_worker(), copy);
+}
+
+/// Where a copy is when its worker speaks, what it says, and where the copy is then.
+#[test]
+fn rules_4_to_6_what_a_worker_says_moves_its_copy() {
+    use CopyState::{Failed, FailedAndCleanup, InProgress, Ready, ReadyForTransfer, Starting};
+    let progress = || WorkerEvent::Progress(Progress { bytes_done: 5, ..Progress::default() });
+    let ready = || WorkerEvent::Ready(info(4096));
+    let (retry, refuse) = (failed(FailureClass::Retry), failed(FailureClass::Refuse));
+    // `None`: the worker is gone without a word more.
+    let table = [
+        (Starting, Some(WorkerEvent::Started), Starting),
+        (Starting, Some(progress()), InProgress),
+        (Starting, Some(ready()), ReadyForTransfer),
+        (Starting, Some(retry.clone()), Failed),
+        (Starting, Some(refuse.clone()), FailedAndCleanup),
+        (Starting, None, Failed),
+        (InProgress, Some(WorkerEvent::Started), InProgress),
+        (InProgress, Some(progress()), InProgress),
+        (InProgress, Some(ready()), ReadyForTransfer),
+        (InProgress, Some(retry.clone()), Failed),
+        (InProgress, Some(refuse.clone()), FailedAndCleanup),
+        (InProgress, None, Failed),
+        // A copy that is complete is judged by who opens or scrubs it, and by nobody who fetched it.
+        (ReadyForTransfer, Some(progress()), ReadyForTransfer),
+        (ReadyForTransfer, Some(retry.clone()), ReadyForTransfer),
+        (ReadyForTransfer, Some(refuse), ReadyForTransfer),
+        (ReadyForTransfer, None, ReadyForTransfer),
+        (Ready, Some(retry), Ready),
+        (Ready, None, Ready),
+    ];
+    for (from, event, to) in table {
+        let mut node = Node::new();
+        node.command(create("a")).unwrap();
+        node.command(Command::Fetch(name("a"), Some(disk(0)))).unwrap();
+        let copy = node.only_worker();
+        let generation = node.running[&copy];
+        let hear = |node: &mut Node, event| {
+            if let Some(WorkerEvent::Ready(info)) = &event {
+                node.files.insert(copy.clone(), Some(info.clone()));
+            }
+            node.event(Event::Worker(Report { copy: copy.clone(), generation, event }));
+        };
+        match from {
+            InProgress => hear(&mut node, Some(progress())),
+            ReadyForTransfer | Ready => hear(&mut node, Some(ready())),
+            _starting => {}
+        }
+        if from == Ready {
+            node.published(&copy, Ok(()));
+        }
+        assert_eq!(node.state("a", 0), Some(from));
+        let said = format!("{from}: {event:?}");
+        hear(&mut node, event);
+        assert_eq!(node.state("a", 0), Some(to), "{said}");
+    }
+}
+
+#[test]
+fn rule_8_what_is_wanted_no_more_stops_goes_with_its_files_and_is_forgotten() {
+    let mut node = Node::new();
+    node.command(create("a")).unwrap();
+    node.command(Command::Fetch(name("a"), Some(disk(0)))).unwrap();
+    let copy = node.only_worker();
+    node.command(Command::Cancel(name("a"))).unwrap();
+    assert!(!node.images[&name("a")].disks.contains_key(&disk(0)), "recorded first");
+    assert!(node.stopping.contains(&copy) && node.removing.is_empty(), "it stops first");
+    node.end(&copy);
+    assert!(node.removing.contains(&copy) && node.state("a", 0).is_some());
+    node.removed(&copy, true);
+    assert_eq!((node.state("a", 0), node.files.len()), (None, 0));
+}
+
+#[test]
 fn rule_7_failures_back_off_and_double_to_five_minutes() {
     let waits: Vec<u64> = (1..12).map(|n| back_off(n).as_secs()).collect();
     assert_eq!(waits, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]);
