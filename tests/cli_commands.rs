@@ -105,7 +105,7 @@ fn events_are_printed_as_they_happen_and_end_with_the_daemon() {
     let source = HalfServer::start(vec![9; 1 << 20]);
     daemon.cli(&["create", &source.url, "--fetch"]);
     let mut command = Command::new(BEDPLATE);
-    command.arg("--socket").arg(&daemon.socket).args(["events", "--json"]);
+    command.arg("--socket").arg(&daemon.socket).args(["events", "-w", "--json"]);
     let mut child = clean(&mut command).stdout(Stdio::piped()).spawn().unwrap();
     let (text, ready) = control_support::collect(
         child.stdout.take().unwrap(),
@@ -122,10 +122,47 @@ fn events_are_printed_as_they_happen_and_end_with_the_daemon() {
 }
 
 #[test]
+fn what_has_happened_is_told_later_with_its_reasons() {
+    let (daemon, file) = daemon_and_file();
+    let digest = "a".repeat(64);
+    let made = daemon.cli(&["create", &file, "--name", "lost", "--fetch", "--sha256", &digest]);
+    assert_eq!(code(&made), Some(0), "{}", stderr(&made));
+    daemon.events_until("?image=lost", |event| {
+        let state = event["object"]["copies"][0]["state"].as_str();
+        state.is_some_and(|state| state.starts_with("failed"))
+    });
+    daemon.cli(&["create", &file, "--name", "good", "--wait"]);
+    let told = |args: &[&str]| {
+        let output = daemon.cli(args);
+        assert_eq!(code(&output), Some(0), "{args:?}: {}", stderr(&output));
+        stdout(&output)
+    };
+    let all = told(&["events"]);
+    let reason = |line: &str| line.contains("lost") && line.contains("SHA-256") && line.contains(&digest);
+    assert!(all.lines().any(reason) && all.contains("image.created"), "{all}");
+    assert!(all.lines().all(|line| line.starts_with("20") && !line.contains("snapshot")), "{all}");
+    let one = told(&["events", "--image", "good", "--json"]);
+    let states: Vec<String> = one
+        .lines()
+        .map(|line| {
+            let event: Value = serde_json::from_str(line).unwrap();
+            assert!(event["object"]["name"] == "good" && event["at"].is_string(), "{line}");
+            event["object"]["copies"][0]["state"].to_string()
+        })
+        .collect();
+    assert_eq!(states.last().unwrap(), "\"ready\"", "{one}");
+    // It ends at what is kept, however much has happened.
+    for number in 0..300 {
+        daemon.cli(&["set", "good", "--priority", &(number % 7).to_string()]);
+    }
+    assert_eq!(told(&["events"]).lines().count(), 256);
+}
+
+#[test]
 fn a_closed_pipe_is_success() {
     let (daemon, file) = daemon_and_file();
     daemon.cli(&["create", &file]);
-    for args in [&["events"][..], &["cat", &file]] {
+    for args in [&["events", "-w"][..], &["cat", &file]] {
         let mut command = Command::new(BEDPLATE);
         command.arg("--socket").arg(&daemon.socket).args(args);
         let mut child =

@@ -423,12 +423,16 @@ pub struct DeleteArgs {
 /// Arguments of `events`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-First everything as it is, then what changes, until Ctrl-C.
+What has happened, and why: the last 256 changes since the daemon's start, but for progress. With -w
+everything as it is, then what changes, until Ctrl-C.
 
 Examples:
-  bedplate events
-  bedplate events --image debian-12 --json")]
+  bedplate events --image debian-12
+  bedplate events -w --json | jq -r .type")]
 pub struct EventsArgs {
+    /// Go on as things happen
+    #[arg(short, long)]
+    pub watch: bool,
     /// Only this image
     #[arg(long, value_name = "NAME")]
     pub image: Option<ImageName>,

@@ -1,6 +1,7 @@
-//! `bedplate events`: what happens, a line each.
+//! `bedplate events`: what has happened, or happens, a line each.
 //!
-//! Why: a person sees what goes on, and a script gets the events as they are.
+//! Why: who comes after a fault sees what led to it; who watches sees what goes on, and a script gets the
+//! events as they are.
 //! Never: goes on after events were lost without saying so.
 
 use super::args::{EventsArgs, Global};
@@ -17,8 +18,16 @@ pub(super) async fn run(
     output: &Output,
 ) -> Result<(), CliError> {
     let client = Client::new(&global.socket());
-    let mut events = client.events(args.image.as_ref().map(|n| n.as_str())).await?;
+    let image = args.image.as_ref().map(|name| name.as_str());
+    let mut events = match args.watch {
+        true => client.events(image).await?,
+        false => client.past_events(image).await?,
+    };
     while let Some(event) = events.next().await? {
+        if !args.watch && event.at.is_none() {
+            // What is now: all that came before has been told.
+            return Ok(());
+        }
         if output.json {
             output.object(&event)?;
         } else {
@@ -47,10 +56,15 @@ fn describe(event: &Event) -> Result<String, CliError> {
                 if held.reader.is_empty() { String::new() } else { format!(" ({})", held.reader) };
             format!("{}  {}{reader}  {}", held.id, held.image, held.state)
         }
+        "image.warning" => {
+            let field = |key| event.object.get(key).and_then(|v| v.as_str()).unwrap_or_default();
+            format!("{}  {}", field("name"), field("message"))
+        }
         _ => {
             let field = |key| event.object.get(key).and_then(|v| v.as_str()).unwrap_or_default();
             [field("id"), field("image"), field("name")].join(" ").trim().to_owned()
         }
     };
-    Ok(format!("{:<20}  {text}", event.kind).trim_end().to_owned())
+    let at = event.at.as_deref().map(|at| format!("{at}  ")).unwrap_or_default();
+    Ok(format!("{at}{:<20}  {text}", event.kind).trim_end().to_owned())
 }

@@ -154,10 +154,23 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub async fn events(&self, image: Option<&str>) -> Result<Events, ClientError> {
-        let target = match image {
-            Some(name) => format!("/v1/events?image={}", super::wire::escape(name.as_bytes())),
-            None => "/v1/events".to_owned(),
-        };
+        self.follow(image, false).await
+    }
+
+    /// As [`Client::events`], with the last changes before.
+    ///
+    /// # Errors
+    /// As [`Client::events`].
+    pub async fn past_events(&self, image: Option<&str>) -> Result<Events, ClientError> {
+        self.follow(image, true).await
+    }
+
+    async fn follow(&self, image: Option<&str>, past: bool) -> Result<Events, ClientError> {
+        let mut target = format!("/v1/events?past={past}");
+        if let Some(name) = image {
+            target.push_str("&image=");
+            target.push_str(&super::wire::escape(name.as_bytes()));
+        }
         let response = self.send(Method::GET, &target, None).await?;
         Ok(Events { body: response.into_body(), buffer: Vec::new(), client: self.clone() })
     }

@@ -1,4 +1,5 @@
-//! `/v1/events`: everything as it is, then every change, as server-sent events.
+//! `/v1/events`: everything as it is, then every change, as server-sent events; before them, if they are
+//! asked for, the last changes that led there.
 //!
 //! Why: a watcher that first listed and then watched would miss what is between.
 //! How: snapshot and subscription come from the manager in one step. A watcher that is too slow is
@@ -33,6 +34,9 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 #[serde(deny_unknown_fields)]
 pub(super) struct Filter {
     image: Option<String>,
+    /// Begin with the last changes before.
+    #[serde(default)]
+    past: bool,
 }
 
 struct Watcher {
@@ -51,7 +55,12 @@ pub(super) async fn stream(
     let Query(filter) = filter.map_err(|e| ApiError::bad_request(e.body_text()))?;
     let only = filter.image.as_deref().map(ImageName::parse).transpose()?;
     let subscription = app.manager.subscribe().await?;
-    let first = snapshot(&app, &subscription, only.as_ref());
+    let mut first = VecDeque::new();
+    if filter.past {
+        let wanted = subscription.past.iter().filter(|told| wants(only.as_ref(), told));
+        first.extend(wanted.map(|told| wire::event(told, &app.sockets)));
+    }
+    first.extend(snapshot(&app, &subscription, only.as_ref()));
     let closing = app.closing.clone();
     let changes = subscription.changes;
     let watcher = Watcher { app, only, first, changes, closing, over: false };
@@ -69,18 +78,22 @@ fn snapshot(app: &App, all: &Subscription, only: Option<&ImageName>) -> VecDeque
     let mut first = VecDeque::new();
     for image in all.images.iter().filter(|i| only.is_none_or(|o| *o == i.record.name)) {
         let object = json!(wire::image(image, &app.sockets));
-        first.push_back(Event { id, kind: "image.snapshot".to_owned(), object });
+        first.push_back(as_it_is(id, "image.snapshot", object));
     }
     for held in all.attachments.iter().filter(|a| only.is_none_or(|o| *o == a.record.image)) {
         let object = json!(wire::attachment(held, &app.sockets));
-        first.push_back(Event { id, kind: "attachment.snapshot".to_owned(), object });
+        first.push_back(as_it_is(id, "attachment.snapshot", object));
     }
     for volume in all.volumes.iter().filter(|v| only.is_none_or(|o| *o == v.record.image)) {
         let object = json!(wire_volume::volume(volume, &app.sockets));
-        first.push_back(Event { id, kind: "volume.snapshot".to_owned(), object });
+        first.push_back(as_it_is(id, "volume.snapshot", object));
     }
-    first.push_back(Event { id, kind: "snapshot.end".to_owned(), object: json!({}) });
+    first.push_back(as_it_is(id, "snapshot.end", json!({})));
     first
+}
+
+fn as_it_is(id: u64, kind: &str, object: serde_json::Value) -> Event {
+    Event { id, kind: kind.to_owned(), at: None, object }
 }
 
 impl Watcher {
@@ -95,7 +108,7 @@ impl Watcher {
                 _ = self.closing.wait_for(|closing| *closing) => return None,
             };
             match change {
-                Ok(told) if self.wants(&told) => {
+                Ok(told) if wants(self.only.as_ref(), &told) => {
                     return Some(wire::event(&told, &self.app.sockets));
                 }
                 Ok(_) => {}
@@ -103,24 +116,24 @@ impl Watcher {
                 Err(RecvError::Lagged(missed)) => {
                     self.over = true;
                     let object = json!({ "missed": missed });
-                    return Some(Event { id: 0, kind: "lagged".to_owned(), object });
+                    return Some(as_it_is(0, "lagged", object));
                 }
             }
         }
         None
     }
+}
 
-    fn wants(&self, told: &Told) -> bool {
-        let Some(only) = &self.only else { return true };
-        match &told.object {
-            Object::Image(image) => image.record.name == *only,
-            Object::ImageGone(name)
-            | Object::Warning(name, _)
-            | Object::AttachmentGone(_, name)
-            | Object::VolumeGone(_, name) => name == only,
-            Object::Attachment(held) => held.record.image == *only,
-            Object::Volume(volume) => volume.record.image == *only,
-            Object::Settings(_) | Object::Node(_) | Object::Disk(_) | Object::DiskGone(_) => false,
-        }
+fn wants(only: Option<&ImageName>, told: &Told) -> bool {
+    let Some(only) = only else { return true };
+    match &told.object {
+        Object::Image(image) => image.record.name == *only,
+        Object::ImageGone(name)
+        | Object::Warning(name, _)
+        | Object::AttachmentGone(_, name)
+        | Object::VolumeGone(_, name) => name == only,
+        Object::Attachment(held) => held.record.image == *only,
+        Object::Volume(volume) => volume.record.image == *only,
+        Object::Settings(_) | Object::Node(_) | Object::Disk(_) | Object::DiskGone(_) => false,
     }
 }

@@ -234,6 +234,9 @@ pub struct Event {
     /// `disk.removed`, or `lagged` (events were lost; the stream ends; connect again).
     #[serde(rename = "type")]
     pub kind: String,
+    /// When it happened, RFC 3339; `null` of what is as it is.
+    #[serde(default)]
+    pub at: Option<String>,
     /// The image, attachment or volume; what is deleted has only its name or id (and image).
     pub object: serde_json::Value,
 }

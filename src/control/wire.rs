@@ -170,7 +170,7 @@ pub(crate) fn event(told: &crate::manager::Told, sockets: &Sockets) -> Event {
         Object::Node(failed) => serde_json::json!(Node::new(*failed)),
         Object::Settings(settings) => serde_json::json!(Settings::from(&**settings)),
     };
-    Event { id: told.id, kind: kind.to_owned(), object }
+    Event { id: told.id, kind: kind.to_owned(), at: Some(rfc3339(told.at_unix_s)), object }
 }
 
 pub(super) fn attach(image: &ImageName, socket: &Path) -> Attach {

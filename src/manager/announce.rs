@@ -1,7 +1,8 @@
 //! What watchers are told of a change, and what follows a record besides.
 //!
 //! Why: a watcher gets the thing as it is after the change, and need not ask for it.
-//! How: each change is looked up in the world, numbered, and sent to whoever watches.
+//! How: each change is looked up in the world, numbered, and sent to whoever watches; the last ones are
+//! kept, but for progress.
 //! Never: waits for a watcher; one that is too slow is told that it lost some.
 //! Start at [`Driver::announce`].
 
@@ -10,6 +11,9 @@ use std::sync::Arc;
 use super::driver::{Object, Told};
 use super::perform::Driver;
 use super::world::Change;
+
+/// Changes that are kept for who asks later what has happened.
+const PAST: usize = 256;
 
 impl Driver {
     /// The socket of an attachment that is a VM follows its record.
@@ -72,7 +76,15 @@ impl Driver {
         };
         let Some(object) = object else { return };
         self.last_id += 1;
-        let _nobody_watches =
-            self.changes.send(Arc::new(Told { id: self.last_id, change, object }));
+        let is_progress = matches!(change, Change::ImageProgress(_));
+        let at_unix_s = self.world.now_unix_s(self.now());
+        let told = Arc::new(Told { id: self.last_id, at_unix_s, change, object });
+        if !is_progress {
+            if self.past.len() == PAST {
+                self.past.pop_front();
+            }
+            self.past.push_back(Arc::clone(&told));
+        }
+        let _nobody_watches = self.changes.send(told);
     }
 }

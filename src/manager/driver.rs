@@ -93,6 +93,8 @@ pub enum Object {
 pub struct Told {
     /// Grows by one with each change since the daemon's start.
     pub id: u64,
+    /// When, in seconds since 1970, UTC.
+    pub at_unix_s: u64,
     /// What changed.
     pub change: Change,
     /// The thing itself.
@@ -110,6 +112,8 @@ pub struct Subscription {
     pub attachments: Vec<AttachmentStatus>,
     /// All volumes.
     pub volumes: Vec<VolumeStatus>,
+    /// The last changes that led there, but for progress: since the daemon's start, and not all.
+    pub past: Vec<Arc<Told>>,
     /// What follows. A watcher that is too slow gets `Lagged`.
     pub changes: broadcast::Receiver<Arc<Told>>,
 }

@@ -7,7 +7,7 @@
 //! Never: decides; never holds up a command for a transfer.
 //! Start at [`Driver::run`].
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -52,6 +52,8 @@ pub(super) struct Driver {
     tasks: JoinSet<Option<Event>>,
     pub(super) changes: broadcast::Sender<Arc<Told>>,
     pub(super) last_id: u64,
+    /// The last changes, for who asks what has happened.
+    pub(super) past: VecDeque<Arc<Told>>,
 }
 
 impl Driver {
@@ -73,6 +75,7 @@ impl Driver {
             tasks: JoinSet::new(),
             changes: broadcast::channel(CHANGES).0,
             last_id: 0,
+            past: VecDeque::new(),
         }
     }
 
@@ -121,7 +124,7 @@ impl Driver {
         Ok(())
     }
 
-    fn now(&self) -> Duration {
+    pub(super) fn now(&self) -> Duration {
         self.started.elapsed()
     }
 
@@ -232,6 +235,7 @@ impl Driver {
                     images: self.world.images(),
                     attachments: self.world.attachments(),
                     volumes: self.world.volumes(),
+                    past: self.past.iter().cloned().collect(),
                     changes: self.changes.subscribe(),
                 };
                 let _caller_gone = reply.send(subscription);

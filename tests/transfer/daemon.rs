@@ -64,7 +64,7 @@ impl Daemon {
         let mut command = Command::new(BEDPLATE);
         clean(&mut command).arg("--socket").arg(&self.socket);
         let mut child = command
-            .args(["events", "--json", "--image", image])
+            .args(["events", "-w", "--json", "--image", image])
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();

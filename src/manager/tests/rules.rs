@@ -88,10 +88,10 @@ fn rules_4_to_6_what_a_worker_says_moves_its_copy() {
             }
             node.event(Event::Worker(Report { copy: copy.clone(), generation, event }));
         };
-        match from {
-            InProgress => hear(&mut node, Some(progress())),
-            ReadyForTransfer | Ready => hear(&mut node, Some(ready())),
-            _starting => {}
+        if from == InProgress {
+            hear(&mut node, Some(progress()));
+        } else if from.is_sealed() {
+            hear(&mut node, Some(ready()));
         }
         if from == Ready {
             node.published(&copy, Ok(()));
