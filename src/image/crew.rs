@@ -26,12 +26,15 @@ static POOL: LazyLock<Option<ThreadPool>> = LazyLock::new(|| {
     pool.inspect_err(|error| tracing::warn!(%error, "clusters are decoded on one core")).ok()
 });
 
-/// Does all `jobs`, on this thread and on those of the pool.
+/// Does all `jobs`, on this thread, which begins with the last, and on those of the pool, which begin
+/// with the first: who decodes ahead of this reader comes from there too, and they meet once. Of the pool's
+/// threads `taken` are at something else that takes long: they are not waited for.
 ///
 /// # Errors
 /// The first error that was met; jobs that were not begun by then are left undone.
 pub(super) fn together<J: Send, E: Send>(
     jobs: Vec<J>,
+    taken: usize,
     work: impl Fn(J) -> Result<(), E> + Sync,
 ) -> Result<(), E> {
     // A lone job is this thread's own; the pool is not even started for it.
@@ -40,22 +43,25 @@ pub(super) fn together<J: Send, E: Send>(
     }
     let count = jobs.len() - 1;
     let (queue, failed) = (Mutex::new(jobs.into_iter()), Mutex::new(None));
-    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
-    let run = || {
-        while let Some(job) = next() {
+    let take = |last: bool| {
+        let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
+        if last { queue.next_back() } else { queue.next() }
+    };
+    let run = |last: bool| {
+        while let Some(job) = take(last) {
             if let Err(error) = work(job) {
                 failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-                while next().is_some() {}
+                while take(last).is_some() {}
             }
         }
     };
     match &*POOL {
-        None => run(),
+        None => run(true),
         Some(pool) => pool.in_place_scope(|scope| {
-            for _ in 0..pool.current_num_threads().min(count) {
-                scope.spawn(|_| run());
+            for _ in 0..pool.current_num_threads().saturating_sub(taken).min(count) {
+                scope.spawn(|_| run(false));
             }
-            run();
+            run(true);
         }),
     }
     failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
@@ -90,7 +96,7 @@ mod tests {
     fn every_job_is_done_once() {
         for count in [0_u64, 1, 2, 1000] {
             let sum = AtomicU64::new(0);
-            let done = together((0..count).collect(), |n| {
+            let done = together((0..count).collect(), 0, |n| {
                 sum.fetch_add(n + 1, Ordering::Relaxed);
                 Ok::<_, ()>(())
             });
@@ -101,7 +107,7 @@ mod tests {
     #[test]
     fn a_lone_job_is_done_on_this_thread() {
         let done_on = Mutex::new(None);
-        let done = together(vec![()], |()| {
+        let done = together(vec![()], 0, |()| {
             *done_on.lock().unwrap() = Some(std::thread::current().id());
             Err::<(), _>("its own error")
         });
@@ -112,7 +118,7 @@ mod tests {
     #[test]
     fn an_error_ends_it_and_is_the_result() {
         let done = AtomicU64::new(0);
-        let result = together((0..10_000).collect(), |n| {
+        let result = together((0..10_000).collect(), 0, |n| {
             done.fetch_add(1, Ordering::Relaxed);
             if n == 5 { Err("five") } else { Ok(()) }
         });
@@ -124,7 +130,7 @@ mod tests {
     fn jobs_may_borrow() {
         let mut bytes = vec![0_u8; 1000];
         let jobs: Vec<&mut [u8]> = bytes.chunks_mut(7).collect();
-        together(jobs, |part| {
+        together(jobs, 0, |part| {
             part.fill(1);
             Ok::<_, ()>(())
         })

@@ -11,9 +11,10 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, OnceLock};
+use std::time::Duration;
 
 use bytes::Bytes;
-use quick_cache::sync::{Cache, DefaultLifecycle};
+use quick_cache::sync::{Cache, DefaultLifecycle, GuardResult};
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
 
 use super::crew;
@@ -179,6 +180,22 @@ impl DecodedCache {
             self.decodes.fetch_add(1, Ordering::Relaxed);
             decode()
         })
+    }
+
+    /// As [`get_or_decode`](Self::get_or_decode), but not if another thread is at it: no wait then.
+    pub(super) fn decode_if_nobody_does<E>(
+        &self,
+        key: Key,
+        decode: impl FnOnce() -> Result<Bytes, E>,
+    ) -> Result<(), E> {
+        if let GuardResult::Guard(place) =
+            self.clusters.get_value_or_guard(&key, Some(Duration::ZERO))
+        {
+            self.decodes.fetch_add(1, Ordering::Relaxed);
+            // It may have left the cache meanwhile.
+            let _kept = place.insert(decode()?);
+        }
+        Ok(())
     }
 
     /// Forgets the clusters of a view that is closed.

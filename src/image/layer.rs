@@ -12,6 +12,8 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
+use bytes::Bytes;
+
 use super::ahead::Forward;
 use super::decoded::Key;
 use super::decoder::Room;
@@ -301,17 +303,27 @@ impl Layer {
 
     /// The decoded cluster around `at` and where it begins.
     pub(super) fn decoded(&self, at: GuestOffset) -> Result<Decoded, ReadError> {
-        let not_encoded = || ReadError::NotEncoded { at };
-        let (cluster, start) = self.cluster_of(at).ok_or_else(not_encoded)?;
+        let (cluster, start) = self.cluster_of(at).ok_or(ReadError::NotEncoded { at })?;
+        let key = Key { view: self.id, cluster };
+        let bytes = self.cache.get_or_decode(key, || self.decode(cluster, at))?;
+        Ok(Decoded { bytes, start })
+    }
+
+    /// Decodes the cluster around `at`, which is not in the cache, unless another thread is at it.
+    pub(super) fn decode_unless_others_do(&self, at: GuestOffset) -> Result<(), ReadError> {
+        let (cluster, _) = self.cluster_of(at).ok_or(ReadError::NotEncoded { at })?;
+        let key = Key { view: self.id, cluster };
+        self.cache.decode_if_nobody_does(key, || self.decode(cluster, at))
+    }
+
+    fn decode(&self, cluster: u64, at: GuestOffset) -> Result<Bytes, ReadError> {
         let index = self.decoded.as_ref().map(|table| (table, cluster));
         let (file, room) = (&self.file, Room { slab: self.cache.slab(), index });
-        let decode = || match &self.tables {
-            Tables::Raw(_) => Err(not_encoded()),
+        match &self.tables {
+            Tables::Raw(_) => Err(ReadError::NotEncoded { at }),
             Tables::Qcow2(clusters) => clusters.decode(file, at, room),
             Tables::Blocks(blocks) => blocks.decode(file, at, room),
-        };
-        let key = Key { view: self.id, cluster };
-        Ok(Decoded { bytes: self.cache.get_or_decode(key, decode)?, start })
+        }
     }
 }
 

@@ -352,7 +352,11 @@ impl View {
         }
         let (jobs, until) = self.not_decoded(at, len_bytes, MAX_PREPARED);
         let decode = |(layer, at): (&Arc<Layer>, GuestOffset)| layer.decoded(at).map(|_| ());
-        let _met_again_by_the_reader = crew::together(jobs, decode);
+        let taken = match &jobs[..] {
+            [(layer, at), _, ..] => ahead::after(layer, *at, until.0),
+            _one_or_none => 0,
+        };
+        let _met_again_by_the_reader = crew::together(jobs, taken, decode);
         until
     }
 
@@ -425,7 +429,11 @@ impl View {
             (rest, at) = (after, at.advance(run.len_bytes));
         }
         let is_lone = jobs.len() == 1;
-        crew::together(jobs, |Job { layer, at, part }| {
+        let taken = match &jobs[..] {
+            [first, _, ..] => ahead::after(first.layer, first.at, at.0),
+            _one_or_none => 0,
+        };
+        crew::together(jobs, taken, |Job { layer, at, part }| {
             let decoded = if is_lone { ahead::decode(layer, at) } else { layer.decoded(at) };
             copy_decoded(&decoded?, part, at)
         })
