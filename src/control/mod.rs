@@ -42,7 +42,7 @@ use tokio::sync::watch;
 
 use crate::image::Waits;
 use crate::manager::{AttachmentId, Backend, Manager};
-use crate::serve::{CounterValues, Exports, Times, Via};
+use crate::serve::{CounterValues, Exports, Recordings, Times, Via};
 pub use metrics::HttpCounters;
 pub use wire::{nbd_tcp_uri, nbd_uri, rfc3339};
 
@@ -62,6 +62,8 @@ pub struct AppParts {
     pub doctor: Box<dyn Fn() -> Vec<types::Check> + Send + Sync>,
     /// What is served, to trace its readers.
     pub readers: Arc<Exports>,
+    /// The traces that are recorded.
+    pub recordings: Arc<Recordings>,
     /// What an image's export has served; zeroes if it is not exported.
     pub served: Box<dyn Fn(&crate::names::ImageName) -> Served + Send + Sync>,
     /// True once the daemon shuts down: streams end.

@@ -1,8 +1,8 @@
 //! Traces of what readers ask for first, and what is kept of them with an image.
 //!
 //! Why: a boot on one node tells the next one what to fetch ahead.
-//! How: a trace is recorded by an image's export, and ends with it; what is kept with an image is in
-//! its record. Both are shown as a file has them, so that an answer can be saved and given again.
+//! How: a trace is recorded by an image's export, and kept on disk while it is; what is kept with an
+//! image is in its record. Both are shown as a file has them, so that an answer can be saved and given again.
 //! Never: decides whether a trace fits; the manager does.
 //! Start at [`start`] and [`put_prefetch`].
 
@@ -24,7 +24,7 @@ use super::wire;
 use crate::image::{Trace, TraceFile};
 use crate::manager::ImageRecord;
 use crate::names::ImageName;
-use crate::serve::{Export, Recorder};
+use crate::serve::{Export, Recordings};
 
 async fn record_of(app: &App, name: &ImageName) -> Answer<ImageRecord> {
     let wanted = name.clone();
@@ -39,14 +39,24 @@ async fn look(app: &App, name: &str) -> Answer<(ImageRecord, Option<Arc<Export>>
     Ok((record, export))
 }
 
-fn file_of(recorder: &Recorder, record: &ImageRecord) -> TraceFile {
+fn file_of(trace: TraceFile, record: &ImageRecord) -> TraceFile {
     let (image, digests) = (Some(record.name.to_string()), record.known_digests());
-    TraceFile { image, digests, ..recorder.trace() }
+    TraceFile { image, digests, ..trace }
+}
+
+/// Recordings are files.
+async fn with_recordings<T: Send + 'static>(
+    app: &App,
+    work: impl FnOnce(&Recordings) -> T + Send + 'static,
+) -> T {
+    let recordings = Arc::clone(&app.recordings);
+    let done = tokio::task::spawn_blocking(move || work(&recordings)).await;
+    done.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
 }
 
 fn not_traced(name: &ImageName) -> ApiError {
     let message = format!("image {name}: no trace is recorded");
-    let hint = "begin with `bedplate trace record`; a trace ends when the image is closed";
+    let hint = "begin with `bedplate trace record`";
     ApiError::new(StatusCode::NOT_FOUND, "not-found", message, hint)
 }
 
@@ -65,13 +75,14 @@ pub(super) async fn start(
         ApiError::new(StatusCode::CONFLICT, "not-ready", message, hint)
     })?;
     let lasts = body.for_s.map(Duration::from_secs);
-    let recorder = export.tracing().start(export.view().size_bytes(), lasts).map_err(|error| {
+    let started = with_recordings(&app, move |recordings| recordings.start(&export, lasts)).await;
+    let recorder = started.map_err(|error| {
         let message = format!("image {}: cannot record a trace: {error}", record.name);
         let hint = "give the daemon more descriptors or memory";
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message, hint)
     })?;
     tracing::info!(image = %record.name, "a trace is recorded");
-    Ok((StatusCode::CREATED, Json(file_of(&recorder, &record))).into_response())
+    Ok((StatusCode::CREATED, Json(file_of(recorder.trace(), &record))).into_response())
 }
 
 pub(super) async fn get(
@@ -79,9 +90,10 @@ pub(super) async fn get(
     Path(name): Path<String>,
 ) -> Answer<Json<TraceFile>> {
     let (record, export) = look(&app, &name).await?;
-    let recorder = export.and_then(|export| export.tracing().latest());
-    let recorder = recorder.ok_or_else(|| not_traced(&record.name))?;
-    Ok(Json(file_of(&recorder, &record)))
+    let name = record.name.clone();
+    let get = move |recordings: &Recordings| recordings.get(name.as_str(), export.as_deref());
+    let trace = with_recordings(&app, get).await.ok_or_else(|| not_traced(&record.name))?;
+    Ok(Json(file_of(trace, &record)))
 }
 
 pub(super) async fn stop(
@@ -89,9 +101,10 @@ pub(super) async fn stop(
     Path(name): Path<String>,
 ) -> Answer<Json<TraceFile>> {
     let (record, export) = look(&app, &name).await?;
-    let recorder = export.and_then(|export| export.tracing().end());
-    let recorder = recorder.ok_or_else(|| not_traced(&record.name))?;
-    Ok(Json(file_of(&recorder, &record)))
+    let name = record.name.clone();
+    let stop = move |recordings: &Recordings| recordings.stop(name.as_str(), export.as_deref());
+    let trace = with_recordings(&app, stop).await.ok_or_else(|| not_traced(&record.name))?;
+    Ok(Json(file_of(TraceFile { recording: false, ..trace }, &record)))
 }
 
 pub(super) async fn get_prefetch(

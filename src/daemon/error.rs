@@ -30,6 +30,9 @@ pub enum DaemonError {
     #[error("{}: a socket's path has at most {} bytes; give a shorter one",
         path.display(), super::SUN_PATH_MAX)]
     SocketPath { path: PathBuf },
+    /// The directory for recordings can't be made.
+    #[error(transparent)]
+    Recordings(DiskError),
     /// A setting that can't be.
     #[error("{key}: {rule}")]
     BadSetting { key: &'static str, rule: String },
@@ -65,6 +68,7 @@ impl DaemonError {
             | Self::Thread { .. } => true,
             Self::NoDisk
             | Self::Directory { .. }
+            | Self::Recordings(_)
             | Self::SocketDirectory { .. }
             | Self::SocketPath { .. }
             | Self::BadSetting { .. }

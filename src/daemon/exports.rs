@@ -12,7 +12,7 @@ use super::vms::Vms;
 use crate::image::{Trace, View};
 use crate::manager::{AttachmentId, Backend, BackendError, Exporter, FailureClass, Link};
 use crate::names::ImageName;
-use crate::serve::{self, ServeError};
+use crate::serve::{self, Recordings, ServeError};
 
 /// The node's exports.
 pub(super) struct NodeExports {
@@ -20,6 +20,7 @@ pub(super) struct NodeExports {
     registry: Arc<serve::Exports>,
     default: Option<ImageName>,
     vms: Vms,
+    recordings: Arc<Recordings>,
 }
 
 impl NodeExports {
@@ -28,9 +29,10 @@ impl NodeExports {
         registry: &Arc<serve::Exports>,
         config: &Config,
         vms: Vms,
+        recordings: Arc<Recordings>,
     ) -> Self {
         let (registry, default) = (Arc::clone(registry), config.default_export.clone());
-        Self { backend, registry, default, vms }
+        Self { backend, registry, default, vms, recordings }
     }
 
     /// Ends the sessions of all VMs, and waits until they have ended. Blocks.
@@ -58,7 +60,8 @@ impl NodeExports {
         let identity: Vec<String> = chain.iter().map(identity_of).collect();
         let identity = identity.join(" on ");
         match self.registry.add_as(copy.image.as_str(), view, &description, &identity) {
-            Ok(_) => {
+            Ok(export) => {
+                self.recordings.resume(&export);
                 self.choose_default();
                 Ok(())
             }
@@ -88,11 +91,18 @@ impl Exporter for NodeExports {
     }
 
     fn withdraw(&self, image: &ImageName) {
+        if let Some(export) = self.registry.get(image.as_str()) {
+            self.recordings.keep(&export);
+        }
         match self.registry.close(image.as_str()) {
             Ok(_) | Err(ServeError::Unknown { .. }) => {}
             Err(error) => tracing::warn!(%error, "an export can't be closed"),
         }
         self.choose_default();
+    }
+
+    fn forget(&self, image: &ImageName) {
+        self.recordings.forget(image.as_str());
     }
 
     fn sessions(&self, image: &ImageName) -> usize {

@@ -17,6 +17,7 @@ mod servers;
 mod sockets;
 mod vms;
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -32,7 +33,7 @@ use crate::manager::{Backend, DiskRecord, Manager, Node};
 use crate::names::{DiskUuid, ImageName};
 use crate::peer::Allowed;
 use crate::serve::activation::Inherited;
-use crate::serve::{self, Exports, Via};
+use crate::serve::{self, Exports, KEEP_INTERVAL, Recordings, Via};
 
 use servers::{Gates, Place, Places, Servers};
 
@@ -48,6 +49,9 @@ pub const NBD_SOCKET: &str = "nbd.sock";
 pub const REPLICA_SOCKET: &str = "replica.sock";
 /// Name of the catalog there.
 pub const CATALOG: &str = "catalog.redb";
+
+/// Name of the directory with the traces that are being recorded, there.
+pub const TRACES: &str = "traces";
 
 /// How long readers are kept waiting at the start while images are opened.
 const SETTLE: Duration = Duration::from_secs(10);
@@ -70,6 +74,10 @@ pub struct DaemonHandle {
     closing: watch::Sender<bool>,
     /// Lets readers in, when it is time.
     opening: tokio::task::JoinHandle<()>,
+    recordings: Arc<Recordings>,
+    registry: Arc<Exports>,
+    /// Keeps the traces that are recorded.
+    keeping: tokio::task::JoinHandle<()>,
 }
 
 impl Daemon {
@@ -140,7 +148,14 @@ impl Daemon {
 
         let registry = Arc::new(serve::Exports::new());
         let mut servers = Servers::start(readers, &registry, config)?;
-        let exporter = exports::NodeExports::new(backend.clone(), &registry, config, vms);
+        let recordings = open_recordings(first).await?;
+        let exporter = exports::NodeExports::new(
+            backend.clone(),
+            &registry,
+            config,
+            vms,
+            Arc::clone(&recordings),
+        );
         let exporter = Arc::new(exporter);
         let manager =
             match Manager::start(catalog, backend.clone(), exporter.clone(), settings).await {
@@ -151,15 +166,17 @@ impl Daemon {
                 }
             };
 
+        clean(&manager, &recordings).await;
         let (closing, watch_closing) = watch::channel(false);
-        let disks = config.disks.clone();
+        let (disks, shown) = (config.disks.clone(), Arc::clone(&registry));
         let app = App::new(AppParts {
             manager: manager.clone(),
             backend: backend.clone(),
             sockets: sockets.clone(),
             doctor: Box::new(move || doctor::of_running_daemon(&disks)),
             readers: Arc::clone(&registry),
-            served: Box::new(move |name| served(&registry, name)),
+            recordings: Arc::clone(&recordings),
+            served: Box::new(move |name| served(&shown, name)),
             closing: watch_closing,
             http: HttpCounters::default(),
         });
@@ -183,7 +200,20 @@ impl Daemon {
             control = %control_socket.display(), nbd = %sockets.nbd.display(),
             replica = %sockets.replica.display(), "daemon is ready"
         );
-        Ok(DaemonHandle { control, backend, manager, exporter, servers, sockets, closing, opening })
+        let keeping = tokio::spawn(keep_recordings(Arc::clone(&recordings), Arc::clone(&registry)));
+        Ok(DaemonHandle {
+            control,
+            backend,
+            manager,
+            exporter,
+            servers,
+            sockets,
+            closing,
+            opening,
+            recordings,
+            registry,
+            keeping,
+        })
     }
 }
 
@@ -222,6 +252,9 @@ impl DaemonHandle {
     /// are served what they asked for and hung up; the catalog is closed.
     pub async fn shutdown(self) {
         self.opening.abort();
+        self.keeping.abort();
+        // While all that is open still is; what is read from now on is little.
+        keep(&self.recordings, &self.registry).await;
         self.closing.send_replace(true);
         self.control.shutdown().await;
         let (manager, vms) = (&self.manager, leave_vms(self.exporter));
@@ -280,6 +313,39 @@ async fn open_catalog(disk: &Path) -> Result<Embedded, DaemonError> {
     match tokio::task::spawn_blocking(open).await {
         Ok(result) => result,
         Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+/// The recordings of the daemon whose first disk is `disk`.
+async fn open_recordings(disk: &Path) -> Result<Arc<Recordings>, DaemonError> {
+    let path = state_dir(disk).join(TRACES);
+    let open = move || Recordings::open(&path).map(Arc::new).map_err(DaemonError::Recordings);
+    let opened = tokio::task::spawn_blocking(open).await;
+    opened.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+}
+
+async fn keep(recordings: &Arc<Recordings>, registry: &Arc<Exports>) {
+    let (recordings, registry) = (Arc::clone(recordings), Arc::clone(registry));
+    let _panicked = tokio::task::spawn_blocking(move || recordings.keep_all(&registry)).await;
+}
+
+/// Takes the recordings away of images that have gone while nobody was there.
+async fn clean(manager: &Manager, recordings: &Arc<Recordings>) {
+    let names = manager.read(|world| {
+        let images = world.images().into_iter();
+        images.map(|image| image.record.name.to_string()).collect::<HashSet<_>>()
+    });
+    let Ok(names) = names.await else { return };
+    let recordings = Arc::clone(recordings);
+    let clean = move || recordings.clean(|name| names.contains(name));
+    let _panicked = tokio::task::spawn_blocking(clean).await;
+}
+
+/// Keeps what is recorded every few seconds.
+async fn keep_recordings(recordings: Arc<Recordings>, registry: Arc<Exports>) {
+    loop {
+        tokio::time::sleep(KEEP_INTERVAL).await;
+        keep(&recordings, &registry).await;
     }
 }
 

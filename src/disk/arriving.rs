@@ -9,7 +9,7 @@
 //! is started anew is another file, and the readers of this one get errors.
 //! Start at [`Arriving::wait`].
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::Advice;
 use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
 
 use super::foreseen::Foreseen;
 use super::presence::UNIT_BYTES;
@@ -62,6 +63,8 @@ pub struct Arriving {
     changed: Condvar,
     /// For whoever brings the bytes.
     asked: Notify,
+    /// Somebody waits, or waits for less than before.
+    waits_changed: Notify,
     /// What somebody thinks that readers will want.
     foreseen: Foreseen,
     /// Reads that found their bytes here, and that had to wait.
@@ -72,6 +75,9 @@ pub struct Arriving {
 struct State {
     /// What nobody has begun to bring, the latest wish last.
     wanted: VecDeque<Range<u64>>,
+    /// What each of those who wait still misses: its first byte that is not here, to its end.
+    missed: BTreeMap<u64, Range<u64>>,
+    next_waiter: u64,
     failed: Option<String>,
 }
 
@@ -123,6 +129,7 @@ impl Arriving {
             state: Mutex::default(),
             changed: Condvar::new(),
             asked: Notify::new(),
+            waits_changed: Notify::new(),
             foreseen: Foreseen::default(),
             counts: Counts::default(),
         })
@@ -250,14 +257,20 @@ impl Arriving {
         let begun = Instant::now();
         self.counts.misses.fetch_add(1, Ordering::Relaxed);
         self.waiting.fetch_add(1, Ordering::SeqCst);
-        let result = self.wait_counted(at, end, goes_on);
+        let waiter = {
+            let mut state = self.state();
+            state.next_waiter += 1;
+            state.next_waiter
+        };
+        let result = self.wait_counted(waiter, at, end, goes_on);
+        self.state().missed.remove(&waiter);
         self.waiting.fetch_sub(1, Ordering::SeqCst);
         let waited = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.counts.waited_ns.fetch_add(waited, Ordering::Relaxed);
         result
     }
 
-    fn wait_counted(&self, at: u64, end: u64, goes_on: GoesOn<'_>) -> io::Result<()> {
+    fn wait_counted(&self, waiter: u64, at: u64, end: u64, goes_on: GoesOn<'_>) -> io::Result<()> {
         let step = if goes_on.is_some() { ASK_AGAIN } else { SAY_AGAIN };
         let mut moved = self.moved.load(Ordering::Relaxed);
         let (mut still_since, mut said) = (Instant::now(), None::<Instant>);
@@ -274,6 +287,9 @@ impl Arriving {
             }
             if goes_on.is_some_and(|goes_on| !goes_on()) {
                 return Err(io::ErrorKind::Interrupted.into());
+            }
+            if state.missed.insert(waiter, missing..end) != Some(missing..end) {
+                self.waits_changed.notify_waiters();
             }
             let now = Instant::now();
             if said.is_none_or(|said| now.duration_since(said) >= SAY_AGAIN) {
@@ -343,6 +359,29 @@ impl Arriving {
     #[must_use]
     pub fn is_waited_for(&self) -> bool {
         self.waiting.load(Ordering::Relaxed) > 0
+    }
+
+    /// What somebody who waits still misses, of those who miss something of `range`; the lowest.
+    #[must_use]
+    pub fn missed_in(&self, range: &Range<u64>) -> Option<Range<u64>> {
+        if range.is_empty() || !self.is_waited_for() {
+            return None;
+        }
+        let state = self.state();
+        let overlaps = state.missed.values().filter(|r| r.start < range.end && range.start < r.end);
+        overlaps.min_by_key(|missed| missed.start).cloned()
+    }
+
+    /// True if `range` is all that somebody who waits still misses.
+    #[must_use]
+    pub fn would_suffice(&self, range: &Range<u64>) -> bool {
+        let inside = |missed: &Range<u64>| range.start <= missed.start && missed.end <= range.end;
+        self.is_waited_for() && self.state().missed.values().any(inside)
+    }
+
+    /// For whoever brings it: ends when somebody begins to wait, or waits for less than before.
+    pub fn waits_changed(&self) -> Notified<'_> {
+        self.waits_changed.notified()
     }
 
     /// Notes that a piece was asked for again, as nothing came of it.

@@ -9,11 +9,12 @@
 //! Start at [`Book::turn`].
 
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use super::pipeline::{Cutter, Feed};
 use super::todo::{Todo, blocks_of};
 use crate::disk::UNIT_BYTES;
-use crate::ring::{Buf, BufPermits, BufShare};
+use crate::ring::{BLOCK_BYTES, Buf, BufPermits, BufShare};
 
 /// Largest piece of one of several connections, in MiB.
 const MAX_PIECE_BLOCKS: usize = 16;
@@ -28,10 +29,26 @@ pub(super) struct Claim {
     pub(super) permits: Option<BufPermits>,
     /// The buffer that was open when a connection broke; its bytes end where `range` begins.
     pub(super) buf: Option<Buf>,
+    /// Until then it is left to who asks for what readers wait for.
+    pub(super) left_until: Option<Instant>,
+}
+
+impl Claim {
+    /// Cuts it in two at `at`, where a MiB begins: this one ends there.
+    fn split_off(&mut self, at: u64) -> Self {
+        let range = at..self.range.end;
+        let permits = self.permits.as_mut().map(|permits| permits.split(blocks_of(&range)));
+        self.range.end = at;
+        let (asked_end, left_until) = (range.end, self.left_until);
+        Self { range, asked_end, permits, buf: None, left_until }
+    }
 }
 
 /// How far ahead of a lone stream nothing is taken out of its way: it would have to be begun anew.
 const SOON_BYTES: u64 = 1 << 20;
+
+/// How long a piece that a reader waits for is left to who brings such pieces; then it is anybody's.
+const LEFT: Duration = Duration::from_secs(1);
 
 /// What a connection is to do next.
 #[derive(Debug)]
@@ -92,13 +109,16 @@ impl Book {
         if !first && self.connections > self.target {
             return Turn::Over;
         }
-        let lowest = (0..self.returned.len()).min_by_key(|&i| self.returned[i].range.start);
-        if let Some(index) = lowest {
+        let now = Instant::now();
+        let is_free = |&i: &usize| self.returned[i].left_until.is_none_or(|until| until <= now);
+        let free = (0..self.returned.len()).filter(is_free);
+        if let Some(index) = free.min_by_key(|&i| self.returned[i].range.start) {
             self.active += 1;
             return Turn::Returned(self.returned.swap_remove(index));
         }
         if self.todo.is_empty() {
-            return if self.active == 0 { Turn::Over } else { Turn::Wait };
+            let is_over = self.active == 0 && self.returned.is_empty();
+            return if is_over { Turn::Over } else { Turn::Wait };
         }
         Turn::Take { blocks: self.piece_blocks(share.count()) }
     }
@@ -120,27 +140,21 @@ impl Book {
         permits.keep(blocks_of(&range));
         self.active += 1;
         let asked_end = if self.target == 1 { whole.end } else { range.end };
-        Some(Claim { range, asked_end, permits: Some(permits), buf: None })
+        Some(Claim { range, asked_end, permits: Some(permits), buf: None, left_until: None })
     }
 
     /// Takes the first part of `wanted`, in whole units and to the end of its MiB at most, that nobody
     /// has; `None` if there is none, or if a lone stream is about to come there. `urgent`: it should
-    /// have come there by now. What somebody took before and did not finish comes first: a lone stream
-    /// would not look at it before its own end.
+    /// have come there by now. What somebody took before and did not finish comes first, a MiB of it: a
+    /// lone stream would not look at it before its own end.
     pub(super) fn take_wanted(
         &mut self,
         wanted: &Range<u64>,
         mut permits: BufPermits,
         urgent: bool,
     ) -> Option<Claim> {
-        let of_it = |claim: &Claim| {
-            let range = &claim.range;
-            range.start < wanted.end && wanted.start < range.end && blocks_of(range) == 1
-        };
-        if let Some(index) = self.returned.iter().position(of_it) {
-            let claim = self.returned.swap_remove(index);
-            self.active += 1;
-            return Some(Claim { asked_end: claim.range.end, ..claim });
+        if let Some(claim) = self.take_returned(wanted) {
+            return Some(claim);
         }
         let soon = match (self.target, self.todo.lowest()) {
             (1, Some(lowest)) if self.connections > 0 && !urgent => {
@@ -151,7 +165,41 @@ impl Book {
         let range = self.todo.take_within(wanted, &soon)?;
         permits.keep(blocks_of(&range));
         self.active += 1;
-        Some(Claim { asked_end: range.end, range, permits: Some(permits), buf: None })
+        let (asked_end, permits) = (range.end, Some(permits));
+        Some(Claim { asked_end, range, permits, buf: None, left_until: None })
+    }
+
+    /// Takes the MiB in which `wanted` begins, or goes on, out of a piece that came back.
+    fn take_returned(&mut self, wanted: &Range<u64>) -> Option<Claim> {
+        const BLOCK: u64 = BLOCK_BYTES as u64;
+        let of_it =
+            |claim: &Claim| claim.range.start < wanted.end && wanted.start < claim.range.end;
+        let index = self.returned.iter().position(of_it)?;
+        let mut claim = self.returned.swap_remove(index);
+        let block = wanted.start.max(claim.range.start) / BLOCK * BLOCK;
+        if block + BLOCK < claim.range.end {
+            let behind = claim.split_off(block + BLOCK);
+            self.returned.push(behind);
+        }
+        if claim.range.start < block {
+            let taken = claim.split_off(block);
+            self.returned.push(claim);
+            claim = taken;
+        }
+        self.active += 1;
+        Some(Claim { asked_end: claim.range.end, left_until: None, ..claim })
+    }
+
+    /// Lets others have `range`, the end of a piece, with the buffers for it: a reader waits for a part
+    /// of it, and its connection would come there late. It begins at a MiB.
+    pub(super) fn part_with(&mut self, range: Range<u64>, permits: Option<BufPermits>) {
+        let (asked_end, left_until) = (range.end, Some(Instant::now() + LEFT));
+        self.returned.push(Claim { range, asked_end, permits, buf: None, left_until });
+    }
+
+    /// True if something waits for who brings what readers wait for.
+    pub(super) fn has_left(&self) -> bool {
+        self.returned.iter().any(|claim| claim.left_until.is_some())
     }
 
     /// Lets a piece go on with the MiB at `at`, if nobody has it. Its buffer is not reserved: it is
@@ -185,6 +233,11 @@ impl Book {
         self.todo = Todo::default();
     }
 
+    /// What is left of a piece is for a reader, once it comes back.
+    pub(super) fn leave(claim: &mut Claim) {
+        claim.left_until = Some(Instant::now() + LEFT);
+    }
+
     /// A connection is done with a piece; what is left of it is for others.
     pub(super) fn give_back(&mut self, claim: Claim) {
         self.active -= 1;
@@ -205,7 +258,7 @@ impl Book {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ring::{BLOCK_BYTES, BufPool};
+    use crate::ring::BufPool;
 
     const MIB: u64 = BLOCK_BYTES as u64;
 
@@ -262,12 +315,52 @@ mod tests {
         let permits = share.reserve(2).await.unwrap();
         let again = book.take_wanted(&wanted, permits, false).unwrap();
         assert_eq!(again.range, 10 * MIB + 500..10 * MIB + UNIT_BYTES);
-        // A long piece stays with the fleet: who wants a part of it must not fetch all.
-        let long = take(&mut book, &share).await;
-        assert_eq!(long.range, 0..2 * MIB);
+    }
+
+    #[tokio::test]
+    async fn of_a_long_piece_that_comes_back_a_mib_is_taken_with_its_buffer() {
+        let share = BufPool::new(16).share(16, 16);
+        let mut book = Book::new(std::iter::once(0..40 * MIB).collect());
+        (book.target, book.connections) = (2, 2);
+        let mut long = take(&mut book, &share).await;
+        assert_eq!(long.range, 0..4 * MIB);
+        long.range.start = MIB + 100;
+        long.permits.as_mut().unwrap().keep(3);
         book.give_back(long);
         let permits = share.reserve(2).await.unwrap();
-        assert!(book.take_wanted(&(0..1), permits, true).is_none());
+        let wanted = 2 * MIB + 5..3 * MIB + 6;
+        let first = book.take_wanted(&wanted, permits, false).unwrap();
+        assert_eq!((first.range.clone(), first.asked_end), (2 * MIB..3 * MIB, 3 * MIB));
+        let permits = share.reserve(2).await.unwrap();
+        let second = book.take_wanted(&wanted, permits, false).unwrap();
+        assert_eq!(second.range, 3 * MIB..4 * MIB);
+        let rest = take(&mut book, &share).await;
+        assert_eq!(rest.range, MIB + 100..2 * MIB);
+        for claim in [first, second, rest] {
+            assert_eq!(claim.permits.as_ref().map(BufPermits::len), Some(1));
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_left_to_readers_is_not_taken_in_turn_for_a_while_and_is_not_forgotten() {
+        let share = BufPool::new(16).share(16, 16);
+        let mut book = Book::new(std::iter::once(0..5 * MIB).collect());
+        (book.target, book.connections) = (2, 2);
+        let mut long = take(&mut book, &share).await;
+        assert_eq!(long.range, 0..2 * MIB);
+        let permits = long.permits.as_mut().map(|permits| permits.split(1));
+        long.range.end = MIB;
+        book.part_with(MIB..2 * MIB, permits);
+        let next = take(&mut book, &share).await;
+        assert_eq!(next.range, 2 * MIB..3 * MIB, "others go on behind it");
+        let last = [take(&mut book, &share).await, take(&mut book, &share).await];
+        for mut claim in [long, next].into_iter().chain(last) {
+            claim.range.start = claim.range.end;
+            book.give_back(claim);
+        }
+        assert!(matches!(book.turn(&share, false), Turn::Wait) && !book.is_empty());
+        book.returned[0].left_until = Some(Instant::now());
+        assert_eq!(take(&mut book, &share).await.range, MIB..2 * MIB);
     }
 
     #[tokio::test]

@@ -89,6 +89,10 @@ impl<'a> Crew<'a> {
     /// Looks at how it goes, and adds connections if more would help.
     fn scale(&mut self) {
         let state = &self.fleet.state;
+        // What was left to readers becomes anybody's with time alone.
+        if self.fleet.book().has_left() {
+            state.freed.notify_waiters();
+        }
         let target = self.scale.sample(Sample {
             now: self.begin.elapsed(),
             received: self.fleet.progress.received(),

@@ -109,6 +109,21 @@ impl Demand {
         STALLED.saturating_mul(1 << doublings).min(most)
     }
 
+    /// Says again what is missed of `range`, which somebody has given back.
+    pub(super) fn say_again(&self, range: &Range<u64>) {
+        let missed = self.arriving.missed_in(range).unwrap_or_else(|| range.clone());
+        let (start, end) = (missed.start.max(range.start), missed.end.min(range.end));
+        self.arriving.will_read(start, end - start);
+    }
+
+    /// Nothing has come of the piece at `at` for `patience`.
+    pub(super) fn note_stall(&self, at: u64, patience: Duration) {
+        let seconds = patience.as_secs();
+        tracing::info!(at, seconds, "nothing came of a piece; it is asked for once more");
+        self.stalls.fetch_add(1, Ordering::Relaxed);
+        self.arriving.add_stall();
+    }
+
     /// True if what begins here was left to the stream some time ago, and still has not come.
     fn is_overdue(&self, at: u64) -> bool {
         let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
@@ -238,9 +253,7 @@ impl Fleet {
                 return true;
             }
             Err(Broken::Error(FetchError::Stalled { at, seconds, .. })) => {
-                tracing::info!(at, seconds, "nothing came of a piece; it is asked for once more");
-                demand.stalls.fetch_add(1, Ordering::Relaxed);
-                demand.arriving.add_stall();
+                demand.note_stall(at, Duration::from_secs(seconds));
             }
             Err(broken) => {
                 let error = broken.report();

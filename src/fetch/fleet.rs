@@ -22,6 +22,7 @@ use super::demand::{Demand, Urgency};
 use super::error::FetchError;
 use super::http::Answer;
 use super::limit::RateLimit;
+use super::needs::Need;
 use super::pipeline::{Cutter, Feed, Stopped};
 use super::policy::Policy;
 use super::progress::{Phase, Progress};
@@ -159,6 +160,8 @@ impl Fleet {
         self.state.freed.notify_waiters();
         match ended {
             Ok(()) => End::Done,
+            // Another one asks for it, and for what follows.
+            Err(Broken::Elsewhere) => End::Done,
             Err(Broken::Stopped) => End::Stopped,
             Err(Broken::Error(error)) => End::Failed(error, Arc::clone(&way.0)),
         }
@@ -170,7 +173,7 @@ impl Fleet {
             let mut held = Held::new(self, claim);
             let open = match first.take() {
                 Some(first) => first,
-                None => self.ask(way, held.claim()).await?,
+                None => self.ask_in_turn(way, &mut held).await?,
             };
             self.stream(way, open, &mut held, Urgency::InTurn).await?;
             way.worked();
@@ -282,7 +285,14 @@ impl Fleet {
         let mut beyond = [0];
         // Of a piece out of turn: before its buffer was full.
         let mut handed_bytes = 0;
+        // Of one in its turn: when something came last.
+        let mut moved = Instant::now();
+        let in_turn = self.demand.as_ref().filter(|_| urgency == Urgency::InTurn);
         loop {
+            let needs = match in_turn {
+                Some(demand) => Some((demand, self.heed(demand, cutter, held)?)),
+                None => None,
+            };
             let at = cutter.at();
             // A body without a length of its own may go on: that is a lie to be found.
             if at == end && answer.has_length() {
@@ -301,7 +311,22 @@ impl Fleet {
             let most = portion.min(held.claim().range.end.min(end) - at);
             let room = if at < end { cutter.room(most).await? } else { &mut beyond[..] };
             let begin = Instant::now();
-            let filled = answer.fill(at, room, &way.client, patience).await;
+            let filling = answer.fill(at, room, &way.client, patience);
+            let filled = match needs {
+                None => filling.await,
+                Some((demand, piece)) => tokio::select! {
+                    biased;
+                    filled = filling => filled,
+                    need = demand.need(&piece, moved, patience) => match need {
+                        Need::Heed => continue,
+                        Need::Elsewhere => {
+                            Book::leave(held.claim_mut());
+                            return Err(Broken::Elsewhere);
+                        }
+                    },
+                },
+            };
+            moved = Instant::now();
             self.state.starved.fetch_add(nanos(begin.elapsed()), Ordering::Relaxed);
             match filled {
                 Ok(0) if at == end || self.total.is_none() => return Ok(()),
@@ -337,6 +362,8 @@ impl Fleet {
 /// Why a connection has to end.
 pub(super) enum Broken {
     Stopped,
+    /// Nothing comes, and a reader waits: others ask for what it had.
+    Elsewhere,
     Error(FetchError),
 }
 
@@ -345,6 +372,7 @@ impl Broken {
     pub(super) fn report(&self) -> String {
         match self {
             Self::Stopped => Stopped.to_string(),
+            Self::Elsewhere => "it is asked for elsewhere".to_owned(),
             Self::Error(error) => error.report(),
         }
     }
@@ -373,7 +401,7 @@ impl Held<'_> {
         self.claim.as_ref().expect("a claim leaves only in drop")
     }
 
-    fn claim_mut(&mut self) -> &mut Claim {
+    pub(super) fn claim_mut(&mut self) -> &mut Claim {
         self.claim.as_mut().expect("a claim leaves only in drop")
     }
 
@@ -387,7 +415,11 @@ impl Held<'_> {
 impl Drop for Held<'_> {
     fn drop(&mut self) {
         if let Some(claim) = self.claim.take() {
+            let left = claim.left_until.map(|_| claim.range.clone());
             self.fleet.book().give_back(claim);
+            if let (Some(range), Some(demand)) = (left, &self.fleet.demand) {
+                demand.say_again(&range);
+            }
             self.fleet.state.freed.notify_waiters();
         }
     }

@@ -25,6 +25,7 @@ mod limit;
 mod local;
 mod loose;
 mod nbd;
+mod needs;
 mod packed;
 mod pipeline;
 mod policy;

@@ -294,6 +294,28 @@ impl Cutter {
         }
     }
 
+    /// The whole units in the open buffer.
+    pub(super) fn open_units(&self) -> Range<u64> {
+        let start = self.at - self.open_bytes() as u64;
+        start..start + (self.at - start) / UNIT_BYTES * UNIT_BYTES
+    }
+
+    /// As [`hand_over`](Self::hand_over), for a stream in its turn: with a further buffer, if one is
+    /// free now, as its own must be enough to come to its end. False if none is.
+    pub(super) fn try_to_hand_over(&mut self) -> Result<bool, Stopped> {
+        let Some(mut next) = self.share.try_take() else { return Ok(false) };
+        let tail = self.park()?;
+        next.fill(&tail, BLOCK_BYTES);
+        self.at += tail.len() as u64;
+        self.buf = Some(next);
+        Ok(true)
+    }
+
+    /// Gives up the right to `count` of the buffers that the stream was to use.
+    pub(super) fn without(&mut self, count: usize) -> Option<BufPermits> {
+        self.permits.as_mut().map(|permits| permits.split(count))
+    }
+
     /// The open buffer and what is left of the permits, for whoever goes on here.
     pub(super) fn take_apart(mut self) -> (Option<BufPermits>, Option<Buf>) {
         (self.permits.take(), self.buf.take())

@@ -16,8 +16,9 @@ use super::world::Change;
 const PAST: usize = 256;
 
 impl Driver {
-    /// The socket of an attachment that is a VM follows its record.
-    fn follow_vm(&self, change: &Change) {
+    /// The socket of an attachment that is a VM follows its record, and what is kept of an image's
+    /// readers the image.
+    fn follow(&self, change: &Change) {
         match change {
             Change::AttachmentCreated(id) | Change::AttachmentUpdated(id) => {
                 if let Some(held) = self.world.attachment(id).filter(|held| held.record.vm) {
@@ -25,10 +26,10 @@ impl Driver {
                 }
             }
             Change::AttachmentDeleted(id, _) => self.exporter.leave_vm(id),
+            Change::ImageDeleted(name) => self.exporter.forget(name),
             Change::ImageCreated(_)
             | Change::ImageUpdated(_)
             | Change::ImageProgress(_)
-            | Change::ImageDeleted(_)
             | Change::VolumeCreated(_)
             | Change::VolumeUpdated(_)
             | Change::VolumeDeleted(..)
@@ -41,7 +42,7 @@ impl Driver {
     }
 
     pub(super) fn announce(&mut self, change: Change) {
-        self.follow_vm(&change);
+        self.follow(&change);
         let object = match &change {
             Change::ImageCreated(name)
             | Change::ImageUpdated(name)

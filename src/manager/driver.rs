@@ -51,6 +51,9 @@ pub trait Exporter: Send + Sync + 'static {
     /// Closes the image's export and its sessions. Quick.
     fn withdraw(&self, image: &ImageName);
 
+    /// The image is no more: what was kept of its readers goes. Quick.
+    fn forget(&self, _image: &ImageName) {}
+
     /// Sessions that are open on the image's export now.
     fn sessions(&self, image: &ImageName) -> usize;
 

@@ -112,6 +112,15 @@ impl BufShare {
         self.reserve(1).await?.take().await
     }
 
+    /// An empty buffer if this user may have one more now, and one is free.
+    #[must_use]
+    pub fn try_take(&self) -> Option<Buf> {
+        let share = Arc::clone(&self.permits).try_acquire_owned().ok()?;
+        let mut buf = self.pool.try_take().ok()?;
+        buf._share = Some(share);
+        Some(buf)
+    }
+
     /// The right to `count` buffers (or all of this user's, if that is less), as soon as they may
     /// be had. Whoever works on a piece of a file takes all that it needs before it begins: then
     /// no piece can wait for buffers that are held by pieces behind it.
@@ -170,6 +179,14 @@ impl BufPermits {
     /// Adds those of `other`.
     pub fn merge(&mut self, other: Self) {
         self.permits.merge(other.permits);
+    }
+
+    /// Takes `count` of them out, or as many as there are.
+    #[must_use]
+    pub fn split(&mut self, count: usize) -> Self {
+        let count = count.min(self.len());
+        let permits = self.permits.split(count).expect("there are so many");
+        Self { pool: self.pool.clone(), permits }
     }
 
     /// Gives all but `count` back.

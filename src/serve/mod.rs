@@ -17,6 +17,7 @@ mod exports;
 mod latency;
 mod listener;
 mod recorder;
+mod recordings;
 mod socket;
 mod stats;
 mod warmth;
@@ -26,6 +27,7 @@ pub use error::ServeError;
 pub use exports::{Attachment, Export, Exports};
 pub use latency::{Latency, Times, Via};
 pub use recorder::{Recorder, Tracing};
+pub use recordings::{KEEP_INTERVAL, Recordings};
 pub use socket::Socket;
 pub use stats::{CounterValues, Counters};
 

@@ -48,10 +48,33 @@ impl Tracing {
     /// # Errors
     /// The process is out of descriptors or memory.
     pub fn start(&self, size_bytes: u64, lasts: Option<Duration>) -> io::Result<Arc<Recorder>> {
-        let recorder = Arc::new(Recorder::new(size_bytes, lasts)?);
+        Ok(self.put(Recorder::new(size_bytes, lasts)?))
+    }
+
+    /// As [`start`](Self::start), with what was noted before.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn resume(
+        &self,
+        size_bytes: u64,
+        lasts: Option<Duration>,
+        before: &TraceFile,
+    ) -> io::Result<Arc<Recorder>> {
+        let mut recorder = Recorder::new(size_bytes, None)?;
+        for &[at, len_bytes] in &before.ranges {
+            recorder.note(at, len_bytes);
+        }
+        recorder.until = end_of(lasts);
+        lock(&recorder.noted).truncated |= before.truncated;
+        Ok(self.put(recorder))
+    }
+
+    fn put(&self, recorder: Recorder) -> Arc<Recorder> {
+        let recorder = Arc::new(recorder);
         *lock(&self.recorder) = Some(Arc::clone(&recorder));
         self.is_on.store(true, Ordering::Relaxed);
-        Ok(recorder)
+        recorder
     }
 
     /// Ends and forgets it; gives what it has.
@@ -78,7 +101,12 @@ pub struct Recorder {
 struct Noted {
     /// First unit and the one after the last of each range.
     ranges: Vec<(u64, u64)>,
+    units: u64,
     truncated: bool,
+}
+
+fn end_of(lasts: Option<Duration>) -> Option<Instant> {
+    lasts.and_then(|lasts| Instant::now().checked_add(lasts))
 }
 
 impl Recorder {
@@ -92,7 +120,7 @@ impl Recorder {
         };
         Ok(Self {
             size_bytes,
-            until: lasts.and_then(|lasts| Instant::now().checked_add(lasts)),
+            until: end_of(lasts),
             is_over: AtomicBool::new(false),
             seen: SharedTable::new("bedplate-trace", &header)?,
             noted: Mutex::default(),
@@ -143,6 +171,18 @@ impl Recorder {
         !has_ended && !self.is_over.load(Ordering::Relaxed)
     }
 
+    /// How long it will note, if it ends by itself.
+    #[must_use]
+    pub fn left(&self) -> Option<Duration> {
+        self.until.map(|until| until.saturating_duration_since(Instant::now()))
+    }
+
+    /// How many units were noted so far, also those that found no room in the trace.
+    #[must_use]
+    pub fn units(&self) -> u64 {
+        lock(&self.noted).units
+    }
+
     /// What was asked for so far.
     #[must_use]
     pub fn trace(&self) -> TraceFile {
@@ -164,6 +204,7 @@ impl Recorder {
 
 impl Noted {
     fn add(&mut self, unit: u64) {
+        self.units += 1;
         let is_full = self.ranges.len() >= MAX_TRACE_RANGES;
         match self.ranges.last_mut() {
             Some((_, end)) if *end == unit => *end += 1,
@@ -234,6 +275,25 @@ mod tests {
         recorder.note(0, 1);
         let trace = recorder.trace();
         assert!(trace.ranges.is_empty() && !trace.recording);
+    }
+
+    #[test]
+    fn a_recorder_goes_on_with_what_another_one_had() {
+        let (tracing, size) = (Tracing::default(), 100 * UNIT);
+        let before = tracing.start(size, None).unwrap();
+        before.note(7 * UNIT, UNIT);
+        before.note(3 * UNIT, 2 * UNIT);
+        let resumed = Tracing::default();
+        let recorder =
+            resumed.resume(size, Some(Duration::from_hours(1)), &before.trace()).unwrap();
+        assert_eq!(recorder.units(), 3);
+        for unit in [4, 9, 7] {
+            resumed.recorder().unwrap().note(unit * UNIT, 1);
+        }
+        let wanted = [[7 * UNIT, UNIT], [3 * UNIT, 2 * UNIT], [9 * UNIT, UNIT]];
+        assert_eq!(recorder.trace().ranges, wanted);
+        let over = resumed.resume(size, Some(Duration::ZERO), &before.trace()).unwrap().trace();
+        assert_eq!((over.ranges.len(), over.recording), (2, false));
     }
 
     #[test]

@@ -21,4 +21,5 @@ mod formats;
 mod lost;
 mod origin;
 mod reads;
+mod stalls;
 mod trace;

@@ -285,3 +285,52 @@ fn a_wanted_piece_is_readable_as_far_as_it_has_come() {
     let mut wire = nbd(&daemon);
     assert!(wire.read_structured(0, at as u64, 4096) == bytes[at..at + 4096]);
 }
+
+#[test]
+fn a_recording_goes_on_in_the_next_life_and_ends_with_its_image() {
+    let bytes = noise();
+    let origin = Origin::start(bytes.clone());
+    origin.let_go();
+    let daemon = Daemon::start();
+    let held = attach(&daemon, &origin, &json!({}));
+    daemon.wait_for("img", "ready");
+    assert_eq!(daemon.curl("POST", "/v1/images/img/trace", None).0, 201);
+    let kept = |daemon: &Daemon| daemon.socket.with_file_name("traces/img.json");
+    assert!(kept(&daemon).exists(), "from its beginning");
+    let read = |daemon: &Daemon, unit: usize| {
+        nbd(daemon).read_structured(0, (unit * UNIT) as u64, 512);
+    };
+    let of = |units: &[usize]| json!(units.iter().map(|n| [n * UNIT, UNIT]).collect::<Vec<_>>());
+    // Killed: what was written down is there, which is all but the last seconds.
+    read(&daemon, 90);
+    let written =
+        || -> Value { serde_json::from_slice(&std::fs::read(kept(&daemon)).unwrap()).unwrap() };
+    while written()["trace"]["ranges"] != of(&[90]) {
+        std::thread::yield_now();
+    }
+    let (_, dir) = daemon.end("KILL");
+    let daemon = Daemon::start_in(dir, "");
+    daemon.wait_for("img", "ready");
+    // Ended in order: nothing is lost.
+    read(&daemon, 7);
+    assert_eq!(daemon.get("/v1/images/img/trace")["ranges"], of(&[90, 7]));
+    let (code, dir) = daemon.end("TERM");
+    assert_eq!(code, Some(0));
+    let daemon = Daemon::start_in(dir, "");
+    daemon.wait_for("img", "ready");
+    read(&daemon, 90);
+    read(&daemon, 50);
+    let ranges = of(&[90, 7, 50]);
+    let (status, trace) = daemon.curl("DELETE", "/v1/images/img/trace", None);
+    assert_eq!((status, &trace["ranges"], &trace["recording"]), (200, &ranges, &json!(false)));
+    assert!(!kept(&daemon).exists());
+    // An image takes its recording with it.
+    assert_eq!(daemon.curl("POST", "/v1/images/img/trace", None).0, 201);
+    assert!(kept(&daemon).exists());
+    let attachment = format!("/v1/attachments/{}", held["id"].as_str().unwrap());
+    assert_eq!(daemon.curl("DELETE", &attachment, None).0, 204);
+    daemon.curl("DELETE", "/v1/images/img", None);
+    while kept(&daemon).exists() {
+        std::thread::yield_now();
+    }
+}
