@@ -9,17 +9,18 @@
 //! Start at [`Demand::new`] and [`Fleet::serve_demand`].
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
 use super::book::Claim;
 use super::error::FetchError;
 use super::fleet::{Broken, Fleet, Held};
 use super::foreseen;
+use super::traffic::{OnItsWay, Traffic};
+use super::widening::Widening;
 use crate::disk::{Arriving, UNIT_BYTES};
 use crate::ring::{BufPool, BufShare};
 
@@ -27,23 +28,15 @@ use crate::ring::{BufPool, BufShare};
 const CONNECTIONS: usize = 4;
 /// Buffers for them.
 const BUFFERS: usize = 2 * CONNECTIONS;
-/// Least bytes that are asked for: a small request costs as much as this.
-const LEAST_BYTES: u64 = 256 << 10;
-/// Most bytes for one who reads forward.
-const MOST_BYTES: u64 = 4 << 20;
-/// Readers that are watched for going forward.
-const WATCHED: usize = 8;
-/// How long the fleet rests at most before each read of its own while something wanted is on its way.
-const REST: Duration = Duration::from_millis(100);
 /// When a lone stream has not come to what was left to it, it is fetched all the same.
 const OVERDUE: Duration = Duration::from_millis(500);
 /// When nothing has come of a piece for so long, it is asked for on another connection; twice as long
 /// each time until something comes, so that a source that is only slow is waited for.
-const STALLED: Duration = Duration::from_secs(2);
+pub(super) const STALLED: Duration = Duration::from_secs(2);
 /// Doublings of that, at most.
 const MAX_DOUBLINGS: u32 = 6;
 /// How long a connection rests that has failed; others may take over what it left.
-const AFTER_FAILURE: Duration = Duration::from_secs(1);
+pub(super) const AFTER_FAILURE: Duration = Duration::from_secs(1);
 
 /// How urgent a piece is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,8 +61,7 @@ pub(super) struct Demand {
     stalls: AtomicU32,
     /// What was left to a lone stream that was about to come there, and when.
     left: Mutex<Option<(u64, Instant)>>,
-    /// Where readers are, each with the bytes that it got last; the latest last.
-    forward: Mutex<Vec<(u64, u64)>>,
+    widening: Widening,
 }
 
 impl Demand {
@@ -78,9 +70,9 @@ impl Demand {
         let share = pool.share(BUFFERS, BUFFERS);
         let foreseen_share = pool.share(2 * foreseen::CONNECTIONS, 2 * foreseen::CONNECTIONS);
         let (wanted, foreseen) = (Traffic::default(), Traffic::default());
-        let (left, forward) = (Mutex::default(), Mutex::default());
+        let (left, widening) = (Mutex::default(), Widening::default());
         let stalls = AtomicU32::new(0);
-        Self { arriving, share, foreseen_share, wanted, foreseen, stalls, left, forward }
+        Self { arriving, share, foreseen_share, wanted, foreseen, stalls, left, widening }
     }
 
     /// Lets what is more urgent pass, for a while.
@@ -136,63 +128,6 @@ impl Demand {
             *left = Some((at, Instant::now()));
         }
     }
-
-    /// How much is fetched for a wish: more, the longer it goes forward.
-    fn widen(&self, wanted: &Range<u64>) -> Range<u64> {
-        let mut forward = self.forward.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = forward.iter().position(|&(next, _)| next == wanted.start);
-        let len = match known.map(|index| forward.remove(index)) {
-            Some((_, last)) => (2 * last).min(MOST_BYTES),
-            None => LEAST_BYTES,
-        };
-        let len = len.max(wanted.end - wanted.start);
-        if forward.len() >= WATCHED {
-            forward.remove(0);
-        }
-        // Where the reader will find the next thing missing.
-        let end = (wanted.start + len).next_multiple_of(UNIT_BYTES);
-        forward.push((end, len));
-        wanted.start..end
-    }
-}
-
-/// Pieces of one urgency that are on their way.
-#[derive(Debug, Default)]
-struct Traffic {
-    active: AtomicUsize,
-    done: Notify,
-}
-
-impl Traffic {
-    fn is_active(&self) -> bool {
-        self.active.load(Ordering::Relaxed) > 0
-    }
-
-    /// Waits until none is on its way, but not for long.
-    async fn let_pass(&self) {
-        let done = self.done.notified();
-        if self.is_active() {
-            let _passed_or_not = tokio::time::timeout(REST, done).await;
-        }
-    }
-}
-
-/// A piece on its way.
-struct OnItsWay<'a>(&'a Traffic);
-
-impl<'a> OnItsWay<'a> {
-    fn new(traffic: &'a Traffic) -> Self {
-        traffic.active.fetch_add(1, Ordering::Relaxed);
-        Self(traffic)
-    }
-}
-
-impl Drop for OnItsWay<'_> {
-    fn drop(&mut self) {
-        if self.0.active.fetch_sub(1, Ordering::Relaxed) == 1 {
-            self.0.done.notify_waiters();
-        }
-    }
 }
 
 impl Fleet {
@@ -226,7 +161,7 @@ impl Fleet {
     /// Fetches the first piece of a wish that nobody has begun; the rest is left to be taken next.
     async fn fetch_wanted(&self, demand: &Demand, wanted: &Range<u64>) {
         let Ok(permits) = demand.share.reserve(2).await else { return };
-        let wide = demand.widen(wanted);
+        let wide = demand.widening.widen(wanted);
         let urgent = demand.is_overdue(wanted.start);
         let Some(claim) = self.book().take_wanted(&wide, permits, urgent) else {
             return demand.leave(wanted.start);
@@ -331,20 +266,5 @@ mod tests {
         }
         assert_eq!(demand.patience(Urgency::InTurn, most), most);
         assert_eq!(demand.patience(Urgency::Foreseen, Duration::from_secs(1)).as_secs(), 1);
-    }
-
-    #[test]
-    fn who_goes_forward_gets_more_each_time_and_who_jumps_does_not() {
-        let (_dir, demand) = demand();
-        let mut at = 0;
-        for want in [256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20, 4 << 20] {
-            let wide = demand.widen(&(at..at + 4096));
-            assert_eq!(wide, at..at + want);
-            at = wide.end;
-            // Somebody else jumps about.
-            let jump = (700 << 20) + at * 3;
-            assert_eq!(demand.widen(&(jump..jump + 1)).end - jump, 256 << 10);
-        }
-        assert_eq!(demand.widen(&(at..at + (9 << 20))).end, at + (9 << 20));
     }
 }

@@ -26,6 +26,7 @@ use super::needs::Need;
 use super::pipeline::{Cutter, Feed, Stopped};
 use super::policy::Policy;
 use super::progress::{Phase, Progress};
+use super::traffic::Traffic;
 use super::version::{Agreed, Resume};
 use super::ways::{Way, Ways};
 use crate::ring::BufShare;
@@ -46,6 +47,8 @@ pub(super) struct Fleet {
     pub(super) state: State,
     /// What readers wait for, if they can be served out of turn.
     pub(super) demand: Option<Demand>,
+    /// What somebody else brings, and this lets pass.
+    pub(super) urgent: Option<Arc<Traffic>>,
 }
 
 /// How the connections hear of each other.
@@ -306,6 +309,9 @@ impl Fleet {
             if let Some(demand) = &self.demand {
                 demand.yield_to_others(urgency).await;
                 patience = demand.patience(urgency, patience);
+            }
+            if let Some(urgent) = &self.urgent {
+                urgent.let_pass().await;
             }
             let portion = self.limit.portion().min(self.progress.limit().portion());
             let most = portion.min(held.claim().range.end.min(end) - at);

@@ -37,11 +37,13 @@ mod spec;
 mod sums;
 pub(crate) mod threads;
 mod todo;
+mod traffic;
 mod transfer;
 mod unpack;
 mod upload;
 mod version;
 mod ways;
+mod widening;
 
 pub use crate::disk::{BadDigest, DigestKind, DigestMap};
 pub use backup::{BackupFault, BackupRecord};
@@ -63,3 +65,4 @@ pub use spec::Source;
 pub use sums::{SumsFault, parse_sums, settle};
 pub use transfer::{Engine, Fetched, transfer};
 pub use upload::{Upload, UploadError, UploadWriter, receive};
+pub use widening::Widening;

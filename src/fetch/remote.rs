@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 
 use super::book::Book;
 use super::crew;
+use super::demand::STALLED;
 use super::digest::{DigestThread, Stored};
 use super::error::{Class, FetchError};
 use super::fleet::{self, Fleet, Outcome};
@@ -22,6 +23,7 @@ use super::policy::Policy;
 use super::progress::{Phase, Progress};
 use super::spec::Source;
 use super::threads::blocking;
+use super::traffic::{OnItsWay, Traffic};
 use super::transfer::Engine;
 use super::version::Agreed;
 use super::ways::Ways;
@@ -41,6 +43,8 @@ pub struct SourceFile<'a> {
     progress: &'a Arc<Progress>,
     total: u64,
     kind: Kind,
+    /// What is read before its turn.
+    urgent: Arc<Traffic>,
 }
 
 #[derive(Debug)]
@@ -86,7 +90,8 @@ impl<'a> SourceFile<'a> {
         if total > limit {
             return Err(FetchError::TooLarge { url: source.url.to_string(), total, limit });
         }
-        let file = Self { engine, source, progress, total, kind };
+        let urgent = Arc::default();
+        let file = Self { engine, source, progress, total, kind, urgent };
         let head = match head {
             Some(head) => head,
             None => file.read(0..HEAD_BYTES.min(total)).await?,
@@ -132,6 +137,43 @@ impl<'a> SourceFile<'a> {
                 retried(&self.engine.policy, self.progress, attempt).await
             }
         }
+    }
+
+    /// Reads `range` for somebody who waits: what is fetched in its turn lets it pass, and when nothing
+    /// comes, it is asked for again, each time with twice the patience; `stalled` is told. Tried once,
+    /// but for that.
+    ///
+    /// # Errors
+    /// [`FetchError`].
+    pub async fn read_first(
+        &self,
+        range: Range<u64>,
+        stalled: &(dyn Fn() + Sync),
+    ) -> Result<Vec<u8>, FetchError> {
+        let (client, agreed) = match &self.kind {
+            Kind::Local(file) => return in_blocks(file, range),
+            Kind::Http { client, agreed } => (client, agreed),
+        };
+        let most = self.engine.policy.stall_timeout;
+        let mut patience = STALLED.min(most);
+        let _on_its_way = OnItsWay::new(&self.urgent);
+        let bytes = loop {
+            let part = self.part(client, agreed, range.clone());
+            match tokio::time::timeout(patience, part).await {
+                Ok(read) => break read?,
+                Err(_elapsed) if patience >= most => {
+                    let (url, at) = (client.shown(), range.start);
+                    return Err(FetchError::Stalled { url, at, seconds: patience.as_secs() });
+                }
+                Err(_elapsed) => {
+                    stalled();
+                    patience = (2 * patience).min(most);
+                }
+            }
+        };
+        self.engine.limit.spend(bytes.len()).await;
+        self.progress.limit().spend(bytes.len()).await;
+        Ok(bytes)
     }
 
     async fn part(
@@ -222,6 +264,7 @@ impl<'a> SourceFile<'a> {
             book: Mutex::new(Book::new(ranges)),
             state: fleet::State::default(),
             demand: None,
+            urgent: Some(Arc::clone(&self.urgent)),
         });
         fleet.run(None).await
     }

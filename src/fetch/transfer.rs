@@ -289,6 +289,7 @@ impl Run<'_> {
             book: Mutex::new(Book::new(missing)),
             state: fleet::State::default(),
             demand,
+            urgent: None,
         });
         let outcome = fleet.run(Some(first)).await;
         self.unproven |= fleet.is_unproven();

@@ -5,7 +5,8 @@
 //! How: each buffer that arrives goes to one of a few threads, which decodes the clusters in it
 //! into buffers of the guest's; clusters that follow each other in the guest share one. A cluster
 //! that lies across two buffers is put together first. Clusters smaller than a unit are written
-//! where they belong, and their unit counts once all of it is there.
+//! where they belong, and their unit counts once all of it is there. What readers wait for may be made
+//! before its turn ([`super::early`]); in its turn it is only held against that.
 //! Never: holds more of cut clusters than a bounded number of bytes, or panics on a bad stream.
 //! Start at [`Clusters::start`].
 
@@ -14,10 +15,12 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+use super::early::{InTurn, Marks};
 use super::error::ImportError;
 use super::plan::{Entry, Plan, units_of};
 use crate::disk::{DiskError, Filling, UNIT_BYTES};
@@ -35,21 +38,34 @@ const MAX_CUT_BYTES: usize = 64 << 20;
 type Piece = (u64, Arc<Buf>);
 
 /// The threads that decode.
-#[derive(Debug)]
 pub(super) struct Clusters {
     pieces: Sender<Piece>,
     threads: Vec<JoinHandle<Result<(), ImportError>>>,
+    shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for Clusters {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Clusters({} threads)", self.threads.len())
+    }
 }
 
 impl Taker for Clusters {
     fn take(&self, at: u64, buf: Arc<Buf>) -> Result<(), Stopped> {
+        self.shared.come_to.fetch_max(at + buf.len() as u64, Ordering::Relaxed);
         self.pieces.send((at, buf)).map_err(|_ended| Stopped)
     }
 }
 
 /// What the threads share.
-struct Shared {
-    plan: Plan,
+pub(super) struct Shared {
+    pub(super) plan: Plan,
+    /// Who makes which entry.
+    pub(super) marks: Marks,
+    /// How far into the source its pieces have come in their turn.
+    pub(super) come_to: AtomicU64,
+    /// Why something was not made before its turn: nothing will be of use then.
+    failed: Mutex<Option<ImportError>>,
     pieces: Mutex<Receiver<Piece>>,
     cut: Mutex<Cut>,
     units: Mutex<HashMap<u64, u32>>,
@@ -89,6 +105,9 @@ impl Clusters {
         let (pieces, queue) = mpsc::channel();
         let shared = Arc::new(Shared {
             units: Mutex::new(std::mem::take(&mut plan.units)),
+            marks: Marks::new(plan.entries.len()),
+            come_to: AtomicU64::new(0),
+            failed: Mutex::default(),
             plan,
             pieces: Mutex::new(queue),
             cut: Mutex::default(),
@@ -103,13 +122,17 @@ impl Clusters {
         let mut threads = Vec::new();
         for _ in 0..count {
             let shared = Arc::clone(&shared);
-            let thread = std::thread::Builder::new().name("expand".into()).spawn(move || {
-                Decoder { codec: Codec::new(), scratch: Vec::new(), open: None, shared: &shared }
-                    .run()
-            });
+            let thread = std::thread::Builder::new()
+                .name("expand".into())
+                .spawn(move || Decoder::new(&shared).run());
             threads.push(thread.map_err(|e| DiskError::io("decode into", &filling.path(), e))?);
         }
-        Ok(Self { pieces, threads })
+        Ok(Self { pieces, threads, shared })
+    }
+
+    /// What the threads share.
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
     }
 
     /// Waits until everything that was taken is handed on. Blocks the thread.
@@ -127,7 +150,41 @@ impl Clusters {
                 result = ended;
             }
         }
-        result
+        match lock(&self.shared.failed).take() {
+            Some(error) if !matches!(result, Err(ref e) if !matches!(e, ImportError::Stopped)) => {
+                Err(error)
+            }
+            Some(_) | None => result,
+        }
+    }
+}
+
+impl Shared {
+    /// The threads stop at their next piece, and the network with them.
+    fn stop(&self) {
+        let (_, none) = mpsc::channel();
+        *lock(&self.pieces) = none;
+    }
+
+    /// Makes entries of which `bytes`, which begin at `at` of the source, have all, before their turn.
+    /// Blocks.
+    pub(super) fn make_early(&self, entries: &[usize], at: u64, bytes: &[u8]) {
+        let mut decoder = Decoder::new(self);
+        let within = |place: u64| usize::try_from(place - at).unwrap_or(usize::MAX);
+        let mut make = || -> Result<(), ImportError> {
+            for &index in entries {
+                let entry = self.plan.entries[index];
+                let stored = &bytes[within(entry.stored().start)..within(entry.stored().end)];
+                if self.marks.begin_early(index, stored) {
+                    decoder.cluster(&entry, stored)?;
+                }
+            }
+            decoder.close()
+        };
+        if let Err(error) = make() {
+            lock(&self.failed).get_or_insert(error);
+            self.stop();
+        }
     }
 }
 
@@ -140,6 +197,12 @@ struct Decoder<'a> {
     shared: &'a Shared,
 }
 
+impl<'a> Decoder<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        Self { codec: Codec::new(), scratch: Vec::new(), open: None, shared }
+    }
+}
+
 impl Decoder<'_> {
     fn run(&mut self) -> Result<(), ImportError> {
         loop {
@@ -147,9 +210,7 @@ impl Decoder<'_> {
             let Ok((at, buf)) = next else { return Ok(()) };
             let done = self.piece(at, buf.bytes());
             if let Err(error) = done {
-                // The others stop at their next piece, and the network with them.
-                let (_, none) = mpsc::channel();
-                *lock(&self.shared.pieces) = none;
+                self.shared.stop();
                 return Err(error);
             }
         }
@@ -163,16 +224,29 @@ impl Decoder<'_> {
             let stored = entry.stored();
             let within = |at: u64| usize::try_from(at - range.start).unwrap_or(usize::MAX);
             if stored.start >= range.start && stored.end <= range.end {
-                self.cluster(&entry, &bytes[within(stored.start)..within(stored.end)])?;
+                let bytes = &bytes[within(stored.start)..within(stored.end)];
+                self.in_turn(index, &entry, bytes)?;
                 continue;
             }
             let part = stored.start.max(range.start)..stored.end.min(range.end);
             let bytes = &bytes[within(part.start)..within(part.end)];
             if let Some(whole) = self.put_together(index, &entry, &part, bytes)? {
-                self.cluster(&entry, &whole)?;
+                self.in_turn(index, &entry, &whole)?;
             }
         }
         self.close()
+    }
+
+    /// Makes a cluster whose turn has come, unless it was made before.
+    fn in_turn(&mut self, index: usize, entry: &Entry, stored: &[u8]) -> Result<(), ImportError> {
+        match self.shared.marks.begin_in_turn(index, stored) {
+            InTurn::Make => self.cluster(entry, stored),
+            InTurn::IsMade => Ok(()),
+            InTurn::Differs => {
+                let url = self.shared.name.display().to_string();
+                Err(ImportError::Unsteady { url, at: entry.at })
+            }
+        }
     }
 
     /// Keeps a part of a cluster; gives all of it once it is complete.

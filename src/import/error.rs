@@ -45,6 +45,16 @@ pub enum ImportError {
         /// By its first bytes.
         format: Format,
     },
+    /// What readers were given before its turn came otherwise in its turn.
+    #[error(
+        "{url}: its bytes at {at:#x} were others when they were asked for again; what is here is discarded"
+    )]
+    Unsteady {
+        /// The source, redacted.
+        url: String,
+        /// Where in the source.
+        at: u64,
+    },
     /// A stage behind has stopped; never seen outside.
     #[error("the writer has stopped")]
     Stopped,
@@ -67,7 +77,7 @@ impl ImportError {
             | Self::TooManyClusters { .. }
             | Self::PackedQcow2 { .. }
             | Self::NotExpanded { .. } => Class::Refuse,
-            Self::Stopped => Class::Retry,
+            Self::Unsteady { .. } | Self::Stopped => Class::Retry,
         }
     }
 
@@ -80,7 +90,7 @@ impl ImportError {
                 matches!(error, FetchError::Digest { .. } | FetchError::TooMuch { .. })
             }
             Self::Image(_) | Self::Decode(_) => self.class() == Class::Refuse,
-            Self::PackedQcow2 { .. } | Self::NotExpanded { .. } => true,
+            Self::PackedQcow2 { .. } | Self::NotExpanded { .. } | Self::Unsteady { .. } => true,
             Self::Disk(_) | Self::TooManyClusters { .. } | Self::Stopped => false,
         }
     }

@@ -11,6 +11,8 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use tokio::sync::watch;
+
 use crate::disk::{DigestSet, DiskError, Filling, Version};
 use crate::fetch::threads::{blocking, in_place};
 use crate::fetch::{
@@ -21,6 +23,7 @@ use crate::image::{Format, ImageError, detect};
 use crate::ring::BufShare;
 
 use super::clusters::Clusters;
+use super::early::Early;
 use super::error::ImportError;
 use super::plan::Plan;
 use super::tables;
@@ -227,7 +230,19 @@ impl Work<'_> {
         let clusters = Arc::new(Clusters::start(plan, feed, &self.made, filling, &self.name)?);
         let taker: Arc<dyn crate::fetch::Taker> = Arc::clone(&clusters) as _;
         let wanted = proves.then(|| self.file.source().expect.wanted());
-        let fetched = self.file.fetch(ranges, taker, wanted, &self.arriving, filling).await;
+        let over = watch::Sender::new(false);
+        let fetched = async {
+            let fetched = self.file.fetch(ranges, taker, wanted, &self.arriving, filling).await;
+            over.send_replace(true);
+            fetched
+        };
+        let (fetched, ()) = match filling.arriving() {
+            Some(arriving) => {
+                let early = Early::new(self.file, arriving, clusters.shared());
+                tokio::join!(fetched, early.serve(over.subscribe()))
+            }
+            None => (fetched.await, ()),
+        };
         let clusters = Arc::into_inner(clusters).expect("the fetch has let go of its taker");
         // Decoders that failed stopped the fetch: their error is the reason.
         let decoded = blocking(move || clusters.finish()).await;

@@ -13,6 +13,7 @@
 
 mod blocks;
 mod clusters;
+mod early;
 mod error;
 mod expand;
 mod inspect;
