@@ -24,14 +24,23 @@ _ROUND_TRIPS = 3
 _DELAY_S, _RATE = 0.050, 20_000_000
 
 
-def run(bench):
+CASES = ("readers", "stream")
+
+
+def run(bench, part=None):
+    if part in (None, "readers"):
+        _readers(bench)
+    if part in (None, "stream"):
+        _stream(bench)
+
+
+def _readers(bench):
     driver = bench_reads.build("replica-load")
     size_bytes = 64 * MIB if bench.quick else 1024 * MIB
     raw = bench.scratch.path / "disk.raw"
     corpus.dense(raw, size_bytes)
     _Node(bench, driver, raw, size_bytes).all()
     raw.unlink()
-    _stream(bench)
 
 
 def _serve(bench, disk, *lines):

@@ -27,8 +27,10 @@ class Load:
 RANDOM_1 = Load("4 KiB random read", 4 * KIB, 1)
 RANDOM_16 = Load("4 KiB random read", 4 * KIB, 16)
 RANDOM_16X2 = Load("4 KiB random read", 4 * KIB, 16, jobs=2)
+RANDOM_64 = Load("4 KiB random read", 4 * KIB, 64)
 SEQUENTIAL_4K = Load("4 KiB sequential read", 4 * KIB, 1, random=False)
 SEQUENTIAL_256K = Load("256 KiB sequential read", 256 * KIB, 4, random=False)
+SEQUENTIAL_256KX2 = Load("256 KiB sequential read", 256 * KIB, 4, jobs=2, random=False)
 
 
 @dataclasses.dataclass
@@ -117,6 +119,12 @@ def copy_case(bench, group, size_bytes, exports, reference):
     return rounds.Case(
         group, "nbdcopy to null:", size_bytes, "64 x 4 connections", "B/s", "GiB", reference,
         contenders(exports, lambda export: copy(bench, export, size_bytes)))
+
+
+def bound_speed(bench, case, ours, other, least):
+    """A bound on how fast `ours` is, as a multiple of `other`."""
+    ratio = rounds.ratios(rounds.named(case, ours), rounds.named(case, other), rounds.speed)
+    bench.bound(case.title(), f"{case.title()}: {ours}, speed of {other}", ratio, least=least)
 
 
 def contenders(exports, once):
