@@ -27,6 +27,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::watch;
 
 use crate::catalog::{Catalog, CatalogError, Embedded, Kind, list_as};
+use crate::control::server::BindError;
 use crate::control::{App, AppParts, HttpCounters, Served, Sockets, server};
 use crate::image::DecodedCache;
 use crate::manager::{Backend, DiskRecord, Manager, Node};
@@ -74,10 +75,7 @@ pub struct DaemonHandle {
     closing: watch::Sender<bool>,
     /// Lets readers in, when it is time.
     opening: tokio::task::JoinHandle<()>,
-    recordings: Arc<Recordings>,
-    registry: Arc<Exports>,
-    /// Keeps the traces that are recorded.
-    keeping: tokio::task::JoinHandle<()>,
+    keeping: Keeping,
 }
 
 impl Daemon {
@@ -138,11 +136,7 @@ impl Daemon {
         prepare_process(config);
         let settings = config.settings()?;
         let Places { control, readers } = Places::find(config, passed)?;
-        let sockets = Sockets {
-            nbd: readers.nbd.path.clone(),
-            replica: readers.replica.path.clone(),
-            vms: config.vm_sockets()?,
-        };
+        let sockets = readers.sockets(config.vm_sockets()?);
         let vms = vms::Vms::new(sockets.clone(), config.vm_gid, config.vm_limits()?);
         let catalog: Arc<dyn Catalog> = Arc::new(open_catalog(first).await?);
 
@@ -180,14 +174,8 @@ impl Daemon {
             closing: watch_closing,
             http: HttpCounters::default(),
         });
-        let allowed =
-            Allowed { uids: config.control_uids.clone(), gids: config.control_gids.clone() };
-        let Place { path: control_socket, passed } = control;
-        let control = match passed {
-            Some(socket) => server::Server::on_passed(socket, &control_socket, app, allowed),
-            None => server::Server::bind(&control_socket, app, allowed).await,
-        };
-        let control = match control {
+        let control_socket = control.path.clone();
+        let control = match listen(control, app, config).await {
             Ok(control) => control,
             Err(error) => {
                 manager.stop().await;
@@ -200,7 +188,7 @@ impl Daemon {
             control = %control_socket.display(), nbd = %sockets.nbd.display(),
             replica = %sockets.replica.display(), "daemon is ready"
         );
-        let keeping = tokio::spawn(keep_recordings(Arc::clone(&recordings), Arc::clone(&registry)));
+        let keeping = Keeping::start(recordings, registry);
         Ok(DaemonHandle {
             control,
             backend,
@@ -210,8 +198,6 @@ impl Daemon {
             sockets,
             closing,
             opening,
-            recordings,
-            registry,
             keeping,
         })
     }
@@ -252,9 +238,7 @@ impl DaemonHandle {
     /// are served what they asked for and hung up; the catalog is closed.
     pub async fn shutdown(self) {
         self.opening.abort();
-        self.keeping.abort();
-        // While all that is open still is; what is read from now on is little.
-        keep(&self.recordings, &self.registry).await;
+        self.keeping.end().await;
         self.closing.send_replace(true);
         self.control.shutdown().await;
         let (manager, vms) = (&self.manager, leave_vms(self.exporter));
@@ -316,17 +300,21 @@ async fn open_catalog(disk: &Path) -> Result<Embedded, DaemonError> {
     }
 }
 
+/// Starts to listen for commands.
+async fn listen(place: Place, app: App, config: &Config) -> Result<server::Server, BindError> {
+    let allowed = Allowed { uids: config.control_uids.clone(), gids: config.control_gids.clone() };
+    match place.passed {
+        Some(socket) => server::Server::on_passed(socket, &place.path, app, allowed),
+        None => server::Server::bind(&place.path, app, allowed).await,
+    }
+}
+
 /// The recordings of the daemon whose first disk is `disk`.
 async fn open_recordings(disk: &Path) -> Result<Arc<Recordings>, DaemonError> {
     let path = state_dir(disk).join(TRACES);
     let open = move || Recordings::open(&path).map(Arc::new).map_err(DaemonError::Recordings);
     let opened = tokio::task::spawn_blocking(open).await;
     opened.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
-}
-
-async fn keep(recordings: &Arc<Recordings>, registry: &Arc<Exports>) {
-    let (recordings, registry) = (Arc::clone(recordings), Arc::clone(registry));
-    let _panicked = tokio::task::spawn_blocking(move || recordings.keep_all(&registry)).await;
 }
 
 /// Takes the recordings away of images that have gone while nobody was there.
@@ -341,12 +329,35 @@ async fn clean(manager: &Manager, recordings: &Arc<Recordings>) {
     let _panicked = tokio::task::spawn_blocking(clean).await;
 }
 
-/// Keeps what is recorded every few seconds.
-async fn keep_recordings(recordings: Arc<Recordings>, registry: Arc<Exports>) {
-    loop {
-        tokio::time::sleep(KEEP_INTERVAL).await;
-        keep(&recordings, &registry).await;
+/// Keeps the traces that are recorded, every few seconds.
+struct Keeping {
+    recordings: Arc<Recordings>,
+    registry: Arc<Exports>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Keeping {
+    fn start(recordings: Arc<Recordings>, registry: Arc<Exports>) -> Self {
+        let (kept, exports) = (Arc::clone(&recordings), Arc::clone(&registry));
+        let task = tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(KEEP_INTERVAL).await;
+                keep(&kept, &exports).await;
+            }
+        });
+        Self { recordings, registry, task }
     }
+
+    /// While all that is open still is; what is read from now on is little.
+    async fn end(&self) {
+        self.task.abort();
+        keep(&self.recordings, &self.registry).await;
+    }
+}
+
+async fn keep(recordings: &Arc<Recordings>, registry: &Arc<Exports>) {
+    let (recordings, registry) = (Arc::clone(recordings), Arc::clone(registry));
+    let _panicked = tokio::task::spawn_blocking(move || recordings.keep_all(&registry)).await;
 }
 
 /// What the readers of an image's export did so far.

@@ -15,6 +15,7 @@ use std::thread::JoinHandle;
 
 use super::config::NbdSecurity;
 use super::{Config, DaemonError};
+use crate::control::Sockets;
 use crate::peer::Allowed;
 use crate::serve::activation::{Inherited, Kind, Passed};
 use crate::serve::{Exports, ServeError, Stopper, nbd, replica};
@@ -42,6 +43,13 @@ pub(super) struct Readers {
     pub(super) nbd: Place,
     pub(super) replica: Place,
     tcp: Option<Tcp>,
+}
+
+impl Readers {
+    /// Their paths, with those of VMs in `vms`.
+    pub(super) fn sockets(&self, vms: PathBuf) -> Sockets {
+        Sockets { nbd: self.nbd.path.clone(), replica: self.replica.path.clone(), vms }
+    }
 }
 
 /// The server on a network.

@@ -22,7 +22,7 @@ use super::demand::{Demand, Urgency};
 use super::error::FetchError;
 use super::http::Answer;
 use super::limit::RateLimit;
-use super::needs::Need;
+use super::needs::unless_needed;
 use super::pipeline::{Cutter, Feed, Stopped};
 use super::policy::Policy;
 use super::progress::{Phase, Progress};
@@ -320,17 +320,13 @@ impl Fleet {
             let filling = answer.fill(at, room, &way.client, patience);
             let filled = match needs {
                 None => filling.await,
-                Some((demand, piece)) => tokio::select! {
-                    biased;
-                    filled = filling => filled,
-                    need = demand.need(&piece, moved, patience) => match need {
-                        Need::Heed => continue,
-                        Need::Elsewhere => {
-                            Book::leave(held.claim_mut());
-                            return Err(Broken::Elsewhere);
-                        }
-                    },
-                },
+                Some((demand, piece)) => {
+                    let unless = demand.need(&piece, moved, patience);
+                    match unless_needed(filling, unless, held).await? {
+                        Some(filled) => filled,
+                        None => continue,
+                    }
+                }
             };
             moved = Instant::now();
             self.state.starved.fetch_add(nanos(begin.elapsed()), Ordering::Relaxed);

@@ -48,6 +48,26 @@ impl Piece {
     }
 }
 
+/// What a read gives; `None` if a reader needs something of the piece first. A read that is given up has
+/// taken nothing.
+pub(super) async fn unless_needed<T>(
+    reading: impl Future<Output = T>,
+    need: impl Future<Output = Need>,
+    held: &mut Held<'_>,
+) -> Result<Option<T>, Broken> {
+    tokio::select! {
+        biased;
+        read = reading => Ok(Some(read)),
+        need = need => match need {
+            Need::Heed => Ok(None),
+            Need::Elsewhere => {
+                Book::leave(held.claim_mut());
+                Err(Broken::Elsewhere)
+            }
+        }
+    }
+}
+
 impl Demand {
     /// Waits until a reader needs something of this piece, of which something came at `moved`, and of
     /// which nothing may come for `most`.
