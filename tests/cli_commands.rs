@@ -138,7 +138,8 @@ fn what_has_happened_is_told_later_with_its_reasons() {
         stdout(&output)
     };
     let all = told(&["events"]);
-    let reason = |line: &str| line.contains("lost") && line.contains("SHA-256") && line.contains(&digest);
+    let reason =
+        |line: &str| line.contains("lost") && line.contains("SHA-256") && line.contains(&digest);
     assert!(all.lines().any(reason) && all.contains("image.created"), "{all}");
     assert!(all.lines().all(|line| line.starts_with("20") && !line.contains("snapshot")), "{all}");
     let one = told(&["events", "--image", "good", "--json"]);
