@@ -263,7 +263,8 @@ pub struct Chart {
     pub l2_tables: Vec<u64>,
     pub extensions: Vec<u64>,
     pub snapshots: Vec<u64>,
-    /// The entries of the bitmap directory, and the tables that they name.
+    /// The bitmap directory, its entries, and the tables that they name.
+    pub bitmap_directory: Option<Range<u64>>,
     pub bitmaps: Vec<u64>,
     pub bitmap_tables: Vec<Range<u64>>,
 }
@@ -336,8 +337,10 @@ impl Chart {
         let is_of_bitmaps = |ext: &&u64| word(**ext) == u64::from(BITMAPS);
         let of_bitmaps = extensions.iter().rfind(is_of_bitmaps).filter(|_| v3 && quad(88) & 1 != 0);
         let (mut bitmaps, mut bitmap_tables) = (Vec::new(), Vec::new());
+        let mut bitmap_directory = None;
         if let Some(ext) = of_bitmaps {
             let (size, mut at) = (quad(ext + 16), quad(ext + 24));
+            bitmap_directory = Some(at..at.saturating_add(size));
             let end = at.saturating_add(size).min(bytes.len() as u64);
             while at < end {
                 bitmaps.push(at);
@@ -346,7 +349,17 @@ impl Chart {
                 at += (24 + (word(at + 16) & 0xffff) + word(at + 20)).next_multiple_of(8);
             }
         }
-        Self { cluster, entry_bytes, l1, l2_tables, extensions, snapshots, bitmaps, bitmap_tables }
+        Self {
+            cluster,
+            entry_bytes,
+            l1,
+            l2_tables,
+            extensions,
+            snapshots,
+            bitmap_directory,
+            bitmaps,
+            bitmap_tables,
+        }
     }
 
     /// The length of the disk when this snapshot was taken, in whole sectors.

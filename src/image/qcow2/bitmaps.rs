@@ -24,9 +24,9 @@
 //! | any of this while autoclear bit 0 is clear | opened |
 
 use std::collections::{HashSet, VecDeque};
+use std::ffi::CStr;
 use std::ops::Range;
 
-use sha2::{Digest, Sha256};
 use zerocopy::FromBytes;
 
 use super::header::{ClusterBits, Header};
@@ -105,6 +105,7 @@ pub struct Bitmaps {
     /// The beginning of an entry whose end is still to come.
     begun: Vec<u8>,
     found: u32,
+    /// Digests of names: at their full length all names would be 64 MiB.
     names: HashSet<[u8; 32]>,
     tables: VecDeque<Table>,
     /// Bytes of tables that qemu reads, and of those that are marked in use.
@@ -253,8 +254,8 @@ impl Bitmaps {
         self.found += 1;
         let in_use = raw.is_in_use();
         // To qemu a name ends at a zero byte.
-        let name = name.split(|&byte| byte == 0).next().unwrap_or_default();
-        if !self.names.insert(Sha256::digest(name).into()) {
+        let name = CStr::from_bytes_until_nul(name).map_or(name, CStr::to_bytes);
+        if !self.names.insert(blake3::hash(name).into()) {
             if !in_use {
                 let (field, need) = ("bitmap name", "one that no other bitmap has");
                 let name_at = at + size_of::<RawBitmapEntry>() as u64;
