@@ -335,8 +335,7 @@ fn decides(field: &Field) -> bool {
         "backing_file_offset",
         "extra_data_size",
     ];
-    let of_bitmaps = field.part == Part::Directory && field.name != "bitmap name";
-    names.contains(&field.name) || field.part == Part::ExtensionLength || of_bitmaps
+    names.contains(&field.name) || matches!(field.part, Part::ExtensionLength | Part::Directory)
 }
 
 /// Lines of `qemu-img check` about what only a writer looks at: how often a cluster is used, the

@@ -443,7 +443,7 @@ impl<'a> Site<'a> {
             }
             let name = mark.name.as_bytes();
             self.built.bytes[at + 24..at + 24 + name.len()].copy_from_slice(name);
-            self.field(Part::Directory, "bitmap name", at + 24, 2.min(name.len()));
+            self.field(Part::Directory, "bitmap name", at + 24 + name.len() - 1, 1);
             at += mark_bytes(mark);
         }
         let (count, reserved) = (u32::try_from(plan.bitmaps.len()).unwrap(), [0; 4]);

@@ -105,9 +105,10 @@ pub fn samples() -> Vec<Sample> {
     };
     // As `qemu-img bitmap --add` makes them, one of them disabled, and one of a writer that died.
     let mark = |name, flags, granularity_bits| Mark { name, flags, granularity_bits };
-    let bitmaps = vec![mark("b0", 2, 16), mark("disabled", 0, 9), mark("b2", 3, 12)];
+    let bitmaps =
+        vec![mark("b0", 2, 16), mark("disabled-1", 0, 9), mark("b1", 2, 9), mark("b2", 3, 12)];
     let features = [0, 0, 1];
-    let marked = Plan { bitmaps, features, disk: standard(), ..Plan::new(9, 9 * 512 - 300) };
+    let marked = Plan { bitmaps, features, disk: standard(), ..Plan::new(9, 9 * 512) };
     let mut all = vec![
         sample("v3", &v3),
         sample("v2", &v2),
@@ -232,7 +233,7 @@ pub fn special(sample: &Sample, field: &Field) -> Vec<u64> {
             known.map(u64::from).to_vec()
         }
         Part::Directory => {
-            let names = [0x6230, 0x6232, 0x6200, 0x0062];
+            let names = [0x30, 0x31, 0x32, 0x00];
             let numbers = [0, 1, 2, 3, 4, 8, 9, 31, 32, 1023, 1024, cluster, len, 1 << 20];
             [&numbers[..], &names, &[(1 << 20) + 1, 1 << 63, 0_u64.wrapping_sub(cluster)]].concat()
         }
