@@ -368,7 +368,8 @@ fn flipped_bits_give_qemus_bytes_or_an_error() {
     }
     let dir = TempDir::new().unwrap();
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds/qcow2_tables");
-    let names = ["v2_512_zlib", "v3_512_zstd", "v3_512_plain", "v3_1024_lazy", "v3_4096"];
+    let names =
+        ["v2_512_zlib", "v3_512_zstd", "v3_512_plain", "v3_1024_lazy", "v3_4096", "v3_512_bitmaps"];
     let images = names.map(|name| std::fs::read(folder.join(name)).unwrap());
     let mut accepted = 0;
     for seed in seeds() {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use bedplate::disk::Sealed;
 use bedplate::image::qcow2::Terms;
-use bedplate::image::{MAX_LAYERS, Opening, RunKind, View, inspect};
+use bedplate::image::{Inspection, MAX_LAYERS, Opening, RunKind, Verdict, View, inspect};
 use bedplate::units::GuestOffset;
 use qcow2_common::{Random, all_bytes, assert_same, have_qemu, open, qemu_bytes, raw_disk, run};
 use tempfile::TempDir;
@@ -387,6 +387,29 @@ fn refcount_widths_bitmaps_and_resizes_change_nothing() {
         assert_eq!(view.size_bytes(), 700 << 20);
         run("qemu-img", &["resize", "-q", "--shrink", path, "1M"]);
         compare(&image, &format!("refcount_bits {width}, shrunk"));
+    }
+}
+
+#[test]
+fn bitmaps_that_qemu_made_are_counted_and_change_nothing() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let mut random = Random(7);
+    for options in ["cluster_size=512", "cluster_size=65536", "extended_l2=on"] {
+        let image = create(dir.path(), options, 9 << 20);
+        let path = image.to_str().unwrap();
+        for (name, granularity) in [("b0", "65536"), ("b1", "512"), ("disabled", "4096")] {
+            run("qemu-img", &["bitmap", "--add", "-g", granularity, path, name]);
+        }
+        run("qemu-img", &["bitmap", "--disable", path, "disabled"]);
+        qemu_io(&image, &commands(&mut random, 9 << 20, 65_536, true));
+        compare(&image, options);
+        let file = File::open(&image).unwrap();
+        let found = Inspection::of_file(&file, &image, None, &Terms::default()).unwrap();
+        assert_eq!((found.verdict, &found.findings[..]), (Verdict::Ok, &[][..]), "{options}");
+        assert_eq!(found.info.unwrap().bitmaps, Some(3), "{options}");
     }
 }
 

@@ -1,7 +1,7 @@
 //! Every field of every kind of image, set to its edges: the reader names the field and its place,
 //! or gives qemu's bytes; and an inspection says beforehand which of the two.
 //!
-//! `QCOW2_SEED` and `QCOW2_RUNS` choose other values and more of them.
+//! `QCOW2_SEED` and `QCOW2_RUNS` choose other values and more of them, `QCOW2_SAMPLE` one kind.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod qcow2_common;
@@ -335,7 +335,7 @@ fn decides(field: &Field) -> bool {
         "backing_file_offset",
         "extra_data_size",
     ];
-    names.contains(&field.name) || field.part == Part::ExtensionLength
+    names.contains(&field.name) || matches!(field.part, Part::ExtensionLength | Part::Directory)
 }
 
 /// Lines of `qemu-img check` about what only a writer looks at: how often a cluster is used, the
@@ -403,7 +403,10 @@ fn damage_all(mut damages: impl FnMut(&Sample, &mut Random) -> Vec<Damage>) {
         return;
     }
     let (mut counts, mut faults) = (BTreeMap::<&str, u64>::new(), 0);
-    for sample in &samples() {
+    // One kind alone, to look into it.
+    let only = std::env::var("QCOW2_SAMPLE").ok();
+    let wanted = |sample: &&Sample| only.as_deref().is_none_or(|name| name == sample.name);
+    for sample in samples().iter().filter(wanted) {
         let mut random = Random(number("QCOW2_SEED", 0));
         let mut bench = Bench::new(sample);
         for (changes, ask) in damages(sample, &mut random) {
@@ -451,7 +454,14 @@ fn one_field_at_an_edge_is_named_or_the_bytes_are_qemus() {
             let asked = some(&values, most.div_ceil(fields.len()), random);
             all.extend(values.into_iter().map(|v| (vec![(field, v)], asked.contains(&v))));
         }
-        for part in [Part::L1, Part::L2, Part::Bitmap, Part::ExtensionType] {
+        for part in [
+            Part::L1,
+            Part::L2,
+            Part::Bitmap,
+            Part::ExtensionType,
+            Part::Directory,
+            Part::BitmapTable,
+        ] {
             let of_part = |f: &&Field| f.part == part;
             let fields: Vec<Field> = fields.iter().filter(of_part).copied().collect();
             let count = fields.first().map_or(0, |field| special(sample, field).len());

@@ -158,5 +158,7 @@ fn facts(found: &Inspection) -> Vec<(&'static str, String)> {
         let text = format!("{data} of data, {compressed} compressed{codec}, {zero} zero");
         facts.push(("clusters", text));
     }
+    let bitmaps = found.bitmaps.filter(|&count| count > 0);
+    facts.extend(bitmaps.map(|count| ("bitmaps", count.to_string())));
     facts
 }

@@ -39,6 +39,8 @@ pub struct Inspection {
     pub compressed_clusters: Option<u64>,
     /// QCOW2: clusters that are zero, or not stored.
     pub zero_clusters: Option<u64>,
+    /// QCOW2: number of bitmaps that are up to date.
+    pub bitmaps: Option<u32>,
     /// QCOW2: the internal snapshots, the oldest first.
     pub snapshots: Vec<Snapshot>,
 }
@@ -89,6 +91,7 @@ impl From<&image::Inspection> for Inspection {
             data_clusters: clusters.map(|counts| counts.data),
             compressed_clusters: clusters.map(|counts| counts.compressed),
             zero_clusters: clusters.map(|counts| counts.zero),
+            bitmaps: info.and_then(|info| info.bitmaps),
             snapshots: inspection.snapshots.iter().map(Snapshot::from).collect(),
         }
     }

@@ -34,6 +34,8 @@ pub struct Info {
     pub extended_l2: Option<bool>,
     /// QCOW2 only: number of internal snapshots.
     pub snapshots: Option<u32>,
+    /// QCOW2 only: number of bitmaps that are up to date.
+    pub bitmaps: Option<u32>,
     /// Only from [`inspect`], and where there are clusters: how many of each kind.
     pub clusters: Option<ClusterCounts>,
     /// Oddities that change no byte, in words: dirty bit, reserved bits, looks like a VMDK.
@@ -181,6 +183,7 @@ impl Info {
             compression: None,
             extended_l2: None,
             snapshots: None,
+            bitmaps: None,
             clusters: None,
             notes,
         })

@@ -18,7 +18,7 @@ use crate::fetch::threads::{blocking, in_place};
 use crate::fetch::{
     Engine, FetchError, Fetched, MAX_PART_BYTES, Pipeline, Progress, Source, SourceFile, transfer,
 };
-use crate::image::qcow2::{Given, Header, Image};
+use crate::image::qcow2::{Bitmaps, Given, Header, Image};
 use crate::image::{Format, ImageError, detect};
 use crate::ring::BufShare;
 
@@ -104,7 +104,7 @@ fn not_packed(filling: &Filling, source: &Source) -> Result<(), ImportError> {
     }
 }
 
-/// Fetches and judges header and L1 table.
+/// Fetches and judges header, bitmaps and L1 table.
 pub(super) async fn open_image(
     file: &SourceFile<'_>,
     mut head: Vec<u8>,
@@ -117,8 +117,13 @@ pub(super) async fn open_image(
         head = file.read(0..wanted).await?;
     }
     head.truncate(usize::try_from(wanted.max(512)).unwrap_or(usize::MAX));
-    let header =
-        Header::parse(&head, total, given).map_err(|fault| ImageError::fault(name, fault))?;
+    let refused = |fault| ImageError::fault(name, fault);
+    let mut header = Header::parse(&head, total, given).map_err(refused)?;
+    let mut bitmaps = Bitmaps::of(&header, total);
+    while let Some(range) = bitmaps.wanted() {
+        bitmaps.take(&file.read(range).await?).map_err(refused)?;
+    }
+    header.notes.extend(bitmaps.notes());
     let range = header.l1_needed();
     let mut l1 = Vec::new();
     let mut at = range.start;

@@ -27,6 +27,9 @@ pub enum Part {
     L1,
     L2,
     Bitmap,
+    /// Of the bitmap directory, and of the tables that it names.
+    Directory,
+    BitmapTable,
 }
 
 /// A number in the file, big-endian.
@@ -68,6 +71,15 @@ pub struct Snap {
     pub disk: Vec<(u64, Piece)>,
 }
 
+/// A bitmap. The first of its clusters has bits that are set, the others are not stored.
+#[derive(Clone, Debug)]
+pub struct Mark {
+    pub name: &'static str,
+    /// 1: in use, 2: enabled.
+    pub flags: u32,
+    pub granularity_bits: u32,
+}
+
 /// What an image is to be.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -84,8 +96,8 @@ pub struct Plan {
     pub external: bool,
     pub size_bytes: u64,
     pub refcount_order: u32,
-    /// True if there is a bitmap, of nothing.
-    pub bitmap: bool,
+    /// The bitmaps.
+    pub bitmaps: Vec<Mark>,
     /// L1 entries that the disk does not need.
     pub spare_l1: usize,
     pub disk: Vec<(u64, Piece)>,
@@ -150,7 +162,7 @@ impl Plan {
             external: false,
             size_bytes,
             refcount_order: 4,
-            bitmap: false,
+            bitmaps: Vec::new(),
             spare_l1: 0,
             disk: Vec::new(),
             snapshots: Vec::new(),
@@ -173,7 +185,7 @@ impl Plan {
         let mut site = Site::new(self);
         let (l1_at, l1_entries) = site.disk(&self.disk, &[]);
         let snapshots_at = site.snapshots();
-        let bitmaps = if self.bitmap { Some(site.bitmap()) } else { None };
+        let bitmaps = site.bitmaps();
         site.header(l1_at, l1_entries, snapshots_at, bitmaps);
         site.refcounts();
         if self.external {
@@ -395,19 +407,48 @@ impl<'a> Site<'a> {
         table_at
     }
 
-    /// A bitmap's table of one zero, and the directory that names it: the extension's data.
-    fn bitmap(&mut self) -> Vec<u8> {
-        let (table_at, directory_at) = (self.alloc(1), self.alloc(1));
-        // Table, its length, flags, type, granularity, bytes of the name and of extra data, name.
-        self.put(directory_at, table_at as u64, 8);
-        let rest = [(8, 1, 4), (12, 0, 4), (16, 1, 1), (17, 20, 1), (18, 1, 2), (20, 0, 4)];
-        for (offset, value, len) in rest {
-            self.put(directory_at + offset, value, len);
+    /// Tables and directory of the bitmaps: the extension's data, if there are any.
+    fn bitmaps(&mut self) -> Option<Vec<u8>> {
+        let plan = self.plan;
+        if plan.bitmaps.is_empty() {
+            return None;
         }
-        self.put(directory_at + 24, u64::from(b'b'), 1);
-        let (count, reserved) = (1_u32.to_be_bytes(), [0; 4]);
-        let place = [32_u64.to_be_bytes(), (directory_at as u64).to_be_bytes()].concat();
-        [&count[..], &reserved, &place].concat()
+        let len: usize = plan.bitmaps.iter().map(mark_bytes).sum();
+        let directory_at = self.alloc(len.div_ceil(plan.cluster()));
+        let mut at = directory_at;
+        for mark in &plan.bitmaps {
+            let bits = (plan.size_bytes / 512 * 512).div_ceil(1 << mark.granularity_bits);
+            let needed = n(bits.div_ceil(8)).div_ceil(plan.cluster());
+            // One in use may be of an earlier, larger disk.
+            let entries = if mark.flags & 1 == 0 { needed } else { needed + 1 };
+            let table_at = self.alloc((8 * entries).div_ceil(plan.cluster()));
+            let bits_at = self.alloc(1);
+            self.put(bits_at, 0x0102_0408, 8);
+            self.put(table_at, bits_at as u64, 8);
+            for index in 0..entries {
+                self.field(Part::BitmapTable, "bitmap table entry", table_at + 8 * index, 8);
+            }
+            let head = [
+                ("bitmap_table_offset", 0, 8, table_at as u64),
+                ("bitmap_table_size", 8, 4, entries as u64),
+                ("bitmap flags", 12, 4, mark.flags.into()),
+                ("bitmap type", 16, 1, 1),
+                ("granularity_bits", 17, 1, mark.granularity_bits.into()),
+                ("name_size", 18, 2, mark.name.len() as u64),
+                ("bitmap extra_data_size", 20, 4, 0),
+            ];
+            for (name, offset, len, value) in head {
+                self.put(at + offset, value, len);
+                self.field(Part::Directory, name, at + offset, len);
+            }
+            let name = mark.name.as_bytes();
+            self.built.bytes[at + 24..at + 24 + name.len()].copy_from_slice(name);
+            self.field(Part::Directory, "bitmap name", at + 24 + name.len() - 1, 1);
+            at += mark_bytes(mark);
+        }
+        let (count, reserved) = (u32::try_from(plan.bitmaps.len()).unwrap(), [0; 4]);
+        let place = [(len as u64).to_be_bytes(), (directory_at as u64).to_be_bytes()].concat();
+        Some([&count.to_be_bytes()[..], &reserved, &place].concat())
     }
 
     fn header(
@@ -423,11 +464,13 @@ impl<'a> Site<'a> {
         let bitmaps: Vec<_> = bitmaps.map(|data| (BITMAPS, data)).into_iter().collect();
         let end = [(0, Vec::new())];
         for (magic, data) in plan.extensions.iter().chain(&bitmaps).chain(&end) {
-            names.push((Part::ExtensionType, "extension type", at));
-            names.push((Part::ExtensionLength, "extension length", at + 4));
+            names.push((Part::ExtensionType, "extension type", at, 4));
+            names.push((Part::ExtensionLength, "extension length", at + 4, 4));
             if *magic == BITMAPS {
-                // The others lead to a directory, which this reader does not look at.
-                names.push((Part::ExtensionLength, "bitmaps reserved", at + 12));
+                names.push((Part::ExtensionLength, "bitmaps count", at + 8, 4));
+                names.push((Part::ExtensionLength, "bitmaps reserved", at + 12, 4));
+                names.push((Part::ExtensionLength, "bitmaps directory size", at + 16, 8));
+                names.push((Part::ExtensionLength, "bitmaps directory offset", at + 24, 8));
             }
             ext.extend(magic.to_be_bytes());
             ext.extend(u32::try_from(data.len()).unwrap().to_be_bytes());
@@ -468,8 +511,8 @@ impl<'a> Site<'a> {
                 self.field(Part::Header, name, at, len);
             }
         }
-        for (part, name, at) in names {
-            self.field(part, name, at, 4);
+        for (part, name, at, len) in names {
+            self.field(part, name, at, len);
         }
     }
 
@@ -510,4 +553,9 @@ impl<'a> Site<'a> {
 /// Bytes of a snapshot's entry.
 fn snapshot_bytes(snap: &Snap) -> usize {
     (40 + snap.extra_bytes + snap.id.len() + snap.name.len()).next_multiple_of(8)
+}
+
+/// Bytes of a bitmap's entry in the directory.
+fn mark_bytes(mark: &Mark) -> usize {
+    (24 + mark.name.len()).next_multiple_of(8)
 }

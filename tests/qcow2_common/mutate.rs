@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::Random;
 use super::craft_big::{
     BACKING_FORMAT, BITMAPS, Built, COMPRESSED, COPIED, DATA_FILE_NAME, ENCRYPTION_HEADER,
-    FEATURE_NAMES, Field, Part, Piece, Plan, Snap, content, n,
+    FEATURE_NAMES, Field, Mark, Part, Piece, Plan, Snap, content, n,
 };
 
 /// A sound image, and what a reader is given beside it.
@@ -103,7 +103,12 @@ pub fn samples() -> Vec<Sample> {
         disk: not_packed(standard()),
         ..Plan::new(12, 8 * 4096)
     };
-    let marked = Plan { bitmap: true, features: [0, 0, 1], ..plain.clone() };
+    // As `qemu-img bitmap --add` makes them, one of them disabled, and one of a writer that died.
+    let mark = |name, flags, granularity_bits| Mark { name, flags, granularity_bits };
+    let bitmaps =
+        vec![mark("b0", 2, 16), mark("disabled-1", 0, 9), mark("b1", 2, 9), mark("b2", 3, 12)];
+    let features = [0, 0, 1];
+    let marked = Plan { bitmaps, features, disk: standard(), ..Plan::new(9, 9 * 512) };
     let mut all = vec![
         sample("v3", &v3),
         sample("v2", &v2),
@@ -227,6 +232,25 @@ pub fn special(sample: &Sample, field: &Field) -> Vec<u64> {
             let known = [BACKING_FORMAT, BITMAPS, DATA_FILE_NAME, ENCRYPTION_HEADER, FEATURE_NAMES];
             known.map(u64::from).to_vec()
         }
+        Part::Directory => {
+            let names = [0x30, 0x31, 0x32, 0x00];
+            let numbers = [0, 1, 2, 3, 4, 8, 9, 31, 32, 1023, 1024, cluster, len, 1 << 20];
+            [&numbers[..], &names, &[(1 << 20) + 1, 1 << 63, 0_u64.wrapping_sub(cluster)]].concat()
+        }
+        Part::BitmapTable => vec![
+            1,
+            2,
+            len,
+            len | 1,
+            cluster,
+            cluster | 1,
+            cluster / 2,
+            len - cluster / 2,
+            1 << 55,
+            1 << 56,
+            1 << 63,
+            0x00ff_ffff_ffff_fe00,
+        ],
         Part::Header | Part::ExtensionLength | Part::Snapshot => Vec::new(),
     }
 }
@@ -240,6 +264,10 @@ pub struct Chart {
     pub l2_tables: Vec<u64>,
     pub extensions: Vec<u64>,
     pub snapshots: Vec<u64>,
+    /// The bitmap directory, its entries, and the tables that they name.
+    pub bitmap_directory: Option<Range<u64>>,
+    pub bitmaps: Vec<u64>,
+    pub bitmap_tables: Vec<Range<u64>>,
 }
 
 const TABLES: [&str; 6] = [
@@ -307,7 +335,32 @@ impl Chart {
         }
         // Where the next one would be: it may be cut off by the end of the area.
         extensions.push(at);
-        Self { cluster, entry_bytes, l1, l2_tables, extensions, snapshots }
+        let is_of_bitmaps = |ext: &&u64| word(**ext) == u64::from(BITMAPS);
+        let of_bitmaps = extensions.iter().rfind(is_of_bitmaps).filter(|_| v3 && quad(88) & 1 != 0);
+        let (mut bitmaps, mut bitmap_tables) = (Vec::new(), Vec::new());
+        let mut bitmap_directory = None;
+        if let Some(ext) = of_bitmaps {
+            let (size, mut at) = (quad(ext + 16), quad(ext + 24));
+            bitmap_directory = Some(at..at.saturating_add(size));
+            let end = at.saturating_add(size).min(bytes.len() as u64);
+            while at < end {
+                bitmaps.push(at);
+                let table = quad(at);
+                bitmap_tables.push(table..table.saturating_add(8 * word(at + 8)));
+                at += (24 + (word(at + 16) & 0xffff) + word(at + 20)).next_multiple_of(8);
+            }
+        }
+        Self {
+            cluster,
+            entry_bytes,
+            l1,
+            l2_tables,
+            extensions,
+            snapshots,
+            bitmap_directory,
+            bitmaps,
+            bitmap_tables,
+        }
     }
 
     /// The length of the disk when this snapshot was taken, in whole sectors.
@@ -327,6 +380,7 @@ impl Chart {
             })
         };
         let of_snapshot = |shift| self.snapshots.iter().any(|&snap| snap + shift == at);
+        let of_bitmap = |shift| self.bitmaps.iter().any(|&entry| entry + shift == at);
         if HEADER.contains(&(name, at)) {
             return true;
         }
@@ -346,6 +400,18 @@ impl Chart {
             "l1_size" => of_snapshot(8),
             "extra_data_size" => of_snapshot(36),
             "snapshot disk size" => of_snapshot(48),
+            "bitmap_table_offset" => of_bitmap(0),
+            "bitmap_table_size" => of_bitmap(8),
+            "bitmap flags" => of_bitmap(12),
+            "bitmap type" => of_bitmap(16),
+            "granularity_bits" => of_bitmap(17),
+            "name_size" => of_bitmap(18),
+            "bitmap extra_data_size" => of_bitmap(20),
+            "bitmap name" => of_bitmap(24),
+            "bitmap table entry" => {
+                let of = |t: &Range<u64>| t.contains(&at) && (at - t.start).is_multiple_of(8);
+                self.bitmap_tables.iter().any(of)
+            }
             _ if name.starts_with("extension ") => {
                 self.extensions.iter().any(|ext| at.wrapping_sub(*ext) < 8)
             }
@@ -363,6 +429,7 @@ pub fn explains(field: &Field, name: &str, at: u64) -> bool {
     let is = |names: &[&str]| names.contains(&name);
     let table = TABLES.contains(&name);
     let extension = name.starts_with("extension ") || name.starts_with("bitmaps ");
+    let bitmap = name.starts_with("bitmap") || is(&["granularity_bits", "name_size"]);
     let snapshot = is(&["snapshots_offset", "extra_data_size", "l1_size", "l1_table_offset"])
         || name == "snapshot disk size";
     if own.contains(&at) {
@@ -376,28 +443,32 @@ pub fn explains(field: &Field, name: &str, at: u64) -> bool {
                 || is(&["compression_type", "cluster_bits", "l1_size", "autoclear_features"])
         }
         (Part::Header, "header_length") => extension || is(&["compression_type"]),
-        (Part::Header, "size") => table || is(&["l1_size"]),
+        (Part::Header, "size") => table || is(&["l1_size", "bitmap_table_size"]),
         (Part::Header, "l1_size") => table || is(&["l1_table_offset"]),
         (Part::Header, "l1_table_offset") => table,
         (Part::Header, "refcount_table_clusters") => is(&["refcount_table_offset"]),
         (Part::Header, "nb_snapshots") => snapshot,
         (Part::Header, "snapshots_offset") | (Part::Snapshot, _) => snapshot || table,
         (Part::Header, "backing_file_offset") => extension || is(&["backing_file_size"]),
-        (Part::ExtensionType | Part::ExtensionLength, _) => extension,
+        (Part::ExtensionType | Part::ExtensionLength, _) => extension || bitmap,
+        // The end of an entry is where the next one begins, and its table is where it says.
+        (Part::Directory, _) => bitmap,
         // The entries of the L2 table that it names now, and what lies in that table.
         (Part::L1, _) => table,
         // An entry is its descriptor and its bitmap.
         (Part::L2, _) => name == "subcluster bitmap" && at == own.end,
         (Part::Bitmap, _) => table && at + 8 == own.start,
-        (Part::Header, _) => false,
+        (Part::Header | Part::BitmapTable, _) => false,
     }
 }
 
 /// What this reader refuses and qemu reads, and why.
-const LIBERTIES: [(&str, &str); 15] = [
+const LIBERTIES: [(&str, &str); 17] = [
     ("a table inside the file", "qemu takes what is past the file's end for zeroes"),
     ("a cluster inside the file", "the same"),
     ("inside the file", "the same"),
+    ("a directory inside the file", "the same"),
+    ("bitmap tables of at most 16 MiB together", "a small file could be read for minutes"),
     ("a cluster inside the external data file", "the same"),
     ("past the header's cluster", "metadata is no data"),
     ("not in the L1 table", "the same"),

@@ -392,6 +392,41 @@ fn a_source_is_inspected_by_its_tables_alone() {
 }
 
 #[test]
+fn bitmaps_of_a_source_are_judged_before_it_is_expanded() {
+    let seed =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds/qcow2_inspect/v3_512_bitmaps");
+    let sound = std::fs::read(seed).unwrap();
+    // The directory is the last thing that qemu wrote; its first entry's type is behind the flags.
+    let type_at = sound.len() - 96 + 16;
+    let mut damaged = sound.clone();
+    assert_eq!(std::mem::replace(&mut damaged[type_at], 2), 1);
+    for (bytes, refused) in [(sound, false), (damaged, true)] {
+        let temp = tempfile::tempdir().unwrap();
+        let local = temp.path().join("local.qcow2");
+        std::fs::write(&local, &bytes).unwrap();
+        let server = FaultServer::start(move |request| Reply::ranged(request, &bytes, ETAG));
+        let engine = engine(temp.path(), Choice::Auto);
+        let said = expand(&engine, &server, temp.path(), Expect::default()).map_err(|e| e.report());
+        let place = format!("bitmap type at byte {type_at:#x} is 0x2");
+        match said {
+            Ok(_) => assert!(!refused && output(temp.path())[..1024] == [5; 1024]),
+            Err(text) => assert!(refused && text.contains(&place), "{text}"),
+        }
+        let url = format!("{}/s.qcow2", server.url);
+        let found = [&url, local.to_str().unwrap()].map(|target| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_bedplate"));
+            let found = command.args(["inspect", target, "--json"]).output().unwrap();
+            serde_json::from_slice::<serde_json::Value>(&found.stdout).unwrap()
+        });
+        let [of_url, of_file] = &found;
+        assert_eq!(of_url["verdict"], if refused { "refused" } else { "ok" }, "{of_url}");
+        assert_eq!(of_url["findings"].to_string().contains(&place), refused, "{of_url}");
+        assert_eq!(of_url["bitmaps"].as_u64(), (!refused).then_some(3));
+        assert_eq!(of_url["findings"], of_file["findings"], "the same of the file as of the URL");
+    }
+}
+
+#[test]
 fn another_format_is_inspected_by_its_table_and_not_expanded() {
     for (name, image, _) in blocks_common::all() {
         let temp = tempfile::tempdir().unwrap();

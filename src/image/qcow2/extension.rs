@@ -7,6 +7,7 @@
 
 use zerocopy::FromBytes;
 
+use super::bitmaps::BitmapDirectory;
 use super::header::{ClusterBits, Given};
 use super::raw::{RawBitmaps, RawExtension};
 use crate::image::fault::Fault;
@@ -36,6 +37,7 @@ pub enum BackingFormat {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Extensions {
     pub(super) backing_format: Option<BackingFormat>,
+    pub(super) bitmaps: Option<BitmapDirectory>,
 }
 
 /// What extensions are judged by.
@@ -45,6 +47,7 @@ pub(super) struct Rules {
     pub(super) given: Given,
     /// True if the bitmaps of the image are said to be up to date, so that qemu reads them.
     pub(super) bitmaps: bool,
+    pub(super) file_len_bytes: u64,
 }
 
 /// Reads the extensions in `area`, which begins at byte `at` of the file and ends with the
@@ -84,7 +87,10 @@ pub(super) fn read(area: &[u8], at: u64, rules: Rules) -> Result<Extensions, Fau
                     _another => BackingFormat::Other,
                 });
             }
-            BITMAPS => check_bitmaps(data, len_bytes, at, rules)?,
+            // As qemu: of several the last one counts.
+            BITMAPS => {
+                found.bitmaps = read_bitmaps(data, len_bytes, at, rules)?.or(found.bitmaps);
+            }
             _known_or_not => {}
         }
         let padded = len_bytes.next_multiple_of(8);
@@ -99,9 +105,14 @@ pub(super) fn read(area: &[u8], at: u64, rules: Rules) -> Result<Extensions, Fau
     }
 }
 
-/// Bitmaps are nothing to a reader; an extension that qemu refuses is refused all the same. The
-/// directory that it names is not read.
-fn check_bitmaps(data: &[u8], len_bytes: u64, at: u64, rules: Rules) -> Result<(), Fault> {
+/// The directory that the extension names; `None` if the bitmaps are out of date, as qemu then does
+/// not look at them.
+fn read_bitmaps(
+    data: &[u8],
+    len_bytes: u64,
+    at: u64,
+    rules: Rules,
+) -> Result<Option<BitmapDirectory>, Fault> {
     let need = "24, as for bitmaps";
     let wrong_len = Err(Fault::malformed("extension length", at + 4, len_bytes, need));
     let Ok((raw, _)) = RawBitmaps::read_from_prefix(data) else { return wrong_len };
@@ -109,7 +120,7 @@ fn check_bitmaps(data: &[u8], len_bytes: u64, at: u64, rules: Rules) -> Result<(
         return wrong_len;
     }
     if !rules.bitmaps {
-        return Ok(());
+        return Ok(None);
     }
     let bad = |field, offset, found, need| Err(Fault::malformed(field, at + offset, found, need));
     let (count, reserved) = (raw.nb_bitmaps.get(), raw.reserved.get());
@@ -126,7 +137,10 @@ fn check_bitmaps(data: &[u8], len_bytes: u64, at: u64, rules: Rules) -> Result<(
     if directory & rules.bits.offset_mask() != 0 {
         return bad("bitmaps directory offset", 24, directory, "a multiple of the cluster size");
     }
-    Ok(())
+    if directory.checked_add(size).is_none_or(|end| end > rules.file_len_bytes) {
+        return bad("bitmaps directory offset", 24, directory, "a directory inside the file");
+    }
+    Ok(Some(BitmapDirectory { at: directory, len_bytes: size, count, extension_at: at }))
 }
 
 #[cfg(test)]
@@ -136,7 +150,8 @@ mod tests {
 
     fn check_all(area: &[u8], at: u64) -> Result<(), Fault> {
         let bits = ClusterBits::new(16).unwrap();
-        read(area, at, Rules { bits, given: Given::default(), bitmaps: true }).map(|_| ())
+        let rules = Rules { bits, given: Given::default(), bitmaps: true, file_len_bytes: 1 << 20 };
+        read(area, at, rules).map(|_| ())
     }
 
     fn extension(magic: u32, data: &[u8]) -> Vec<u8> {
@@ -196,6 +211,8 @@ mod tests {
             (bitmaps(1, 0, 0, 0x10000), "bitmaps directory size", 128),
             (bitmaps(1, 0, 1 << 26, 0x10000), "bitmaps directory size", 128),
             (bitmaps(1, 0, 32, 0x10001), "bitmaps directory offset", 136),
+            (bitmaps(1, 0, 32, 1 << 20), "bitmaps directory offset", 136),
+            (bitmaps(1, 0, 32, !0xffff), "bitmaps directory offset", 136),
             (extension(BITMAPS, &[0; 16]), "extension length", 116),
         ] {
             let fault = check_all(&area, 112).unwrap_err();

@@ -8,6 +8,7 @@
 use std::fmt;
 use std::ops::Range;
 
+use super::bitmaps::BitmapDirectory;
 use super::extension::{self, BackingFormat};
 use super::raw::{RawHeader, RawHeaderV3, V2_LEN, V3_MIN_LEN};
 use crate::image::fault::Fault;
@@ -20,6 +21,7 @@ const EXTERNAL_DATA: u64 = 1 << 2;
 const COMPRESSION_TYPE: u64 = 1 << 3;
 const EXTENDED_L2: u64 = 1 << 4;
 const KNOWN_INCOMPATIBLE: u64 = DIRTY | CORRUPT | EXTERNAL_DATA | COMPRESSION_TYPE | EXTENDED_L2;
+const AUTOCLEAR_BITMAPS: u64 = 1 << 0;
 const AUTOCLEAR_RAW_EXTERNAL: u64 = 1 << 1;
 /// The longest name of a backing file.
 const MAX_BACKING_NAME_BYTES: u64 = 1023;
@@ -127,6 +129,8 @@ pub struct Header {
     pub snapshots_at: u64,
     /// Number of internal snapshots.
     pub snapshots: u32,
+    /// The directory of the bitmaps, if there are any that are up to date.
+    pub bitmaps: Option<BitmapDirectory>,
     /// Harmless oddities, in words.
     pub notes: Vec<&'static str>,
 }
@@ -176,7 +180,8 @@ impl Header {
             at => at,
         };
         let area = first_cluster.get(within(features.header_len)..within(end)).unwrap_or_default();
-        let rules = extension::Rules { bits, given, bitmaps: features.autoclear & 1 != 0 };
+        let bitmaps = features.autoclear & AUTOCLEAR_BITMAPS != 0;
+        let rules = extension::Rules { bits, given, bitmaps, file_len_bytes };
         let extensions = extension::read(area, features.header_len, rules)?;
         let mut notes = features.notes();
         if raw.size.get() != size_bytes {
@@ -195,6 +200,7 @@ impl Header {
             external_data: features.incompatible & EXTERNAL_DATA != 0,
             snapshots_at: raw.snapshots_offset.get(),
             snapshots: raw.nb_snapshots.get(),
+            bitmaps: extensions.bitmaps,
             notes,
         })
     }

@@ -55,6 +55,7 @@
 //! # Ok::<_, bedplate::image::ImageError>(())
 //! ```
 
+mod bitmaps;
 mod check;
 mod clusters;
 mod codec;
@@ -70,6 +71,7 @@ mod word;
 
 pub use super::fault::{EntryFault, Fault, FaultKind};
 pub use super::tally::Tally;
+pub use bitmaps::{BitmapDirectory, Bitmaps};
 pub use check::L2Table;
 pub use clusters::ClusterMap;
 pub use codec::{Codec, CodecFault};

@@ -2,14 +2,16 @@
 //!
 //! Why: opening must be instant, so that only what every read needs is read.
 //! How: one cluster for the header, then the L1 entries that the disk needs: 8 bytes per 512 MiB
-//! of disk with clusters of 64 KiB.
-//! Never: reads more than 2 MiB of header and 32 MiB of L1 table.
+//! of disk with clusters of 64 KiB. Tables of snapshots and bitmaps are read through, as by qemu.
+//! Never: reads more than 2 MiB of header and 32 MiB of L1 table; 64 MiB each of snapshot table and
+//! bitmap directory; 32 MiB of bitmap tables.
 //! Start at [`Image::open`].
 
 use std::io::{self, BufReader, Read};
 use std::ops::Range;
 use std::path::Path;
 
+use super::bitmaps::Bitmaps;
 use super::entry::{Limits, decode_l1};
 use super::header::{self, Given, Header};
 use super::places::{L1, L2Tables};
@@ -63,7 +65,7 @@ impl Terms<'_> {
 }
 
 impl Image {
-    /// Reads and checks header, extensions, snapshot table and L1 table. `file_len_bytes` is the
+    /// Reads and checks header, extensions, snapshot table, bitmaps and L1 table. `file_len_bytes` is the
     /// sealed length.
     ///
     /// # Errors
@@ -82,6 +84,7 @@ impl Image {
         }
         let refused = |fault| ImageError::fault(path, fault);
         let mut header = Header::parse(&first, file_len_bytes, terms.given()).map_err(refused)?;
+        check_bitmaps(&mut header, file, path, file_len_bytes)?;
         let chosen = find_snapshot(&header, file, path, terms.snapshot)?;
         if let Some(snapshot) = chosen {
             header = header.of_snapshot(&snapshot, file_len_bytes).map_err(refused)?;
@@ -157,6 +160,7 @@ impl Image {
         info.compression = Some(header.compression);
         info.extended_l2 = Some(header.extended_l2);
         info.snapshots = Some(header.snapshots);
+        info.bitmaps = Some(header.bitmaps.map_or(0, |directory| directory.count()));
         info.notes.extend(header.notes.iter().map(|&note| note.to_owned()));
         if self.odd_l1_entries > 0 {
             let count = self.odd_l1_entries;
@@ -243,6 +247,26 @@ fn each_snapshot(
         }
         TableError::Read(at, source) => ImageError::read(path, at, TABLE_READ_BYTES, source),
     })
+}
+
+/// Reads directory and tables of the bitmaps, as qemu does.
+fn check_bitmaps(
+    header: &mut Header,
+    file: &dyn Source,
+    path: &Path,
+    file_len_bytes: u64,
+) -> Result<(), ImageError> {
+    let mut bitmaps = Bitmaps::of(header, file_len_bytes);
+    let mut buffer = Vec::new();
+    while let Some(Range { start, end }) = bitmaps.wanted() {
+        let len = usize::try_from(end - start).expect("at most 1 MiB");
+        buffer.resize(len, 0);
+        file.read_exact(&mut buffer, start)
+            .map_err(|source| ImageError::read(path, start, len, source))?;
+        bitmaps.take(&buffer).map_err(|fault| ImageError::fault(path, fault))?;
+    }
+    header.notes.extend(bitmaps.notes());
+    Ok(())
 }
 
 /// Reads the whole snapshot table, as qemu does, and gives the entry that is `wanted`: by its ID,

@@ -60,6 +60,19 @@ pub(super) struct RawBitmaps {
     pub(super) directory_offset: U64,
 }
 
+/// The fixed part of an entry of the bitmap directory; extra data and name follow.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+pub(super) struct RawBitmapEntry {
+    pub(super) table_offset: U64,
+    pub(super) table_size: U32,
+    pub(super) flags: U32,
+    pub(super) kind: u8,
+    pub(super) granularity_bits: u8,
+    pub(super) name_size: U16,
+    pub(super) extra_data_size: U32,
+}
+
 /// The fixed part of an entry of the snapshot table; extra data, ID and name follow.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
@@ -90,6 +103,8 @@ const _: () = assert!(size_of::<RawHeaderV3>() == 40 && align_of::<RawHeaderV3>(
 const _: () = assert!(V3_MIN_LEN == 104);
 const _: () = assert!(V2_LEN + offset_of!(RawHeaderV3, refcount_order) == 96);
 const _: () = assert!(size_of::<RawExtension>() == 8 && size_of::<RawBitmaps>() == 24);
+const _: () = assert!(size_of::<RawBitmapEntry>() == 24 && align_of::<RawBitmapEntry>() == 1);
+const _: () = assert!(offset_of!(RawBitmapEntry, name_size) == 18);
 const _: () = assert!(size_of::<RawSnapshot>() == 40 && align_of::<RawSnapshot>() == 1);
 const _: () = assert!(offset_of!(RawSnapshot, extra_data_size) == 36);
 
