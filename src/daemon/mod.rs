@@ -141,8 +141,8 @@ impl Daemon {
         let catalog: Arc<dyn Catalog> = Arc::new(open_catalog(first).await?);
 
         let registry = Arc::new(serve::Exports::new());
-        let mut servers = Servers::start(readers, &registry, config)?;
         let recordings = open_recordings(first).await?;
+        let mut servers = Servers::start(readers, &registry, config)?;
         let exporter = exports::NodeExports::new(
             backend.clone(),
             &registry,

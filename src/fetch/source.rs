@@ -171,6 +171,12 @@ impl SourceUrl {
         self.backup().map_or_else(|| self.0.path().to_owned(), |place| place.image)
     }
 
+    /// What is at `path` beneath this URL, which ends in a `/`. `path` has letters, digits and `/._-`.
+    #[must_use]
+    pub(super) fn beneath(&self, path: &str) -> Self {
+        Self(beneath(&self.0, path))
+    }
+
     /// The whole URL, credentials included: only for the request itself and the catalog.
     #[must_use]
     pub fn expose(&self) -> &Url {
@@ -182,6 +188,13 @@ impl SourceUrl {
     pub fn file_path(&self) -> Option<std::path::PathBuf> {
         (self.0.scheme() == "file").then(|| self.0.to_file_path().ok()).flatten()
     }
+}
+
+/// `url` with `path` at its end.
+pub(super) fn beneath(url: &Url, path: &str) -> Url {
+    let mut url = url.clone();
+    url.set_path(&format!("{}{path}", url.path()));
+    url
 }
 
 impl fmt::Display for SourceUrl {

@@ -16,6 +16,8 @@ use crate::units::GuestOffset;
 
 /// Bytes of the guest that are decoded ahead: 16 clusters of the usual size.
 const AHEAD_BYTES: u64 = 1 << 20;
+/// Runs after which whoever decodes ahead ends for now.
+const MOST_AT_ONCE: usize = 256;
 /// Who is further ahead of what is decoded for it has gone elsewhere, or reads so much at a time that
 /// its own clusters keep all cores busy.
 const MOST_BEHIND_BYTES: u64 = 4 << 20;
@@ -103,10 +105,11 @@ fn go_on(layer: &Arc<Layer>, end: u64) {
 /// Decodes from `at` as far as the reader's being there, and its going on meanwhile, say.
 fn follow(layer: &Layer, mut at: u64) {
     let forward = &layer.forward;
-    loop {
+    for _ in 0..MOST_AT_ONCE {
         let until = forward.next.load(Ordering::Acquire);
         if (at..at.saturating_add(MOST_BEHIND_BYTES)).contains(&until) && at < until {
             at = decode_one(layer, at, until);
+            crew::let_others();
             continue;
         }
         forward.busy.store(false, Ordering::Release);
@@ -117,6 +120,8 @@ fn follow(layer: &Layer, mut at: u64) {
             return;
         }
     }
+    // The reader's next read begins it again, after what others want of the pool.
+    forward.busy.store(false, Ordering::Release);
 }
 
 /// Decodes the cluster at `at` if it is compressed and not in the cache; where the next one is. Errors

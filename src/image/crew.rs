@@ -74,6 +74,11 @@ pub(super) fn later(work: impl FnOnce() + Send + 'static) {
     }
 }
 
+/// On a thread of the pool, between two steps of something long: what somebody waits for goes first.
+pub(super) fn let_others() {
+    let _done_one_or_none = rayon::yield_now();
+}
+
 /// Does `work` some time, on one thread beside the pool: what nobody waits for must not stand before
 /// what somebody does.
 pub(super) fn beside(work: impl FnOnce() + Send + 'static) {
@@ -136,5 +141,29 @@ mod tests {
         })
         .unwrap();
         assert!(bytes.iter().all(|&byte| byte == 1));
+    }
+
+    #[test]
+    fn who_is_at_something_long_does_what_others_wait_for() {
+        let done = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        // On every thread of the pool.
+        for _ in 0..cores() {
+            let done = std::sync::Arc::clone(&done);
+            later(move || {
+                while !done.load(Ordering::Relaxed) {
+                    let_others();
+                }
+            });
+        }
+        for _ in 0..20 {
+            let sum = AtomicU64::new(0);
+            let work = |n| {
+                sum.fetch_add(n, Ordering::Relaxed);
+                Ok::<_, ()>(())
+            };
+            together((0..50).collect(), 0, work).unwrap();
+            assert_eq!(sum.into_inner(), 49 * 50 / 2);
+        }
+        done.store(true, Ordering::Relaxed);
     }
 }

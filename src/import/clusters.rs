@@ -15,7 +15,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -52,6 +52,9 @@ impl std::fmt::Debug for Clusters {
 
 impl Taker for Clusters {
     fn take(&self, at: u64, buf: Arc<Buf>) -> Result<(), Stopped> {
+        if self.shared.stopped.load(Ordering::Relaxed) {
+            return Err(Stopped);
+        }
         self.shared.come_to.fetch_max(at + buf.len() as u64, Ordering::Relaxed);
         self.pieces.send((at, buf)).map_err(|_ended| Stopped)
     }
@@ -66,6 +69,8 @@ pub(super) struct Shared {
     pub(super) come_to: AtomicU64,
     /// Why something was not made before its turn: nothing will be of use then.
     failed: Mutex<Option<ImportError>>,
+    /// Something failed: no piece is taken, or looked at, any more.
+    stopped: AtomicBool,
     pieces: Mutex<Receiver<Piece>>,
     cut: Mutex<Cut>,
     units: Mutex<HashMap<u64, u32>>,
@@ -108,6 +113,7 @@ impl Clusters {
             marks: Marks::new(plan.entries.len()),
             come_to: AtomicU64::new(0),
             failed: Mutex::default(),
+            stopped: AtomicBool::new(false),
             plan,
             pieces: Mutex::new(queue),
             cut: Mutex::default(),
@@ -141,29 +147,23 @@ impl Clusters {
     /// The first cluster that could not be decoded, or [`ImportError::Stopped`].
     pub(super) fn finish(self) -> Result<(), ImportError> {
         drop(self.pieces);
-        let mut result = Ok(());
-        for thread in self.threads {
-            let ended = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            // A reason is worth more than the fact that something has stopped.
-            if !matches!(result, Err(ref e) if !matches!(e, ImportError::Stopped)) && ended.is_err()
-            {
-                result = ended;
-            }
-        }
-        match lock(&self.shared.failed).take() {
-            Some(error) if !matches!(result, Err(ref e) if !matches!(e, ImportError::Stopped)) => {
-                Err(error)
-            }
-            Some(_) | None => result,
-        }
+        let join = |thread: JoinHandle<_>| {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        let ends: Vec<_> = self.threads.into_iter().map(join).collect();
+        let mut errors: Vec<_> = ends.into_iter().filter_map(Result::err).collect();
+        errors.extend(lock(&self.shared.failed).take());
+        // A reason is worth more than the fact that something has stopped.
+        errors.sort_by_key(|error| matches!(error, ImportError::Stopped));
+        errors.into_iter().next().map_or(Ok(()), Err)
     }
 }
 
 impl Shared {
-    /// The threads stop at their next piece, and the network with them.
+    /// The threads stop at their next piece, and the network with them. Waits for none of them: one may
+    /// wait for a piece that never comes, and hold the queue meanwhile.
     fn stop(&self) {
-        let (_, none) = mpsc::channel();
-        *lock(&self.pieces) = none;
+        self.stopped.store(true, Ordering::Relaxed);
     }
 
     /// Makes entries of which `bytes`, which begin at `at` of the source, have all, before their turn.
@@ -208,6 +208,9 @@ impl Decoder<'_> {
         loop {
             let next = lock(&self.shared.pieces).recv();
             let Ok((at, buf)) = next else { return Ok(()) };
+            if self.shared.stopped.load(Ordering::Relaxed) {
+                return Ok(());
+            }
             let done = self.piece(at, buf.bytes());
             if let Err(error) = done {
                 self.shared.stop();

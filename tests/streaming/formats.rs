@@ -62,13 +62,7 @@ fn tables_and_compressed_clusters_are_fetched_as_they_are_read() {
             let read = wire.read_structured(0, at as u64, 10_000);
             assert!(read == bytes[at..at + 10_000], "{kind} {at}");
         }
-        let options = Options { mode: Mode::Mapped, ..Options::default() };
-        let replica = Replica::attach(socket(&daemon, "replica.sock"), "img", options).unwrap();
-        let mut buf = vec![0; 300_000];
-        for at in [17 << 20, 25 << 20, 45 << 20] {
-            replica.read_at(&mut buf, at as u64).unwrap();
-            assert!(buf == bytes[at..at + 300_000], "{kind} {at}");
-        }
+        let replica = reads_by_itself(&daemon, &bytes, kind);
         assert_eq!(state(&daemon), "in-progress", "{kind}");
         origin.open(&daemon, "img");
         daemon.wait_for("img", "ready");
@@ -79,6 +73,18 @@ fn tables_and_compressed_clusters_are_fetched_as_they_are_read() {
         replica.read_at(&mut all, 0).unwrap();
         assert!(all == bytes, "{kind}");
     }
+}
+
+/// An attached reader that has read some of `bytes` while the rest is still to come.
+fn reads_by_itself(daemon: &Daemon, bytes: &[u8], kind: &str) -> Replica {
+    let options = Options { mode: Mode::Mapped, ..Options::default() };
+    let replica = Replica::attach(socket(daemon, "replica.sock"), "img", options).unwrap();
+    let mut buf = vec![0; 300_000];
+    for at in [17 << 20, 25 << 20, 45 << 20] {
+        replica.read_at(&mut buf, at as u64).unwrap();
+        assert!(buf == bytes[at..at + 300_000], "{kind} {at}");
+    }
+    replica
 }
 
 #[test]
@@ -110,13 +116,7 @@ fn clusters_of_a_disk_that_is_being_expanded_are_fetched_before_their_turn() {
             let read = wire.read_structured(0, at as u64, 10_000);
             assert!(read == bytes[at..at + 10_000], "{kind} {at}");
         }
-        let options = Options { mode: Mode::Mapped, ..Options::default() };
-        let replica = Replica::attach(socket(&daemon, "replica.sock"), "img", options).unwrap();
-        let mut buf = vec![0; 300_000];
-        for at in [17 << 20, 25 << 20, 45 << 20] {
-            replica.read_at(&mut buf, at as u64).unwrap();
-            assert!(buf == bytes[at..at + 300_000], "{kind} {at}");
-        }
+        let replica = reads_by_itself(&daemon, &bytes, kind);
         assert_eq!(state(&daemon), "in-progress", "{kind}");
         origin.open(&daemon, "img");
         daemon.wait_for("img", "ready");
@@ -205,4 +205,46 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     encoder.write_all(bytes).unwrap();
     encoder.finish().unwrap()
+}
+
+/// Where the compressed cluster of 64 KiB around guest byte `at` begins in the file.
+fn stored_at(image: &[u8], at: usize) -> usize {
+    let word = |at: usize| u64::from_be_bytes(image[at..at + 8].try_into().unwrap());
+    let place = |word: u64, bits: u32| usize::try_from(word & ((1 << bits) - 1)).unwrap();
+    let (cluster, in_table) = (at >> 16, (1 << 16) / 8);
+    let l1 = place(word(40), 56);
+    let l2 = place(word(l1 + cluster / in_table * 8), 56);
+    place(word(l2 + cluster % in_table * 8), 54)
+}
+
+#[test]
+fn a_damaged_cluster_that_is_read_before_its_turn_is_an_error_and_ends_the_copy() {
+    if !have_qemu() {
+        return;
+    }
+    let bytes = disk();
+    let mut source = convert(&bytes, "qcow2", &["-c"]);
+    let (good, bad) = (30 << 20, 45 << 20);
+    let at = stored_at(&source, bad);
+    source[at + 100..at + 200].fill(0xff);
+    let origin = Origin::start(source);
+    let daemon = Daemon::start();
+    attach(&daemon, &origin, &json!({"layout": "raw"}));
+    let options = Options { mode: Mode::Mapped, ..Options::default() };
+    let replica = Replica::attach(socket(&daemon, "replica.sock"), "img", options).unwrap();
+    let mut buf = vec![0; 4096];
+    replica.read_at(&mut buf, good as u64).unwrap();
+    assert!(buf == bytes[good..good + 4096]);
+    let before = origin.small_requests().len();
+    let reader = std::thread::spawn(move || replica.read_at(&mut [0; 4096], bad as u64));
+    while origin.small_requests().len() == before {
+        std::thread::yield_now();
+    }
+    // It was asked for by itself; now all of the rest comes too.
+    origin.open(&daemon, "img");
+    reader.join().unwrap().unwrap_err();
+    let failed = |event: &serde_json::Value| event["object"]["copies"][0]["refused"] == true;
+    let events = daemon.events_until("?image=img", failed);
+    let message = events.last().unwrap()["object"]["copies"][0]["message"].to_string();
+    assert!(message.contains("damaged deflate stream"), "{message}");
 }

@@ -211,8 +211,7 @@ impl Store {
                 blocking(move || read(&path, most)).await.map_err(at_fault)
             }
             From::Bucket(client) => {
-                let none = |_| BackupFault::TooLarge { object: path.to_owned(), most: 0 };
-                let client = client.beneath(path).map_err(none).map_err(at_fault)?;
+                let client = client.beneath(path);
                 let get = || client.get_whole(most, &self.policy);
                 let bytes = retried(&self.policy, &self.progress, get).await?;
                 let object = client.shown();

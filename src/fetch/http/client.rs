@@ -21,7 +21,7 @@ use super::reply::Reply;
 use super::route::Route;
 use crate::fetch::error::{FetchError, HttpError, status_hint};
 use crate::fetch::policy::Policy;
-use crate::fetch::source::{SourceError, SourceUrl};
+use crate::fetch::source::SourceUrl;
 use crate::fetch::version::Remote;
 
 /// Makes requests for one source.
@@ -59,9 +59,9 @@ impl Client {
 
     /// For what is at `path` beneath this URL, which ends in a `/`: the same way, with the same
     /// connections. `path` is plain: letters, digits, and `/._-`.
-    pub(in crate::fetch) fn beneath(&self, path: &str) -> Result<Self, SourceError> {
-        let url = SourceUrl::parse(&format!("{}{path}", self.url.expose()))?;
-        Ok(Self { route: Arc::clone(&self.route), url, beneath: Some(path.to_owned()) })
+    pub(in crate::fetch) fn beneath(&self, path: &str) -> Self {
+        let (route, url) = (Arc::clone(&self.route), self.url.beneath(path));
+        Self { route, url, beneath: Some(path.to_owned()) }
     }
 
     /// The URL for messages.

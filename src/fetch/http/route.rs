@@ -30,7 +30,7 @@ use super::secret::AccessError;
 use super::tls::Tls;
 use crate::fetch::error::{FetchError, HttpError};
 use crate::fetch::policy::Policy;
-use crate::fetch::source::SourceUrl;
+use crate::fetch::source::{self, SourceUrl};
 
 /// Every name and every address, as exceptions from a proxy.
 const ALL_HOSTS: &str = "*,0.0.0.0/0,::/0";
@@ -157,11 +157,7 @@ impl Route {
             self.forget();
         }
         let url = match &self.start {
-            Start::Url(url) => match beneath.map(|path| url.join(path)) {
-                None => url.clone(),
-                Some(Ok(url)) => url,
-                Some(Err(error)) => return Err(self.failed(error.into())),
-            },
+            Start::Url(url) => source::beneath(url, beneath.unwrap_or_default()),
             Start::Object(object) => object.signed(beneath.unwrap_or_default()),
         };
         let (response, end) = self.walk(Hop { url, own: true }, headers).await?;

@@ -117,12 +117,21 @@ impl Bitmaps {
     /// Of the image with this header, as it is now: no snapshot has bitmaps.
     #[must_use]
     pub fn of(header: &Header, file_len_bytes: u64) -> Self {
+        Self::new(header.cluster_bits, header.size_bytes, file_len_bytes, header.bitmaps)
+    }
+
+    fn new(
+        bits: ClusterBits,
+        size_bytes: u64,
+        file_len_bytes: u64,
+        directory: Option<BitmapDirectory>,
+    ) -> Self {
         Self {
-            bits: header.cluster_bits,
-            size_bytes: header.size_bytes,
+            bits,
+            size_bytes,
             file_len_bytes,
-            directory: header.bitmaps,
-            next: header.bitmaps.map_or(0, |directory| directory.at),
+            directory,
+            next: directory.map_or(0, |directory| directory.at),
             begun: Vec::new(),
             found: 0,
             names: HashSet::new(),

@@ -43,19 +43,7 @@ impl Entry {
 fn bitmaps(count: u32, len_bytes: u64) -> Bitmaps {
     let directory =
         BitmapDirectory { at: DIRECTORY_AT, len_bytes, count, extension_at: EXTENSION_AT };
-    Bitmaps {
-        bits: ClusterBits::new(16).unwrap(),
-        size_bytes: 1 << 30,
-        file_len_bytes: FILE_LEN,
-        directory: Some(directory),
-        next: DIRECTORY_AT,
-        begun: Vec::new(),
-        found: 0,
-        names: HashSet::new(),
-        tables: VecDeque::new(),
-        tables_bytes: (0, 0),
-        notes: Vec::new(),
-    }
+    Bitmaps::new(ClusterBits::new(16).unwrap(), 1 << 30, FILE_LEN, Some(directory))
 }
 
 /// Takes all, with the directory in parts of this many bytes, and every table's entries being
