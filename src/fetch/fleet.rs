@@ -329,7 +329,10 @@ impl Fleet {
                 }
             };
             moved = Instant::now();
-            self.state.starved.fetch_add(nanos(begin.elapsed()), Ordering::Relaxed);
+            if filled.is_ok() {
+                // How long one waits that breaks says nothing of what more connections would bring.
+                self.state.starved.fetch_add(nanos(begin.elapsed()), Ordering::Relaxed);
+            }
             match filled {
                 Ok(0) if at == end || self.total.is_none() => return Ok(()),
                 Ok(0) => {

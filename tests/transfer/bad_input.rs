@@ -303,7 +303,12 @@ fn survives_what_servers_do(world: &World) {
 
 fn refuses_names(world: &World) {
     let url = world.serve("named", content(4096, 59));
-    let (before, long) = (world.stored(), "x".repeat(64));
+    // That of the source whose port is closed comes and goes meanwhile.
+    let stored = || {
+        let names = world.stored().into_iter();
+        names.filter(|name| !name.starts_with("closed-")).collect::<Vec<_>>()
+    };
+    let (before, long) = (stored(), "x".repeat(64));
     let names =
         ["../x", "..", "/etc/x", "a/b", "", "A", "-a", "a-", "a b", "a\nb", "ä", "%2e%2e", &long];
     for name in names {
@@ -321,7 +326,7 @@ fn refuses_names(world: &World) {
     let (status, text) = world.daemon.curl("DELETE", "/v1/images/..%2fdisk", None);
     assert_eq!(status, 400, "{text}");
     assert_eq!(world.asked("named"), 0, "nothing was fetched");
-    assert_eq!(world.stored(), before);
+    assert_eq!(stored(), before);
     world.assert_good_is_served("bad names");
 }
 
