@@ -107,6 +107,16 @@ fn nanos(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
+impl State {
+    /// A read has taken so long. How long one waits that breaks says nothing of what more connections
+    /// would bring.
+    fn note_read(&self, took: Duration, went_well: bool) {
+        if went_well {
+            self.starved.fetch_add(nanos(took), Ordering::Relaxed);
+        }
+    }
+}
+
 impl Fleet {
     pub(super) fn book(&self) -> MutexGuard<'_, Book> {
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
@@ -329,10 +339,7 @@ impl Fleet {
                 }
             };
             moved = Instant::now();
-            if filled.is_ok() {
-                // How long one waits that breaks says nothing of what more connections would bring.
-                self.state.starved.fetch_add(nanos(begin.elapsed()), Ordering::Relaxed);
-            }
+            self.state.note_read(begin.elapsed(), filled.is_ok());
             match filled {
                 Ok(0) if at == end || self.total.is_none() => return Ok(()),
                 Ok(0) => {
