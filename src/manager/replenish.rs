@@ -132,17 +132,20 @@ impl World {
         }
     }
 
-    /// Copies that are being made from others on this node.
+    /// Copies that are being made from others on this node. What waits for a person, a disk or its next
+    /// try holds up nobody.
     fn copied_now(&self) -> usize {
-        let of = |image: &Image| {
-            let unfinished =
-                |copy: &&Copy| !copy.cancelled && !copy.refused && !copy.state.is_sealed();
-            match image.record.deleting || !self.has_source_here(image) {
-                true => 0,
-                false => image.copies.values().filter(unfinished).count(),
-            }
+        let under_way = |(disk, copy): &(&DiskUuid, &Copy)| {
+            let begun = matches!(
+                copy.state,
+                CopyState::Pending | CopyState::Starting | CopyState::InProgress
+            );
+            begun && !copy.cancelled && self.is_fit(disk)
         };
-        self.images.values().map(of).sum()
+        let goes_on = |image: &&Image| !image.record.deleting && !image.record.steering.paused;
+        let images = self.images.values().filter(goes_on);
+        let from_here = images.filter(|image| self.has_source_here(image));
+        from_here.map(|image| image.copies.iter().filter(under_way).count()).sum()
     }
 
     /// The disk with the most room on which there is no copy of `image` yet, and one may be.

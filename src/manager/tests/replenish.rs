@@ -162,3 +162,31 @@ fn rule_17_the_disk_with_the_most_room_is_taken() {
     demand(&mut node, 2);
     assert_eq!(node.only_worker().disk, disk(2));
 }
+
+#[test]
+fn rule_17_an_image_that_is_paused_holds_up_no_other() {
+    let mut node = Node::new();
+    node.command(set(Setting::MaxReplenished, 1)).unwrap();
+    let least = |image, paused| {
+        let change = SteeringChange {
+            min_copies: Some(2),
+            paused: Some(paused),
+            ..SteeringChange::default()
+        };
+        Command::Steer(name(image), change)
+    };
+    for image in ["a", "b"] {
+        node.command(create(image)).unwrap();
+        node.command(Command::Fetch(name(image), Some(disk(0)))).unwrap();
+        node.settle_now();
+    }
+    node.command(least("a", false)).unwrap();
+    assert_eq!(node.only_worker().image, name("a"));
+    node.command(least("a", true)).unwrap();
+    node.command(least("b", false)).unwrap();
+    node.settle_now();
+    assert_eq!((node.state("b", 1), node.state("a", 1)), (READY, Some(CopyState::Pending)));
+    node.command(least("a", false)).unwrap();
+    node.settle_now();
+    assert_eq!(node.state("a", 1), READY);
+}
