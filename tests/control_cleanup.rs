@@ -158,3 +158,41 @@ fn an_image_gets_its_minimum_of_copies_by_itself() {
     let warning = events.last().unwrap().to_string();
     assert!(warning.contains("has 3 of its 4 copies, and no disk is ready"), "{warning}");
 }
+
+#[test]
+fn three_copies_at_a_time_are_made_from_one_disk() {
+    let config = "max_disk_copies = 1000\ndisk_copy_rate = 1\n";
+    let daemon = Daemon::start_on(tempfile::tempdir().unwrap(), &["one", "two"], config);
+    let disks = daemon.get("/v1/disks");
+    let names: Vec<String> = (0..5).map(|n| format!("image-{n}")).collect();
+    let file = |name: &str| daemon.dir.path().join(format!("{name}.img"));
+    let want = |name: &str, disk: usize| {
+        let uuid = disks["disks"][disk]["uuid"].as_str().unwrap();
+        ok(&daemon, &["create", file(name).to_str().unwrap(), "--disk", uuid]);
+    };
+    for name in &names {
+        raw_image(&file(name), 4 << 20);
+        want(name, 0);
+        daemon.wait_for(name, "ready");
+    }
+    // Told of all five at once, so that none of them can be done before the last is asked for.
+    names.iter().for_each(|name| want(name, 1));
+    let second = |name: &str| {
+        let image = daemon.get(&format!("/v1/images/{name}"));
+        let mut copies = image["copies"].as_array().unwrap().iter();
+        copies.find(|copy| copy["disk"] == disks["disks"][1]["uuid"]).unwrap().clone()
+    };
+    let (mut copying, mut waiting) = (0, 0);
+    while copying + waiting < names.len() {
+        let copies: Vec<Value> = names.iter().map(|name| second(name)).collect();
+        let begun = |copy: &&Value| copy["state"] == "in-progress";
+        let waits = |copy: &&Value| copy["message"] == "waiting for its turn";
+        waiting = copies.iter().filter(begun).filter(waits).count();
+        copying = copies.iter().filter(begun).filter(|copy| !waits(copy)).count();
+        assert!(copying <= 3, "{copies:?}");
+    }
+    assert_eq!((copying, waiting), (3, 2));
+    ok(&daemon, &["settings", "set", "disk_copy_rate_bytes_per_s=0"]);
+    let all_ready = |_: &Value| names.iter().all(|name| second(name)["state"] == "ready");
+    daemon.events_until("", all_ready);
+}

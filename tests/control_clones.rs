@@ -150,3 +150,27 @@ fn what_does_not_go_with_a_clone_is_refused_with_the_reason() {
     let unnamed = daemon.cli(&["create", "./golden.img", "--clone", "golden"]);
     assert_eq!(unnamed.status.code(), Some(2), "{}", stderr(&unnamed));
 }
+
+#[test]
+fn a_claim_of_a_class_that_clones_makes_the_clone_and_runs_on_it() {
+    let daemon = Daemon::start();
+    let (_, bytes) = golden(&daemon);
+    let manifest = daemon.dir.path().join("m.yaml");
+    let text = "apiVersion: storage.k8s.io/v1\nkind: StorageClass\nmetadata: {name: copies}\nparameters:\n  \
+                backingImage: copy\n  backingImageDataSourceType: clone\n  backingImageDataSourceParameters: \
+                '{\"backing-image\": \"golden\"}'\n---\napiVersion: v1\nkind: PersistentVolumeClaim\n\
+                metadata: {name: data}\nspec:\n  storageClassName: copies\n  \
+                resources: {requests: {storage: 1Gi}}\n";
+    std::fs::write(&manifest, text).unwrap();
+    let manifest = manifest.to_str().unwrap();
+    ok(&daemon, &["apply", "-f", manifest]);
+    assert_eq!(daemon.get("/v1/classes/copies")["clone_of"], "golden");
+    assert!(ok(&daemon, &["class", "list"]).contains("clone of golden"));
+    // Like any image of a volume: made, and brought in by the first attach.
+    assert_eq!(daemon.get("/v1/images/copy")["copies"], json!([]));
+    ok(&daemon, &["volume", "attach", "data"]);
+    daemon.wait_for("copy", "ready");
+    assert!(std::fs::read(backing(&daemon, "copy")).unwrap() == bytes);
+    let again = ok(&daemon, &["apply", "-f", manifest]);
+    assert_eq!(again, "StorageClass copies unchanged\nPersistentVolumeClaim data unchanged\n");
+}

@@ -45,13 +45,14 @@ fn show(classes: &[Class], output: &Output) -> Result<(), CliError> {
     let mut table = Table::new(&["NAME", "IMAGE", "REPLICAS", "MIN COPIES", "SHA512", "SOURCE"]);
     let dash = || "-".to_owned();
     for class in classes {
+        let clone = class.clone_of.as_ref().map(|image| format!("clone of {image}"));
         table.row(vec![
             class.name.clone(),
             class.image.clone().unwrap_or_else(dash),
             class.number_of_replicas.map_or_else(dash, |n| n.to_string()),
             class.min_copies.map_or_else(dash, |n| n.to_string()),
             class.sha512.as_ref().map_or_else(dash, |s| format!("{}…", s.get(..12).unwrap_or(s))),
-            class.source.clone().unwrap_or_else(dash),
+            class.source.clone().or(clone).unwrap_or_else(dash),
         ]);
     }
     table.lines().iter().try_for_each(|line| output.line(line))

@@ -45,14 +45,20 @@ fn made(is_new: bool) -> &'static str {
 async fn apply_one(app: &App, object: Object, notes: &mut Vec<String>) -> Answer<&'static str> {
     match object {
         Object::Class(class) => {
-            let manifest::Class { name, provisioner, image, url, .. } = class;
+            let manifest::Class { name, provisioner, image, source, .. } = class;
             let manifest::Class { sha512, min_copies, replicas, kept, selectors, .. } = class;
             let created_unix_s = unix_now_s();
+            let (url, clone_of) = match source {
+                Some(ImageSource::Url(url)) => (Some(url), None),
+                Some(ImageSource::Clone(image)) => (None, Some(image)),
+                None => (None, None),
+            };
             let record = ClassRecord {
                 name,
                 provisioner,
                 image,
                 url,
+                clone_of,
                 sha512,
                 min_copies,
                 replicas,
@@ -109,10 +115,10 @@ async fn apply_claim(app: &App, claim: Claim, notes: &mut Vec<String>) -> Answer
         let status = axum::http::StatusCode::CONFLICT;
         return Err(ApiError::new(status, "no-image", message, hint));
     };
-    let new_image = match &class.url {
-        Some(url) => {
-            let (source, sha512) = (ImageSource::Url(url.clone()), class.sha512.clone());
-            let mut new = image_of(&image, &source, sha512, class.min_copies)?;
+    let source = class.url.map(ImageSource::Url).or(class.clone_of.map(ImageSource::Clone));
+    let new_image = match &source {
+        Some(source) => {
+            let mut new = image_of(&image, source, class.sha512.clone(), class.min_copies)?;
             *new.selectors = class.selectors.clone();
             Some(Box::new(new))
         }

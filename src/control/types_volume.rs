@@ -146,6 +146,8 @@ pub struct Class {
     pub image: Option<String>,
     /// Where a missing image comes from, without userinfo and query values.
     pub source: Option<String>,
+    /// The image that a missing image is a clone of.
+    pub clone_of: Option<String>,
     /// SHA-512 that its file must have.
     pub sha512: Option<String>,
     /// Copies that it is to have, and that stay although nobody uses them; `null`: not said.

@@ -90,6 +90,7 @@ pub(crate) fn class(record: &ClassRecord) -> Class {
         provisioner: record.provisioner.clone(),
         image: record.image.as_ref().map(ToString::to_string),
         source: record.url.as_ref().map(ToString::to_string),
+        clone_of: record.clone_of.as_ref().map(ToString::to_string),
         sha512: record.sha512.clone(),
         min_copies: record.min_copies,
         number_of_replicas: record.replicas,

@@ -373,6 +373,9 @@ pub struct ClassRecord {
     /// Where a missing image comes from; whole, as [`ImageRecord::source`] is.
     #[serde(default, with = "source::whole")]
     pub url: Option<SourceUrl>,
+    /// The image that a missing image is a clone of; no `url` then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clone_of: Option<ImageName>,
     /// The SHA-512 that its file must have, lower-case hex.
     #[serde(default)]
     pub sha512: Option<String>,

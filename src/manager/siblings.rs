@@ -2,8 +2,9 @@
 //!
 //! Why: a further disk, and a clone, must cost no request and no byte of the network.
 //! How: the complete copies are tried in turn; each MiB is held against the digests of the one that
-//! it comes from. A copy that turns out damaged or unreadable is passed over, and what came from it
-//! is thrown away; the source is asked if none is left.
+//! it comes from. Three at a time are made from one disk, and so many on the node. A copy that turns
+//! out damaged or unreadable is passed over, and what came from it is thrown away; the source is
+//! asked if none is left.
 //! Never: takes a failure of its own disk, or a cancel, for the fault of the other copy.
 //! Start at [`Worker::copy_from_others`].
 
@@ -29,7 +30,10 @@ impl Worker {
         let nothing = Expect::default();
         // What is expected of an image's bytes was proved when its first copy came: of a clone, now.
         let expect = self.task.expected.digests.clone().into();
-        let own = self.others.iter().map(|other| (other, self.id(), &nothing));
+        // First from the disk from which the fewest copies are being made.
+        let mut own: Vec<_> = self.others.iter().collect();
+        own.sort_by_key(|slot| slot.outgoing.wanted());
+        let own = own.into_iter().map(|other| (other, self.id(), &nothing));
         let origin = self.task.origin.as_ref();
         let cloned = self
             .origins
@@ -37,7 +41,7 @@ impl Worker {
             .filter_map(|slot| Some((slot, store_id(&origin?.on(slot.disk.uuid())), &expect)));
         for (other, id, expect) in own.chain(cloned) {
             let Some((sealed, record)) = self.open(other, id).await else { continue };
-            match self.copy_from(sealed, record, expect).await {
+            match self.copy_from(other, sealed, record, expect).await {
                 Ok(info) => return Ok(Some(info)),
                 Err(error) if is_of_the_other(&error) => {
                     let disk = other.disk.uuid();
@@ -79,11 +83,14 @@ impl Worker {
 
     async fn copy_from(
         &self,
+        other: &Slot,
         sealed: Sealed,
         record: CopyRecord,
         expect: &Expect,
     ) -> Result<CopyInfo, WorkError> {
         let helm = self.shared.helms.take(&self.task.id, self.task.steering);
+        // The other disk's first: who waits for that must not keep the node's from copies elsewhere.
+        let _outgoing = self.turn(&other.outgoing, &helm).await.map_err(ImportError::from)?;
         // It costs the network nothing: it has turns and a rate of its own.
         let _turn = self.turn(&self.shared.copy_turns, &helm).await.map_err(ImportError::from)?;
         let mut filling = self.on_disk(|slot, id| slot.disk.filling(&id)).await?;

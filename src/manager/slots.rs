@@ -13,16 +13,23 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::backend::DiskStatus;
 use super::node::{NodeError, NodeOptions};
+use super::turns::Turns;
 use crate::disk::{Disk, DiskError};
 use crate::fetch::one_line;
 use crate::names::DiskUuid;
 use crate::ring::{Choice, Probe, probe};
+
+/// Copies that are made from one disk's at the same time: a disk that replicas read from must not be
+/// held up by all its images being copied away at once (rule 17).
+const MOST_OUTGOING: usize = 3;
 
 /// A disk that is open.
 #[derive(Debug)]
 pub(super) struct Slot {
     pub(super) disk: Disk,
     pub(super) probe: Probe,
+    /// Turns of those who copy from this disk to others.
+    pub(super) outgoing: Arc<Turns>,
 }
 
 #[derive(Clone, Debug)]
@@ -126,7 +133,7 @@ impl Slots {
         let probe = probe(disk.root(), self.sink).map_err(NodeError::Sink)?;
         let reason = probe.reason.as_deref().unwrap_or("");
         tracing::info!(disk = %root.display(), uuid = %disk.uuid(), sink = %probe.kind, reason, "disk opened");
-        Ok(Slot { disk, probe })
+        Ok(Slot { disk, probe, outgoing: Arc::new(Turns::new(MOST_OUTGOING)) })
     }
 
     /// Opens the disk at `path`, which has to be `uuid`.

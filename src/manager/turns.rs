@@ -68,6 +68,12 @@ impl Turns {
         self.state().most
     }
 
+    /// How many have a turn or wait for one.
+    pub(super) fn wanted(&self) -> usize {
+        let state = self.state();
+        state.running + state.waiting.len()
+    }
+
     /// A priority has changed: who waits looks again.
     pub(super) fn look_again(&self) {
         self.changed.notify_waiters();

@@ -10,9 +10,8 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use super::document::{Fields, Object, Selectors};
+use super::document::{Fields, ImageSource, Object, Selectors};
 use super::error::Fault;
-use crate::fetch::SourceUrl;
 use crate::names::{ClassName, ImageName};
 
 /// A storage class.
@@ -25,7 +24,7 @@ pub struct Class {
     /// Name of the image.
     pub image: Option<ImageName>,
     /// Where a missing image comes from.
-    pub url: Option<SourceUrl>,
+    pub source: Option<ImageSource>,
     /// The SHA-512 that its file must have, lower-case hex.
     pub sha512: Option<String>,
     /// Copies that it is to have, and that stay although nobody uses them.
@@ -97,7 +96,7 @@ pub(super) fn parse_class(value: &Value) -> Result<(Object, Vec<String>), Fault>
         name: fields.parsed("metadata.name", ClassName::parse)?,
         provisioner: fields.text("provisioner")?.unwrap_or_default(),
         image: image.map_err(|e| fields.wrong(&of("backingImage"), &e))?,
-        url: source(&fields, &mut notes)?,
+        source: source(&fields, &mut notes)?,
         sha512: fields.sha512(&of("backingImageChecksum"))?,
         min_copies: fields.number(&of("backingImageMinNumberOfCopies"), u32::MAX)?,
         replicas: fields.number(&of("numberOfReplicas"), 64)?.filter(|count| *count > 0),
@@ -108,8 +107,8 @@ pub(super) fn parse_class(value: &Value) -> Result<(Object, Vec<String>), Fault>
         kept: BTreeMap::new(),
     };
     if class.image.is_none() {
-        if class.url.is_some() {
-            return Err(fields.wrong(&of("backingImage"), &"missing, and there is a URL for it"));
+        if class.source.is_some() {
+            return Err(fields.wrong(&of("backingImage"), &"missing, and there is a source for it"));
         }
         notes.push("no backingImage: volumes of this class cannot be made here".to_owned());
     }
@@ -144,14 +143,15 @@ pub(super) fn parse_class(value: &Value) -> Result<(Object, Vec<String>), Fault>
 }
 
 /// The URL: `backingImageURL`, as in 1.1.1, or `url` of the data source's parameters, or that of the
-/// backup in a bucket from which it is restored.
-fn source(fields: &Fields<'_>, notes: &mut Vec<String>) -> Result<Option<SourceUrl>, Fault> {
+/// backup in a bucket from which it is restored; or the image that it is a clone of.
+fn source(fields: &Fields<'_>, notes: &mut Vec<String>) -> Result<Option<ImageSource>, Fault> {
     let old = "parameters.backingImageURL";
     let old = fields.text(old)?.map(|text| fields.url(old, &text)).transpose()?;
     let kind = fields.text("parameters.backingImageDataSourceType")?;
     let field = "parameters.backingImageDataSourceParameters";
     let is_restored = kind.as_deref() == Some("restore");
-    let (mut new, mut backup) = (None, None);
+    let is_clone = kind.as_deref() == Some("clone");
+    let (mut new, mut other) = (None, None);
     if let Some(text) = fields.text(field)? {
         let parsed: Result<serde_json::Map<String, Value>, _> = serde_json::from_str(&text);
         // The parser's own words are left out: they may repeat a part of the URL.
@@ -168,7 +168,14 @@ fn source(fields: &Fields<'_>, notes: &mut Vec<String>) -> Result<Option<SourceU
             match (key.as_str(), value) {
                 ("url", Value::String(text)) => new = Some(fields.url(field, text.trim())?),
                 ("backup-url", Value::String(text)) if is_restored && is_readable(text.trim()) => {
-                    backup = Some(fields.url(field, text.trim())?);
+                    other = Some(ImageSource::Url(fields.url(field, text.trim())?));
+                }
+                ("backing-image", Value::String(text)) if is_clone => {
+                    let image = ImageName::parse(text).map_err(|e| fields.wrong(field, &e))?;
+                    other = Some(ImageSource::Clone(image));
+                }
+                ("encryption" | "secret" | "secret-namespace", Value::String(text)) if is_clone => {
+                    plain_clone(key, text).map_err(|why| fields.wrong(field, &why))?;
                 }
                 ("url", _) => return Err(fields.wrong(field, &"url: give a text")),
                 _ => notes.push(format!("{shown} of the data source is passed over")),
@@ -181,7 +188,7 @@ fn source(fields: &Fields<'_>, notes: &mut Vec<String>) -> Result<Option<SourceU
             let why = "only download has a url";
             return Err(fields.wrong("parameters.backingImageDataSourceType", &why));
         }
-        Some("restore") if backup.is_some() => return Ok(backup),
+        Some("clone" | "restore") if other.is_some() => return Ok(other),
         Some(other) => {
             let other: String = other.chars().take(40).collect();
             notes.push(format!(
@@ -193,7 +200,19 @@ fn source(fields: &Fields<'_>, notes: &mut Vec<String>) -> Result<Option<SourceU
         (Some(old), Some(new)) if old != new => {
             Err(fields.wrong("parameters.backingImageURL", &"another URL than the data source's"))
         }
-        (old, new) => Ok(new.or(old)),
+        (old, new) => Ok(new.or(old).map(ImageSource::Url)),
+    }
+}
+
+/// A clone has the bytes that it is a clone of: what would change them is refused, with what to do.
+pub(super) fn plain_clone(key: &str, text: &str) -> Result<(), &'static str> {
+    match (key, text) {
+        (_, "") | ("encryption", "ignore") => Ok(()),
+        ("encryption", "encrypt" | "decrypt") => {
+            Err("images are neither encrypted nor decrypted here; give ignore, or leave it out")
+        }
+        ("encryption", _) => Err("encryption: give ignore, or leave it out"),
+        _ => Err("a clone is made as it is, and needs no secret; leave it out"),
     }
 }
 

@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use super::class::{Class, is_readable, parse_class};
+use super::class::{Class, is_readable, parse_class, plain_clone};
 use super::error::{Fault, ManifestError};
 use super::quantity::parse_quantity;
 use crate::fetch::{DigestKind, DigestMap, SourceUrl};
@@ -404,27 +404,16 @@ fn image_source(fields: &Fields<'_>) -> Result<ImageSource, Fault> {
             "a backup target is not mounted here; mount it, and bring the image in by URL: `bedplate \
              create 'backup:///MOUNTED?backingImage=NAME'`"
         }
-        Some(_) => "not known; download and clone can be applied",
+        Some(_) => "not known; download, clone and restore can be applied",
     };
     Err(fields.wrong("spec.sourceType", &why))
 }
 
 fn clone_source(fields: &Fields<'_>) -> Result<ImageSource, Fault> {
-    let field = "spec.sourceParameters.encryption";
-    match fields.text(field)?.as_deref() {
-        None | Some("ignore") => {}
-        Some("encrypt" | "decrypt") => {
-            let why =
-                "images are neither encrypted nor decrypted here; give ignore, or leave it out";
-            return Err(fields.wrong(field, &why));
-        }
-        Some(_) => return Err(fields.wrong(field, &"give ignore, or leave it out")),
-    }
-    for field in ["spec.sourceParameters.secret", "spec.sourceParameters.secret-namespace"] {
-        if fields.text(field)?.is_some() {
-            let why = "a clone is made as it is, and needs no secret; leave it out";
-            return Err(fields.wrong(field, &why));
-        }
+    for key in ["encryption", "secret", "secret-namespace"] {
+        let field = format!("spec.sourceParameters.{key}");
+        let text = fields.text(&field)?.unwrap_or_default();
+        plain_clone(key, &text).map_err(|why| fields.wrong(&field, &why))?;
     }
     fields.parsed("spec.sourceParameters.backing-image", ImageName::parse).map(ImageSource::Clone)
 }

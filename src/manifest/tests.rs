@@ -45,7 +45,8 @@ fn class_of(text: &str) -> (Class, Vec<String>) {
 }
 
 fn url(class: &Class) -> &str {
-    class.url.as_ref().unwrap().expose().as_str()
+    let Some(ImageSource::Url(url)) = &class.source else { panic!("{class:?}") };
+    url.expose().as_str()
 }
 
 #[test]
@@ -131,7 +132,34 @@ fn a_class_restores_its_image_from_a_bucket_and_says_where_it_cannot() {
     let (class, notes) = restored(backup);
     assert_eq!((url(&class), notes.len()), (backup, 0), "{notes:?}");
     let (class, notes) = restored("nfs://server:/path?backingImage=parrot");
-    assert!(class.url.is_none() && notes.iter().any(|note| note.contains("has to be known")));
+    assert!(class.source.is_none() && notes.iter().any(|note| note.contains("has to be known")));
+}
+
+#[test]
+fn a_class_clones_its_image_and_refuses_what_a_clone_cannot_be() {
+    let cloned = |more: &str| {
+        class(&format!(
+            "  backingImage: a\n  backingImageDataSourceType: clone\n  \
+             backingImageDataSourceParameters: '{{{more}}}'\n"
+        ))
+    };
+    let parrot = crate::names::ImageName::parse("parrot").unwrap();
+    for more in ["", ", \"encryption\": \"ignore\", \"secret\": \"\""] {
+        let (class, notes) = class_of(&cloned(&format!("\"backing-image\": \"parrot\"{more}")));
+        assert_eq!(class.source, Some(ImageSource::Clone(parrot.clone())));
+        assert!(notes.is_empty(), "{notes:?}");
+    }
+    let (class, notes) = class_of(&cloned(""));
+    assert!(class.source.is_none() && notes.iter().any(|note| note.contains("has to be known")));
+    for (more, why) in [
+        ("\"backing-image\": \"../x\"", "a-z"),
+        ("\"backing-image\": \"parrot\", \"encryption\": \"encrypt\"", "neither encrypted"),
+        ("\"backing-image\": \"parrot\", \"secret\": \"hunter2\"", "no secret"),
+        ("\"backing-image\": \"parrot\", \"url\": \"http://h/x\"", "only download"),
+    ] {
+        let error = read(&cloned(more)).unwrap_err().to_string();
+        assert!(error.contains(why) && !error.contains("hunter2"), "{more}: {error}");
+    }
 }
 
 #[test]
@@ -178,7 +206,12 @@ fn what_is_wrong_is_named_with_document_line_and_field_and_without_the_url() {
             "has a backslash",
         ),
         (class("  backingImage: a\n  backingImageURL: hunter2\n"), 1, 1, "source is not a URL"),
-        (class("  backingImageURL: https://h/hunter2\n"), 1, 1, "missing, and there is a URL"),
+        (
+            class("  backingImageURL: https://h/hunter2\n"),
+            1,
+            1,
+            "missing, and there is a source for it",
+        ),
         (class("  backingImageDataSourceParameters: 'url: hunter2'\n"), 1, 1, "not a JSON object"),
         (class("  backingImageDataSourceParameters: '{\"url\": 7}'\n"), 1, 1, "give a text"),
         (class("  backingImageChecksum: \"SHA512 checksum\"\n"), 1, 1, "backingImageChecksum"),

@@ -314,6 +314,7 @@ fn a_class_is_put_once_changed_and_kept() {
         provisioner: String::new(),
         image: Some(name("a")),
         url: None,
+        clone_of: None,
         sha512: None,
         min_copies: None,
         replicas: Some(replicas),
