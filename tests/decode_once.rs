@@ -131,6 +131,40 @@ fn a_forward_reader_of_small_pieces_finds_the_next_clusters_decoded() {
 }
 
 #[test]
+fn a_forward_reader_decodes_each_cluster_once_beside_readers_that_fill_the_cache() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let image = compressed(dir.path(), "zlib");
+    let (want, count) = (qemu_bytes(&image).unwrap(), compressed_clusters(&image));
+    for piece in [4096, 65_536, MIB] {
+        // Less than one image.
+        let cache = DecodedCache::new(8 << 20);
+        let open = || {
+            let sealed = Sealed::open_path(&image).unwrap();
+            View::open_with_cache(sealed, None, Arc::clone(&cache)).unwrap()
+        };
+        let (other, view) = (open(), open());
+        let mut part = vec![0; 65_536];
+        for _ in 0..3 {
+            // Not forward: nothing of it is decoded ahead, some time.
+            for at in (0..8 * MIB).step_by(65_536).rev() {
+                other.read_at(&mut part, GuestOffset(at as u64)).unwrap();
+            }
+        }
+        let before = cache.decodes();
+        for (at, want) in (0..).step_by(piece).zip(want.chunks(piece)) {
+            let mut part = vec![0; want.len()];
+            view.read_at(&mut part, GuestOffset(at)).unwrap();
+            assert!(part == want, "byte {at}");
+        }
+        drop(view);
+        assert_eq!(cache.decodes() - before, count, "in pieces of {piece}");
+    }
+}
+
+#[test]
 fn a_hint_over_nbd_has_clusters_decoded_before_they_are_read() {
     if !have_qemu() {
         return;

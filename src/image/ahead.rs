@@ -27,6 +27,8 @@ const MOST_BEHIND_BYTES: u64 = 4 << 20;
 pub(super) struct Forward {
     /// The guest byte after the last cluster that was decoded for a reader, or ahead.
     next: AtomicU64,
+    /// The guest byte after the last cluster that a reader decodes itself.
+    passed: AtomicU64,
     /// A batch is on its way.
     busy: AtomicBool,
     /// What a reader said that it will want is being decoded.
@@ -68,6 +70,7 @@ impl Drop for Hinted {
 /// Decodes the cluster around `at`, which is not in the cache, and perhaps some after it.
 pub(super) fn decode(layer: &Arc<Layer>, at: GuestOffset) -> Result<Decoded, ReadError> {
     let Some((start, end)) = layer.cluster_around(at) else { return layer.decoded(at) };
+    layer.forward.passed.store(end, Ordering::Relaxed);
     if layer.forward.next.swap(end, Ordering::Relaxed) == start && start > 0 {
         go_on(layer, end);
     }
@@ -79,6 +82,7 @@ pub(super) fn decode(layer: &Arc<Layer>, at: GuestOffset) -> Result<Decoded, Rea
 pub(super) fn after(layer: &Arc<Layer>, at: GuestOffset, end: u64) -> usize {
     let start = layer.cluster_around(at).map_or(at.0, |(start, _)| start);
     let reached = layer.forward.next.load(Ordering::Relaxed);
+    layer.forward.passed.store(end, Ordering::Relaxed);
     // What was decoded ahead of it before, it has not to decode now.
     if start > 0 && (start..=end.saturating_add(AHEAD_BYTES)).contains(&reached) {
         go_on(layer, end);
@@ -107,6 +111,11 @@ fn follow(layer: &Layer, mut at: u64) {
     let forward = &layer.forward;
     for _ in 0..MOST_AT_ONCE {
         let until = forward.next.load(Ordering::Acquire);
+        // What the reader has overtaken, it does not want any more.
+        let passed = forward.passed.load(Ordering::Relaxed);
+        if (at..until).contains(&passed) {
+            at = passed;
+        }
         if (at..at.saturating_add(MOST_BEHIND_BYTES)).contains(&until) && at < until {
             at = decode_one(layer, at, until);
             crew::let_others();

@@ -32,6 +32,9 @@ const LEAST_ARENA_BYTES: u64 = 64 * MIB;
 static PROCESS_CAPACITY_BYTES: OnceLock<u64> = OnceLock::new();
 /// What a shard must hold at least, so that a cluster of the largest size (2 MiB) is kept.
 const MIN_SHARD_BYTES: u64 = 8 * MIB;
+/// The part of the cache that clusters may take which were read more than once. The rest is for what is
+/// new: less of it, and clusters that were decoded ahead of a reader are gone when it comes to them.
+const PART_OF_WHAT_IS_READ_AGAIN: f64 = 0.75;
 /// Memory that an entry costs beside its cluster, roughly.
 const ENTRY_OVERHEAD_BYTES: u64 = 128;
 
@@ -104,6 +107,10 @@ impl DecodedCache {
             .shards(shards.clamp(1, cores * 4))
             .estimated_items_capacity(items)
             .weight_capacity(capacity_bytes)
+            .hot_allocation(PART_OF_WHAT_IS_READ_AGAIN)
+            // What comes back soon after it has left would go beyond that part, and in the end nothing new
+            // would be kept from one read of 4 KiB to the next.
+            .ghost_allocation(0.0)
             .build()
             .expect("both capacities are set");
         let clusters = Cache::with_options(
