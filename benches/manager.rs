@@ -44,6 +44,7 @@ fn copy(image: usize, disk: &DiskStatus) -> FoundCopy {
         path: disk.path.join("backing-images").join(name).join("backing"),
         format: Format::Raw,
         virtual_size_bytes: 1 << 30,
+        snapshot_size_bytes: None,
         size_bytes: 1 << 30,
         stored_bytes: 1 << 29,
         digests: format!("sha256:{image:064x}").parse().unwrap(),

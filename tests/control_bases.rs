@@ -123,11 +123,23 @@ fn an_image_can_be_served_as_it_was_at_a_snapshot() {
     run("qemu-img", &["snapshot", "-c", "before", &path]);
     let then = qemu_bytes(&image).unwrap();
     run("qemu-io", &["-f", "qcow2", "-c", "write -P 2 200k 300k", &path]);
+    run("qemu-img", &["resize", "-q", "-f", "qcow2", &path, "3M"]);
     ok(&daemon, &["create", &path, "--name", "then", "--snapshot", "before"]);
     ok(&daemon, &["create", &path, "--name", "now"]);
     let [before, after] = ["then", "now"].map(|name| ok(&daemon, &["attach", name]));
     assert!(read(&before, files.path()) == then);
     assert!(read(&after, files.path()) == qemu_bytes(&image).unwrap());
+    // Each has the size that its readers see, also once the file is found on the disk again.
+    let sizes = |daemon: &Daemon| {
+        ["then", "now"]
+            .map(|name| daemon.get(&format!("/v1/images/{name}"))["virtual_size_bytes"].clone())
+    };
+    assert_eq!(sizes(&daemon), [2 << 20, 3 << 20]);
+    let (_, dir) = daemon.end("TERM");
+    let daemon = Daemon::start_in(dir, "");
+    assert_eq!(sizes(&daemon), [2 << 20, 3 << 20]);
+    let volume = ["volume", "create", "small", "--image", "then", "--size", "2M"];
+    ok(&daemon, &volume);
     ok(&daemon, &["create", &path, "--name", "never", "--snapshot", "after"]);
     let refused = daemon.cli(&["attach", "never"]);
     assert!(stderr(&refused).contains("no snapshot has the ID or name"), "{}", stderr(&refused));

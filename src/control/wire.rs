@@ -15,6 +15,7 @@ use super::types_disk::Disk;
 use super::types_health::{Node, Scrub};
 use super::types_trace::Prefetch;
 use crate::image::Trace;
+use crate::manager::Facts;
 use crate::manager::{
     AttachmentState, AttachmentStatus, Change, CopyState, CopyStatus, DiskView, ImageStatus,
 };
@@ -46,7 +47,7 @@ pub(crate) fn image(status: &ImageStatus, sockets: &Sockets) -> Image {
         expected: (&record.expected.digests).into(),
         checksum_url: record.expected.checksum_url.as_ref().map(ToString::to_string),
         format: facts.map(|f| f.format).or(record.declared_format).map(|f| f.to_string()),
-        virtual_size_bytes: facts.map(|f| f.virtual_size_bytes),
+        virtual_size_bytes: facts.map(Facts::guest_size_bytes),
         size_bytes: facts.map(|f| f.size_bytes),
         stored_bytes: (!sealed.is_empty()).then(|| sealed.iter().sum()),
         digests: facts.map_or_else(Digests::default, |f| (&f.digests).into()),

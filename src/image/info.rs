@@ -115,6 +115,20 @@ pub fn peek(file: &dyn Source, path: &Path, declared: Option<Format>) -> Result<
     Ok(info)
 }
 
+/// Size of the disk of a complete QCOW2 file as it was at an internal snapshot, by ID or name, in bytes.
+///
+/// # Errors
+/// As [`inspect`].
+pub fn snapshot_size_bytes(
+    file: &dyn Source,
+    path: &Path,
+    snapshot: &str,
+) -> Result<u64, ImageError> {
+    let len_bytes = identify(file, path, Some(Format::Qcow2))?.file_size_bytes;
+    let terms = qcow2::Terms { backing: true, snapshot: Some(snapshot), ..qcow2::Terms::default() };
+    Ok(qcow2::Image::open(file, path, len_bytes, &terms)?.header().size_bytes)
+}
+
 /// What the first bytes and the file's inode say; the fields of formats are not filled in yet.
 pub(super) fn identify(
     file: &dyn Source,

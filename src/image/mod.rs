@@ -34,7 +34,7 @@ pub use decoded::{Decoded, DecodedCache};
 pub use decoder::Room;
 pub use error::{Class, ImageError, ReadError};
 pub use format::{Format, UnknownFormat, detect};
-pub use info::{ClusterCounts, Info, inspect, peek};
+pub use info::{ClusterCounts, Info, inspect, peek, snapshot_size_bytes};
 pub use inspection::{Finding, Inspection, Verdict};
 pub use source::{LayerFile, Source};
 pub use trace::{

@@ -99,8 +99,11 @@ pub struct CopyInfo {
     pub path: PathBuf,
     /// Format of the file, found or declared.
     pub format: Format,
-    /// Size of the disk that a guest sees, in bytes.
+    /// Size of the disk as it is now, in bytes.
     pub virtual_size_bytes: u64,
+    /// Size of the disk at the internal snapshot that readers get; `None`: they get it as it is now, or
+    /// who tells this does not know of one.
+    pub snapshot_size_bytes: Option<u64>,
     /// Length of the file in bytes.
     pub size_bytes: u64,
     /// Bytes that the file occupies on the disk (holes are not stored).
@@ -118,6 +121,7 @@ impl CopyInfo {
         Facts {
             format: self.format,
             virtual_size_bytes: self.virtual_size_bytes,
+            snapshot_size_bytes: self.snapshot_size_bytes,
             size_bytes: self.size_bytes,
             digests: self.digests.clone(),
             etag: self.etag.clone(),

@@ -31,5 +31,6 @@ pub(super) fn merge(known: Option<Facts>, new: Facts) -> Facts {
     let Some(mut known) = known else { return new };
     known.digests.fill_from(&new.digests);
     known.etag = known.etag.or(new.etag);
+    known.snapshot_size_bytes = known.snapshot_size_bytes.or(new.snapshot_size_bytes);
     known
 }

@@ -211,18 +211,21 @@ pub(super) fn declared_format(record: &CopyRecord) -> Option<Format> {
     record.declared.as_deref().and_then(|text| text.parse().ok())
 }
 
-/// What a ready copy is, by its record and its header.
+/// What a ready copy is, by its record and its header. `snapshot` is what readers get of it.
 pub(super) fn info_of(
     disk: &Disk,
     id: &disk::CopyId,
     record: &CopyRecord,
+    snapshot: Option<&str>,
 ) -> Result<CopyInfo, OpenError> {
     let sealed = disk.sealed(id)?;
+    let size_at = |snapshot| image::snapshot_size_bytes(sealed.file(), sealed.path(), snapshot);
     let info = image::peek(sealed.file(), sealed.path(), declared_format(record))?;
     Ok(CopyInfo {
         path: disk.data_path(id),
         format: info.format,
         virtual_size_bytes: info.virtual_size_bytes,
+        snapshot_size_bytes: snapshot.map(size_at).transpose()?,
         size_bytes: info.file_size_bytes,
         stored_bytes: info.allocated_bytes,
         digests: record.digests.whole.clone(),
@@ -415,7 +418,7 @@ fn scan(disk: &Disk) -> Vec<FoundCopy> {
 
 fn found_state(disk: &Disk, id: &disk::CopyId, state: disk::CopyState) -> FoundState {
     match state {
-        disk::CopyState::Ready(record) => match info_of(disk, id, &record) {
+        disk::CopyState::Ready(record) => match info_of(disk, id, &record, None) {
             Ok(info) => FoundState::Ready(info),
             Err(_) => FoundState::NeedsCheck,
         },

@@ -36,8 +36,11 @@ pub struct Expected {
 pub struct Facts {
     /// Format of the file.
     pub format: Format,
-    /// Size of the disk that a guest sees, in bytes.
+    /// Size of the disk as it is now, in bytes.
     pub virtual_size_bytes: u64,
+    /// Size of the disk at the internal snapshot that readers get, if they get one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot_size_bytes: Option<u64>,
     /// Length of the file in bytes.
     pub size_bytes: u64,
     /// Digests of the file that were computed, a property each.
@@ -46,6 +49,14 @@ pub struct Facts {
     /// The strong ETag of the source when it came: a repair asks for no other version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub etag: Option<String>,
+}
+
+impl Facts {
+    /// Size of the disk that a guest sees, in bytes.
+    #[must_use]
+    pub fn guest_size_bytes(&self) -> u64 {
+        self.snapshot_size_bytes.unwrap_or(self.virtual_size_bytes)
+    }
 }
 
 /// How a user steers the transfers of an image.

@@ -130,7 +130,7 @@ impl World {
             None => None,
         };
         let virtual_bytes =
-            image.and_then(|record| Some(record.facts.as_ref()?.virtual_size_bytes));
+            image.and_then(|record| Some(record.facts.as_ref()?.guest_size_bytes()));
         if let (Some(size_bytes), Some(need_bytes)) = (new.size_bytes, virtual_bytes)
             && size_bytes < need_bytes
         {

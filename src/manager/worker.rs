@@ -204,7 +204,8 @@ impl Worker {
     }
 
     async fn adopt(&self, record: disk::CopyRecord) -> Result<CopyInfo, WorkError> {
-        let open = move |slot: &Slot, id| info_of(&slot.disk, &id, &record);
+        let snapshot = self.task.snapshot.clone();
+        let open = move |slot: &Slot, id| info_of(&slot.disk, &id, &record, snapshot.as_deref());
         Ok(self.on_disk(open).await?)
     }
 
@@ -421,7 +422,7 @@ impl Worker {
                 let why = "it was changed right after it was sealed".to_owned();
                 return Err(DiskError::Damaged { path, field: "sealed copy", why }.into());
             };
-            let mut info = info_of(&slot.disk, &id, &record)?;
+            let mut info = info_of(&slot.disk, &id, &record, terms.snapshot.as_deref())?;
             info.etag = fetched.etag;
             Ok(info)
         })

@@ -53,6 +53,7 @@ fn info(size_bytes: u64) -> CopyInfo {
         path: "/backing".into(),
         format: Format::Raw,
         virtual_size_bytes: size_bytes,
+        snapshot_size_bytes: None,
         size_bytes,
         stored_bytes: size_bytes,
         digests: format!("sha256:{}", "a".repeat(64)).parse().unwrap(),
