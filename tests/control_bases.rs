@@ -144,3 +144,40 @@ fn an_image_can_be_served_as_it_was_at_a_snapshot() {
     let refused = daemon.cli(&["attach", "never"]);
     assert!(stderr(&refused).contains("no snapshot has the ID or name"), "{}", stderr(&refused));
 }
+
+#[test]
+fn an_external_data_file_is_an_image_that_was_named_and_nothing_else() {
+    if !have_qemu() {
+        return;
+    }
+    let daemon = Daemon::start();
+    let files = tempfile::tempdir().unwrap();
+    let [image, raw] = ["disk.qcow2", "disk.data"].map(|name| files.path().join(name));
+    let [path, data] = [&image, &raw].map(|path| text(path));
+    let options = format!("data_file={data}");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &options, &path, "3M"]);
+    run("qemu-io", &["-f", "qcow2", "-c", "write -P 1 200k 300k", "-c", "write -P 2 2M 1M", &path]);
+    run("qemu-io", &["-f", "qcow2", "-c", "write -z 2200k 100k", &path]);
+    let want = qemu_bytes(&image).unwrap();
+    // Refused without it, whatever the file says; a data file that is not needed is refused, too.
+    ok(&daemon, &["create", &path, "--name", "alone"]);
+    let refused = daemon.cli(&["attach", "alone"]);
+    assert!(stderr(&refused).contains("external data file"), "{}", stderr(&refused));
+    ok(&daemon, &["create", &data, "--name", "data", "--format", "raw"]);
+    ok(&daemon, &["create", &data, "--name", "other", "--data-file", "data", "--format", "raw"]);
+    let refused = daemon.cli(&["attach", "other"]);
+    assert!(stderr(&refused).contains("external data file was given"), "{}", stderr(&refused));
+    ok(&daemon, &["create", &path, "--name", "disk", "--data-file", "data"]);
+    let uri = ok(&daemon, &["attach", "disk"]);
+    assert!(read(&uri, files.path()) == want);
+    assert!(ok(&daemon, &["get", "disk"]).contains("data file     data"));
+    assert!(ok(&daemon, &["inspect", "disk"]).contains("ok"));
+    let refused = daemon.cli(&["delete", "data"]);
+    assert_eq!(refused.status.code(), Some(3), "{}", stderr(&refused));
+    // Also from what was found on the disk.
+    let (_, dir) = daemon.end("KILL");
+    let daemon = Daemon::start_in(dir, "");
+    daemon.wait_for("disk", "ready");
+    let uri = daemon.get("/v1/images/disk")["nbd"]["uri"].as_str().unwrap().to_owned();
+    assert!(read(&uri, files.path()) == want);
+}

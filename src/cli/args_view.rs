@@ -117,6 +117,9 @@ pub struct StandsArgs {
     /// Image of the daemon's that is its backing file; the name in the file is not looked at
     #[arg(long, value_name = "IMAGE")]
     pub base: Option<ImageName>,
+    /// Image of the daemon's whose file is its external data file; the name in the file is not looked at
+    #[arg(long, value_name = "IMAGE")]
+    pub data_file: Option<ImageName>,
     /// Readers get the disk as it was at this internal snapshot, by ID or name
     #[arg(long, value_name = "SNAPSHOT")]
     pub snapshot: Option<String>,
@@ -134,6 +137,7 @@ pub struct StandsArgs {
 impl StandsArgs {
     pub(super) fn put_into(&self, request: &mut CreateImage) {
         request.base = self.base.as_ref().map(ToString::to_string);
+        request.data_file = self.data_file.as_ref().map(ToString::to_string);
         request.snapshot.clone_from(&self.snapshot);
         request.min_copies = self.min_copies;
         request.disk_selector = self.disk_tag.iter().map(ToString::to_string).collect();

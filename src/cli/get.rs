@@ -34,6 +34,7 @@ pub(super) async fn run(args: &GetArgs, global: &Global, output: &Output) -> Res
     ];
     facts.extend(image.clone_of.clone().map(|image| ("clone of", image)));
     facts.extend(image.base.clone().map(|base| ("base", base)));
+    facts.extend(image.data_file.clone().map(|data| ("data file", data)));
     for (what, tags) in [("disk tags", &image.disk_selector), ("node tags", &image.node_selector)] {
         facts.extend((!tags.is_empty()).then(|| (what, tags.join(", "))));
     }

@@ -123,6 +123,11 @@ impl From<ManagerError> for ApiError {
                 "refused-source",
                 "merge some of them with `qemu-img convert`",
             ),
+            ManagerError::NoDataFile { .. } => (
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "refused-source",
+                "give an image that stands on nothing, raw as qemu wrote it",
+            ),
             ManagerError::HasVolumes { .. } => {
                 (StatusCode::CONFLICT, "in-use", "delete these volumes first")
             }

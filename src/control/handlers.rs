@@ -82,8 +82,10 @@ pub(super) fn new_image(body: &CreateImage) -> Answer<NewImage> {
     let layout = body.layout.as_deref().map(str::parse::<Layout>).transpose();
     let layout = layout.map_err(|e| ApiError::bad_request(format!("layout: {e}")))?;
     let base = body.base.as_deref().map(ImageName::parse).transpose()?;
-    if layout == Some(Layout::Raw) && (base.is_some() || body.snapshot.is_some()) {
-        let text = "layout: with a base or a snapshot an image is kept as-is";
+    let data_file = body.data_file.as_deref().map(ImageName::parse).transpose()?;
+    let is_apart = base.is_some() || data_file.is_some() || body.snapshot.is_some();
+    if layout == Some(Layout::Raw) && is_apart {
+        let text = "layout: with a base, a data file or a snapshot an image is kept as-is";
         return Err(ApiError::bad_request(text));
     }
     let disks: Result<Vec<_>, _> = body.disks.iter().map(|d| DiskUuid::parse(d)).collect();
@@ -97,6 +99,7 @@ pub(super) fn new_image(body: &CreateImage) -> Answer<NewImage> {
         clone_of,
         layout: layout.unwrap_or_default(),
         base,
+        data_file,
         snapshot: body.snapshot.clone(),
         min_copies: body.min_copies.unwrap_or_default(),
         selectors: Box::new(selectors(body)?),
@@ -229,7 +232,7 @@ pub(super) async fn inspect_image(
     let name = ImageName::parse(&name)?;
     let (asked, backend) = (name.clone(), app.backend.clone());
     let found = app.manager.read(move |world| world.sealed_copy(&asked)).await?;
-    let (copy, has_base) = match found {
+    let (copy, beside) = match found {
         None => return Err(no_image(&name)),
         Some(None) => {
             let (message, hint) = ("no copy of the image is complete", "fetch it first");
@@ -237,7 +240,7 @@ pub(super) async fn inspect_image(
         }
         Some(Some(copy)) => copy,
     };
-    let found = blocking(move || backend.inspect(&copy, has_base)).await?;
+    let found = blocking(move || backend.inspect(&copy, beside)).await?;
     let failed = |error: BackendError| {
         let hint = "look at the disk with `bedplate doctor`";
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", error.message, hint)

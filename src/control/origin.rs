@@ -76,7 +76,10 @@ fn check_export(body: &CreateImage) -> Answer<()> {
 }
 
 fn check_clone(body: &CreateImage) -> Answer<()> {
-    for (what, given) in [("layout", &body.layout), ("format", &body.format), ("base", &body.base)]
+    let (layout, format) = (&body.layout, &body.format);
+    let (base, data_file) = (&body.base, &body.data_file);
+    for (what, given) in
+        [("layout", layout), ("format", format), ("base", base), ("data_file", data_file)]
     {
         if given.is_some() {
             let text = format!("{what}: a clone has that of its image; leave it out");

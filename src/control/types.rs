@@ -141,6 +141,9 @@ pub struct Image {
     /// The image that it stands on: its backing file.
     #[serde(default)]
     pub base: Option<String>,
+    /// The image whose file is its external data file.
+    #[serde(default)]
+    pub data_file: Option<String>,
     /// The internal snapshot that readers get, by ID or name.
     #[serde(default)]
     pub snapshot: Option<String>,

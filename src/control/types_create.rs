@@ -60,6 +60,10 @@ pub struct CreateImage {
     /// the file itself has for it is not looked at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<String>,
+    /// Name of the image whose file is its external data file, which must be known. The name that the
+    /// file itself has for it is not looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_file: Option<String>,
     /// Readers get the disk as it was at this internal snapshot, by ID or name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<String>,

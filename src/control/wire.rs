@@ -37,6 +37,7 @@ pub(crate) fn image(status: &ImageStatus, sockets: &Sockets) -> Image {
         access: record.access.kinds().into_iter().map(str::to_owned).collect(),
         layout: record.layout.to_string(),
         base: record.base.as_ref().map(ToString::to_string),
+        data_file: record.data_file.as_ref().map(ToString::to_string),
         snapshot: record.snapshot.clone(),
         min_copies: record.min_copies.max(1),
         disk_selector: tags(&record.selectors.disk),

@@ -121,7 +121,8 @@ impl Exporter for NodeExports {
 /// Whichever copy it is, the bytes are the image's: its UUID is given once, and a copy with another
 /// digest is refused.
 fn identity_of(link: &Link) -> String {
-    let Link { copy, snapshot } = link;
+    // A data file is the image's for good, as its base is.
+    let Link { copy, snapshot, data_file: _ } = link;
     match snapshot {
         Some(snapshot) => format!("{} {} at {snapshot}", copy.image, copy.uuid),
         None => format!("{} {}", copy.image, copy.uuid),

@@ -53,6 +53,10 @@ pub struct ClusterCounts {
     pub compressed: u64,
 }
 
+/// A backing file, and an external data file of any length.
+const GIVEN_LATER: qcow2::Terms<'_> =
+    qcow2::Terms { snapshot: None, backing: true, data_len_bytes: Some(u64::MAX) };
+
 /// Checks `file` whole, as it must be before a copy is sealed: the header and every table entry.
 ///
 /// `path` is for messages. `declared` is what its owner says it is; `None` takes the content's
@@ -72,6 +76,9 @@ pub fn inspect(
     if info.format != Format::Qcow2 {
         match terms {
             qcow2::Terms { backing: true, .. } => return not_needed("a base"),
+            qcow2::Terms { data_len_bytes: Some(_), .. } => {
+                return not_needed("an external data file");
+            }
             qcow2::Terms { snapshot: Some(_), .. } => return not_needed("a snapshot"),
             _nothing_given => {}
         }
@@ -93,20 +100,23 @@ pub fn inspect(
     if terms.backing && !image.header().backing {
         return not_needed("a base");
     }
+    if terms.data_len_bytes.is_some() && !image.header().external_data {
+        return not_needed("an external data file");
+    }
     image.describe(&mut info);
     image.check(file, path, &mut info)?;
     Ok(info)
 }
 
 /// What the header of a complete file says, which was inspected before. Its tables are not read, and
-/// a backing file counts as given: whoever opens it will give it.
+/// what it needs beside itself counts as given: whoever opens it will give it.
 ///
 /// # Errors
 /// As [`inspect`].
 pub fn peek(file: &dyn Source, path: &Path, declared: Option<Format>) -> Result<Info, ImageError> {
     let mut info = identify(file, path, declared)?;
     if info.format == Format::Qcow2 {
-        let terms = qcow2::Terms { backing: true, ..qcow2::Terms::default() };
+        let terms = GIVEN_LATER;
         qcow2::Image::open(file, path, info.file_size_bytes, &terms)?.describe(&mut info);
     }
     if let Some(image) = blocks::Image::open(file, path, info.format, info.file_size_bytes)? {
@@ -125,7 +135,7 @@ pub fn snapshot_size_bytes(
     snapshot: &str,
 ) -> Result<u64, ImageError> {
     let len_bytes = identify(file, path, Some(Format::Qcow2))?.file_size_bytes;
-    let terms = qcow2::Terms { backing: true, snapshot: Some(snapshot), ..qcow2::Terms::default() };
+    let terms = qcow2::Terms { snapshot: Some(snapshot), ..GIVEN_LATER };
     Ok(qcow2::Image::open(file, path, len_bytes, &terms)?.header().size_bytes)
 }
 

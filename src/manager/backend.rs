@@ -17,10 +17,10 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
+use super::beside::Beside;
 use super::records::{Expected, Facts, Steering};
 use crate::fetch::{Access, DigestMap, SourceUrl, Upload};
-use crate::image::Format;
-use crate::image::{Inspection, View};
+use crate::image::{Format, Inspection, View};
 use crate::import::Layout;
 use crate::names::{DiskUuid, ImageName, ImageUuid, Tag};
 
@@ -42,6 +42,8 @@ pub struct Link {
     pub copy: CopyId,
     /// The internal snapshot of it that is read, by ID or name; `None`: the disk as it is.
     pub snapshot: Option<String>,
+    /// The copy whose file is its external data file.
+    pub data_file: Option<CopyId>,
 }
 
 /// One disk as it is now.
@@ -101,8 +103,7 @@ pub struct CopyInfo {
     pub format: Format,
     /// Size of the disk as it is now, in bytes.
     pub virtual_size_bytes: u64,
-    /// Size of the disk at the internal snapshot that readers get; `None`: they get it as it is now, or
-    /// who tells this does not know of one.
+    /// Size of the disk at the internal snapshot that readers get, if one is known.
     pub snapshot_size_bytes: Option<u64>,
     /// Length of the file in bytes.
     pub size_bytes: u64,
@@ -146,8 +147,8 @@ pub struct CopyTask {
     pub mirrors: Vec<SourceUrl>,
     /// What the copy's bytes are.
     pub layout: Layout,
-    /// True if it stands on another image, which is not needed to bring it in.
-    pub has_base: bool,
+    /// What it is given beside its own file, and needs only when it is opened.
+    pub beside: Beside,
     /// The internal snapshot that readers get, by ID or name.
     pub snapshot: Option<String>,
     /// How it is steered when it starts; see [`Backend::steer`].
@@ -495,7 +496,7 @@ pub trait Backend: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`BackendError`] if it cannot be read; a bad image is no error.
-    fn inspect(&self, copy: &CopyId, has_base: bool) -> Result<Inspection, BackendError>;
+    fn inspect(&self, copy: &CopyId, beside: Beside) -> Result<Inspection, BackendError>;
 }
 
 #[cfg(test)]

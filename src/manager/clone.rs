@@ -10,6 +10,7 @@
 //! Start at [`World::origin_of`].
 
 use super::backend::{CopyId, CopyOf, DiskStatus};
+use super::beside::Beside;
 use super::command::NewImage;
 use super::error::ManagerError;
 use super::records::{CloneOf, Facts};
@@ -25,6 +26,8 @@ pub(super) struct Origin {
     pub(super) from: Option<CopyOf>,
     /// What it waits for, in words.
     pub(super) waits: Option<String>,
+    /// What the image is given beside its own file.
+    pub(super) beside: Beside,
 }
 
 impl Image {
@@ -60,6 +63,7 @@ impl World {
         }
         let record = &cloned.record;
         new.base.clone_from(&record.base);
+        new.data_file.clone_from(&record.data_file);
         new.snapshot = new.snapshot.take().or_else(|| record.snapshot.clone());
         new.declared_format = match record.layout {
             // Whatever the bytes look like: they are the guest's.
@@ -73,10 +77,16 @@ impl World {
         Ok(Some(CloneOf { image: name.clone(), uuid: record.uuid.clone() }))
     }
 
-    /// Where the bytes of `name` come from, if it is a clone.
+    /// Where the bytes of `name` come from if it is a clone, and what is needed to bring it in.
     pub(super) fn origin_of(&self, name: &ImageName) -> Origin {
         let Some(image) = self.images.get(name) else { return Origin::default() };
-        let Some(of) = &image.record.clone_of else { return Origin::default() };
+        let beside = match self.beside(&image.record) {
+            Ok(beside) => beside,
+            Err(why) => return Origin { waits: Some(why), ..Origin::default() },
+        };
+        let Some(of) = &image.record.clone_of else {
+            return Origin { beside, ..Origin::default() };
+        };
         let cloned = self.cloned_image(image);
         let sealed = |image: &Image| -> Vec<DiskUuid> {
             let copies = image.copies.iter();
@@ -95,7 +105,7 @@ impl World {
             }
         });
         let (image, uuid) = (of.image.clone(), of.uuid.clone());
-        Origin { from: Some(CopyOf { image, uuid, ready_on }), waits }
+        Origin { from: Some(CopyOf { image, uuid, ready_on }), waits, beside }
     }
 
     /// The clones of `name` that have never been complete.

@@ -49,6 +49,8 @@ pub struct NewImage {
     pub layout: Layout,
     /// The image that it stands on.
     pub base: Option<ImageName>,
+    /// The image whose file is its external data file.
+    pub data_file: Option<ImageName>,
     /// The internal snapshot that readers get, by ID or name.
     pub snapshot: Option<String>,
     /// Digests that the bytes must have.
@@ -240,6 +242,7 @@ impl World {
         if is_new {
             let clone_of = self.inherit(&mut new)?;
             self.check_base(&name, new.base.as_ref())?;
+            self.check_data_file(&name, new.data_file.as_ref())?;
             let record = ImageRecord {
                 clone_of,
                 name: new.name,
@@ -250,6 +253,7 @@ impl World {
                 mirrors: new.mirrors,
                 layout: new.layout,
                 base: new.base,
+                data_file: new.data_file,
                 snapshot: new.snapshot,
                 steering: Steering::default(),
                 expected: new.expected,

@@ -44,6 +44,9 @@ pub enum ManagerError {
     /// Too many images would stand on each other.
     #[error("image {name}: at most {most} images may stand on each other")]
     TooManyBases { name: ImageName, most: usize },
+    /// What is to be a data file stands on something itself.
+    #[error("image {name}: {data} cannot be its data file: it has a base or a data file itself")]
+    NoDataFile { name: ImageName, data: ImageName },
     /// No such copy.
     #[error("image {name}: has no copy on disk {disk}")]
     NoSuchCopy { name: ImageName, disk: DiskUuid },

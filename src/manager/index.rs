@@ -46,8 +46,8 @@ impl World {
     pub(super) fn index_step(&mut self) {
         let mut index = Index::default();
         for (name, image) in &self.images {
-            if let Some(base) = &image.record.base {
-                index.overlays.entry(base.clone()).or_default().push(name.clone());
+            for beneath in image.record.base.iter().chain(&image.record.data_file) {
+                index.overlays.entry(beneath.clone()).or_default().push(name.clone());
             }
             if let Some(of) = &image.record.clone_of {
                 index.clones.entry(of.image.clone()).or_default().push(name.clone());
@@ -73,7 +73,7 @@ impl World {
         self.index.readers.get(name).unwrap_or(&NOBODY)
     }
 
-    /// The images that stand on `name` itself.
+    /// The images that stand on `name` itself, or have their data in its file.
     pub(super) fn overlays_of(&self, name: &ImageName) -> &[ImageName] {
         self.index.overlays.get(name).map_or(&[], Vec::as_slice)
     }

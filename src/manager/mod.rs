@@ -10,6 +10,7 @@
 mod announce;
 mod back_off;
 pub mod backend;
+mod beside;
 mod chain;
 mod class;
 mod cleanup;
@@ -60,6 +61,7 @@ pub use backend::{
     FoundCopy, FoundState, Link, NodeSettings, Phase, Progress, Report, Reporter, ScrubReport,
     WorkerEvent, WorkerHandle,
 };
+pub use beside::Beside;
 pub use command::{Applied, Command, NewAttachment, NewImage, Outcome, READER_MAX_LEN};
 pub use disks::{DiskChange, DiskView, OpenedDisk};
 pub use driver::{Exporter, Manager, Object, Subscription, Told};

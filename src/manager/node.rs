@@ -14,6 +14,7 @@ use super::backend::{
     Backend, BackendError, CopyId, CopyInfo, CopyTask, DiskStatus, FailureClass, FoundCopy,
     FoundState, Link, NodeSettings, Reporter, WorkerHandle,
 };
+use super::beside::Beside;
 use super::helm::Helms;
 use super::records::Steering;
 use super::slots::{Slot, Slots};
@@ -182,10 +183,14 @@ impl Node {
 
     fn open_on(&self, link: &Link, base: Option<&View>) -> Result<View, BackendError> {
         let record = self.ready_record(&link.copy)?;
-        let (slot, id) = (self.slot(&link.copy.disk)?, store_id(&link.copy));
+        let slot = self.slot(&link.copy.disk)?;
         let (declared, snapshot) = (declared_format(&record), link.snapshot.as_deref());
-        let opening = Opening { declared, snapshot, base, ..Opening::default() };
-        let sealed = slot.disk.sealed(&id).map_err(|e| backend_error(&OpenError::Disk(e)))?;
+        let open = |copy| {
+            slot.disk.sealed(&store_id(copy)).map_err(|e| backend_error(&OpenError::Disk(e)))
+        };
+        let data = link.data_file.as_ref().map(open).transpose()?;
+        let opening = Opening { declared, snapshot, base, data, ..Opening::default() };
+        let sealed = open(&link.copy)?;
         View::open_as(sealed, opening).map_err(|e| backend_error(&OpenError::Image(e)))
     }
 
@@ -366,6 +371,10 @@ impl Backend for Node {
         let Some((link, beneath)) = chain.split_first() else {
             return Err(later(FailureClass::Refuse, "an empty chain of images"));
         };
+        if link.data_file.is_some() {
+            let text = "waits until the image is complete: its data is in another file";
+            return Err(later(FailureClass::Refuse, text));
+        }
         let base = if beneath.is_empty() { None } else { Some(self.open_view(beneath)?) };
         let slot = self.slot(&link.copy.disk)?;
         let file = match slot.disk.arriving(&store_id(&link.copy), ARRIVAL_PATIENCE) {
@@ -391,12 +400,13 @@ impl Backend for Node {
         }
     }
 
-    fn inspect(&self, copy: &CopyId, has_base: bool) -> Result<Inspection, BackendError> {
+    fn inspect(&self, copy: &CopyId, beside: Beside) -> Result<Inspection, BackendError> {
         let (slot, id) = (self.slot(&copy.disk)?, store_id(copy));
         let record = self.ready_record(copy)?;
         let found = slot.disk.sealed(&id).map_err(OpenError::from).and_then(|sealed| {
             let declared = declared_format(&record);
-            let terms = Terms { backing: has_base, ..Terms::default() };
+            let Beside { base: backing, data_len_bytes } = beside;
+            let terms = Terms { backing, data_len_bytes, snapshot: None };
             Ok(Inspection::of_file(sealed.file(), sealed.path(), declared, &terms)?)
         });
         found.map_err(|error| backend_error(&error))

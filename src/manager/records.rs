@@ -172,6 +172,9 @@ pub struct ImageRecord {
     /// The image that it stands on: its backing file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<ImageName>,
+    /// The image whose file is its external data file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_file: Option<ImageName>,
     /// Readers get the disk as it was at this internal snapshot, by ID or name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<String>,

@@ -47,6 +47,11 @@ pub(super) fn same_image(record: &ImageRecord, new: &NewImage) -> Result<(), Man
         // A clone has those of its image, unless another snapshot is said.
         ("base", Some(named(&record.base)), Some(named(&new.base)).filter(|_| cloned.is_none())),
         (
+            "data_file",
+            Some(named(&record.data_file)),
+            Some(named(&new.data_file)).filter(|_| cloned.is_none()),
+        ),
+        (
             "snapshot",
             Some(text(&record.snapshot)),
             Some(text(&new.snapshot)).filter(|_| cloned.is_none() || new.snapshot.is_some()),

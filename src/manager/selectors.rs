@@ -97,8 +97,8 @@ impl World {
     pub(super) fn check_new_disks(&self, new: &NewImage) -> Result<(), ManagerError> {
         for disk in &new.disks {
             self.check_disk_for(&new.name, Some(new), disk)?;
-            if let Some(base) = &new.base {
-                self.check_disk_for(base, None, disk)?;
+            for beneath in new.base.iter().chain(&new.data_file) {
+                self.check_disk_for(beneath, None, disk)?;
             }
         }
         Ok(())
@@ -125,13 +125,13 @@ impl World {
             let copy = self.images.get(name).and_then(|image| image.copies.get(disk));
             copy.is_some_and(|copy| copy.state.is_sealed())
         };
-        let mut records = self.records_from(name).filter(|record| !has_copy(&record.name));
+        let mut records = self.parts_of(name).filter(|record| !has_copy(&record.name));
         records.try_for_each(|record| self.check_selectors(&record.name, &record.selectors, status))
     }
 
     /// Whether an image, and all that it stands on, may be on `disk`.
     pub(super) fn allows(&self, name: &ImageName, disk: &DiskStatus) -> bool {
-        self.records_from(name).all(|record| self.selects(&record.selectors, disk))
+        self.parts_of(name).all(|record| self.selects(&record.selectors, disk))
     }
 
     /// Why no disk could be chosen.
@@ -142,7 +142,7 @@ impl World {
         }
         let is_unmet =
             |selectors: &Selectors| !self.disks.iter().any(|d| self.selects(selectors, d));
-        let unmet = self.records_from(&name).find(|record| is_unmet(&record.selectors));
+        let unmet = self.parts_of(&name).find(|record| is_unmet(&record.selectors));
         let tags = unmet.map_or_else(String::new, |record| record.selectors.said());
         ManagerError::NoDiskSelected { name, tags }
     }

@@ -8,6 +8,7 @@
 use std::path::PathBuf;
 
 use super::backend::{CopyId, CopyInfo, Progress};
+use super::beside::Beside;
 use super::records::{AttachmentId, AttachmentRecord, ImageRecord, ScrubRecord, VolumeRecord};
 use super::volume::{ReplicaState, VolumeState};
 use super::world::{Attachment, AttachmentState, Copy, CopyState, Export, Image, World};
@@ -134,14 +135,14 @@ impl World {
         self.images.get(name).map(|image| self.image_status(image))
     }
 
-    /// A complete copy of an image, and whether it stands on another: `None` if there is no such
+    /// A complete copy of an image, and what it is given beside its file: `None` if there is no such
     /// image, `Some(None)` if it has none.
     #[must_use]
-    pub fn sealed_copy(&self, name: &ImageName) -> Option<Option<(CopyId, bool)>> {
+    pub fn sealed_copy(&self, name: &ImageName) -> Option<Option<(CopyId, Beside)>> {
         let image = self.images.get(name)?;
         let sealed = image.copies.iter().find(|(_, copy)| copy.state.is_sealed());
-        let has_base = image.record.base.is_some();
-        Some(sealed.map(|(disk, _)| (image.copy_id(disk), has_base)))
+        let beside = self.beside(&image.record).unwrap_or_default();
+        Some(sealed.map(|(disk, _)| (image.copy_id(disk), beside)))
     }
 
     /// Every attachment, by id.

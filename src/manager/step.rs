@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use super::back_off::fail;
 use super::backend::{CopyId, CopyInfo, CopyTask, FailureClass, Report, WorkerEvent};
+use super::beside::Beside;
 use super::chain::Chains;
 use super::clone::Origin;
 use super::facts::{differs, merge};
@@ -345,7 +346,7 @@ fn start_step(
     copy.state = CopyState::Starting;
     (copy.retry_at, copy.no_stream) = (None, None);
     let mut task = task_of(record, id, copy.worker_name.clone(), ready);
-    task.origin = origin.from;
+    (task.origin, task.beside) = (origin.from, origin.beside);
     touched.images.insert(record.name.clone());
     touched.actions.push(Action::Start(Box::new(task), *generation));
 }
@@ -363,7 +364,7 @@ pub(super) fn task_of(
         mirrors: record.mirrors.clone(),
         upload_bytes: record.upload_bytes,
         layout: record.layout,
-        has_base: record.base.is_some(),
+        beside: Beside { base: record.base.is_some(), ..Beside::default() },
         snapshot: record.snapshot.clone(),
         steering: record.steering,
         access: record.access.clone(),

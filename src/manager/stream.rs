@@ -22,7 +22,8 @@ impl World {
             if !can_stream(copy) || !wanted(disk) || !self.is_fit(disk) {
                 continue;
             }
-            let mut chain = vec![image.link_on(disk)];
+            let Ok(link) = self.link_on(image, disk) else { continue };
+            let mut chain = vec![link];
             if let Some(base) = &image.record.base {
                 let Ok(beneath) = self.chain_on(base, disk) else { continue };
                 chain.extend(beneath);

@@ -37,6 +37,6 @@ impl Views {
 
     /// The files of `copy` go.
     pub(super) fn forget(&self, copy: &CopyId) {
-        self.lock().retain(|link, _| link.copy != *copy);
+        self.lock().retain(|link, _| link.copy != *copy && link.data_file.as_ref() != Some(copy));
     }
 }

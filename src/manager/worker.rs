@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use super::backend::{
     Cancel, CopyInfo, CopyTask, FailureClass, Phase, Progress, Reporter, WorkerEvent,
 };
+use super::beside::OwnedTerms;
 use super::helm::{Held, Helms};
 use super::mend::Unrepaired;
 use super::node::{OpenError, info_of, store_id};
@@ -26,7 +27,6 @@ use crate::disk::{self, CopyState, DigestKind, DiskError, Filling, SealRecord};
 use crate::fetch::{
     self, Class, Engine, Expect, FetchError, Fetched, Policy, RateLimit, SourceUrl, one_line,
 };
-use crate::image::qcow2::Terms;
 use crate::image::{self, Format, ImageError};
 use crate::import::{ImportError, Layout, import};
 use crate::names::ImageName;
@@ -211,7 +211,7 @@ impl Worker {
 
     /// What the image is given beside its file, to be taken to another thread.
     fn terms(&self) -> OwnedTerms {
-        OwnedTerms { snapshot: self.task.snapshot.clone(), backing: self.task.has_base }
+        OwnedTerms { snapshot: self.task.snapshot.clone(), beside: self.task.beside }
     }
 
     /// A finished file of unknown history: inspected and hashed before it counts.
@@ -447,18 +447,6 @@ impl Worker {
             tracing::warn!(worker = %self.task.worker, error = %one_line(&error), "cannot clean up");
             false
         })
-    }
-}
-
-/// [`Terms`] that borrow nothing.
-struct OwnedTerms {
-    snapshot: Option<String>,
-    backing: bool,
-}
-
-impl OwnedTerms {
-    fn borrow(&self) -> Terms<'_> {
-        Terms { snapshot: self.snapshot.as_deref(), backing: self.backing, ..Terms::default() }
     }
 }
 

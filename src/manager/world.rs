@@ -314,6 +314,7 @@ impl World {
                 clone_of: None,
                 layout: Layout::default(),
                 base: None,
+                data_file: None,
                 snapshot: None,
                 steering: Steering::default(),
                 access: Box::default(),

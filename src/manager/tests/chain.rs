@@ -21,7 +21,7 @@ fn a_reader_of_an_overlay_brings_in_all_it_stands_on_to_the_same_disk() {
     node.command(attach("top", Some(1), "vm")).unwrap();
     let running: Vec<_> = node.running.keys().map(|id| (id.image.as_str(), &id.disk)).collect();
     assert_eq!(running, [("bottom", &disk(1)), ("middle", &disk(1)), ("top", &disk(1))]);
-    assert!(node.tasks.iter().all(|t| t.has_base == (t.id.image != name("bottom"))));
+    assert!(node.tasks.iter().all(|t| t.beside.base == (t.id.image != name("bottom"))));
 }
 
 #[test]
@@ -116,4 +116,60 @@ fn after_a_restart_the_chain_is_opened_again() {
     node.settle();
     assert_eq!(node.exported.len(), 3);
     assert_eq!(node.state("top", 2), Some(CopyState::Ready));
+}
+
+fn create_with_data(image: &str, data: &str) -> Command {
+    let Command::Create(mut new) = create(image) else { panic!() };
+    new.data_file = Some(name(data));
+    Command::Create(new)
+}
+
+#[test]
+fn an_image_with_a_data_file_waits_for_its_length_and_is_opened_with_it() {
+    let mut node = Node::new();
+    node.command(create("data")).unwrap();
+    node.command(create_with_data("tables", "data")).unwrap();
+    let Outcome::Attachment(id, _) = node.command(attach("tables", Some(1), "vm")).unwrap() else {
+        panic!()
+    };
+    let running: Vec<_> = node.running.keys().map(|id| (id.image.as_str(), &id.disk)).collect();
+    assert_eq!(running, [("data", &disk(1))]);
+    let told = |node: &Node| node.world.attachment(&id).unwrap().message;
+    assert_eq!(told(&node), "waits for a first copy of its data file data");
+    let data = copy(&node, "data");
+    node.report(&data, failed(FailureClass::Refuse));
+    assert_eq!(told(&node), "its data file data cannot be had: no");
+    node.command(attach("tables", Some(1), "vm")).unwrap();
+    node.report(&copy(&node, "data"), WorkerEvent::Ready(info(9)));
+    let tables = copy(&node, "tables");
+    let task = node.tasks.iter().rfind(|task| task.id == tables).unwrap();
+    assert_eq!(task.beside, Beside { base: false, data_len_bytes: Some(9) });
+    node.report(&tables, WorkerEvent::Ready(info(9)));
+    node.settle();
+    assert_eq!(node.world.attachment(&id).unwrap().state, AttachmentState::Ready);
+}
+
+#[test]
+fn a_data_file_stays_as_long_as_its_image_and_stands_on_nothing() {
+    let mut node = Node::new();
+    node.command(create("data")).unwrap();
+    node.command(create_with_data("tables", "data")).unwrap();
+    let error = node.command(create_with_data("more", "tables")).unwrap_err();
+    assert!(matches!(error, ManagerError::NoDataFile { .. }), "{error}");
+    let error = node.command(create_with_data("more", "nothing")).unwrap_err();
+    assert!(matches!(error, ManagerError::NoSuchImage { .. }), "{error}");
+    let error = node.command(create("tables")).unwrap_err();
+    assert!(error.to_string().contains("data_file"), "{error}");
+    node.command(Command::Fetch(name("tables"), None)).unwrap();
+    node.settle();
+    let delete = |image: &str| Command::Delete { name: name(image), sessions: 0 };
+    let error = node.command(delete("data")).unwrap_err();
+    assert!(matches!(error, ManagerError::IsABase { .. }), "{error}");
+    node.restart();
+    node.settle();
+    for image in ["tables", "data"] {
+        node.command(delete(image)).unwrap();
+        node.settle();
+    }
+    assert!(node.images.is_empty() && node.files.is_empty());
 }

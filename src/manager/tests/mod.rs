@@ -76,6 +76,7 @@ fn create_from(image: &str, url: &str) -> Command {
         mirrors: Vec::new(),
         layout: Layout::AsIs,
         base: None,
+        data_file: None,
         snapshot: None,
         min_copies: 0,
         selectors: Box::default(),
