@@ -58,7 +58,7 @@ def connect():
         except nbd.Error as error:
             # No server, or one that ends; but who answers must have the image.
             assert "server replied with error" not in error.string, error.string
-            time.sleep(0.01)
+            time.sleep(0.001)
             continue
         assert h.get_size() == len(want)
         return h
