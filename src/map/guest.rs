@@ -16,6 +16,7 @@ use std::io;
 use std::marker::PhantomData;
 use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use rustix::fs::{FileType, FsWord, OFlags};
@@ -24,8 +25,6 @@ use rustix::mm::{MapFlags, ProtFlags};
 use super::guard::{self, Copied};
 use crate::units::FileOffset;
 
-/// Regions that a guest's memory may be made of.
-const MAX_REGIONS: usize = 64;
 /// All of them together: 64 TiB, half of what a process can address.
 const MAX_BYTES: u64 = 1 << 46;
 /// `statfs` type of tmpfs, which memfds are in.
@@ -68,7 +67,8 @@ impl std::fmt::Display for GuestMemoryError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Count { regions } => {
-                write!(f, "guest memory of {regions} regions: 1 to {MAX_REGIONS} can be")
+                let most = GuestMemory::MAX_REGIONS;
+                write!(f, "guest memory of {regions} regions: 1 to {most} can be")
             }
             Self::Region { guest_at, len_bytes, rule } => {
                 write!(f, "guest memory at {guest_at:#x}, {len_bytes:#x} bytes: {rule}")
@@ -93,11 +93,10 @@ impl std::error::Error for GuestMemoryError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unreachable;
 
-/// A guest's memory. Unmapped on drop.
+/// A guest's memory. A region is unmapped with the last memory that has it.
 #[derive(Debug)]
 pub struct GuestMemory {
-    /// By where the guest sees them.
-    regions: Vec<Region>,
+    regions: Vec<Arc<Region>>,
 }
 
 #[derive(Debug)]
@@ -125,13 +124,16 @@ impl Drop for Region {
 }
 
 impl GuestMemory {
+    /// Regions that it may be made of.
+    pub const MAX_REGIONS: usize = 64;
+
     /// Maps the regions.
     ///
     /// # Errors
     /// [`GuestMemoryError`]: too many regions, or one that is empty, overlaps another, is larger
     /// than its file, or is in a file that is no shared memory.
     pub fn new(mut regions: Vec<GuestRegion>) -> Result<Self, GuestMemoryError> {
-        if regions.is_empty() || regions.len() > MAX_REGIONS {
+        if regions.is_empty() || regions.len() > Self::MAX_REGIONS {
             return Err(GuestMemoryError::Count { regions: regions.len() });
         }
         regions.sort_by_key(|region| region.user_at);
@@ -144,8 +146,49 @@ impl GuestMemory {
         if let (None, Some(region)) = (total, regions.first()) {
             return Err(refuse(region, "the regions together are more than 64 TiB"));
         }
-        let regions = regions.iter().map(Region::map).collect::<Result<_, _>>()?;
+        let map = |region: &GuestRegion| Region::map(region).map(Arc::new);
+        let regions = regions.iter().map(map).collect::<Result<_, _>>()?;
         Ok(Self { regions })
+    }
+
+    /// This memory and one region more.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with(&self, region: &GuestRegion) -> Result<Self, GuestMemoryError> {
+        if self.regions.len() >= Self::MAX_REGIONS {
+            return Err(GuestMemoryError::Count { regions: self.regions.len() + 1 });
+        }
+        check_apart(std::slice::from_ref(region), |region| region.user_at)?;
+        check_apart(std::slice::from_ref(region), |region| region.guest_at)?;
+        let len = region.len_bytes;
+        let meet = |a, a_len, b, b_len| a < b + b_len && b < a + a_len;
+        let overlaps = |other: &Arc<Region>| {
+            meet(region.guest_at, len, other.guest_at, other.len_bytes)
+                || meet(region.user_at, len, other.user_at, other.len_bytes)
+        };
+        if self.regions.iter().any(overlaps) {
+            return Err(refuse(region, "it overlaps another region"));
+        }
+        let others: u64 = self.regions.iter().map(|region| region.len_bytes).sum();
+        if others.checked_add(len).is_none_or(|sum| sum > MAX_BYTES) {
+            return Err(refuse(region, "the regions together are more than 64 TiB"));
+        }
+        let mut regions = self.regions.clone();
+        regions.push(Arc::new(Region::map(region)?));
+        Ok(Self { regions })
+    }
+
+    /// This memory without the region of these addresses and length, which may leave none; `None` if
+    /// there is no such region.
+    #[must_use]
+    pub fn without(&self, guest_at: u64, user_at: u64, len_bytes: u64) -> Option<Self> {
+        let is_it = |region: &Arc<Region>| {
+            (region.guest_at, region.user_at, region.len_bytes) == (guest_at, user_at, len_bytes)
+        };
+        let mut regions = self.regions.clone();
+        regions.remove(regions.iter().position(is_it)?);
+        Some(Self { regions })
     }
 
     /// Memory at an address of the guest: as much of `[at, at + len)` as is in one region, at least
@@ -227,10 +270,11 @@ impl Region {
         if end.is_none_or(|end| end > has) {
             return Err(refuse(region, "its file ends before it does"));
         }
-        // Of a huge page the kernel unmaps all or nothing, so a region has whole ones.
+        // Of a huge page the kernel unmaps all or nothing, so a region has whole ones. The last of
+        // other pages may be a part of the file's: what is behind its end is in no slice.
         let page = u64::try_from(stat.st_blksize).unwrap_or(4096).max(4096);
-        let page = if system.f_type == HUGETLBFS { page } else { 4096 };
-        if len_bytes % page != 0 || file_at % page != 0 {
+        let (page, end) = if system.f_type == HUGETLBFS { (page, len_bytes) } else { (4096, 0) };
+        if end % page != 0 || file_at % page != 0 {
             return Err(refuse(region, "it does not begin and end at pages of its file"));
         }
         let too_large = || failed(io::ErrorKind::OutOfMemory.into());
@@ -509,7 +553,7 @@ mod tests {
         assert!(reason(vec![short]).contains("ends before"));
         let far = GuestRegion { file_at: u64::MAX, ..region(0, 0, 4096) };
         assert!(reason(vec![far]).contains("ends before"));
-        let odd = GuestRegion { len_bytes: 4000, ..region(0, 0, 4096) };
+        let odd = GuestRegion { file: memfd(8192), file_at: 4000, ..region(0, 0, 4096) };
         assert!(reason(vec![odd]).contains("pages"));
         let pipe = File::from(std::os::fd::OwnedFd::from(std::io::pipe().unwrap().0));
         let pipe = GuestRegion { file: pipe, ..region(0, 0, 4096) };
@@ -517,6 +561,40 @@ mod tests {
         let proc = File::open("/proc/self/exe").unwrap();
         let disk = GuestRegion { file: proc, ..region(0, 0, 4096) };
         assert!(reason(vec![disk]).contains("no shared memory"));
+    }
+
+    #[test]
+    fn a_region_comes_and_goes_and_the_others_stay() {
+        let memory = two();
+        let reason = |region| memory.with(&region).unwrap_err().to_string();
+        assert!(reason(region(4096, 1 << 30, 4096)).contains("overlaps"), "in the guest");
+        assert!(reason(region(1 << 30, 0x10_1000, 4096)).contains("overlaps"), "in the VMM");
+        assert!(reason(region(1 << 30, 1 << 30, 0)).contains("at least one byte"));
+        let end = GuestRegion { user_at: u64::MAX - 100, ..region(1 << 30, 0, 4096) };
+        assert!(reason(end).contains("last address"));
+        let large = GuestRegion { len_bytes: MAX_BYTES, ..region(1 << 50, 1 << 50, 4096) };
+        assert!(reason(large).contains("64 TiB"));
+        let short = GuestRegion { file: memfd(4095), ..region(1 << 30, 1 << 30, 4096) };
+        assert!(reason(short).contains("ends before"));
+        let more = memory.with(&region(12_288, 0x60_0000, 5000)).unwrap();
+        assert_eq!(more.at_guest(12_288, 9000).unwrap().len(), 5000, "not to the end of its page");
+        assert!(more.without(0, 0x10_0000, 4096).is_none(), "of another length");
+        assert!(more.without(0, 0x50_0000, 8192).is_none(), "of another address");
+        let less = more.without(0, 0x10_0000, 8192).unwrap();
+        drop((memory, more));
+        assert!(less.at_guest(0, 1).is_none());
+        for at in [8192, 12_288] {
+            less.at_guest(at, 4096).unwrap().fill_with_zeroes().unwrap();
+        }
+        let less = less.without(8192, 0x50_0000, 4096).unwrap();
+        let none = less.without(12_288, 0x60_0000, 5000).unwrap();
+        assert!(none.at_guest(12_288, 1).is_none());
+        let mut many = none;
+        for n in 0..64 {
+            many = many.with(&region(n << 12, n << 12, 4096)).unwrap();
+        }
+        let one_more = many.with(&region(1 << 30, 1 << 30, 4096)).unwrap_err();
+        assert!(one_more.to_string().contains("65 regions"));
     }
 
     #[test]

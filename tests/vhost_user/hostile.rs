@@ -4,10 +4,11 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
-use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::client::{
@@ -177,7 +178,6 @@ fn memory_that_cannot_be_is_refused_and_the_next_frontend_served() {
         ("overlap in the VMM", vec![(0, MIB, USER, 0), (MIB, MIB, USER + page, MIB)]),
         ("more than its file", vec![(0, MEMORY + page, USER, 0)]),
         ("an end past the last address", vec![(u64::MAX - page + 1, MIB, USER, 0)]),
-        ("half a page", vec![(0, MIB + 100, USER, 0)]),
         ("not at a page of its file", vec![(0, MIB, USER, 100)]),
     ] {
         let vm = Vm::connect(&server.socket(), ALL);
@@ -195,6 +195,68 @@ fn memory_that_cannot_be_is_refused_and_the_next_frontend_served() {
         drop(vm);
         another_is_served(&server);
     }
+}
+
+#[test]
+fn a_region_that_cannot_be_added_or_taken_away_is_refused_and_the_next_frontend_served() {
+    let (server, _dir) = TestServer::of_bytes(&patterned(1024 * 1024));
+    let far = 1 << 40;
+    for (name, is_added, (guest, len, user, offset)) in [
+        ("overlap in the guest", true, (MEMORY - 4096, MIB, USER + far, 0)),
+        ("overlap in the VMM", true, (far, MIB, USER + 4096, 0)),
+        ("more than its file", true, (far, MEMORY + 4096, USER + far, 0)),
+        ("not at a page of its file", true, (far, MIB, USER + far, 100)),
+        ("a part of one", false, (0, MIB, USER, 0)),
+        ("none", false, (far, MIB, USER + far, 0)),
+    ] {
+        let mut vm = Vm::start(&server.socket(), ALL, 1);
+        let region = VhostUserMemoryRegionInfo {
+            guest_phys_addr: guest,
+            memory_size: len,
+            userspace_addr: user,
+            mmap_offset: offset,
+            mmap_handle: vm.memory.as_raw_fd(),
+        };
+        let refused = match is_added {
+            true => vm.frontend.add_mem_region(&region).map(|_base| ()),
+            false => vm.frontend.remove_mem_region(&region),
+        };
+        assert!(refused.is_err(), "{name}");
+        drop(vm);
+        another_is_served(&server);
+    }
+    let mut vm = Vm::start(&server.socket(), ALL, 1);
+    assert_eq!(vm.frontend.get_max_mem_slots().unwrap(), 64);
+    vm.read(0, 0, 4096);
+    let region = VhostUserMemoryRegionInfo {
+        guest_phys_addr: 0,
+        memory_size: MEMORY,
+        userspace_addr: USER,
+        mmap_offset: 0,
+        mmap_handle: vm.memory.as_raw_fd(),
+    };
+    vm.frontend.remove_mem_region(&region).unwrap();
+    until("the queue to stand", || vm.queues[0].err.read().is_ok());
+    vm.frontend.add_mem_region(&region).unwrap();
+    vm.read(0, 0, 4096);
+    for n in 0..63 {
+        let at = (n + 1) * far;
+        let more = VhostUserMemoryRegionInfo {
+            guest_phys_addr: at,
+            memory_size: 5000,
+            userspace_addr: USER + at,
+            ..region
+        };
+        vm.frontend.add_mem_region(&more).unwrap();
+    }
+    vm.read(0, 0, 4096);
+    let more = VhostUserMemoryRegionInfo {
+        guest_phys_addr: far / 2,
+        memory_size: 5000,
+        userspace_addr: USER + far / 2,
+        ..region
+    };
+    assert!(vm.frontend.add_mem_region(&more).is_err(), "one too many");
 }
 
 /// A message with a header of its own making.

@@ -14,6 +14,7 @@ mod guest_support;
 #[path = "../nbd_support/mod.rs"]
 mod nbd_support;
 
+mod blkio;
 mod boot;
 mod client;
 mod daemon;

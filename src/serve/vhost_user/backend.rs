@@ -22,7 +22,7 @@ use super::device::{Device, FEATURES, PROTOCOL_FEATURES};
 use super::limits::{Limits, MAX_QUEUE_SIZE};
 use super::ring::Place;
 use super::worker::{Job, Worker};
-use crate::map::{GuestMemory, GuestRegion};
+use crate::map::{GuestMemory, GuestMemoryError, GuestRegion};
 use crate::serve::Attachment;
 
 type MemoryRegionBases = Vec<vhost::VhostUserMemoryRegionBase>;
@@ -50,6 +50,17 @@ struct Queue {
     err: Option<Arc<File>>,
     is_enabled: bool,
     worker: Option<Worker>,
+}
+
+/// What a frontend says of a region, with the file behind it.
+fn guest_region(region: &VhostUserMemoryRegion, file: File) -> GuestRegion {
+    GuestRegion {
+        guest_at: region.guest_phys_addr,
+        user_at: region.user_addr,
+        len_bytes: region.memory_size,
+        file,
+        file_at: region.mmap_offset,
+    }
 }
 
 /// A message is refused; why goes to the log.
@@ -84,6 +95,22 @@ impl Backend {
         self.queues.iter_mut().for_each(Queue::end);
         change(self);
         (0..=u8::MAX).take(self.queues.len()).try_for_each(|number| self.go_on(number))
+    }
+
+    /// Goes on with this memory, or with what there is if it is refused.
+    fn use_memory(
+        &mut self,
+        memory: std::result::Result<GuestMemory, GuestMemoryError>,
+    ) -> Result<()> {
+        match memory {
+            Ok(memory) => self.change_all(|this| this.memory = Some(Arc::new(memory))),
+            Err(error) => {
+                let export = self.attachment.export().name();
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(export, error, "a VM's memory is refused");
+                Err(Error::InvalidParam)
+            }
+        }
     }
 
     fn go_on(&mut self, number: u8) -> Result<()> {
@@ -180,25 +207,9 @@ impl VhostUserBackendReqHandlerMut for Backend {
         files: Vec<File>,
         _postcopy: Option<bool>,
     ) -> Result<Option<MemoryRegionBases>> {
-        let region = |(region, file): (&VhostUserMemoryRegion, File)| GuestRegion {
-            guest_at: region.guest_phys_addr,
-            user_at: region.user_addr,
-            len_bytes: region.memory_size,
-            file,
-            file_at: region.mmap_offset,
-        };
-        let regions = regions.iter().zip(files).map(region).collect();
+        let regions = regions.iter().zip(files).map(|(region, file)| guest_region(region, file));
         // The files are closed here: a map needs none.
-        let memory = match GuestMemory::new(regions) {
-            Ok(memory) => memory,
-            Err(error) => {
-                let export = self.attachment.export().name();
-                let error = &error as &dyn std::error::Error;
-                tracing::warn!(export, error, "a VM's memory is refused");
-                return Err(Error::InvalidParam);
-            }
-        };
-        self.change_all(|this| this.memory = Some(Arc::new(memory)))?;
+        self.use_memory(GuestMemory::new(regions.collect()))?;
         Ok(None)
     }
 
@@ -257,7 +268,8 @@ impl VhostUserBackendReqHandlerMut for Backend {
         let features = VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::MQ;
         Ok(features
             | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::RESET_DEVICE)
+            | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
@@ -305,20 +317,32 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {
-        refuse("no such feature")
+        Ok(GuestMemory::MAX_REGIONS as u64)
     }
 
     fn add_mem_region(
         &mut self,
-        _: &VhostUserSingleMemoryRegion,
-        _: File,
-        _: Option<bool>,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy: Option<bool>,
     ) -> Result<Option<vhost::VhostUserMemoryRegionBase>> {
-        refuse("no such feature")
+        let region = guest_region(region, file);
+        let memory = match &self.memory {
+            Some(memory) => memory.with(&region),
+            None => GuestMemory::new(vec![region]),
+        };
+        self.use_memory(memory)?;
+        Ok(None)
     }
 
-    fn remove_mem_region(&mut self, _: &VhostUserSingleMemoryRegion) -> Result<()> {
-        refuse("no such feature")
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let (guest_at, user_at) = (region.guest_phys_addr, region.user_addr);
+        let without =
+            |memory: &Arc<GuestMemory>| memory.without(guest_at, user_at, region.memory_size);
+        match self.memory.as_ref().and_then(without) {
+            Some(memory) => self.use_memory(Ok(memory)),
+            None => refuse("a region of memory that is not there is taken away"),
+        }
     }
 
     fn set_device_state_fd(
