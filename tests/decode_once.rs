@@ -139,8 +139,8 @@ fn a_forward_reader_decodes_each_cluster_once_beside_readers_that_fill_the_cache
     let image = compressed(dir.path(), "zlib");
     let (want, count) = (qemu_bytes(&image).unwrap(), compressed_clusters(&image));
     for piece in [4096, 65_536, MIB] {
-        // Less than one image.
-        let cache = DecodedCache::new(8 << 20);
+        // Less than both images.
+        let cache = DecodedCache::new(16 << 20);
         let open = || {
             let sealed = Sealed::open_path(&image).unwrap();
             View::open_with_cache(sealed, None, Arc::clone(&cache)).unwrap()
@@ -149,7 +149,7 @@ fn a_forward_reader_decodes_each_cluster_once_beside_readers_that_fill_the_cache
         let mut part = vec![0; 65_536];
         for _ in 0..3 {
             // Not forward: nothing of it is decoded ahead, some time.
-            for at in (0..8 * MIB).step_by(65_536).rev() {
+            for at in (0..12 * MIB).step_by(65_536).rev() {
                 other.read_at(&mut part, GuestOffset(at as u64)).unwrap();
             }
         }

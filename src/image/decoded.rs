@@ -34,7 +34,7 @@ static PROCESS_CAPACITY_BYTES: OnceLock<u64> = OnceLock::new();
 const MIN_SHARD_BYTES: u64 = 8 * MIB;
 /// The part of the cache that clusters may take which were read more than once. The rest is for what is
 /// new: less of it, and clusters that were decoded ahead of a reader are gone when it comes to them.
-const PART_OF_WHAT_IS_READ_AGAIN: f64 = 0.75;
+const PART_OF_WHAT_IS_READ_AGAIN: f64 = 0.85;
 /// Memory that an entry costs beside its cluster, roughly.
 const ENTRY_OVERHEAD_BYTES: u64 = 128;
 
