@@ -252,13 +252,16 @@ impl Arena {
         if at >= self.len_bytes {
             return Err(io::ErrorKind::StorageFull.into());
         }
-        // Here a lack of memory is an error; at the first touch it would be a signal.
-        let chunk = CHUNK_BYTES as u64;
-        rustix::fs::fallocate(&self.fd, FallocateFlags::empty(), at as u64, chunk)?;
+        let fill = |len: usize| {
+            rustix::fs::fallocate(&self.fd, FallocateFlags::empty(), at as u64, len as u64)
+        };
+        // Of one page the kernel makes a whole huge one, in half the time that 512 pages take.
+        fill(MIN_SLOT_BYTES)?;
         // SAFETY: the chunk is in our own map, and its content does not change.
-        let _slower_without =
+        let refused =
             unsafe { libc::madvise(self.base.as_ptr().add(at).cast(), CHUNK_BYTES, MADV_COLLAPSE) };
-        Ok(())
+        // Slower without. Here a lack of memory is an error; at the first touch it would be a signal.
+        if refused != 0 { Ok(fill(CHUNK_BYTES)?) } else { Ok(()) }
     }
 }
 
@@ -361,6 +364,27 @@ mod tests {
             assert_eq!(buf.as_ref().len(), len - 1);
         }
         assert!(slab.take(CHUNK_BYTES + 1).is_err());
+    }
+
+    /// Huge pages for this process, or none from now on.
+    fn allow_huge(yes: bool) {
+        let disable = libc::c_ulong::from(!yes);
+        // SAFETY: takes numbers; what is mapped stays as it is.
+        let done = unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, disable, 0, 0, 0) };
+        assert_eq!(done, 0, "{}", io::Error::last_os_error());
+    }
+
+    #[test]
+    fn all_memory_of_a_chunk_is_there_before_it_is_touched_with_huge_pages_and_without() {
+        for huge in [true, false] {
+            allow_huge(huge);
+            let slab = Slab::new(2 * CHUNK_BYTES as u64).unwrap();
+            let slots = [slab.take(CHUNK_BYTES).unwrap(), slab.take(4096).unwrap()];
+            allow_huge(true);
+            let stored_bytes = 512 * rustix::fs::fstat(slab.fd()).unwrap().st_blocks;
+            assert_eq!(stored_bytes, 2 * CHUNK_BYTES as i64, "huge pages: {huge}");
+            assert!(slots.iter().all(|slot| slot.as_ref().iter().all(|&byte| byte == 0)));
+        }
     }
 
     #[test]
