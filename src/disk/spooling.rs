@@ -30,7 +30,7 @@ const WRITE_BACK_BYTES: u64 = 8 * MIB;
 /// Room that must be free beside the rest of a spool, or the disk counts as full.
 const SPARE_BYTES: u64 = 16 * MIB;
 /// How many times too much an estimate of what an image still needs may be.
-const DOUBT: u64 = 4;
+const DOUBT: u64 = 2;
 
 impl Filling {
     /// What an earlier run has kept of a compressed source; `None` if nothing can be believed.

@@ -208,7 +208,7 @@ impl Run<'_> {
             && let Some(spooler) = stream.spooler.take()
             && let Err(error) = blocking(move || spooler.end()).await
         {
-            self.without_spool(&error);
+            return self.spool_failed(&error);
         }
         Ok(())
     }

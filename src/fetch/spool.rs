@@ -55,7 +55,12 @@ impl Spooler {
             .spawn(move || {
                 loop {
                     match queue.recv_timeout(LOOK) {
-                        Ok((bytes, _permit)) => end.append(&bytes)?,
+                        Ok((bytes, _permit)) => {
+                            if let Err(error) = end.append(&bytes) {
+                                // What was there before it may be of use.
+                                return end.finish().and(Err(error));
+                            }
+                        }
                         Err(RecvTimeoutError::Timeout) => end.look()?,
                         Err(RecvTimeoutError::Disconnected) => return end.finish(),
                     }
@@ -192,6 +197,20 @@ impl Run<'_> {
                 None
             }
         }
+    }
+
+    /// The spool has failed, which may be no reason to end the transfer.
+    ///
+    /// # Errors
+    /// [`DiskError::NoSpace`]: the disk is full, and would hardly have room for the image alone.
+    pub(super) fn spool_failed(&self, error: &DiskError) -> Result<(), FetchError> {
+        if let (DiskError::Full { .. }, Ok(Some(spool))) =
+            (error, in_place(|| self.filling.spooled()))
+        {
+            drop(in_place(|| self.filling.room_for_spool(&spool))?);
+        }
+        self.without_spool(error);
+        Ok(())
     }
 
     /// Says that it goes on without a spool, and makes room.

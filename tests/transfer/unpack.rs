@@ -14,10 +14,10 @@ use bedplate::ring::Choice;
 
 const MIB: usize = 1 << 20;
 const ETAG: &str = "\"one\"";
-const TOOLS: [&str; 4] = ["gzip", "xz", "zstd", "bzip2"];
+pub const TOOLS: [&str; 4] = ["gzip", "xz", "zstd", "bzip2"];
 
 /// What the tool makes of the bytes; `None` (a printed skip) without the tool.
-fn packed(tool: &str, bytes: &[u8]) -> Option<Vec<u8>> {
+pub fn packed(tool: &str, bytes: &[u8]) -> Option<Vec<u8>> {
     let spawned = Command::new(tool).arg("-c").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
     let Ok(mut child) = spawned else {
         println!("SKIPPED: {tool} is not installed");
@@ -32,7 +32,7 @@ fn packed(tool: &str, bytes: &[u8]) -> Option<Vec<u8>> {
     Some(output.stdout)
 }
 
-fn bring_in(
+pub fn bring_in(
     url: &SourceUrl,
     dir: &Path,
     expect: &Expect,
@@ -48,11 +48,11 @@ fn bring_in(
     runtime.block_on(pull(&engine, &request, &Arc::new(Progress::default())))
 }
 
-fn url_of(server: &FaultServer) -> SourceUrl {
+pub fn url_of(server: &FaultServer) -> SourceUrl {
     SourceUrl::parse(&format!("{}/x.img.gz", server.url)).unwrap()
 }
 
-fn expect(bytes: &[u8]) -> Expect {
+pub fn expect(bytes: &[u8]) -> Expect {
     Expect::parse(Some(&sha256(bytes)), None).unwrap()
 }
 
