@@ -58,13 +58,13 @@ impl Filling {
     /// Keeps from now on what comes of a compressed source of this version, from its first byte.
     ///
     /// # Errors
-    /// [`DiskError::NoSpace`] if the disk has not room for the source twice: as it comes, and (at
-    /// least as much) for what is made of it. [`DiskError`] else.
+    /// [`DiskError::NoSpace`] if the disk has not room for three times the source: as it comes, and
+    /// twice as much for what is made of it. [`DiskError`] else.
     pub fn spool(&self, version: Version) -> Result<SpoolEnd, DiskError> {
         let total = version.total_bytes.unwrap_or(0);
-        let room = self.space.reserve(total.saturating_mul(2).saturating_add(data_at(total)))?;
+        let room = self.space.reserve(total.saturating_mul(3).saturating_add(data_at(total)))?;
         // Nobody knows what the image needs before its end: no room is promised to it.
-        room.consume(total, false);
+        room.consume(total.saturating_mul(2), false);
         let spool = Spool::create(&self.dir, &self.layout.spool, version)?;
         room.consume(data_at(total), false);
         SpoolEnd::start(spool, room, Arc::clone(&self.file))

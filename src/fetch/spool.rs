@@ -89,7 +89,7 @@ impl Run<'_> {
     ///
     /// # Errors
     /// [`DiskError::NoSpace`]: there is no use in going on before somebody has made room.
-    pub(super) fn kept(&self) -> Result<Option<Kept>, FetchError> {
+    pub(super) fn kept(&mut self) -> Result<Option<Kept>, FetchError> {
         if !self.source.unpack {
             return Ok(None);
         }
@@ -108,8 +108,7 @@ impl Run<'_> {
         };
         let room = in_place(|| self.filling.room_for_spool(&spool))?;
         if room.is_none() {
-            let path = self.filling.path();
-            tracing::warn!(path = %path.display(), "no room to keep the compressed source: it is fetched anew");
+            self.gives_way();
         }
         Ok(room.map(|room| Kept { spool, codec, room }))
     }
@@ -178,8 +177,8 @@ impl Run<'_> {
 
     /// Keeps what comes of a source from its first byte on, if it could be continued.
     pub(super) fn spool(&self, agreed: &Agreed, total: Option<u64>) -> Option<Spooler> {
-        let total =
-            total.filter(|total| agreed.can_resume && *total <= self.engine.policy.max_bytes)?;
+        let may = self.spools && agreed.can_resume;
+        let total = total.filter(|total| may && *total <= self.engine.policy.max_bytes)?;
         let version = Version { total_bytes: Some(total), tag: agreed.remote.to_tag() };
         self.started(in_place(|| self.filling.spool(version)))
     }
@@ -211,6 +210,25 @@ impl Run<'_> {
         }
         self.without_spool(error);
         Ok(())
+    }
+
+    /// The disk is full, and the image may fit without the spool: true if there was one.
+    pub(super) fn makes_room(&mut self) -> bool {
+        let spool = in_place(|| self.filling.spooled()).ok().flatten();
+        let in_the_way = spool.is_some_and(|spool| {
+            matches!(in_place(|| self.filling.room_for_spool(&spool)), Ok(None))
+        });
+        if in_the_way {
+            self.gives_way();
+        }
+        in_the_way
+    }
+
+    /// No more spool in this transfer: all that came is fetched anew.
+    fn gives_way(&mut self) {
+        self.spools = false;
+        let path = self.filling.path();
+        tracing::warn!(path = %path.display(), "no room to keep the compressed source: it is fetched anew");
     }
 
     /// Says that it goes on without a spool, and makes room.

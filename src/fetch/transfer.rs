@@ -31,7 +31,7 @@ use super::sums::settle;
 use super::threads::{blocking, in_place};
 use super::version::{Agreed, Remote, Resume};
 use super::ways::Ways;
-use crate::disk::{DigestSet, Digests, Filling, Version};
+use crate::disk::{DigestSet, Digests, DiskError, Filling, Version};
 use crate::ring::{BufPool, BufShare, Probe};
 
 /// How often a source may turn out to be another version before that is the error.
@@ -90,7 +90,7 @@ pub async fn transfer(
     let source = settled.as_ref();
     let Source { url, expect, access, .. } = source;
     let mut restarts = 0;
-    let (mut fresh, mut mirrors) = (false, true);
+    let (mut fresh, mut mirrors, mut spools) = (false, true, true);
     loop {
         let share = engine.pool.share(FEW_BUFFERS, engine.buffers);
         let (pipeline, unproven) = (None, false);
@@ -106,6 +106,7 @@ pub async fn transfer(
             pipeline,
             unproven,
             mirrors: mirrors && !source.mirrors.is_empty(),
+            spools,
         };
         let result = match (url.file_path(), url.nbd(), url.backup()) {
             (Some(path), ..) => run.local(&path).await,
@@ -116,9 +117,11 @@ pub async fn transfer(
         let unproven = run.unproven;
         let again = match &result {
             Err(FetchError::Changed { .. } | FetchError::ReadBack { .. }) => true,
+            Err(FetchError::Disk(DiskError::Full { .. })) => run.makes_room(),
             Err(FetchError::Digest { .. } | FetchError::Decode { .. }) => unproven,
             Ok(_) | Err(_) => false,
         };
+        spools = run.spools;
         restarts += 1;
         if !again || restarts > MAX_RESTARTS {
             return result;
@@ -160,6 +163,8 @@ pub(super) struct Run<'a> {
     pub(super) unproven: bool,
     /// Whether the source's mirrors may be used, if it has any.
     pub(super) mirrors: bool,
+    /// Whether a compressed source is kept as it comes.
+    pub(super) spools: bool,
 }
 
 impl Run<'_> {

@@ -347,7 +347,7 @@ fn pull_to(mount: &Path, server: &FaultServer, stream: &[u8]) -> Result<Pulled, 
 
 #[test]
 fn a_full_disk_keeps_what_has_come_and_an_image_that_fits_without_a_spool_fits() {
-    let Some(disk) = LoopDisk::new(&["mkfs.ext4", "-q"], 96 << 20) else { return };
+    let Some(disk) = LoopDisk::new(&["mkfs.ext4", "-q"], 128 << 20) else { return };
     let mount = &disk.mount;
     // A quarter of it is zeroes: 24 MiB are stored, and 24 come.
     let bytes = content(32 * MIB, 129);
@@ -399,4 +399,21 @@ fn a_full_disk_keeps_what_has_come_and_an_image_that_fits_without_a_spool_fits()
     assert_eq!(durable(mount, "out.img.bedplate-spool"), 12 << 20);
     pull_to(mount, &server, &stream).unwrap();
     assert!(std::fs::read(mount.join("out.img")).unwrap() == bytes);
+}
+
+#[test]
+fn where_only_the_image_itself_has_room_it_is_brought_in_at_once() {
+    let Some(disk) = LoopDisk::new(&["mkfs.ext4", "-q"], 64 << 20) else { return };
+    let mount = &disk.mount;
+    // The spool is complete when most of the image is still to be made.
+    let mut bytes = content(5 * MIB, 130);
+    bytes.resize(29 * MIB, 0x11);
+    let Some(stream) = packed("gzip", &bytes) else { return };
+    let served = stream.clone();
+    let server = FaultServer::start(move |request| Reply::ranged(request, &served, ETAG));
+    leave_free(mount, (28 << 20) + stream.len() as u64 / 2);
+    pull_to(mount, &server, &stream).unwrap();
+    assert!(std::fs::read(mount.join("out.img")).unwrap() == bytes);
+    let starts: Vec<_> = server.requests().iter().map(start_of).collect();
+    assert_eq!(starts, [0, 0], "{} bytes come: the disk was full once", stream.len());
 }
