@@ -1,7 +1,7 @@
 //! Promise: what has come of a compressed source and is durable is not asked for again, however the
 //! transfer ended; and what is kept for that is never a wrong byte, nor litter.
 
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -12,10 +12,10 @@ use crate::fault_server::{Cut, FaultServer, Reply, Request};
 use crate::kill::{Daemon, copy_dir};
 use crate::loop_disk::LoopDisk;
 use crate::nginx_support::{Nginx, have_nginx};
-use crate::unpack::{TOOLS, bring_in, expect, packed, url_of};
+use crate::unpack::{TOOLS, bring_in, bring_in_from, expect, packed, url_of};
 use crate::{content, sha256};
 use bedplate::disk::{Dir, Spool};
-use bedplate::fetch::{Class, Expect, SourceUrl};
+use bedplate::fetch::{Class, Expect, Source, SourceUrl};
 use bedplate::import::{ImportError, Layout, Pulled};
 
 const MIB: usize = 1 << 20;
@@ -211,6 +211,22 @@ fn a_source_that_has_changed_is_begun_anew() {
 }
 
 #[test]
+fn a_mirror_goes_on_where_a_source_that_is_gone_has_ended() {
+    let bytes = content(3 * MIB, 131);
+    let Some(stream) = packed("bzip2", &bytes) else { return };
+    let source =
+        Breaking::new(&stream, MIB, ETAG, expect(&stream), |_| Some(Reply::status("410 Gone")));
+    let served = stream.clone();
+    let mirror = FaultServer::start(move |request| Reply::ranged(request, &served, "\"its\""));
+    let mut from = Source::new(url_of(&source.server)).expecting(expect(&stream));
+    (from.unpack, from.mirrors) = (true, vec![url_of(&mirror)]);
+    bring_in_from(from, source.dir.path(), Layout::AsIs, None).unwrap();
+    assert!(std::fs::read(source.dir.path().join("out.img")).unwrap() == bytes);
+    let starts: Vec<_> = mirror.requests().iter().map(start_of).collect();
+    assert_eq!(starts, [MIB as u64; 2]);
+}
+
+#[test]
 fn what_cannot_be_continued_is_not_kept() {
     let bytes = content(2 * MIB, 124);
     let Some(stream) = packed("gzip", &bytes) else { return };
@@ -347,19 +363,25 @@ fn pull_to(mount: &Path, server: &FaultServer, stream: &[u8]) -> Result<Pulled, 
 
 #[test]
 fn a_full_disk_keeps_what_has_come_and_an_image_that_fits_without_a_spool_fits() {
-    let Some(disk) = LoopDisk::new(&["mkfs.ext4", "-q"], 128 << 20) else { return };
+    let Some(disk) = LoopDisk::new(&["mkfs.ext4", "-q", "-m", "0"], 256 << 20) else { return };
     let mount = &disk.mount;
-    // A quarter of it is zeroes: 24 MiB are stored, and 24 come.
-    let bytes = content(32 * MIB, 129);
+    // A quarter of it is zeroes: 48 MiB are stored, and 48 come.
+    let bytes = content(64 * MIB, 129);
     let Some(stream) = packed("gzip", &bytes) else { return };
     let index = Arc::new(AtomicUsize::new(0));
     let (served, count, place) = (stream.clone(), Arc::clone(&index), mount.clone());
     let server = FaultServer::start(move |request| {
         let mut reply = Reply::ranged(request, &served, ETAG);
         match count.fetch_add(1, Ordering::SeqCst) {
-            0 => reply = reply.cut(Cut::Close(2 * MIB)),
+            0 => reply = reply.cut(Cut::Close(4 * MIB)),
             // In the middle somebody else fills the disk.
-            1 => leave_free(&place, 2 << 20),
+            1 => {
+                let made = place.join("out.img.bedplate-part");
+                while std::fs::metadata(&made).unwrap().blocks() * 512 < 3 << 20 {
+                    std::thread::yield_now();
+                }
+                leave_free(&place, 2 << 20);
+            }
             _ => {}
         }
         reply
@@ -369,7 +391,7 @@ fn a_full_disk_keeps_what_has_come_and_an_image_that_fits_without_a_spool_fits()
     let full = ["disk full", "needed, "].iter().any(|words| error.report().contains(words));
     assert!(full && error.class() == Class::Retry, "{}", error.report());
     let kept = durable(mount, "out.img.bedplate-spool");
-    assert!(kept >= 2 << 20, "{kept}");
+    assert!(kept >= 4 << 20, "{kept}");
     std::fs::remove_file(mount.join("filler")).unwrap();
     let asked = server.requests().len();
     pull_to(mount, &server, &stream).unwrap();
@@ -379,7 +401,7 @@ fn a_full_disk_keeps_what_has_come_and_an_image_that_fits_without_a_spool_fits()
     assert!(!mount.join("out.img.bedplate-spool").exists());
     // Room for the image, and not for its source beside it.
     std::fs::remove_file(mount.join("out.img")).unwrap();
-    leave_free(mount, 34 << 20);
+    leave_free(mount, 60 << 20);
     pull_to(mount, &server, &stream).unwrap();
     assert!(std::fs::read(mount.join("out.img")).unwrap() == bytes);
     // The same, but the room has gone after a part was kept.
@@ -388,22 +410,22 @@ fn a_full_disk_keeps_what_has_come_and_an_image_that_fits_without_a_spool_fits()
     index.store(0, Ordering::SeqCst);
     let (served, count, place) = (stream.clone(), Arc::clone(&index), mount.clone());
     let server = FaultServer::start(move |request| match count.fetch_add(1, Ordering::SeqCst) {
-        0 => Reply::ranged(request, &served, ETAG).cut(Cut::Close(12 * MIB)),
+        0 => Reply::ranged(request, &served, ETAG).cut(Cut::Close(24 * MIB)),
         1 => {
-            leave_free(&place, 13 << 20);
+            leave_free(&place, 26 << 20);
             Reply::status("404 Not Found")
         }
         _ => Reply::ranged(request, &served, ETAG),
     });
     pull_to(mount, &server, &stream).unwrap_err();
-    assert_eq!(durable(mount, "out.img.bedplate-spool"), 12 << 20);
+    assert_eq!(durable(mount, "out.img.bedplate-spool"), 24 << 20);
     pull_to(mount, &server, &stream).unwrap();
     assert!(std::fs::read(mount.join("out.img")).unwrap() == bytes);
 }
 
 #[test]
 fn where_only_the_image_itself_has_room_it_is_brought_in_at_once() {
-    let Some(disk) = LoopDisk::new(&["mkfs.ext4", "-q"], 64 << 20) else { return };
+    let Some(disk) = LoopDisk::new(&["mkfs.ext4", "-q", "-m", "0"], 64 << 20) else { return };
     let mount = &disk.mount;
     // The spool is complete when most of the image is still to be made.
     let mut bytes = content(5 * MIB, 130);

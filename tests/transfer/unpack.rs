@@ -39,10 +39,19 @@ pub fn bring_in(
     layout: Layout,
     policy: Option<Policy>,
 ) -> Result<Pulled, ImportError> {
-    let mut engine = engine(dir, Choice::Auto);
-    engine.policy = policy.unwrap_or(engine.policy);
     let mut source = Source::new(url.clone()).expecting(expect.clone());
     source.unpack = true;
+    bring_in_from(source, dir, layout, policy)
+}
+
+pub fn bring_in_from(
+    source: Source,
+    dir: &Path,
+    layout: Layout,
+    policy: Option<Policy>,
+) -> Result<Pulled, ImportError> {
+    let mut engine = engine(dir, Choice::Auto);
+    engine.policy = policy.unwrap_or(engine.policy);
     let request = PullRequest { source, layout, output: dir.join("out.img") };
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(pull(&engine, &request, &Arc::new(Progress::default())))
