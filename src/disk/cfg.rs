@@ -11,7 +11,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::filling::SealRecord;
+use super::layout::SealRecord;
 use super::{DigestKind, Dir, DiskError};
 
 /// `longhorn-disk.cfg`.

@@ -20,83 +20,20 @@ use rustix::io::Errno;
 use super::arrivals::Place;
 use super::arriving::Arriving;
 use super::cfg::CopyCfg;
-use super::digests::{DigestRecord, Digests};
+use super::layout::{FileNames, SealRecord};
 use super::presence::{MAX_FILE_BYTES, Presence, Version};
 use super::space::{Reservation, Space};
+use super::spool::Spool;
 use super::{Dir, DiskError, Sealed};
 use crate::ring::PAGE_BYTES;
-
-/// The names of one image's files in their directory.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct FileNames {
-    /// The finished file.
-    pub data: String,
-    /// The file while it is filling.
-    pub partial: String,
-    /// Its presence bits.
-    pub presence: String,
-    /// Digests of the finished file; `None` to keep none.
-    pub digests: Option<String>,
-    /// Longhorn's record of the finished file; `None` to keep none.
-    pub cfg: Option<String>,
-}
-
-impl FileNames {
-    /// A copy in the store, with Longhorn's names.
-    #[must_use]
-    pub fn copy() -> Self {
-        Self {
-            data: "backing".into(),
-            partial: "backing.tmp".into(),
-            presence: "backing.presence".into(),
-            digests: Some("backing.digests".into()),
-            cfg: Some("backing.cfg".into()),
-        }
-    }
-
-    /// A file that a person asked for by name, outside any store.
-    #[must_use]
-    pub fn file(name: &str) -> Self {
-        Self {
-            data: name.into(),
-            partial: format!("{name}.bedplate-part"),
-            presence: format!("{name}.bedplate-presence"),
-            digests: None,
-            cfg: None,
-        }
-    }
-}
-
-/// What the store writes beside a sealed copy.
-#[derive(Clone, Debug, Default)]
-pub struct SealRecord {
-    /// The image's uuid.
-    pub uuid: String,
-    /// Bytes of the disk that a guest sees.
-    pub virtual_size_bytes: u64,
-    /// Digests of the file.
-    pub digests: Digests,
-    /// The SHA-512 that the creator asked for, if any.
-    pub expected_sha512: Option<String>,
-    /// The format that its owner declared, in the caller's own word.
-    pub declared: Option<String>,
-}
-
-impl SealRecord {
-    /// The part that `backing.digests` keeps.
-    pub(super) fn digest_record(&self, size_bytes: u64) -> DigestRecord {
-        let (declared, digests) = (self.declared.clone(), self.digests.clone());
-        DigestRecord { size_bytes, declared, digests }
-    }
-}
 
 /// A file that is being brought in.
 #[derive(Debug)]
 pub struct Filling {
-    dir: Dir,
-    layout: FileNames,
-    space: Space,
-    file: Arc<File>,
+    pub(super) dir: Dir,
+    pub(super) layout: FileNames,
+    pub(super) space: Space,
+    pub(super) file: Arc<File>,
     presence: Option<Arc<Mutex<Presence>>>,
     total_bytes: Option<u64>,
     reservation: Option<Arc<Reservation>>,
@@ -152,8 +89,8 @@ impl Filling {
         self.arriving.as_ref()
     }
 
-    /// Bytes that are durable of an unfinished file, and its length if known; without touching it.
-    /// `None` if there is none.
+    /// Bytes that are durable of an unfinished file (of a compressed source: as they came), and its
+    /// length if known; without touching it. `None` if there is none.
     ///
     /// # Errors
     /// [`DiskError::Io`].
@@ -161,9 +98,12 @@ impl Filling {
         let Some(file) = dir.try_open_file(&layout.partial, OFlags::RDONLY)? else {
             return Ok(None);
         };
-        let Some(presence) = believable(dir, layout, &file)? else { return Ok(Some((0, None))) };
-        let total = presence.version().total_bytes;
-        let whole = total.unwrap_or(0);
+        let spooled = Spool::load(dir, &layout.spool)?.map_or(0, |spool| spool.len_bytes());
+        let presence = believable(dir, layout, &file)?;
+        let total = presence.as_ref().and_then(|presence| presence.version().total_bytes);
+        let (Some(presence), Some(whole)) = (presence, total) else {
+            return Ok(Some((spooled, None)));
+        };
         let missing: u64 =
             presence.missing(whole).iter().map(|range| range.end - range.start).sum();
         Ok(Some((whole - missing, total)))
@@ -219,11 +159,20 @@ impl Filling {
     /// # Errors
     /// [`DiskError::NoSpace`] if it cannot fit, [`DiskError::Io`].
     pub fn begin(&mut self, version: &Version) -> Result<(), DiskError> {
-        self.start_over(version)?;
+        self.start_over(version, false)?;
         self.prepare(None)
     }
 
-    fn start_over(&mut self, version: &Version) -> Result<(), DiskError> {
+    /// As [`Filling::begin`], but what is spooled of the source stays.
+    ///
+    /// # Errors
+    /// As [`Filling::begin`].
+    pub fn begin_beside_spool(&mut self, version: &Version) -> Result<(), DiskError> {
+        self.start_over(version, true)?;
+        self.prepare(None)
+    }
+
+    fn start_over(&mut self, version: &Version, keep_spool: bool) -> Result<(), DiskError> {
         let path = self.path();
         if version.total_bytes.is_some_and(|total| total > MAX_FILE_BYTES) {
             let why = format!("longer than the limit of {MAX_FILE_BYTES} bytes");
@@ -233,6 +182,9 @@ impl Filling {
         self.reservation = None;
         // The bits must be gone for good before the bytes that they speak for are.
         self.dir.remove_file(&self.layout.presence)?;
+        if !keep_spool {
+            self.drop_spool()?;
+        }
         self.dir.sync()?;
         if let Some(place) = &self.place {
             // Whoever reads the old file must not see it become another.
@@ -260,7 +212,7 @@ impl Filling {
         if keep && !self.is_unsure() {
             return self.prepare(Some(0));
         }
-        self.start_over(version)?;
+        self.start_over(version, false)?;
         self.prepare(Some(0))
     }
 
@@ -279,7 +231,7 @@ impl Filling {
     /// As [`Filling::begin`].
     pub fn resume(&mut self) -> Result<(), DiskError> {
         if let (true, Some(version)) = (self.is_unsure(), self.version()) {
-            self.start_over(&version)?;
+            self.start_over(&version, false)?;
         }
         self.prepare(None)
     }
@@ -423,6 +375,8 @@ impl Filling {
             let data_path = self.dir.join(&self.layout.data);
             CopyCfg::of_file(&data_path, &self.file, record)?.store(&self.dir, name)?;
         }
+        // Before the name is final: after it nobody would look for a spool.
+        self.drop_spool()?;
         self.dir.rename(&self.layout.partial, &self.layout.data)?;
         // Not before the rename: an unprivileged owner could not open it again to go on.
         rustix::fs::fchmod(&*self.file, rustix::fs::Mode::from_raw_mode(0o444))
@@ -445,6 +399,7 @@ impl Filling {
             place.lose("what has arrived of the image was refused; see the image's message");
         }
         self.dir.remove_file(&self.layout.presence)?;
+        self.drop_spool()?;
         self.dir.remove_file(&self.layout.partial)?;
         self.dir.sync()
     }

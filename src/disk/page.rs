@@ -98,6 +98,33 @@ impl Page {
         self.seal();
         file.write_all_at(&self.0, index * PAGE_BYTES as u64)
     }
+
+    /// Reads the newer one of the two places of page `index` of a file whose pages come in pairs,
+    /// after two others: word 0 is a sequence number, word 8 the index. `None` if neither is valid.
+    ///
+    /// # Errors
+    /// The read itself failed.
+    pub fn read_pair(file: &File, index: u64) -> io::Result<Option<Self>> {
+        let mut newest: Option<Self> = None;
+        for place in 0..2 {
+            let page = Self::read(file, 2 + 2 * index + place)?;
+            let Some(page) = page.filter(|page| page.word(8) == index) else { continue };
+            if newest.as_ref().is_none_or(|old| old.word(0) < page.word(0)) {
+                newest = Some(page);
+            }
+        }
+        Ok(newest)
+    }
+
+    /// Writes the page over the older one of the two places of page `index`, as number `sequence`.
+    ///
+    /// # Errors
+    /// The write failed.
+    pub fn write_pair(&mut self, file: &File, index: u64, sequence: u64) -> io::Result<()> {
+        self.set_word(0, sequence);
+        self.set_word(8, index);
+        self.write(file, 2 + 2 * index + sequence % 2)
+    }
 }
 
 impl Default for Page {

@@ -53,6 +53,31 @@ pub struct Version {
     pub tag: String,
 }
 
+impl Version {
+    /// The first page of a file of ours that belongs to bytes of this version; `None` if it is too
+    /// long. `unit`: bytes that one entry of the file speaks for.
+    pub(super) fn header(&self, magic: &[u8; 8], unit: u64) -> Option<Page> {
+        let json = serde_json::to_vec(self).unwrap_or_default();
+        let mut page = Page::new();
+        page.content_mut()[..8].copy_from_slice(magic);
+        page.set_word(8, VERSION);
+        page.set_word(16, unit);
+        page.set_word(24, json.len() as u64);
+        page.content_mut().get_mut(JSON_AT..JSON_AT + json.len())?.copy_from_slice(&json);
+        Some(page)
+    }
+
+    /// What such a page says; `None` if it is of another kind, or no good.
+    pub(super) fn of_header(page: &Page, magic: &[u8; 8], unit: u64) -> Option<Self> {
+        let content = page.content();
+        let known = &content[..8] == magic && page.word(8) == VERSION && page.word(16) == unit;
+        let len = usize::try_from(page.word(24)).ok()?;
+        let json = content.get(JSON_AT..)?.get(..len)?;
+        let version: Self = known.then(|| serde_json::from_slice(json).ok())??;
+        version.total_bytes.is_none_or(|total| total <= MAX_FILE_BYTES).then_some(version)
+    }
+}
+
 /// The presence file and its bits in memory.
 #[derive(Debug)]
 pub struct Presence {
@@ -76,17 +101,10 @@ impl Presence {
         let path = dir.join(name);
         dir.remove_file(name)?;
         let file = dir.open_file(name, OFlags::RDWR | OFlags::CREATE | OFlags::EXCL)?;
-        let json = serde_json::to_vec(&version).unwrap_or_default();
-        let mut page = Page::new();
-        if JSON_AT + json.len() > CONTENT_BYTES {
-            let why = format!("the source's version has {} bytes", json.len());
+        let Some(mut page) = version.header(MAGIC, UNIT_BYTES) else {
+            let why = "the source's version is too long".to_owned();
             return Err(DiskError::Damaged { path, field: "presence header", why });
-        }
-        page.content_mut()[..8].copy_from_slice(MAGIC);
-        page.set_word(8, VERSION);
-        page.set_word(16, UNIT_BYTES);
-        page.set_word(24, json.len() as u64);
-        page.content_mut()[JSON_AT..JSON_AT + json.len()].copy_from_slice(&json);
+        };
         page.write(&file, 0).map_err(|e| DiskError::write(&path, 0, e))?;
         allocate(&file, &version).map_err(|e| DiskError::write(&path, 0, e.into()))?;
         file.sync_all().map_err(|e| DiskError::io("sync", &path, e))?;
@@ -104,7 +122,7 @@ impl Presence {
         let Some(file) = dir.try_open_file(name, OFlags::RDWR)? else { return Ok(None) };
         let read_failed = |e| DiskError::io("read", &path, e);
         let Some(header) = Page::read(&file, 0).map_err(read_failed)? else { return Ok(None) };
-        let Some(version) = parse_header(&header) else { return Ok(None) };
+        let Some(version) = Version::of_header(&header, MAGIC, UNIT_BYTES) else { return Ok(None) };
         let units = version.total_bytes.unwrap_or(0).div_ceil(UNIT_BYTES);
         let file = Arc::new(file);
         let mut presence = Self { file, path, version, words: Vec::new(), sequence: Vec::new() };
@@ -116,15 +134,8 @@ impl Presence {
 
     /// Reads both places of bit page `index` and takes the newer valid one.
     fn load_page(&mut self, index: u64) -> Result<(), DiskError> {
-        let mut newest: Option<Page> = None;
-        for place in 0..2 {
-            let page = Page::read(&self.file, 2 + 2 * index + place)
-                .map_err(|e| DiskError::io("read", &self.path, e))?;
-            let Some(page) = page.filter(|page| page.word(8) == index) else { continue };
-            if newest.as_ref().is_none_or(|old| old.word(0) < page.word(0)) {
-                newest = Some(page);
-            }
-        }
+        let newest = Page::read_pair(&self.file, index);
+        let newest = newest.map_err(|e| DiskError::io("read", &self.path, e))?;
         let Some(page) = newest else { return Ok(()) };
         let first = usize::try_from(index).unwrap_or(usize::MAX) * WORDS_PER_PAGE;
         for word in 0..WORDS_PER_PAGE {
@@ -246,13 +257,11 @@ impl Presence {
     fn store_page(&mut self, index: usize) -> Result<(), DiskError> {
         let sequence = self.sequence[index] + 1;
         let mut page = Page::new();
-        page.set_word(0, sequence);
-        page.set_word(8, index as u64);
         let words = self.words.iter().skip(index * WORDS_PER_PAGE).take(WORDS_PER_PAGE);
         for (word, bits) in words.enumerate() {
             page.set_word(BITS_AT + word * 8, *bits);
         }
-        page.write(&self.file, 2 + 2 * index as u64 + sequence % 2)
+        page.write_pair(&self.file, index as u64, sequence)
             .map_err(|e| DiskError::write(&self.path, index as u64, e))?;
         self.sequence[index] = sequence;
         Ok(())
@@ -268,15 +277,6 @@ fn allocate(file: &File, version: &Version) -> Result<(), Errno> {
         Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
         allocated => allocated,
     }
-}
-
-fn parse_header(page: &Page) -> Option<Version> {
-    let content = page.content();
-    let known = &content[..8] == MAGIC && page.word(8) == VERSION && page.word(16) == UNIT_BYTES;
-    let len = usize::try_from(page.word(24)).ok()?;
-    let json = content.get(JSON_AT..)?.get(..len)?;
-    let version: Version = known.then(|| serde_json::from_slice(json).ok())??;
-    version.total_bytes.is_none_or(|total| total <= MAX_FILE_BYTES).then_some(version)
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cfg::go_time;
 use super::digests::DigestRecord;
-use super::filling::FileNames;
+use super::layout::FileNames;
 use super::readback::next_data;
 use super::store::{read_cfg, ready_record};
 use super::{CopyId, Dir, Disk, DiskError, xxh3_of, xxh3_of_zero_mib};

@@ -16,7 +16,8 @@ use rustix::fs::{FlockOperation, OFlags};
 use super::arrivals::{Arrivals, Found};
 use super::cfg::{CopyCfg, DiskCfg, go_time};
 use super::digests::{DigestRecord, Digests};
-use super::filling::{FileNames, Filling, SealRecord};
+use super::filling::Filling;
+use super::layout::{FileNames, SealRecord};
 use super::readback::hash_file;
 use super::scrub;
 use super::space::{Space, Usage};
@@ -81,7 +82,7 @@ pub enum CopyState {
     Unchecked,
     /// Unfinished.
     Filling {
-        /// Bytes that are durably here.
+        /// Bytes that are durably here; of a compressed source, as they came.
         present_bytes: u64,
         /// Bytes of the whole, if known.
         total_bytes: Option<u64>,

@@ -26,11 +26,11 @@ use crate::ring::{Buf, PAGE_BYTES, Probe, Sink, ThreadSink, WriteOp, data_runs};
 use crate::units::{FileOffset, MIB};
 
 /// Bytes written after which they are made durable.
-const COMMIT_BYTES: u64 = 64 * MIB;
+pub(super) const COMMIT_BYTES: u64 = 64 * MIB;
 /// Blocks that get their space and are written together, if so many wait.
 const BATCH: usize = 4;
 /// Time after which written bytes are made durable, however few: what a crash costs at most.
-const COMMIT_INTERVAL: Duration = Duration::from_millis(500);
+pub(super) const COMMIT_INTERVAL: Duration = Duration::from_millis(500);
 
 /// A piece of the file, ready to be written.
 #[derive(Debug)]

@@ -69,6 +69,7 @@ pub async fn duplicate(
         pipeline: None,
         unproven: false,
         mirrors: false,
+        spools: false,
     };
     let damaged = |at: u64| FetchError::Duplicate { path: path.to_owned(), at };
     let copied = match run.local_file(file).await {

@@ -34,6 +34,7 @@ mod remote;
 mod scale;
 pub mod source;
 mod spec;
+mod spool;
 mod sums;
 pub(crate) mod threads;
 mod todo;

@@ -3,7 +3,8 @@
 //! Why: such a stream can only be read from its beginning, in order, and its file has a length that
 //! nobody knows before the end.
 //! How: one connection feeds an [`Unpacker`]; when it breaks, the next asks for the rest of the same
-//! version and the decoder goes on. A run that ends early starts over the next time.
+//! version and the decoder goes on. A run that ends early leaves the source's bytes in a spool, if
+//! it can be continued: the next one decodes these first.
 //! Never: takes the digests of the source for those of the file.
 //! Start at [`Run::unpack`].
 
@@ -18,22 +19,36 @@ use super::expect::Expect;
 use super::http::{Answer, Client};
 use super::local::LocalFile;
 use super::progress::Phase;
-use super::threads::blocking;
+use super::spool::{Kept, Spooler};
+use super::threads::{blocking, in_place};
 use super::transfer::{Fetched, Run};
 use super::unpack::{Ended, Unpacked, Unpacker};
-use super::version::Agreed;
-use super::version::{Remote, Resume};
-use crate::disk::DigestSet;
+use super::version::{Agreed, Resume};
+use crate::disk::{DigestSet, Version};
 
 /// Bytes of a file that are handed over at once.
 const FILE_CHUNK_BYTES: usize = 256 * 1024;
+
+/// A stream on its way to its decoder.
+#[derive(Debug)]
+pub(super) struct Stream<'a> {
+    client: &'a Client,
+    /// Length of the source, if told.
+    packed: Option<u64>,
+    /// Bytes of the source that the decoder has.
+    pub(super) at: u64,
+    agreed: Agreed,
+    pub(super) unpacker: Unpacker,
+    /// Where they are kept too, if they are.
+    spooler: Option<Spooler>,
+}
 
 impl Run<'_> {
     /// Decodes the stream that `answer` begins.
     pub(super) async fn unpack(
         &mut self,
         client: &Client,
-        mut answer: Answer,
+        answer: Answer,
         codec: Codec,
     ) -> Result<Fetched, FetchError> {
         let has_digest = self.expect.is_some();
@@ -41,42 +56,84 @@ impl Run<'_> {
         let provable = remote.may_resume(&remote, has_digest) != Resume::No;
         let can_resume = answer.ranged && provable && answer.total.is_some();
         let (packed, agreed) = (answer.total, Agreed { remote, can_resume, has_digest });
-        let unpacker = self.start_unpacker(codec, &agreed.remote)?;
-        let (mut at, mut failures, mut good_at) = (0, 0, 0);
-        let streamed = loop {
-            let Err(error) = self.feed(client, &mut answer, packed, &mut at, &unpacker).await
-            else {
-                break Ok(());
-            };
-            failures = if at > good_at { 1 } else { failures + 1 };
-            good_at = at;
-            let error = match self.may_go_on(error, can_resume, failures, at) {
-                Ok(error) => error,
-                Err(last) => break Err(last),
-            };
-            self.progress.failed_once(error.report());
-            let policy = &self.engine.policy;
-            if let Err(stopped) = crew::rest(&error, failures, policy, self.progress).await {
-                break Err(stopped);
+        self.begin(&agreed.remote, None)?;
+        let unpacker = self.start_unpacker(codec)?;
+        let spooler = self.spool(&agreed, packed);
+        let mut stream = Stream { client, packed, at: 0, agreed, unpacker, spooler };
+        let streamed = self.stream(&mut stream, Some(answer)).await;
+        self.end_stream(stream, streamed).await
+    }
+
+    /// Decodes what an earlier run has kept, and then the rest.
+    pub(super) async fn unpack_kept(
+        &mut self,
+        client: &Client,
+        kept: Kept,
+        agreed: Agreed,
+    ) -> Result<Fetched, FetchError> {
+        let Kept { spool, codec, room } = kept;
+        let version = Version { total_bytes: None, tag: agreed.remote.to_tag() };
+        in_place(|| self.filling.begin_beside_spool(&version))?;
+        let (packed, unpacker) = (Some(spool.total_bytes()), self.start_unpacker(codec)?);
+        let mut stream = Stream { client, packed, at: 0, agreed, unpacker, spooler: None };
+        let streamed = match self.replay(&mut stream, spool).await {
+            Ok(Some(spool)) => {
+                stream.spooler = self.spool_on(spool, room);
+                self.stream(&mut stream, None).await
             }
-            self.progress.set_phase(Phase::Fetching);
-            let asked = client.get(at..u64::MAX, Some(&agreed.remote), policy).await;
-            match asked {
-                Ok(next) => match agreed.judge(&next.remote, next.ranged, next.total, packed) {
-                    Ok(same) => {
-                        self.unproven |= same == Resume::Unproven;
-                        answer = next;
-                    }
-                    Err(what) => break Err(FetchError::Changed { url: client.shown(), what }),
-                },
-                // It counts as another failure at the same place.
-                Err(error) => match self.may_go_on(error, can_resume, failures + 1, at) {
-                    Ok(error) => self.progress.failed_once(error.report()),
-                    Err(last) => break Err(last),
-                },
-            }
+            // Its own error is told at the end.
+            Ok(None) => Ok(()),
+            Err(error) => Err(error),
         };
-        self.end_unpacker(unpacker, streamed, agreed.remote.etag).await
+        self.end_stream(stream, streamed).await
+    }
+
+    /// Brings in the rest of a stream, over as many connections as it takes. `answer` is the first.
+    async fn stream(
+        &mut self,
+        stream: &mut Stream<'_>,
+        mut answer: Option<Answer>,
+    ) -> Result<(), FetchError> {
+        let (mut failures, mut good_at) = (0, stream.at);
+        loop {
+            let went = match answer.take() {
+                Some(answer) => self.feed(stream, answer).await.map(|()| None),
+                None if stream.packed == Some(stream.at) => return Ok(()),
+                None => self.ask_rest(stream).await.map(Some),
+            };
+            let error = match went {
+                Ok(None) => return Ok(()),
+                Ok(next) => {
+                    answer = next;
+                    continue;
+                }
+                Err(error) => error,
+            };
+            failures = if stream.at > good_at { 1 } else { failures + 1 };
+            good_at = stream.at;
+            let can_resume = stream.agreed.can_resume;
+            let error = self.may_go_on(error, can_resume, failures, stream.at)?;
+            self.progress.failed_once(error.report());
+            crew::rest(&error, failures, &self.engine.policy, self.progress).await?;
+            self.progress.set_phase(Phase::Fetching);
+        }
+    }
+
+    /// Asks for what the decoder does not have yet.
+    async fn ask_rest(&mut self, stream: &Stream<'_>) -> Result<Answer, FetchError> {
+        let Stream { client, agreed, packed, at, .. } = stream;
+        let asked = client.get(*at..u64::MAX, Some(&agreed.remote), &self.engine.policy);
+        let next = tokio::select! {
+            next = asked => next?,
+            () = self.progress.stopped() => return Err(FetchError::Cancelled),
+        };
+        match agreed.judge(&next.remote, next.ranged, next.total, *packed) {
+            Ok(same) => {
+                self.unproven |= same == Resume::Unproven;
+                Ok(next)
+            }
+            Err(what) => Err(FetchError::Changed { url: client.shown(), what }),
+        }
     }
 
     /// The error if it may pass, else what ends the run.
@@ -100,27 +157,22 @@ impl Run<'_> {
         Ok(*source)
     }
 
-    /// Hands the rest of a body over. `at` counts the bytes of the source.
-    async fn feed(
-        &self,
-        client: &Client,
-        answer: &mut Answer,
-        packed: Option<u64>,
-        at: &mut u64,
-        unpacker: &Unpacker,
-    ) -> Result<(), FetchError> {
+    /// Hands the rest of a body over.
+    async fn feed(&self, stream: &mut Stream<'_>, mut answer: Answer) -> Result<(), FetchError> {
         let stall = self.engine.policy.stall_timeout;
+        let (client, packed) = (stream.client, stream.packed);
         let limit = packed.unwrap_or(self.engine.policy.max_bytes);
         loop {
-            if packed == Some(*at) && answer.has_length() {
+            let at = stream.at;
+            if packed == Some(at) && answer.has_length() {
                 return Ok(());
             }
             let chunk = tokio::select! {
-                chunk = answer.chunk(*at, client, stall) => chunk?,
+                chunk = answer.chunk(at, client, stall) => chunk?,
                 () = self.progress.stopped() => return Err(FetchError::Cancelled),
             };
             match chunk {
-                Some(bytes) if bytes.len() as u64 > limit - *at => {
+                Some(bytes) if bytes.len() as u64 > limit - at => {
                     return Err(FetchError::TooMuch { url: client.shown(), total: limit });
                 }
                 Some(bytes) => {
@@ -128,15 +180,16 @@ impl Run<'_> {
                     self.progress.add_received(len as u64);
                     self.engine.limit.spend(len).await;
                     self.progress.limit().spend(len).await;
-                    if !self.hand_over(unpacker, bytes).await? {
+                    self.keep(stream, &bytes).await?;
+                    if !self.hand_over(&stream.unpacker, bytes).await? {
                         // Its own error is told at the end.
                         return Ok(());
                     }
-                    *at += len as u64;
+                    stream.at += len as u64;
                 }
-                None => match packed.filter(|total| total != at) {
+                None => match packed.filter(|total| *total != at) {
                     Some(total) => {
-                        return Err(FetchError::Short { url: client.shown(), at: *at, total });
+                        return Err(FetchError::Short { url: client.shown(), at, total });
                     }
                     None => return Ok(()),
                 },
@@ -144,7 +197,27 @@ impl Run<'_> {
         }
     }
 
-    async fn hand_over(&self, unpacker: &Unpacker, bytes: Bytes) -> Result<bool, FetchError> {
+    /// Hands the next bytes to the spool, if there is one. If it fails, there is none any more.
+    async fn keep(&self, stream: &mut Stream<'_>, bytes: &Bytes) -> Result<(), FetchError> {
+        let Some(spooler) = &stream.spooler else { return Ok(()) };
+        let kept = tokio::select! {
+            kept = spooler.push(bytes.clone()) => kept,
+            () = self.progress.stopped() => return Err(FetchError::Cancelled),
+        };
+        if !kept
+            && let Some(spooler) = stream.spooler.take()
+            && let Err(error) = blocking(move || spooler.end()).await
+        {
+            return self.spool_failed(&error);
+        }
+        Ok(())
+    }
+
+    pub(super) async fn hand_over(
+        &self,
+        unpacker: &Unpacker,
+        bytes: Bytes,
+    ) -> Result<bool, FetchError> {
         tokio::select! {
             taken = unpacker.push(bytes) => Ok(taken),
             () = self.progress.stopped() => Err(FetchError::Cancelled),
@@ -158,7 +231,8 @@ impl Run<'_> {
         codec: Codec,
     ) -> Result<Fetched, FetchError> {
         let remote = source.remote.clone();
-        let unpacker = self.start_unpacker(codec, &remote)?;
+        self.begin(&remote, None)?;
+        let unpacker = self.start_unpacker(codec)?;
         let source = Arc::new(source);
         let mut at = 0;
         let streamed = loop {
@@ -186,8 +260,7 @@ impl Run<'_> {
         self.end_unpacker(unpacker, streamed, remote.etag).await
     }
 
-    fn start_unpacker(&mut self, codec: Codec, remote: &Remote) -> Result<Unpacker, FetchError> {
-        self.begin(remote, None)?;
+    fn start_unpacker(&mut self, codec: Codec) -> Result<Unpacker, FetchError> {
         self.progress.set_total(None);
         self.progress.set_phase(Phase::Fetching);
         // The file's own; those that are expected are the source's.
@@ -203,6 +276,27 @@ impl Run<'_> {
         };
         let (share, url) = (self.share.clone(), self.url.to_string());
         Unpacker::start(codec, limits, proved, feed, share, url)
+    }
+
+    async fn end_stream(
+        &mut self,
+        stream: Stream<'_>,
+        streamed: Result<(), FetchError>,
+    ) -> Result<Fetched, FetchError> {
+        let Stream { agreed, unpacker, spooler, .. } = stream;
+        // Beside the last writes of the file.
+        let spooled = spooler.map(|spooler| tokio::task::spawn_blocking(move || spooler.end()));
+        let ended = self.end_unpacker(unpacker, streamed, agreed.remote.etag).await;
+        if let Some(spooled) = spooled {
+            match spooled.await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    tracing::warn!(error = %super::one_line(&error), "not all of the compressed source was kept")
+                }
+                Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+            }
+        }
+        ended
     }
 
     async fn end_unpacker(

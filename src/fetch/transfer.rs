@@ -26,11 +26,12 @@ use super::policy::Policy;
 use super::progress::{Phase, Progress};
 use super::source::SourceUrl;
 use super::spec::Source;
+use super::spool::Kept;
 use super::sums::settle;
 use super::threads::{blocking, in_place};
 use super::version::{Agreed, Remote, Resume};
 use super::ways::Ways;
-use crate::disk::{DigestSet, Digests, Filling, Version};
+use crate::disk::{DigestSet, Digests, DiskError, Filling, Version};
 use crate::ring::{BufPool, BufShare, Probe};
 
 /// How often a source may turn out to be another version before that is the error.
@@ -89,7 +90,7 @@ pub async fn transfer(
     let source = settled.as_ref();
     let Source { url, expect, access, .. } = source;
     let mut restarts = 0;
-    let (mut fresh, mut mirrors) = (false, true);
+    let (mut fresh, mut mirrors, mut spools) = (false, true, true);
     loop {
         let share = engine.pool.share(FEW_BUFFERS, engine.buffers);
         let (pipeline, unproven) = (None, false);
@@ -105,6 +106,7 @@ pub async fn transfer(
             pipeline,
             unproven,
             mirrors: mirrors && !source.mirrors.is_empty(),
+            spools,
         };
         let result = match (url.file_path(), url.nbd(), url.backup()) {
             (Some(path), ..) => run.local(&path).await,
@@ -115,9 +117,11 @@ pub async fn transfer(
         let unproven = run.unproven;
         let again = match &result {
             Err(FetchError::Changed { .. } | FetchError::ReadBack { .. }) => true,
-            Err(FetchError::Digest { .. }) => unproven,
+            Err(FetchError::Disk(DiskError::Full { .. })) => run.makes_room(),
+            Err(FetchError::Digest { .. } | FetchError::Decode { .. }) => unproven,
             Ok(_) | Err(_) => false,
         };
+        spools = run.spools;
         restarts += 1;
         if !again || restarts > MAX_RESTARTS {
             return result;
@@ -140,6 +144,8 @@ enum Opened {
     Stream(First, Agreed),
     /// A compressed stream, from its beginning.
     Packed(Answer, Codec),
+    /// A compressed stream, the rest of what an earlier run has kept.
+    Kept(Agreed),
 }
 
 /// One run on one version of the source.
@@ -157,6 +163,8 @@ pub(super) struct Run<'a> {
     pub(super) unproven: bool,
     /// Whether the source's mirrors may be used, if it has any.
     pub(super) mirrors: bool,
+    /// Whether a compressed source is kept as it comes.
+    pub(super) spools: bool,
 }
 
 impl Run<'_> {
@@ -256,10 +264,11 @@ impl Run<'_> {
 
     async fn http(&mut self, fresh: bool) -> Result<Fetched, FetchError> {
         let mut clients = self.clients()?;
+        let kept = if fresh { None } else { self.kept()? };
         // A version of which nothing is here binds nothing.
         let useless = fresh || self.filling.present_bytes() == 0;
         let known = if useless { None } else { self.known_version() };
-        let (first, agreed) = match self.open(&mut clients, known.as_ref()).await? {
+        let (first, agreed) = match self.open(&mut clients, known.as_ref(), kept.as_ref()).await? {
             Opened::Stream(first, agreed) => (first, agreed),
             Opened::Here(etag) => {
                 let total = self.filling.total_bytes().unwrap_or(0);
@@ -267,6 +276,10 @@ impl Run<'_> {
             }
             Opened::Packed(answer, codec) => {
                 return self.unpack(&clients[0], answer, codec).await;
+            }
+            Opened::Kept(agreed) => {
+                let Some(kept) = kept else { return Err(FetchError::Cancelled) };
+                return self.unpack_kept(&clients[0], kept, agreed).await;
             }
         };
         let (total, etag) = (self.filling.total_bytes(), agreed.remote.etag.clone());
@@ -302,24 +315,12 @@ impl Run<'_> {
         }
     }
 
-    /// For the source, and for each mirror that may be used: a digest has to prove its bytes.
-    fn clients(&self) -> Result<Vec<Arc<Client>>, FetchError> {
-        let policy = &self.engine.policy;
-        let mut clients = vec![Arc::new(Client::new(self.url, self.access, policy)?)];
-        if self.mirrors && self.expect.is_some() {
-            for url in &self.source.mirrors {
-                let access = self.source.access_at(url);
-                clients.push(Arc::new(Client::new(url, &access, policy)?));
-            }
-        }
-        Ok(clients)
-    }
-
     /// Gets the first answer and settles the version. The one of `clients` that gave it is the first of them then.
     async fn open(
         &mut self,
         clients: &mut [Arc<Client>],
         known: Option<&Remote>,
+        kept: Option<&Kept>,
     ) -> Result<Opened, FetchError> {
         let mut failures = 0;
         loop {
@@ -327,7 +328,11 @@ impl Run<'_> {
             let mut failed = None;
             for index in 0..clients.len() {
                 let client = Arc::clone(&clients[index]);
-                match self.ask_first(&client, known).await {
+                let asked = match kept {
+                    Some(kept) => self.ask_kept(&client, kept).await.map(Opened::Kept),
+                    None => self.ask_first(&client, known).await,
+                };
+                match asked {
                     Ok(opened) => {
                         clients.swap(0, index);
                         return Ok(opened);

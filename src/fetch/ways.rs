@@ -12,6 +12,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::error::{Class, FetchError};
 use super::http::Client;
+use super::transfer::Run;
 use super::version::Remote;
 
 /// Failures after which a way is left, if there is another.
@@ -111,5 +112,20 @@ impl Ways {
             way.left.store(true, Ordering::Relaxed);
         }
         true
+    }
+}
+
+impl Run<'_> {
+    /// For the source, and for each mirror that may be used: a digest has to prove its bytes.
+    pub(super) fn clients(&self) -> Result<Vec<Arc<Client>>, FetchError> {
+        let policy = &self.engine.policy;
+        let mut clients = vec![Arc::new(Client::new(self.url, self.access, policy)?)];
+        if self.mirrors && self.expect.is_some() {
+            for url in &self.source.mirrors {
+                let access = self.source.access_at(url);
+                clients.push(Arc::new(Client::new(url, &access, policy)?));
+            }
+        }
+        Ok(clients)
     }
 }

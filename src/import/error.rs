@@ -1,6 +1,7 @@
 //! Why a source cannot be imported.
 
 use crate::disk::DiskError;
+use crate::fetch::decode::DecodeError;
 use crate::fetch::{Class, FetchError, one_line};
 use crate::image::{self, Format, ImageError, ReadError};
 
@@ -86,6 +87,9 @@ impl ImportError {
     #[must_use]
     pub fn condemns_bytes(&self) -> bool {
         match self {
+            Self::Fetch(FetchError::Decode { source, .. }) => {
+                !matches!(source, DecodeError::NoMemory { .. })
+            }
             Self::Fetch(error) => {
                 matches!(error, FetchError::Digest { .. } | FetchError::TooMuch { .. })
             }

@@ -64,7 +64,7 @@ pub async fn pull(
         }
         // A refused request that brought nothing leaves nothing.
         Err(error) => {
-            if filling.present_bytes() == 0 {
+            if filling.is_worthless() {
                 filling.discard()?;
             }
             Err(error)

@@ -26,7 +26,7 @@ use std::sync::Arc;
 
 pub use buf::{BLOCK_BYTES, Buf, BufPermits, BufPool, BufShare, PAGE_BYTES};
 pub use probe::{Choice, Probe, SinkKind, probe};
-pub use thread::{ThreadSink, idle_io_priority};
+pub use thread::{ThreadSink, idle_io_priority, start_write_back};
 #[cfg(feature = "tokio-uring")]
 pub use tokio_uring::TokioUringSink;
 pub use uring::UringSink;

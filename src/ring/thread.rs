@@ -78,7 +78,8 @@ pub(super) fn try_uncached(file: &std::fs::File) -> io::Result<()> {
     Ok(())
 }
 
-fn start_write_back(file: &std::fs::File) {
+/// Asks the kernel to begin to write what is dirty of a file, and does not wait for it.
+pub fn start_write_back(file: &std::fs::File) {
     // SAFETY: the call takes a descriptor, which `file` keeps open across it, and plain integers;
     // (0, 0) means the whole file. It touches no memory of ours. A failure is only a lost hint.
     unsafe {

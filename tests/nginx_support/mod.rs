@@ -79,6 +79,11 @@ impl Nginx {
         self.reload("", "fast");
     }
 
+    /// So many MiB a second for each connection.
+    pub fn pace(&self, mib: u32) {
+        self.reload(&format!("limit_rate {mib}m;"), "paced");
+    }
+
     fn reload(&self, more: &str, word: &str) {
         configure(self.dir.path(), self.port, &format!("{more} add_header X-Is {word};"));
         let pid = self.child.id().to_string();
@@ -97,7 +102,14 @@ impl Nginx {
     /// Bytes of all bodies that were sent so far.
     pub fn sent_bytes(&self) -> u64 {
         let log = std::fs::read_to_string(self.dir.path().join("access.log")).unwrap();
-        log.lines().map(|line| line.trim().parse::<u64>().unwrap()).sum()
+        log.lines().map(|line| line.split(' ').next().unwrap().parse::<u64>().unwrap()).sum()
+    }
+
+    /// First bytes of the ranges that were asked for, by requests that have ended.
+    pub fn starts(&self) -> Vec<u64> {
+        let log = std::fs::read_to_string(self.dir.path().join("access.log")).unwrap();
+        let ranges = log.lines().filter_map(|line| line.split_once(" bytes=")?.1.split_once('-'));
+        ranges.map(|(start, _)| start.parse().unwrap()).collect()
     }
 }
 
@@ -106,7 +118,7 @@ fn configure(dir: &Path, port: u16, more: &str) {
         "daemon off; pid {dir}/pid; error_log {dir}/error.log;\n\
          user root;\n\
          events {{ worker_connections 64; }}\n\
-         http {{ log_format sent '$body_bytes_sent'; access_log {dir}/access.log sent;\n\
+         http {{ log_format sent '$body_bytes_sent $http_range'; access_log {dir}/access.log sent;\n\
          client_body_temp_path {dir}/t; proxy_temp_path {dir}/t; fastcgi_temp_path {dir}/t;\n\
          uwsgi_temp_path {dir}/t; scgi_temp_path {dir}/t;\n\
          server {{ listen 127.0.0.1:{port}; root {dir}/files; {more}\n\

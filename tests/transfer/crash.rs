@@ -35,6 +35,7 @@ const CRASHES: usize = 300;
 enum Which {
     Data,
     Bits,
+    Spool,
 }
 
 #[derive(Clone, Debug)]
@@ -76,6 +77,7 @@ fn which(descriptor: &str) -> Option<Which> {
     match path.rsplit('.').next()? {
         "bedplate-part" => Some(Which::Data),
         "bedplate-presence" => Some(Which::Bits),
+        "bedplate-spool" => Some(Which::Spool),
         _ => None,
     }
 }
@@ -219,6 +221,7 @@ fn crashed(ops: &[Op], content: &[u8], at: usize, random: &mut Random) -> (Vec<u
                 let (file, from, grain): (&mut Vec<u8>, &[u8], usize) = match to {
                     Which::Data => (&mut data, &padded[*start..start + len], PAGE),
                     Which::Bits => (&mut bits, bytes, SECTOR),
+                    Which::Spool => continue,
                 };
                 file.resize(file.len().max(start + len), 0);
                 let all = random.below(2) == 0;
@@ -232,6 +235,7 @@ fn crashed(ops: &[Op], content: &[u8], at: usize, random: &mut Random) -> (Vec<u
             Act::Cut { of, at } => match of {
                 Which::Data => data.resize(*at, 0),
                 Which::Bits => bits.resize(*at, 0),
+                Which::Spool => {}
             },
             Act::Punch { at, len } => {
                 let end = data.len().min(at + len);
@@ -349,4 +353,78 @@ fn open_crashes(ops: &[Op], bytes: &[u8], lines: usize) {
         assert!(received.received_bytes <= most, "{} > {most}", received.received_bytes);
     }
     assert!(with_bits >= 10, "only {with_bits} crashes left something to go on with");
+}
+
+/// Where a spool's bytes begin, of a source for which one page speaks (see `disk::spool`).
+const SPOOL_AT: usize = 4 * PAGE;
+
+/// How many pages were written that speak for bytes of a source, and the first that lies after some
+/// crash.
+fn spool_lie(ops: &[Op]) -> (usize, Option<String>) {
+    let spooled = |op: &Op| match op.act {
+        Act::Write { to: Which::Spool, at, len, .. } => Some((at, len)),
+        Act::Write { .. } | Act::Sync(_) | Act::Cut { .. } | Act::Punch { .. } | Act::Rename => {
+            None
+        }
+    };
+    let mut pages = 0;
+    for op in ops {
+        let Act::Write { to: Which::Spool, at, bytes: page, .. } = &op.act else { continue };
+        if !(2 * PAGE..SPOOL_AT).contains(at) {
+            continue;
+        }
+        pages += 1;
+        let count = u64::from_le_bytes(page[16..24].try_into().unwrap()) as usize;
+        // What is sure by now, from the first byte on: writes follow each other.
+        let mut sure = SPOOL_AT;
+        for write in ops.iter().filter(|write| is_sure(ops, write, Which::Spool, op.began)) {
+            if let Some((start, len)) = spooled(write)
+                && (SPOOL_AT..=sure).contains(&start)
+            {
+                sure = sure.max(start + len);
+            }
+        }
+        if sure < SPOOL_AT + count {
+            let (line, sure) = (op.began, sure - SPOOL_AT);
+            return (pages, Some(format!("line {line} speaks for {count} bytes, {sure} are sure")));
+        }
+    }
+    (pages, None)
+}
+
+#[test]
+fn no_spool_ever_lies_whatever_the_power_takes() {
+    let bytes = content(LEN, 92);
+    let Some(stream) = crate::unpack::packed("gzip", &bytes) else { return };
+    let (served, digest) = (stream.clone(), sha256(&stream));
+    let server = FaultServer::start(move |request| {
+        let mut reply = Reply::ranged(request, &served, "\"x\"");
+        reply.pace = Duration::from_millis(25);
+        match request.index {
+            0 => reply.cut(Cut::Close(served.len() * 2 / 3)),
+            1 => Reply::status("404 Not Found"),
+            _ => reply,
+        }
+    });
+    let temp = tempfile::tempdir().unwrap();
+    let (url, output) = (format!("{}/x", server.url), temp.path().join("out.img"));
+    let args = [url.as_str(), "-o", output.to_str().unwrap(), "--unpack", "--sha256", &digest];
+    let Some((first_ended_well, mut trace)) = traced(temp.path(), &args, "1.txt") else { return };
+    let (second_ended_well, second) = traced(temp.path(), &args, "2.txt").unwrap();
+    assert!(!first_ended_well && second_ended_well);
+    assert!(std::fs::read(&output).unwrap() == bytes);
+    trace.push_str(&second);
+    let ops = parse(&trace);
+    let (pages, lie) = spool_lie(&ops);
+    assert!(pages >= 4, "{pages} commits: too few to mean anything");
+    assert_eq!(lie, None);
+    // Without its first syncs it does lie: the search above means something.
+    let no_sync: Vec<Op> =
+        ops.iter().filter(|op| !matches!(op.act, Act::Sync(Which::Spool))).cloned().collect();
+    assert!(spool_lie(&no_sync).1.is_some());
+    let mut early = ops.clone();
+    for op in early.iter_mut().filter(|op| matches!(op.act, Act::Sync(Which::Spool))) {
+        op.ended += 3;
+    }
+    assert!(spool_lie(&early).1.is_some());
 }

@@ -17,13 +17,13 @@ const KILLS: usize = 50;
 /// bytes become durable twice a second.
 const MOST_BETWEEN_KILLS: u64 = 40 << 20;
 
-struct Daemon {
+pub struct Daemon {
     child: Child,
     socket: PathBuf,
 }
 
 impl Daemon {
-    fn start(disk: &Path, socket: &Path) -> Self {
+    pub fn start(disk: &Path, socket: &Path) -> Self {
         let child = Command::new(env!("CARGO_BIN_EXE_bedplate"))
             .args(["serve", "--allow-loopback", "--disk"])
             .arg(disk)
@@ -35,13 +35,13 @@ impl Daemon {
         Self { child, socket: socket.to_owned() }
     }
 
-    fn kill(mut self) {
+    pub fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
     /// Runs a command until the daemon answers it; its standard output.
-    fn ask(&mut self, args: &[&str]) -> String {
+    pub fn ask(&mut self, args: &[&str]) -> String {
         loop {
             let ended = self.child.try_wait().unwrap();
             assert!(ended.is_none(), "the daemon has ended by itself: {ended:?}");
@@ -61,7 +61,7 @@ impl Daemon {
     }
 }
 
-fn copy_dir(disk: &Path, name: &str) -> Option<PathBuf> {
+pub fn copy_dir(disk: &Path, name: &str) -> Option<PathBuf> {
     let entries = disk.join("backing-images").read_dir().ok()?;
     let dirs = entries.map(|entry| entry.unwrap().path());
     dirs.into_iter()

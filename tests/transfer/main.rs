@@ -19,7 +19,10 @@ mod full_disk;
 mod kill;
 mod loop_disk;
 mod matrix;
+#[path = "../nginx_support/mod.rs"]
+mod nginx_support;
 mod parallel;
+mod spool;
 mod steer;
 mod store_faults;
 mod unpack;

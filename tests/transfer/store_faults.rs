@@ -11,7 +11,7 @@ use crate::control_support::{BEDPLATE, clean, stderr};
 use crate::fallback::forbid_io_uring;
 use crate::fault_server::{FaultServer, Reply};
 use crate::{content, sha256};
-use bedplate::disk::{Dir, FileNames, Presence};
+use bedplate::disk::{Dir, FileNames, Presence, Spool};
 
 const LEN: usize = 5 * 1024 * 1024 + 4321;
 /// Which of the calls is hit.
@@ -34,6 +34,8 @@ struct Case {
     time: usize,
     /// Without one, writes are uncached: `pwritev2`.
     digest: bool,
+    /// Whether the source is compressed, and so kept in a spool.
+    packed: bool,
     /// Whether io_uring may be used; its writes are no calls that strace could hit.
     ring: bool,
 }
@@ -44,8 +46,11 @@ impl Case {
         for (call, faults) in CALLS {
             for &fault in faults {
                 for time in TIMES {
-                    let digest = call != "pwritev2";
-                    all.push(Self { call, fault, time, digest, ring: call == "fallocate" });
+                    let (digest, ring) = (call != "pwritev2", call == "fallocate");
+                    all.push(Self { call, fault, time, digest, packed: false, ring });
+                    if call != "pwritev2" {
+                        all.push(Self { call, fault, time, digest, packed: true, ring: false });
+                    }
                 }
             }
         }
@@ -53,11 +58,12 @@ impl Case {
     }
 
     fn label(&self) -> String {
-        format!("{} number {}: {}", self.call, self.time, self.fault)
+        let packed = if self.packed { ", compressed" } else { "" };
+        format!("{} number {}: {}{packed}", self.call, self.time, self.fault)
     }
 
     /// Runs `bedplate pull`; without `strace` if nothing is to fail.
-    fn pull(&self, dir: &Path, url: &str, digest: &str, faulty: bool) -> Option<Output> {
+    fn pull(&self, dir: &Path, source: &Served, faulty: bool) -> Option<Output> {
         let mut command = Command::new(if faulty { "strace" } else { BEDPLATE });
         let command = clean(&mut command);
         if faulty {
@@ -67,9 +73,17 @@ impl Case {
             command.args(["-f", "-qq", "-o", "/dev/null", "-e", &trace, "-e", &inject]);
             command.arg(BEDPLATE);
         }
-        command.args(["-q", "pull", url, "-o"]).arg(dir.join("out.img"));
+        let (path, sent) = match self.packed {
+            true => ("x.gz", &source.packed),
+            false => ("x", &source.bytes),
+        };
+        let url = format!("{}/{path}", source.server.url);
+        command.args(["-q", "pull", &url, "-o"]).arg(dir.join("out.img"));
+        if self.packed {
+            command.arg("--unpack");
+        }
         if self.digest {
-            command.args(["--sha256", digest]);
+            command.args(["--sha256", &sha256(sent)]);
         } else {
             command.arg("--no-digest");
         }
@@ -80,13 +94,14 @@ impl Case {
     }
 
     /// True if the fault was met.
-    fn run(&self, url: &str, server: &FaultServer, bytes: &[u8], digest: &str) -> bool {
+    fn run(&self, source: &Served) -> bool {
+        let (server, bytes) = (&source.server, &source.bytes);
         let (temp, label) = (tempfile::tempdir().unwrap(), self.label());
         let output = temp.path().join("out.img");
-        let first = self.pull(temp.path(), url, digest, true).expect("strace was there before");
+        let first = self.pull(temp.path(), source, true).expect("strace was there before");
         let text = stderr(&first);
         if output.exists() {
-            assert!(std::fs::read(&output).unwrap() == bytes, "{label}: {text}");
+            assert!(std::fs::read(&output).unwrap() == *bytes, "{label}: {text}");
         }
         let met = !first.status.success();
         if met && self.fault.starts_with("error") {
@@ -98,14 +113,14 @@ impl Case {
         if !met {
             assert!(output.exists(), "{label}: {text}");
         }
-        let gap = first_gap(temp.path());
+        let (gap, kept) = (first_gap(temp.path()), kept(temp.path()));
         if self.call == "fdatasync" && self.fault == "error=EIO" && self.time == 1 {
             assert_eq!(gap, 0, "{label}: after a failed sync nothing is recorded");
         }
         let asked = server.requests().len();
-        let second = self.pull(temp.path(), url, digest, false).unwrap();
+        let second = self.pull(temp.path(), source, false).unwrap();
         assert!(second.status.success(), "{label}, then: {}", stderr(&second));
-        assert!(std::fs::read(&output).unwrap() == bytes, "{label}, then other bytes");
+        assert!(std::fs::read(&output).unwrap() == *bytes, "{label}, then other bytes");
         let names: Vec<_> =
             temp.path().read_dir().unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(names, ["out.img"], "{label}");
@@ -114,8 +129,38 @@ impl Case {
             let start = range.map_or(0, |range| range.start);
             assert_eq!(start, gap, "{label}: all before {gap} was durable");
         }
+        if self.packed && kept > 0 {
+            let start = server.requests()[asked].range.clone().map_or(0, |range| range.start);
+            let most = source.packed.len() as u64 - 1;
+            assert_eq!(start, kept.min(most), "{label}: all before {kept} was kept");
+        }
         met
     }
+}
+
+/// What a thread's own server has: the bytes it has sent are of this thread's runs alone.
+struct Served {
+    server: FaultServer,
+    bytes: Vec<u8>,
+    packed: Vec<u8>,
+}
+
+impl Served {
+    fn new(bytes: &[u8], packed: &[u8]) -> Self {
+        let (bytes, packed) = (bytes.to_vec(), packed.to_vec());
+        let served = [bytes.clone(), packed.clone()];
+        let server = FaultServer::start(move |request| {
+            Reply::ranged(request, &served[usize::from(request.path == "/x.gz")], "\"v\"")
+        });
+        Self { server, bytes, packed }
+    }
+}
+
+/// How many bytes of a compressed source are in the spool.
+fn kept(dir: &Path) -> u64 {
+    let Ok(dir) = Dir::open(dir) else { return 0 };
+    let spool = Spool::load(&dir, &FileNames::file("out.img").spool).ok().flatten();
+    spool.map_or(0, |spool| spool.len_bytes())
 }
 
 /// Where the first byte of the file is that is not durable; 0 if nothing is.
@@ -130,7 +175,7 @@ fn first_gap(dir: &Path) -> u64 {
 #[test]
 fn whichever_call_fails_or_is_the_last_the_next_run_ends_well() {
     let bytes = content(LEN, 93);
-    let digest = sha256(&bytes);
+    let Some(packed) = crate::unpack::packed("gzip", &bytes) else { return };
     let permitted = Command::new("strace").args(["-qq", "-o", "/dev/null", "true"]).status();
     if !permitted.as_ref().is_ok_and(std::process::ExitStatus::success) {
         println!("SKIPPED: strace is not installed, or this host does not permit ptrace");
@@ -142,13 +187,9 @@ fn whichever_call_fails_or_is_the_last_the_next_run_ends_well() {
     std::thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| {
-                // A server each: what it has sent is this thread's alone.
-                let served = bytes.clone();
-                let server =
-                    FaultServer::start(move |request| Reply::ranged(request, &served, "\"v\""));
-                let url = format!("{}/x", server.url);
+                let source = Served::new(&bytes, &packed);
                 while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if case.run(&url, &server, &bytes, &digest) {
+                    if case.run(&source) {
                         let kind = CALLS.iter().position(|(call, _)| *call == case.call).unwrap();
                         met[kind].fetch_add(1, Ordering::Relaxed);
                     }

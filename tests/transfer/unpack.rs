@@ -14,10 +14,10 @@ use bedplate::ring::Choice;
 
 const MIB: usize = 1 << 20;
 const ETAG: &str = "\"one\"";
-const TOOLS: [&str; 4] = ["gzip", "xz", "zstd", "bzip2"];
+pub const TOOLS: [&str; 4] = ["gzip", "xz", "zstd", "bzip2"];
 
 /// What the tool makes of the bytes; `None` (a printed skip) without the tool.
-fn packed(tool: &str, bytes: &[u8]) -> Option<Vec<u8>> {
+pub fn packed(tool: &str, bytes: &[u8]) -> Option<Vec<u8>> {
     let spawned = Command::new(tool).arg("-c").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
     let Ok(mut child) = spawned else {
         println!("SKIPPED: {tool} is not installed");
@@ -32,27 +32,36 @@ fn packed(tool: &str, bytes: &[u8]) -> Option<Vec<u8>> {
     Some(output.stdout)
 }
 
-fn bring_in(
+pub fn bring_in(
     url: &SourceUrl,
     dir: &Path,
     expect: &Expect,
     layout: Layout,
     policy: Option<Policy>,
 ) -> Result<Pulled, ImportError> {
-    let mut engine = engine(dir, Choice::Auto);
-    engine.policy = policy.unwrap_or(engine.policy);
     let mut source = Source::new(url.clone()).expecting(expect.clone());
     source.unpack = true;
+    bring_in_from(source, dir, layout, policy)
+}
+
+pub fn bring_in_from(
+    source: Source,
+    dir: &Path,
+    layout: Layout,
+    policy: Option<Policy>,
+) -> Result<Pulled, ImportError> {
+    let mut engine = engine(dir, Choice::Auto);
+    engine.policy = policy.unwrap_or(engine.policy);
     let request = PullRequest { source, layout, output: dir.join("out.img") };
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(pull(&engine, &request, &Arc::new(Progress::default())))
 }
 
-fn url_of(server: &FaultServer) -> SourceUrl {
+pub fn url_of(server: &FaultServer) -> SourceUrl {
     SourceUrl::parse(&format!("{}/x.img.gz", server.url)).unwrap()
 }
 
-fn expect(bytes: &[u8]) -> Expect {
+pub fn expect(bytes: &[u8]) -> Expect {
     Expect::parse(Some(&sha256(bytes)), None).unwrap()
 }
 

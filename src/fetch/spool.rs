@@ -1,0 +1,242 @@
+//! A compressed source is kept as it comes, so that a crash costs only what was not durable.
+//!
+//! Why: a decoder's state is not on the disk; its input can be.
+//! How: what is received goes to a [`Spooler`]'s thread too, which appends it to the copy's spool.
+//! The next run asks whether the source is still of that version, decodes what is in the spool, and
+//! asks for the rest.
+//! Never: fails a transfer: a spool that cannot be written, or read, is done without.
+//! Start at [`Run::kept`].
+
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::decode::Codec;
+use super::error::FetchError;
+use super::http::Client;
+use super::packed::Stream;
+use super::threads::{blocking, in_place};
+use super::transfer::Run;
+use super::version::{Agreed, Remote, Resume};
+use crate::disk::{DiskError, Reservation, Spool, SpoolEnd, Version};
+use crate::units::MIB;
+
+/// Chunks of the network that wait to be written: about 2 MiB.
+const CHUNKS: usize = 16;
+/// How often is looked whether something is to be made durable, if nothing comes.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// What an earlier run has kept of a source, from its first byte on.
+#[derive(Debug)]
+pub(super) struct Kept {
+    pub(super) spool: Spool,
+    pub(super) codec: Codec,
+    /// For the rest.
+    pub(super) room: Reservation,
+}
+
+/// Writes a spool, on a thread of its own.
+#[derive(Debug)]
+pub(super) struct Spooler {
+    chunks: mpsc::Sender<(Bytes, OwnedSemaphorePermit)>,
+    room: Arc<Semaphore>,
+    thread: JoinHandle<Result<(), DiskError>>,
+}
+
+impl Spooler {
+    fn start(mut end: SpoolEnd) -> Result<Self, DiskError> {
+        let (chunks, queue) = mpsc::channel::<(Bytes, OwnedSemaphorePermit)>();
+        let thread = std::thread::Builder::new()
+            .name("spool".into())
+            .spawn(move || {
+                loop {
+                    match queue.recv_timeout(LOOK) {
+                        Ok((bytes, _permit)) => {
+                            if let Err(error) = end.append(&bytes) {
+                                // What was there before it may be of use.
+                                return end.finish().and(Err(error));
+                            }
+                        }
+                        Err(RecvTimeoutError::Timeout) => end.look()?,
+                        Err(RecvTimeoutError::Disconnected) => return end.finish(),
+                    }
+                }
+            })
+            .map_err(|e| DiskError::io("start a thread to write", "a spool".as_ref(), e))?;
+        Ok(Self { chunks, room: Arc::new(Semaphore::new(CHUNKS)), thread })
+    }
+
+    /// Hands over the next bytes of the source. False if the thread has ended: [`Spooler::end`]
+    /// tells why.
+    pub(super) async fn push(&self, bytes: Bytes) -> bool {
+        let permit = Arc::clone(&self.room).acquire_owned().await;
+        permit.is_ok_and(|permit| self.chunks.send((bytes, permit)).is_ok())
+    }
+
+    /// Makes durable what was handed over. Blocks the thread.
+    pub(super) fn end(self) -> Result<(), DiskError> {
+        drop(self.chunks);
+        self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+}
+
+impl Run<'_> {
+    /// What an earlier run has kept of the source, if it can be of use.
+    ///
+    /// # Errors
+    /// [`DiskError::NoSpace`]: there is no use in going on before somebody has made room.
+    pub(super) fn kept(&mut self) -> Result<Option<Kept>, FetchError> {
+        if !self.source.unpack {
+            return Ok(None);
+        }
+        let spool = match in_place(|| self.filling.spooled()) {
+            Ok(Some(spool)) if spool.total_bytes() <= self.engine.policy.max_bytes => spool,
+            Ok(_) => return Ok(None),
+            Err(error) => {
+                self.without_spool(&error);
+                return Ok(None);
+            }
+        };
+        let head = in_place(|| spool.read(0));
+        let Some(codec) = head.and_then(|head| Codec::sniff(&head)) else {
+            tracing::warn!(url = %self.url, "what was kept of the compressed source is damaged");
+            return Ok(None);
+        };
+        let room = in_place(|| self.filling.room_for_spool(&spool))?;
+        if room.is_none() {
+            self.gives_way();
+        }
+        Ok(room.map(|room| Kept { spool, codec, room }))
+    }
+
+    /// Asks for one byte, to learn whether the source is still of the version that `kept` is of.
+    pub(super) async fn ask_kept(
+        &mut self,
+        client: &Client,
+        kept: &Kept,
+    ) -> Result<Agreed, FetchError> {
+        let (here, total) = (kept.spool.len_bytes(), kept.spool.total_bytes());
+        let at = here.min(total.saturating_sub(1));
+        let known = Remote::from_tag(&kept.spool.version().tag);
+        // A mirror has an ETag of its own: the condition would only be refused there.
+        let bound = Some(&known).filter(|_| !self.mirrors);
+        let policy = &self.engine.policy;
+        let mut answer = tokio::select! {
+            answer = client.get(at..at + 1, bound, policy) => answer?,
+            () = self.progress.stopped() => return Err(FetchError::Cancelled),
+        };
+        let has_digest = self.expect.is_some();
+        let agreed = Agreed { remote: known, can_resume: true, has_digest };
+        let judged = agreed.judge(&answer.remote, answer.ranged, answer.total, Some(total));
+        // Of mirrors, each has a version of its own; the digest tells in the end.
+        let by_digest = self.mirrors && has_digest && answer.ranged && answer.total == Some(total);
+        let same = match judged {
+            Ok(same) => same,
+            Err(_) if by_digest => Resume::Unproven,
+            Err(what) => return Err(FetchError::Changed { url: client.shown(), what }),
+        };
+        self.unproven |= same == Resume::Unproven;
+        let byte = answer.read_all(at..at + 1, client, policy).await?;
+        self.progress.add_received(byte.len() as u64);
+        Ok(Agreed { remote: answer.remote, ..agreed })
+    }
+
+    /// Decodes what is kept. What is left of it that is good comes back; `None` if the decoder has
+    /// ended.
+    pub(super) async fn replay(
+        &self,
+        stream: &mut Stream<'_>,
+        mut spool: Spool,
+    ) -> Result<Option<Spool>, FetchError> {
+        while stream.at < spool.len_bytes() {
+            let at = stream.at;
+            let (back, read) = blocking(move || {
+                let read = spool.read(at);
+                (spool, read)
+            })
+            .await;
+            spool = back;
+            let Some(bytes) = read else {
+                tracing::warn!(url = %self.url, at, "what was kept of the compressed source is damaged from here on");
+                spool.cut(at);
+                break;
+            };
+            debug_assert!(at.is_multiple_of(MIB), "all but the last are whole");
+            stream.at += bytes.len() as u64;
+            if !self.hand_over(&stream.unpacker, bytes.into()).await? {
+                return Ok(None);
+            }
+        }
+        tracing::info!(url = %self.url, at = stream.at, "going on with a compressed source");
+        Ok(Some(spool))
+    }
+
+    /// Keeps what comes of a source from its first byte on, if it could be continued.
+    pub(super) fn spool(&self, agreed: &Agreed, total: Option<u64>) -> Option<Spooler> {
+        let may = self.spools && agreed.can_resume;
+        let total = total.filter(|total| may && *total <= self.engine.policy.max_bytes)?;
+        let version = Version { total_bytes: Some(total), tag: agreed.remote.to_tag() };
+        self.started(in_place(|| self.filling.spool(version)))
+    }
+
+    /// Keeps what comes after what is in `spool`.
+    pub(super) fn spool_on(&self, spool: Spool, room: Reservation) -> Option<Spooler> {
+        self.started(in_place(|| self.filling.spool_on(spool, room)))
+    }
+
+    fn started(&self, end: Result<SpoolEnd, DiskError>) -> Option<Spooler> {
+        match end.and_then(Spooler::start) {
+            Ok(spooler) => Some(spooler),
+            Err(error) => {
+                self.without_spool(&error);
+                None
+            }
+        }
+    }
+
+    /// The spool has failed, which may be no reason to end the transfer.
+    ///
+    /// # Errors
+    /// [`DiskError::NoSpace`]: the disk is full, and would hardly have room for the image alone.
+    pub(super) fn spool_failed(&self, error: &DiskError) -> Result<(), FetchError> {
+        if let (DiskError::Full { .. }, Ok(Some(spool))) =
+            (error, in_place(|| self.filling.spooled()))
+        {
+            drop(in_place(|| self.filling.room_for_spool(&spool))?);
+        }
+        self.without_spool(error);
+        Ok(())
+    }
+
+    /// The disk is full, and the image may fit without the spool: true if there was one.
+    pub(super) fn makes_room(&mut self) -> bool {
+        let spool = in_place(|| self.filling.spooled()).ok().flatten();
+        let in_the_way = spool.is_some_and(|spool| {
+            matches!(in_place(|| self.filling.room_for_spool(&spool)), Ok(None))
+        });
+        if in_the_way {
+            self.gives_way();
+        }
+        in_the_way
+    }
+
+    /// No more spool in this transfer: all that came is fetched anew.
+    fn gives_way(&mut self) {
+        self.spools = false;
+        let path = self.filling.path();
+        tracing::warn!(path = %path.display(), "no room to keep the compressed source: it is fetched anew");
+    }
+
+    /// Says that it goes on without a spool, and makes room.
+    pub(super) fn without_spool(&self, error: &DiskError) {
+        let error = super::one_line(error);
+        tracing::warn!(url = %self.url, %error, "the compressed source is not kept: a crash would cost all of it");
+        if let Err(error) = in_place(|| self.filling.drop_spool()) {
+            tracing::warn!(error = %super::one_line(&error), "a spool stays");
+        }
+    }
+}
