@@ -109,7 +109,7 @@ impl Filling {
 }
 
 /// Where the next bytes of a compressed source are kept. When it is dropped without
-/// [`SpoolEnd::finish`], what was not recorded is lost.
+/// [`SpoolEnd::finish`], what is not recorded is lost.
 #[derive(Debug)]
 pub struct SpoolEnd {
     file: Arc<File>,
@@ -244,6 +244,14 @@ impl SpoolEnd {
     pub fn finish(mut self) -> Result<(), DiskError> {
         let mut commit = self.committer.end()?;
         commit.run()
+    }
+
+    /// Ends without making more durable than is on its way.
+    ///
+    /// # Errors
+    /// As [`SpoolEnd::append`].
+    pub fn close(mut self) -> Result<(), DiskError> {
+        self.committer.end().map(drop)
     }
 }
 

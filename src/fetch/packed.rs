@@ -206,7 +206,7 @@ impl Run<'_> {
         };
         if !kept
             && let Some(spooler) = stream.spooler.take()
-            && let Err(error) = blocking(move || spooler.end()).await
+            && let Err(error) = blocking(move || spooler.end(false)).await
         {
             return self.spool_failed(&error);
         }
@@ -284,17 +284,13 @@ impl Run<'_> {
         streamed: Result<(), FetchError>,
     ) -> Result<Fetched, FetchError> {
         let Stream { agreed, unpacker, spooler, .. } = stream;
-        // Beside the last writes of the file.
-        let spooled = spooler.map(|spooler| tokio::task::spawn_blocking(move || spooler.end()));
+        // Meanwhile the spool makes durable what it has, as ever.
         let ended = self.end_unpacker(unpacker, streamed, agreed.remote.etag).await;
-        if let Some(spooled) = spooled {
-            match spooled.await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => {
-                    tracing::warn!(error = %super::one_line(&error), "not all of the compressed source was kept")
-                }
-                Err(panic) => std::panic::resume_unwind(panic.into_panic()),
-            }
+        let complete = ended.is_ok();
+        if let Some(spooler) = spooler
+            && let Err(error) = blocking(move || spooler.end(complete)).await
+        {
+            tracing::warn!(error = %super::one_line(&error), "not all of the compressed source was kept");
         }
         ended
     }

@@ -8,6 +8,7 @@
 //! Start at [`Run::kept`].
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -44,12 +45,16 @@ pub(super) struct Kept {
 pub(super) struct Spooler {
     chunks: mpsc::Sender<(Bytes, OwnedSemaphorePermit)>,
     room: Arc<Semaphore>,
+    /// The source is complete: what is not durable by now is not worth a sync.
+    complete: Arc<AtomicBool>,
     thread: JoinHandle<Result<(), DiskError>>,
 }
 
 impl Spooler {
     fn start(mut end: SpoolEnd) -> Result<Self, DiskError> {
         let (chunks, queue) = mpsc::channel::<(Bytes, OwnedSemaphorePermit)>();
+        let complete = Arc::new(AtomicBool::new(false));
+        let is_complete = Arc::clone(&complete);
         let thread = std::thread::Builder::new()
             .name("spool".into())
             .spawn(move || {
@@ -62,12 +67,15 @@ impl Spooler {
                             }
                         }
                         Err(RecvTimeoutError::Timeout) => end.look()?,
-                        Err(RecvTimeoutError::Disconnected) => return end.finish(),
+                        Err(RecvTimeoutError::Disconnected) => {
+                            let is_complete = is_complete.load(Ordering::SeqCst);
+                            return if is_complete { end.close() } else { end.finish() };
+                        }
                     }
                 }
             })
             .map_err(|e| DiskError::io("start a thread to write", "a spool".as_ref(), e))?;
-        Ok(Self { chunks, room: Arc::new(Semaphore::new(CHUNKS)), thread })
+        Ok(Self { chunks, room: Arc::new(Semaphore::new(CHUNKS)), complete, thread })
     }
 
     /// Hands over the next bytes of the source. False if the thread has ended: [`Spooler::end`]
@@ -77,8 +85,10 @@ impl Spooler {
         permit.is_ok_and(|permit| self.chunks.send((bytes, permit)).is_ok())
     }
 
-    /// Makes durable what was handed over. Blocks the thread.
-    pub(super) fn end(self) -> Result<(), DiskError> {
+    /// Makes durable what was handed over, if the source is not `complete`: then its copy is about
+    /// to be so, and a crash before that costs what came last. Blocks the thread.
+    pub(super) fn end(self, complete: bool) -> Result<(), DiskError> {
+        self.complete.store(complete, Ordering::SeqCst);
         drop(self.chunks);
         self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
