@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test file uses a part")]
 
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -42,8 +43,8 @@ impl Nginx {
         let mut command = Command::new("nginx");
         command.arg("-c").arg(config).stderr(Stdio::null());
         let child = command.spawn().unwrap();
-        // The port is free again only when the old one has ended; here it must be taken.
-        while TcpStream::connect(("127.0.0.1", port)).is_err() {
+        // An answer, and not only a connection: before it has workers it loses a signal to reload.
+        while !answers(port) {
             std::thread::yield_now();
         }
         Self { url: format!("http://127.0.0.1:{port}/a.img"), dir, child, port }
@@ -111,6 +112,14 @@ impl Nginx {
         let ranges = log.lines().filter_map(|line| line.split_once(" bytes=")?.1.split_once('-'));
         ranges.map(|(start, _)| start.parse().unwrap()).collect()
     }
+}
+
+fn answers(port: u16) -> bool {
+    let asked = TcpStream::connect(("127.0.0.1", port)).and_then(|mut stream| {
+        stream.write_all(b"HEAD / HTTP/1.0\r\n\r\n")?;
+        stream.read_exact(&mut [0])
+    });
+    asked.is_ok()
 }
 
 fn configure(dir: &Path, port: u16, more: &str) {
