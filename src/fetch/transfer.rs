@@ -278,7 +278,7 @@ impl Run<'_> {
                 return self.unpack(&clients[0], answer, codec).await;
             }
             Opened::Kept(agreed) => {
-                let Some(kept) = kept else { return Err(FetchError::Cancelled) };
+                let kept = kept.expect("the source was asked about it");
                 return self.unpack_kept(&clients[0], kept, agreed).await;
             }
         };

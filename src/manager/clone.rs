@@ -19,7 +19,7 @@ use crate::image::Format;
 use crate::import::Layout;
 use crate::names::{DiskUuid, ImageName};
 
-/// Where the bytes of a clone's first copy come from.
+/// What it takes to bring a copy in: of a clone, where the bytes of its first copy come from.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Origin {
     /// The image that it is a clone of; `None` if it is none.

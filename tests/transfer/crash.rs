@@ -247,6 +247,16 @@ fn crashed(ops: &[Op], content: &[u8], at: usize, random: &mut Random) -> (Vec<u
     (data, bits)
 }
 
+/// What two runs in a row did, of which the first does not end well, and in how many lines of a trace;
+/// `None` where they cannot be traced.
+fn broken_then_whole(dir: &Path, args: &[&str]) -> Option<(Vec<Op>, usize)> {
+    let (first_ended_well, mut trace) = traced(dir, args, "1.txt")?;
+    let (second_ended_well, second) = traced(dir, args, "2.txt").unwrap();
+    assert!(!first_ended_well && second_ended_well);
+    trace.push_str(&second);
+    Some((parse(&trace), trace.lines().count()))
+}
+
 /// Runs `bedplate pull` under strace, without io_uring so that every write is seen; what it did.
 fn traced(dir: &Path, args: &[&str], name: &str) -> Option<(bool, String)> {
     let trace = dir.join(name);
@@ -284,12 +294,8 @@ fn no_presence_bit_ever_lies_whatever_the_power_takes() {
     let (url, output) = (format!("{}/x", server.url), temp.path().join("out.img"));
     let digest = sha256(&bytes);
     let args = [url.as_str(), "-o", output.to_str().unwrap(), "--sha256", &digest];
-    let Some((first_ended_well, mut trace)) = traced(temp.path(), &args, "1.txt") else { return };
-    let (second_ended_well, second) = traced(temp.path(), &args, "2.txt").unwrap();
-    assert!(!first_ended_well && second_ended_well);
+    let Some((ops, lines)) = broken_then_whole(temp.path(), &args) else { return };
     assert!(std::fs::read(&output).unwrap() == bytes);
-    trace.push_str(&second);
-    let ops = parse(&trace);
     let pages =
         ops.iter().filter(|op| matches!(op.act, Act::Write { to: Which::Bits, .. })).count();
     assert!(pages >= 5, "{pages} commits: too few to mean anything");
@@ -304,7 +310,7 @@ fn no_presence_bit_ever_lies_whatever_the_power_takes() {
         op.ended += 3;
     }
     assert!(lie(&early, &bytes).is_some());
-    open_crashes(&ops, &bytes, trace.lines().count());
+    open_crashes(&ops, &bytes, lines);
 }
 
 /// Builds crashes as files and opens them.
@@ -409,12 +415,8 @@ fn no_spool_ever_lies_whatever_the_power_takes() {
     let temp = tempfile::tempdir().unwrap();
     let (url, output) = (format!("{}/x", server.url), temp.path().join("out.img"));
     let args = [url.as_str(), "-o", output.to_str().unwrap(), "--unpack", "--sha256", &digest];
-    let Some((first_ended_well, mut trace)) = traced(temp.path(), &args, "1.txt") else { return };
-    let (second_ended_well, second) = traced(temp.path(), &args, "2.txt").unwrap();
-    assert!(!first_ended_well && second_ended_well);
+    let Some((ops, _)) = broken_then_whole(temp.path(), &args) else { return };
     assert!(std::fs::read(&output).unwrap() == bytes);
-    trace.push_str(&second);
-    let ops = parse(&trace);
     let (pages, lie) = spool_lie(&ops);
     assert!(pages >= 4, "{pages} commits: too few to mean anything");
     assert_eq!(lie, None);
