@@ -14,7 +14,8 @@
 pub enum Copied {
     /// All bytes, from memory.
     Fast,
-    /// All bytes, but a part was read from a disk, by a fault of this thread.
+    /// All bytes, but a part of them, or of what this thread copied shortly before, was read from a disk
+    /// by a fault. Who has it so is told of each copy for a while.
     Slow,
     /// A page could not be read; the buffer holds anything. Or there is no guarded copy here.
     Not,
@@ -37,7 +38,7 @@ pub(super) unsafe fn copy_word(_from: *const u8, _to: *mut u8, _len: usize) -> b
 
 #[cfg(target_arch = "x86_64")]
 mod x86_64 {
-    use std::arch::{global_asm, x86_64::_rdtsc};
+    use std::arch::global_asm;
     use std::cell::Cell;
     use std::ffi::{c_int, c_void};
     use std::mem::MaybeUninit;
@@ -46,10 +47,12 @@ mod x86_64 {
 
     use super::Copied;
 
-    /// Cycles that no copy of this length takes whose pages are all in memory: about 20 µs, and a
-    /// byte a nanosecond.
-    const SLOW_CYCLES: u64 = 60_000;
-    const SLOW_CYCLES_PER_BYTE: u64 = 3;
+    /// Copies of a thread between two looks at its major faults. A look is a system call, and even the
+    /// processor's own clock, which cannot be read out of order, would keep one copy from beginning
+    /// while another waits for memory: half as fast, where the pages are in memory.
+    const COPIES_PER_LOOK: u32 = 64;
+    /// After a major fault so many copies are looked at one by one: others of the file have left memory.
+    const COPIES_WATCHED: u32 = 4096;
 
     // Copies rdx bytes from [rsi] to [rdi] and returns 0; after a fault, in a load, the handler
     // goes on at `_fault`, which returns how many bytes are left: at least 1. The same goes for a
@@ -240,7 +243,6 @@ mod x86_64 {
         if BEFORE.get_or_init(install).is_none() {
             return Copied::Not;
         }
-        let start = cycles();
         let routine = routine();
         // SAFETY: the routine writes `len` bytes at `to` at most, and reads as many at `from`; the
         // caller keeps both mapped. A SIGBUS in it ends it with a count above 0. It uses only
@@ -249,9 +251,7 @@ mod x86_64 {
         if left > 0 {
             return Copied::Not;
         }
-        let took = cycles().wrapping_sub(start);
-        let most = SLOW_CYCLES + SLOW_CYCLES_PER_BYTE * len as u64;
-        if took > most && has_read_a_disk() { Copied::Slow } else { Copied::Fast }
+        WATCH.with(Watch::after_copy)
     }
 
     /// Copies 1, 2, 4, 8 or 16 bytes with one load and one store; false, if that was no such length
@@ -267,30 +267,55 @@ mod x86_64 {
         unsafe { bedplate_guarded_word(to, from, len) == 0 }
     }
 
-    thread_local! {
-        /// This thread's major faults when it was last asked for them.
-        static MAJOR_FAULTS: Cell<libc::c_long> = const { Cell::new(0) };
+    /// Tells whether the copies of a thread have to wait for a disk.
+    struct Watch {
+        until_look: Cell<u32>,
+        one_by_one: Cell<u32>,
+        /// The thread's major faults at the last look.
+        faults: Cell<Option<libc::c_long>>,
     }
 
-    /// Whether this thread has had a major fault since it was last asked, or began. A copy is slow
-    /// as well that was the first to touch its pages, or that lost its processor for a while: time
-    /// alone would have readers go back to pread on a busy node.
-    #[cold]
-    fn has_read_a_disk() -> bool {
+    thread_local! {
+        static WATCH: Watch = const {
+            Watch { until_look: Cell::new(0), one_by_one: Cell::new(0), faults: Cell::new(None) }
+        };
+    }
+
+    impl Watch {
+        fn after_copy(&self) -> Copied {
+            match self.until_look.get() {
+                0 => self.look(),
+                more => {
+                    self.until_look.set(more - 1);
+                    Copied::Fast
+                }
+            }
+        }
+
+        /// Time would not tell: a copy is slow as well that was the first to touch its pages, or that
+        /// lost its processor for a while, and readers would go back to pread on a busy node.
+        #[cold]
+        fn look(&self) -> Copied {
+            let faults = major_faults();
+            let before = self.faults.replace(faults);
+            let read_a_disk = before.is_some() && before != faults;
+            let watched = match self.one_by_one.get() {
+                _ if read_a_disk => COPIES_WATCHED,
+                more => more.saturating_sub(1),
+            };
+            self.one_by_one.set(watched);
+            self.until_look.set(if watched > 0 { 0 } else { COPIES_PER_LOOK - 1 });
+            if read_a_disk { Copied::Slow } else { Copied::Fast }
+        }
+    }
+
+    /// This thread's major faults since it began.
+    fn major_faults() -> Option<libc::c_long> {
         let mut usage = MaybeUninit::<libc::rusage>::uninit();
         // SAFETY: RUSAGE_THREAD writes one rusage, of which `usage` has the size and alignment.
         let done = unsafe { libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr()) };
-        if done != 0 {
-            return true;
-        }
-        // SAFETY: getrusage returned 0, so that all fields of `usage` were written.
-        let faults = unsafe { usage.assume_init() }.ru_majflt;
-        MAJOR_FAULTS.replace(faults) != faults
-    }
-
-    fn cycles() -> u64 {
-        // SAFETY: the counter is in every x86-64, and reading it changes nothing.
-        unsafe { _rdtsc() }
+        // SAFETY: where getrusage returns 0, all fields of `usage` were written.
+        (done == 0).then(|| unsafe { usage.assume_init() }.ru_majflt)
     }
 
     fn install() -> Option<libc::sigaction> {
@@ -358,7 +383,42 @@ mod x86_64 {
 
     #[cfg(test)]
     mod tests {
+        use std::fs::File;
+        use std::io::Write;
+
         use super::*;
+        use crate::FileMap;
+        use crate::units::FileOffset;
+
+        /// Pages of a file that only its disk has.
+        fn cold(pages: usize) -> (File, FileMap) {
+            let mut file = tempfile::tempfile_in("/var/tmp").unwrap();
+            file.write_all(&vec![7; pages * 4096]).unwrap();
+            file.sync_all().unwrap();
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+            let map = FileMap::new(&file, pages as u64 * 4096).unwrap();
+            (file, map)
+        }
+
+        #[test]
+        fn copies_that_wait_for_a_disk_are_noticed_soon_and_then_each() {
+            const PAGES: usize = 512;
+            let (file, map) = cold(PAGES);
+            if rustix::fs::fstatfs(&file).unwrap().f_type == 0x0102_1994 {
+                return eprintln!("skipped: /var/tmp is in memory");
+            }
+            let mut buf = [0; 4096];
+            let mut copy = |page: usize| {
+                let before = major_faults();
+                let copied = map.copy_to(&mut buf, FileOffset(page as u64 * 4096));
+                (copied == Copied::Slow, major_faults() != before)
+            };
+            let told: Vec<(bool, bool)> = (0..PAGES).map(&mut copy).collect();
+            let first = told.iter().position(|&(slow, _)| slow).unwrap();
+            assert!(first <= COPIES_PER_LOOK as usize, "{first}");
+            assert!(told[first + 1..].iter().all(|&(slow, faulted)| slow == faulted), "{told:?}");
+            assert!((0..PAGES).map(copy).all(|(slow, _)| !slow), "in memory by now");
+        }
 
         #[test]
         fn each_routine_copies_any_length_to_any_place_and_nothing_beside_it() {
