@@ -269,6 +269,15 @@ impl Layer {
         }
     }
 
+    /// As [`ClusterMap::known_data`](super::qcow2::ClusterMap::known_data); of other formats nothing.
+    #[inline]
+    pub(super) fn known_data(&self, at: GuestOffset, len: usize) -> Option<FileOffset> {
+        match &self.tables {
+            Tables::Qcow2(clusters) => clusters.known_data(at, len),
+            Tables::Raw(_) | Tables::Blocks(_) => None,
+        }
+    }
+
     /// The cluster, grain or block around `at`: its number and its first byte; of a raw disk none.
     fn cluster_of(&self, at: GuestOffset) -> Option<(u64, GuestOffset)> {
         match &self.tables {

@@ -146,6 +146,22 @@ impl ClusterMap {
         Ok(LayerRun { kind, len_bytes: end - at.0 })
     }
 
+    /// Where `len` bytes from `at` on are, if they lie within one unit, are stored as they are, and that is
+    /// known already. `at` is inside the disk.
+    #[inline]
+    pub(in crate::image) fn known_data(&self, at: GuestOffset, len: usize) -> Option<FileOffset> {
+        let header = &self.image.header;
+        let unit = at.0 >> header.unit_bits();
+        let skip = at.0 - (unit << header.unit_bits());
+        if skip.saturating_add(len as u64) > 1 << header.unit_bits() {
+            return None;
+        }
+        match word::meaning(self.word(unit), header.cluster_bits) {
+            Meaning::Data(stored_at) => Some(stored_at.advance(skip)),
+            _another_kind => None,
+        }
+    }
+
     /// The first unit from `next` on whose word is not as `expected`, which is given the distance
     /// from `next`. Does not look further than guest byte `end`.
     fn extend(&self, file: &dyn Source, next: u64, end: u64, expected: impl Fn(u64) -> u64) -> u64 {
