@@ -17,6 +17,7 @@ mod nginx_support;
 mod qcow2_common;
 
 mod boot;
+mod expanded;
 mod formats;
 mod lost;
 mod origin;
