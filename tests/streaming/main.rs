@@ -24,3 +24,4 @@ mod origin;
 mod reads;
 mod stalls;
 mod trace;
+mod trickles;
