@@ -128,8 +128,6 @@ fn one_connection_of_several_that_trickles_holds_up_neither_readers_nor_the_end(
     daemon.wait_for("img", "ready");
     let digest = daemon.get("/v1/images/img")["digests"]["sha256"].as_str().unwrap().to_owned();
     assert_eq!(digest, sha256(&bytes));
-    let again = server.sent() - bytes.len() as u64;
-    assert!(again <= 8 * MIB, "{again} bytes were sent for nothing");
 }
 
 #[test]
