@@ -404,3 +404,69 @@ fn a_daemon_that_ends_twenty_times_under_load_costs_no_reader_a_byte() {
         daemon
     });
 }
+
+/// Images whose opening takes long: each has a table of snapshots that is as large as may be.
+const SLOW: usize = 4;
+
+/// A QCOW2 image of zeroes with 65,000 snapshots of the disk as it is now, with long names.
+fn with_many_snapshots(path: &Path) {
+    const SNAPSHOTS: u32 = 65_000;
+    const NAME: usize = 960;
+    run("qemu-img", &["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "64M"]);
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    let mut head = [0; 72];
+    file.read_exact_at(&mut head, 0).unwrap();
+    let (l1_entries, l1_at) = (&head[36..40], &head[40..48]);
+    let mut entry = vec![0; 40 + NAME];
+    entry[..8].copy_from_slice(l1_at);
+    entry[8..12].copy_from_slice(l1_entries);
+    entry[14..16].copy_from_slice(&u16::try_from(NAME).unwrap().to_be_bytes());
+    entry[40..].fill(b'n');
+    let at = file.metadata().unwrap().len().next_multiple_of(1 << 16);
+    file.write_all_at(&entry.repeat(SNAPSHOTS as usize), at).unwrap();
+    file.write_all_at(&SNAPSHOTS.to_be_bytes(), 60).unwrap();
+    file.write_all_at(&at.to_be_bytes(), 64).unwrap();
+}
+
+/// Connects as soon as somebody listens, and asks for `name`: it must be there.
+fn comes_back(socket: &Path, name: &str) {
+    let mut wire = loop {
+        match std::os::unix::net::UnixStream::connect(socket) {
+            Ok(stream) => break Wire(stream),
+            Err(_) => std::thread::sleep(Duration::from_millis(1)),
+        }
+    };
+    assert_eq!(wire.take(18), b"NBDMAGICIHAVEOPT\0\x03");
+    let (size, _flags) = wire.go(name, true);
+    assert_eq!(size, 64 << 20, "{name}");
+    assert!(wire.read_structured(0, 1 << 20, 4096) == [0; 4096], "{name}");
+}
+
+#[test]
+fn who_comes_back_at_once_is_answered_when_its_image_is_open_and_not_that_it_is_unknown() {
+    if !have(&["qemu-img"]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("slow.qcow2");
+    with_many_snapshots(&file);
+    let mut daemon = Daemon::start_in(dir, "");
+    let names: Vec<String> = (0..SLOW).map(|index| format!("slow-{index}")).collect();
+    for name in &names {
+        let output = daemon.cli(&["create", file.to_str().unwrap(), "--name", name, "--wait"]);
+        assert!(output.status.success(), "{}", stderr(&output));
+    }
+    for signal in ["KILL", "TERM"] {
+        let (_, dir) = daemon.end(signal);
+        let socket = dir.path().join("disk/bedplate/nbd.sock");
+        daemon = std::thread::scope(|scope| {
+            let readers: Vec<_> =
+                names.iter().map(|name| scope.spawn(|| comes_back(&socket, name))).collect();
+            let daemon = Daemon::start_in(dir, "");
+            for (reader, name) in readers.into_iter().zip(&names) {
+                assert!(reader.join().is_ok(), "{name} was not there after {signal}");
+            }
+            daemon
+        });
+    }
+}

@@ -147,7 +147,8 @@ fn add_images(registry: &mut Registry, app: &App, images: &[ImageStatus]) {
     let help = "Reads of an arriving image that had to wait for what was still to come";
     registry.register("demand_misses", help, misses);
     registry.register("demand_waited_seconds", "How long they waited, together", waited);
-    let help = "Pieces asked for again on another connection, as nothing came of them";
+    let help =
+        "Pieces asked for again on another connection, as nothing came of them, or too little";
     registry.register("demand_stalls", help, stalls);
     registry.register("prefetched_bytes", "Bytes fetched ahead as a trace named them", ahead);
     registry.register_collector(Box::new(Latencies(latencies)));

@@ -43,7 +43,7 @@ pub struct ImageStats {
     pub demand_misses: u64,
     /// How long they waited, together, in microseconds.
     pub demand_waited_us: u64,
-    /// Pieces that were asked for again on another connection, as nothing came of them.
+    /// Pieces that were asked for again on another connection, as nothing came of them, or too little.
     #[serde(default)]
     pub demand_stalls: u64,
     /// Bytes that were fetched ahead because a trace named them.

@@ -95,7 +95,7 @@ pub struct Waits {
     pub misses: u64,
     /// How long they waited, together.
     pub waited: Duration,
-    /// Pieces that were asked for again on another connection, as nothing came of them.
+    /// Pieces that were asked for again on another connection, as nothing came of them, or too little.
     pub stalls: u64,
     /// Bytes that were brought because a trace foresaw them.
     pub foreseen_bytes: u64,
@@ -384,7 +384,7 @@ impl Arriving {
         self.waits_changed.notified()
     }
 
-    /// Notes that a piece was asked for again, as nothing came of it.
+    /// Notes that a piece was asked for again, as nothing came of it, or too little.
     pub fn add_stall(&self) {
         self.counts.stalls.fetch_add(1, Ordering::Relaxed);
     }

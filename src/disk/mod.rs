@@ -49,6 +49,6 @@ pub use scrub::{Mending, Scrubbed, bytes_of};
 pub use sealed::Sealed;
 pub use space::{Reservation, Space, Usage};
 pub use spool::Spool;
-pub use spooling::SpoolEnd;
+pub use spooling::{SpoolEnd, SpoolReader};
 pub use store::{CopyId, CopyRecord, CopyState, Disk};
 pub use writer::{Block, BlockSender, Writer, WriterStats, WriterStopped};

@@ -18,7 +18,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, OFlags};
@@ -138,16 +138,7 @@ impl Spool {
     pub fn read(&self, at: u64) -> Option<Vec<u8>> {
         let len = usize::try_from(self.len_bytes().checked_sub(at)?.min(MIB)).ok()?;
         let digest = *self.record.digests.get(usize::try_from(at / MIB).ok()?)?;
-        let mut bytes = vec![0; len];
-        let from = data_at(self.total_bytes) + at;
-        if let Err(error) = self.file.read_exact_at(&mut bytes, from) {
-            tracing::warn!(path = %self.path.display(), at, %error, "a spool cannot be read");
-            return None;
-        }
-        // It is read once: others have more use for the memory.
-        let many = std::num::NonZeroU64::new(len as u64);
-        let _ = rustix::fs::fadvise(&*self.file, from, many, rustix::fs::Advice::DontNeed);
-        (xxh3_of(&bytes) == digest).then_some(bytes)
+        read_checked(&self.file, &self.path, data_at(self.total_bytes) + at, len, digest)
     }
 
     /// Gives up what is here from `at` on, a multiple of a MiB.
@@ -156,6 +147,25 @@ impl Spool {
         self.record.len_bytes = whole * MIB;
         self.record.digests.truncate(usize::try_from(whole).unwrap_or(usize::MAX));
     }
+}
+
+/// Reads `len` bytes at `from` of the file of a spool; `None` if they have another digest.
+pub(super) fn read_checked(
+    file: &File,
+    path: &Path,
+    from: u64,
+    len: usize,
+    digest: u64,
+) -> Option<Vec<u8>> {
+    let mut bytes = vec![0; len];
+    if let Err(error) = file.read_exact_at(&mut bytes, from) {
+        tracing::warn!(path = %path.display(), from, %error, "a spool cannot be read");
+        return None;
+    }
+    // It is read once: others have more use for the memory.
+    let many = std::num::NonZeroU64::new(len as u64);
+    let _ = rustix::fs::fadvise(file, from, many, rustix::fs::Advice::DontNeed);
+    (xxh3_of(&bytes) == digest).then_some(bytes)
 }
 
 impl Record {

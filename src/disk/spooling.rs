@@ -20,7 +20,7 @@ use super::DiskError;
 use super::filling::Filling;
 use super::presence::Version;
 use super::space::Reservation;
-use super::spool::{Record, Spool, data_at};
+use super::spool::{Record, Spool, data_at, read_checked};
 use super::writer::{COMMIT_BYTES, COMMIT_INTERVAL};
 use crate::ring::start_write_back;
 use crate::units::MIB;
@@ -203,6 +203,13 @@ impl SpoolEnd {
         lock(&self.state).len_bytes
     }
 
+    /// For who reads what is here while more is appended.
+    #[must_use]
+    pub fn reader(&self) -> SpoolReader {
+        let (file, state) = (Arc::clone(&self.file), Arc::clone(&self.state));
+        SpoolReader { file, path: self.path.clone(), data_at: self.data_at, state }
+    }
+
     /// Keeps the next bytes of the source.
     ///
     /// # Errors
@@ -252,6 +259,37 @@ impl SpoolEnd {
     /// As [`SpoolEnd::append`].
     pub fn close(mut self) -> Result<(), DiskError> {
         self.committer.end().map(drop)
+    }
+}
+
+/// Reads what is in a spool, of this run and of earlier ones, while more is appended.
+#[derive(Clone, Debug)]
+pub struct SpoolReader {
+    file: Arc<File>,
+    path: PathBuf,
+    data_at: u64,
+    state: Arc<Mutex<State>>,
+}
+
+impl SpoolReader {
+    /// How many bytes of the source are here, durable or not.
+    #[must_use]
+    pub fn len_bytes(&self) -> u64 {
+        lock(&self.state).len_bytes
+    }
+
+    /// The bytes of the MiB that begins at `at`, as far as they are here. `None` if they are not
+    /// those that came.
+    #[must_use]
+    pub fn read(&self, at: u64) -> Option<Vec<u8>> {
+        let (len, digest) = {
+            let state = lock(&self.state);
+            let whole = usize::try_from(at / MIB).unwrap_or(usize::MAX);
+            let digest = state.digests.get(whole).copied();
+            let len = state.len_bytes.checked_sub(at)?.min(MIB);
+            (usize::try_from(len).ok()?, digest.unwrap_or_else(|| state.block.digest()))
+        };
+        read_checked(&self.file, &self.path, self.data_at + at, len, digest)
     }
 }
 

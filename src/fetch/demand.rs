@@ -4,12 +4,11 @@
 //! How: a few connections beside those of the fleet take what is wanted out of the book, a MiB of the
 //! file at most, and ask for it. Who reads forward gets more than it asked for, twice as much each
 //! time. The fleet's own connections rest while one of these is on its way. A connection on which
-//! nothing comes is left for another one, sooner than one of the fleet would be.
+//! nothing comes, or a trickle, is left for another one, sooner than one of the fleet would be.
 //! Never: asks for what somebody has, or is about to have; or keeps a buffer from the fleet.
 //! Start at [`Demand::new`] and [`Fleet::serve_demand`].
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,6 +18,7 @@ use super::book::Claim;
 use super::error::FetchError;
 use super::fleet::{Broken, Fleet, Held};
 use super::foreseen;
+use super::pace::{Level, Pace};
 use super::traffic::{OnItsWay, Traffic};
 use super::widening::Widening;
 use crate::disk::{Arriving, UNIT_BYTES};
@@ -30,11 +30,6 @@ const CONNECTIONS: usize = 4;
 const BUFFERS: usize = 2 * CONNECTIONS;
 /// When a lone stream has not come to what was left to it, it is fetched all the same.
 const OVERDUE: Duration = Duration::from_millis(500);
-/// When nothing has come of a piece for so long, it is asked for on another connection; twice as long
-/// each time until something comes, so that a source that is only slow is waited for.
-pub(super) const STALLED: Duration = Duration::from_secs(2);
-/// Doublings of that, at most.
-const MAX_DOUBLINGS: u32 = 6;
 /// How long a connection rests that has failed; others may take over what it left.
 pub(super) const AFTER_FAILURE: Duration = Duration::from_secs(1);
 
@@ -57,8 +52,8 @@ pub(super) struct Demand {
     pub(super) foreseen_share: BufShare,
     wanted: Traffic,
     foreseen: Traffic,
-    /// Pieces in a row of which nothing came.
-    stalls: AtomicU32,
+    /// How long something may take that somebody waits for.
+    pub(super) level: Level,
     /// What was left to a lone stream that was about to come there, and when.
     left: Mutex<Option<(u64, Instant)>>,
     widening: Widening,
@@ -71,8 +66,8 @@ impl Demand {
         let foreseen_share = pool.share(2 * foreseen::CONNECTIONS, 2 * foreseen::CONNECTIONS);
         let (wanted, foreseen) = (Traffic::default(), Traffic::default());
         let (left, widening) = (Mutex::default(), Widening::default());
-        let stalls = AtomicU32::new(0);
-        Self { arriving, share, foreseen_share, wanted, foreseen, stalls, left, widening }
+        let level = Level::default();
+        Self { arriving, share, foreseen_share, wanted, foreseen, level, left, widening }
     }
 
     /// Lets what is more urgent pass, for a while.
@@ -97,8 +92,7 @@ impl Demand {
         if urgency == Urgency::InTurn {
             return most;
         }
-        let doublings = self.stalls.load(Ordering::Relaxed).min(MAX_DOUBLINGS);
-        STALLED.saturating_mul(1 << doublings).min(most)
+        self.level.patience(most)
     }
 
     /// Says again what is missed of `range`, which somebody has given back.
@@ -108,11 +102,11 @@ impl Demand {
         self.arriving.will_read(start, end - start);
     }
 
-    /// Nothing has come of the piece at `at` for `patience`.
-    pub(super) fn note_stall(&self, at: u64, patience: Duration) {
-        let seconds = patience.as_secs();
-        tracing::info!(at, seconds, "nothing came of a piece; it is asked for once more");
-        self.stalls.fetch_add(1, Ordering::Relaxed);
+    /// Nothing, or too little, has come of a piece whose next byte is at `at`.
+    pub(super) fn note_left(&self, at: u64, pace: &Pace) {
+        let silent_ms = pace.moved().elapsed().as_millis();
+        tracing::info!(at, silent_ms, "a piece came too slowly; it is asked for once more");
+        self.level.left(pace);
         self.arriving.add_stall();
     }
 
@@ -183,13 +177,8 @@ impl Fleet {
             self.try_to_bring(demand, claim, urgency).await
         };
         match brought {
-            Ok(()) => {
-                demand.stalls.store(0, Ordering::Relaxed);
-                return true;
-            }
-            Err(Broken::Error(FetchError::Stalled { at, seconds, .. })) => {
-                demand.note_stall(at, Duration::from_secs(seconds));
-            }
+            Ok(()) => return true,
+            Err(Broken::Elsewhere) => {}
             Err(broken) => {
                 let error = broken.report();
                 tracing::warn!(error, "what a reader waits for, or will, could not be fetched");
@@ -210,11 +199,31 @@ impl Fleet {
         let mut held = Held::new(self, claim);
         let patience = demand.patience(urgency, self.policy.stall_timeout);
         let asked = tokio::time::timeout(patience, self.ask(&way.0, held.claim())).await;
-        let open = asked.unwrap_or_else(|_elapsed| {
-            let (url, at) = (way.0.client.shown(), held.claim().range.start);
-            Err(FetchError::Stalled { url, at, seconds: patience.as_secs() })
-        })?;
-        self.stream(&way.0, open, &mut held, urgency).await
+        let brought = match asked {
+            Ok(open) => self.stream(&way.0, open?, &mut held, urgency).await,
+            Err(_elapsed) => Err(Broken::Elsewhere),
+        };
+        match brought {
+            Ok(()) => {
+                demand.level.brought(&held.pace);
+                Ok(())
+            }
+            Err(Broken::Elsewhere | Broken::Error(FetchError::Stalled { .. })) => {
+                demand.note_left(held.claim().range.start, &held.pace);
+                Err(Broken::Elsewhere)
+            }
+            Err(broken) => Err(broken),
+        }
+    }
+
+    /// True if a piece out of turn comes too slowly: somebody waits for it, or will.
+    pub(super) fn comes_too_slowly(&self, urgency: Urgency, held: &Held<'_>, at: u64) -> bool {
+        let Some(demand) = self.demand.as_ref().filter(|_| urgency != Urgency::InTurn) else {
+            return false;
+        };
+        let most = self.policy.stall_timeout;
+        let (patience, left) = (demand.patience(urgency, most), held.claim().range.end - at);
+        patience < most && self.state.best.is_too_slow(&held.pace, left, patience)
     }
 }
 
@@ -262,7 +271,7 @@ mod tests {
         for seconds in [2, 4, 8, 16, 30, 30] {
             let patience = demand.patience(Urgency::Wanted, most);
             assert_eq!(patience, Duration::from_secs(seconds));
-            demand.stalls.fetch_add(1, Ordering::Relaxed);
+            demand.level.left(&Pace::new());
         }
         assert_eq!(demand.patience(Urgency::InTurn, most), most);
         assert_eq!(demand.patience(Urgency::Foreseen, Duration::from_secs(1)).as_secs(), 1);

@@ -10,7 +10,7 @@
 //! without a bound.
 //! Start at [`Fleet::run`].
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,8 @@ use super::demand::{Demand, Urgency};
 use super::error::FetchError;
 use super::http::Answer;
 use super::limit::RateLimit;
-use super::needs::unless_needed;
+use super::needs::{Idle, Need, unless_needed};
+use super::pace::{Best, Level, Pace};
 use super::pipeline::{Cutter, Feed, Stopped};
 use super::policy::Policy;
 use super::progress::{Phase, Progress};
@@ -63,10 +64,17 @@ pub(super) struct State {
     pub(super) starved: AtomicU64,
     /// Nanoseconds from the last request to its answer.
     pub(super) latency: AtomicU64,
+    /// Connections in their turn that have nothing to do.
+    pub(super) idle: AtomicUsize,
+    /// What the fastest get.
+    pub(super) best: Arc<Best>,
+    /// How long a piece may take that others could bring sooner.
+    pub(super) level: Level,
 }
 
-impl Default for State {
-    fn default() -> Self {
+impl State {
+    /// For a fleet that is not the first on its way: `best` is known.
+    pub(super) fn new(best: Arc<Best>) -> Self {
         let halt = watch::Sender::new(false);
         Self {
             freed: Notify::new(),
@@ -74,6 +82,9 @@ impl Default for State {
             unproven: AtomicBool::new(false),
             starved: AtomicU64::new(0),
             latency: AtomicU64::new(0),
+            idle: AtomicUsize::new(0),
+            best,
+            level: Level::default(),
         }
     }
 }
@@ -148,12 +159,16 @@ impl Fleet {
 
     /// Several connections need a version that proves each answer, and buffers for each.
     fn most_connections(&self) -> usize {
-        // Where ways are several, the digest of the whole is the proof anyhow.
-        let proved = self.agreed.proves_parts() || self.agreed.can_resume && self.ways.several();
-        if !proved {
+        if !self.is_proved() {
             return 1;
         }
         self.policy.max_connections.min(self.share.most() / 2).max(1)
+    }
+
+    /// True if a part of it may be asked for on any connection.
+    pub(super) fn is_proved(&self) -> bool {
+        // Where ways are several, the digest of the whole is the proof anyhow.
+        self.agreed.proves_parts() || self.agreed.can_resume && self.ways.several()
     }
 
     /// For who has to end when all others do.
@@ -189,6 +204,7 @@ impl Fleet {
                 None => self.ask_in_turn(way, &mut held).await?,
             };
             self.stream(way, open, &mut held, Urgency::InTurn).await?;
+            self.state.level.brought(&held.pace);
             way.worked();
         }
         Ok(())
@@ -205,11 +221,13 @@ impl Fleet {
                 Turn::Returned(claim) => return Ok(Some(claim)),
                 Turn::Over => return Ok(None),
                 Turn::Wait => {
+                    let _idle = Idle::new(&self.state.idle);
                     freed.await;
                     continue;
                 }
                 Turn::Take { blocks } => blocks,
             };
+            let _idle = Idle::new(&self.state.idle);
             let reserve = self.share.reserve(blocks);
             tokio::select! {
                 permits = reserve => {
@@ -269,8 +287,10 @@ impl Fleet {
         };
         let mut cutter = Cutter::resume(feed, share, start, permits, buf);
         self.progress.set_phase(Phase::Fetching);
+        held.pace.answered();
         let read = self.read(way, &mut answer, end, &mut cutter, held, urgency).await;
         let at = cutter.at();
+        self.state.best.note_end(&held.pace);
         // A body that ended well ends where a range does; one that broke goes on in its buffer.
         let flushed = if read.is_ok() { cutter.flush(true) } else { Ok(()) };
         self.book().advanced(start, at);
@@ -298,11 +318,9 @@ impl Fleet {
         let mut beyond = [0];
         // Of a piece out of turn: before its buffer was full.
         let mut handed_bytes = 0;
-        // Of one in its turn: when something came last.
-        let mut moved = Instant::now();
-        let in_turn = self.demand.as_ref().filter(|_| urgency == Urgency::InTurn);
+        let in_turn = urgency == Urgency::InTurn;
         loop {
-            let needs = match in_turn {
+            let piece = match self.demand.as_ref().filter(|_| in_turn) {
                 Some(demand) => Some((demand, self.heed(demand, cutter, held)?)),
                 None => None,
             };
@@ -327,18 +345,21 @@ impl Fleet {
             let most = portion.min(held.claim().range.end.min(end) - at);
             let room = if at < end { cutter.room(most).await? } else { &mut beyond[..] };
             let begin = Instant::now();
+            held.pace.wait();
             let filling = answer.fill(at, room, &way.client, patience);
-            let filled = match needs {
-                None => filling.await,
-                Some((demand, piece)) => {
-                    let unless = demand.need(&piece, moved, patience);
-                    match unless_needed(filling, unless, held).await? {
-                        Some(filled) => filled,
-                        None => continue,
-                    }
+            let filled = match in_turn {
+                false => Ok(filling.await),
+                true => unless_needed(filling, self.needed(piece.as_ref(), held, at)).await,
+            };
+            let filled = match filled {
+                Ok(filled) => filled,
+                Err(Need::Heed) => continue,
+                Err(Need::Overtaken) => return Err(Broken::Elsewhere),
+                Err(Need::Elsewhere) => {
+                    Book::leave(held.claim_mut());
+                    return Err(Broken::Elsewhere);
                 }
             };
-            moved = Instant::now();
             self.state.note_read(begin.elapsed(), filled.is_ok());
             match filled {
                 Ok(0) if at == end || self.total.is_none() => return Ok(()),
@@ -351,17 +372,7 @@ impl Fleet {
                     return Err(FetchError::TooMuch { url, total: end }.into());
                 }
                 Ok(count) => {
-                    self.progress.add_received(count as u64);
-                    cutter.filled(count).map_err(|Stopped| Broken::Stopped)?;
-                    if let Some(demand) =
-                        self.demand.as_ref().filter(|_| urgency != Urgency::InTurn)
-                        && demand.is_worth_handing_over(cutter.open_bytes(), handed_bytes)
-                    {
-                        handed_bytes += cutter.open_bytes() as u64;
-                        cutter.hand_over().await?.map_err(|Stopped| Broken::Stopped)?;
-                    }
-                    self.limit.spend(count).await;
-                    self.progress.limit().spend(count).await;
+                    self.took(count, cutter, held, urgency, &mut handed_bytes).await?;
                 }
                 // All is here; how the connection ends makes no difference.
                 Err(_) if at == end => return Ok(()),
@@ -369,12 +380,39 @@ impl Fleet {
             }
         }
     }
+
+    /// Takes what a read has given: how fast that was, whether a reader may have it at once, and limits.
+    async fn took(
+        &self,
+        count: usize,
+        cutter: &mut Cutter,
+        held: &mut Held<'_>,
+        urgency: Urgency,
+        handed_bytes: &mut u64,
+    ) -> Result<(), Broken> {
+        self.progress.add_received(count as u64);
+        held.pace.came(count as u64);
+        self.state.best.note(&held.pace);
+        cutter.filled(count).map_err(|Stopped| Broken::Stopped)?;
+        if self.comes_too_slowly(urgency, held, cutter.at()) {
+            return Err(Broken::Elsewhere);
+        }
+        if let Some(demand) = self.demand.as_ref().filter(|_| urgency != Urgency::InTurn)
+            && demand.is_worth_handing_over(cutter.open_bytes(), *handed_bytes)
+        {
+            *handed_bytes += cutter.open_bytes() as u64;
+            cutter.hand_over().await?.map_err(|Stopped| Broken::Stopped)?;
+        }
+        self.limit.spend(count).await;
+        self.progress.limit().spend(count).await;
+        Ok(())
+    }
 }
 
 /// Why a connection has to end.
 pub(super) enum Broken {
     Stopped,
-    /// Nothing comes, and a reader waits: others ask for what it had.
+    /// Nothing comes, or too little, and somebody waits: others ask for what it had.
     Elsewhere,
     Error(FetchError),
 }
@@ -400,11 +438,13 @@ impl From<FetchError> for Broken {
 pub(super) struct Held<'a> {
     fleet: &'a Fleet,
     claim: Option<Claim>,
+    /// How fast it comes.
+    pub(super) pace: Pace,
 }
 
 impl<'a> Held<'a> {
     pub(super) fn new(fleet: &'a Fleet, claim: Claim) -> Self {
-        Self { fleet, claim: Some(claim) }
+        Self { fleet, claim: Some(claim), pace: Pace::new() }
     }
 }
 

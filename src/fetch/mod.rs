@@ -26,6 +26,7 @@ mod local;
 mod loose;
 mod nbd;
 mod needs;
+mod pace;
 mod packed;
 mod pipeline;
 mod policy;

@@ -1,19 +1,23 @@
-//! What readers need of a piece that is fetched in its turn.
+//! What others need of a piece that is fetched in its turn: readers, and the rest of the fleet.
 //!
 //! Why: who brings the file in its order has what a reader waits for in an open buffer, or would come
-//! to it late, or stands still just there.
+//! to it late, or stands still just there. And at the end of a file, or when all buffers hold what comes
+//! behind it, one connection that trickles is all that the transfer waits for.
 //! How: before each read of its own, and whenever somebody begins to wait, a connection looks at what
 //! is missed. It hands its open buffer over if that is enough for somebody, parts with the end of its
-//! piece if a reader waits for something there, and leaves the piece if nothing comes of it.
+//! piece if a reader waits for something there, and leaves the piece if nothing comes of it, or too
+//! little. It also leaves it if it is far slower than others which have nothing to do meanwhile.
 //! Never: takes a buffer that the piece before it may need, or leaves a source for good that is slow.
-//! Start at [`Fleet::heed`] and [`Demand::need`].
+//! Start at [`Fleet::heed`] and [`Fleet::needed`].
 
 use std::ops::Range;
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use super::book::Book;
 use super::demand::{Demand, Urgency};
 use super::fleet::{Broken, First, Fleet, Held};
+use super::pace::{Best, LOOK, Pace};
 use super::pipeline::{Cutter, Stopped};
 use super::todo::blocks_of;
 use super::ways::Way;
@@ -21,13 +25,15 @@ use crate::ring::BLOCK_BYTES;
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
 
-/// What a reader needs that a connection in its turn can give.
+/// What others need that a connection in its turn can give.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Need {
     /// Something that is here, or a part of the piece that others can bring sooner.
     Heed,
-    /// The piece, of which nothing has come for too long.
+    /// The piece, of which nothing has come for too long, or too little.
     Elsewhere,
+    /// The same, for the transfer: others are faster.
+    Overtaken,
 }
 
 /// How far a piece is.
@@ -48,30 +54,38 @@ impl Piece {
     }
 }
 
-/// What a read gives; `None` if a reader needs something of the piece first. A read that is given up has
-/// taken nothing.
+/// What a read gives, or what others need of the piece first. A read that is given up has taken nothing.
 pub(super) async fn unless_needed<T>(
     reading: impl Future<Output = T>,
     need: impl Future<Output = Need>,
-    held: &mut Held<'_>,
-) -> Result<Option<T>, Broken> {
+) -> Result<T, Need> {
     tokio::select! {
         biased;
-        read = reading => Ok(Some(read)),
-        need = need => match need {
-            Need::Heed => Ok(None),
-            Need::Elsewhere => {
-                Book::leave(held.claim_mut());
-                Err(Broken::Elsewhere)
-            }
-        }
+        read = reading => Ok(read),
+        need = need => Err(need),
+    }
+}
+
+/// A connection that has nothing to do, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Idle<'a>(&'a AtomicUsize);
+
+impl<'a> Idle<'a> {
+    pub(super) fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for Idle<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 impl Demand {
-    /// Waits until a reader needs something of this piece, of which something came at `moved`, and of
-    /// which nothing may come for `most`.
-    pub(super) async fn need(&self, piece: &Piece, moved: Instant, most: Duration) -> Need {
+    /// Waits until a reader needs something of this piece, for which it can wait shorter than `most`.
+    async fn need(&self, piece: &Piece, pace: &Pace, best: &Best, most: Duration) -> Need {
         loop {
             let changed = self.arriving.waits_changed();
             let parts = self.arriving.missed_in(&piece.behind).is_some();
@@ -80,16 +94,19 @@ impl Demand {
             }
             let patience = self.patience(Urgency::Wanted, most);
             // One who waits as long as the transfer does leaves it to the transfer.
-            if patience >= most || self.arriving.missed_in(&piece.rest).is_none() {
+            let missed = self.arriving.missed_in(&piece.rest).filter(|_| patience < most);
+            let Some(missed) = missed else {
                 changed.await;
                 continue;
-            }
-            let left = patience.saturating_sub(moved.elapsed());
-            if left.is_zero() {
-                self.note_stall(piece.rest.start, patience);
+            };
+            let left = missed.end.min(piece.rest.end) - piece.rest.start;
+            let silent = pace.moved().elapsed();
+            if silent >= patience || best.is_too_slow(pace, left, patience) {
+                self.note_left(piece.rest.start, pace);
                 return Need::Elsewhere;
             }
-            let _looked_at_again = tokio::time::timeout(left, changed).await;
+            let look = LOOK.min(patience - silent);
+            let _looked_at_again = tokio::time::timeout(look, changed).await;
         }
     }
 }
@@ -123,6 +140,44 @@ impl Fleet {
         Ok(piece)
     }
 
+    /// Waits until others need something of a piece in its turn; of `piece`, if there may be readers.
+    pub(super) async fn needed(
+        &self,
+        piece: Option<&(&Demand, Piece)>,
+        held: &Held<'_>,
+        at: u64,
+    ) -> Need {
+        let most = self.policy.stall_timeout;
+        let Some((demand, piece)) = piece else { return self.overtaken(held, at).await };
+        tokio::select! {
+            need = demand.need(piece, &held.pace, &self.state.best, most) => need,
+            need = self.overtaken(held, at) => need,
+        }
+    }
+
+    /// Waits until others should have this piece, whose next byte is at `at`: they are far faster, and
+    /// have nothing to do. One that is alone is held against what there was before it: it is better asked
+    /// for anew, unless nothing at all comes, as then there is another limit.
+    async fn overtaken(&self, held: &Held<'_>, at: u64) -> Need {
+        let (state, most) = (&self.state, self.policy.stall_timeout);
+        loop {
+            let (left, patience) = (held.claim().range.end - at, state.level.patience(most));
+            let is_alone =
+                || held.pace.moved().elapsed() < patience && self.book().connections == 1;
+            if patience < most
+                && self.is_proved()
+                && state.best.is_outpaced(&held.pace, left, patience)
+                && (state.idle.load(Ordering::Relaxed) > 0 || is_alone())
+            {
+                tracing::info!(at, "a piece came far too slowly; it is asked for once more");
+                state.level.left(&held.pace);
+                self.progress.add_overtaken();
+                return Need::Overtaken;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
     /// Asks for a piece in its turn, until a reader needs it and nothing has come for too long.
     pub(super) async fn ask_in_turn(
         &self,
@@ -130,13 +185,15 @@ impl Fleet {
         held: &mut Held<'_>,
     ) -> Result<First, Broken> {
         let Some(demand) = &self.demand else { return Ok(self.ask(way, held.claim()).await?) };
-        let piece = Piece::asked_for(held.claim().range.clone());
-        tokio::select! {
-            biased;
-            open = self.ask(way, held.claim()) => return Ok(open?),
-            _ = demand.need(&piece, Instant::now(), self.policy.stall_timeout) => {}
+        let (piece, most) =
+            (Piece::asked_for(held.claim().range.clone()), self.policy.stall_timeout);
+        let asked = self.ask(way, held.claim());
+        match unless_needed(asked, demand.need(&piece, &held.pace, &self.state.best, most)).await {
+            Ok(open) => Ok(open?),
+            Err(_need) => {
+                Book::leave(held.claim_mut());
+                Err(Broken::Elsewhere)
+            }
         }
-        Book::leave(held.claim_mut());
-        Err(Broken::Elsewhere)
     }
 }

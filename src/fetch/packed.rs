@@ -4,11 +4,12 @@
 //! nobody knows before the end.
 //! How: one connection feeds an [`Unpacker`]; when it breaks, the next asks for the rest of the same
 //! version and the decoder goes on. A run that ends early leaves the source's bytes in a spool, if
-//! it can be continued: the next one decodes these first.
+//! it can be continued: the next one decodes these, and fetches what follows meanwhile.
 //! Never: takes the digests of the source for those of the file.
 //! Start at [`Run::unpack`].
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 
@@ -29,18 +30,47 @@ use crate::disk::{DigestSet, Version};
 /// Bytes of a file that are handed over at once.
 const FILE_CHUNK_BYTES: usize = 256 * 1024;
 
-/// A stream on its way to its decoder.
+/// A compressed source as it comes.
 #[derive(Debug)]
 pub(super) struct Stream<'a> {
     client: &'a Client,
     /// Length of the source, if told.
     packed: Option<u64>,
-    /// Bytes of the source that the decoder has.
-    pub(super) at: u64,
+    /// Bytes of the source that have come.
+    at: u64,
     agreed: Agreed,
-    pub(super) unpacker: Unpacker,
+    /// The body that is being read.
+    answer: Option<Answer>,
     /// Where they are kept too, if they are.
-    spooler: Option<Spooler>,
+    pub(super) spooler: Option<Spooler>,
+    /// True once bytes were taken on the digest's word alone.
+    unproven: bool,
+}
+
+impl Stream<'_> {
+    /// The next byte is that at `at`.
+    pub(super) fn goes_on_at(&mut self, at: u64) {
+        if self.at != at {
+            self.answer = None;
+        }
+        self.at = at;
+    }
+
+    /// True if nothing more is for the spool alone.
+    fn is_enough(&self, to: To<'_>) -> bool {
+        match to {
+            To::Decoder(_) => false,
+            To::Spool(enough) => enough.load(Ordering::SeqCst) || self.spooler.is_none(),
+        }
+    }
+}
+
+/// Where a stream goes, besides its spool.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum To<'a> {
+    Decoder(&'a Unpacker),
+    /// Nowhere else, until this is true.
+    Spool(&'a AtomicBool),
 }
 
 impl Run<'_> {
@@ -58,10 +88,10 @@ impl Run<'_> {
         let (packed, agreed) = (answer.total, Agreed { remote, can_resume, has_digest });
         self.begin(&agreed.remote, None)?;
         let unpacker = self.start_unpacker(codec)?;
-        let spooler = self.spool(&agreed, packed);
-        let mut stream = Stream { client, packed, at: 0, agreed, unpacker, spooler };
-        let streamed = self.stream(&mut stream, Some(answer)).await;
-        self.end_stream(stream, streamed).await
+        let (spooler, answer) = (self.spool(&agreed, packed), Some(answer));
+        let mut stream = Stream { client, packed, at: 0, agreed, answer, spooler, unproven: false };
+        let streamed = self.stream(&mut stream, To::Decoder(&unpacker)).await;
+        self.end_stream(stream, unpacker, streamed).await
     }
 
     /// Decodes what an earlier run has kept, and then the rest.
@@ -75,36 +105,40 @@ impl Run<'_> {
         let version = Version { total_bytes: None, tag: agreed.remote.to_tag() };
         in_place(|| self.filling.begin_beside_spool(&version))?;
         let (packed, unpacker) = (Some(spool.total_bytes()), self.start_unpacker(codec)?);
-        let mut stream = Stream { client, packed, at: 0, agreed, unpacker, spooler: None };
-        let streamed = match self.replay(&mut stream, spool).await {
-            Ok(Some(spool)) => {
-                stream.spooler = self.spool_on(spool, room);
-                self.stream(&mut stream, None).await
-            }
+        let spooler = self.spool_on(spool, room);
+        let at = spooler.as_ref().map_or(0, Spooler::len_bytes);
+        let (answer, unproven) = (None, false);
+        let mut stream = Stream { client, packed, at, agreed, answer, spooler, unproven };
+        let streamed = match self.catch_up(&mut stream, &unpacker).await {
+            Ok(true) => self.stream(&mut stream, To::Decoder(&unpacker)).await,
             // Its own error is told at the end.
-            Ok(None) => Ok(()),
+            Ok(false) => Ok(()),
             Err(error) => Err(error),
         };
-        self.end_stream(stream, streamed).await
+        self.end_stream(stream, unpacker, streamed).await
     }
 
-    /// Brings in the rest of a stream, over as many connections as it takes. `answer` is the first.
-    async fn stream(
-        &mut self,
+    /// Brings in the rest of a stream, over as many connections as it takes; for the spool alone, until
+    /// that is enough, or there is none any more.
+    pub(super) async fn stream(
+        &self,
         stream: &mut Stream<'_>,
-        mut answer: Option<Answer>,
+        to: To<'_>,
     ) -> Result<(), FetchError> {
         let (mut failures, mut good_at) = (0, stream.at);
         loop {
-            let went = match answer.take() {
-                Some(answer) => self.feed(stream, answer).await.map(|()| None),
+            if stream.is_enough(to) {
+                return Ok(());
+            }
+            let went = match stream.answer.take() {
+                Some(answer) => self.feed(stream, answer, to).await,
                 None if stream.packed == Some(stream.at) => return Ok(()),
                 None => self.ask_rest(stream).await.map(Some),
             };
             let error = match went {
                 Ok(None) => return Ok(()),
                 Ok(next) => {
-                    answer = next;
+                    stream.answer = next;
                     continue;
                 }
                 Err(error) => error,
@@ -120,8 +154,8 @@ impl Run<'_> {
     }
 
     /// Asks for what the decoder does not have yet.
-    async fn ask_rest(&mut self, stream: &Stream<'_>) -> Result<Answer, FetchError> {
-        let Stream { client, agreed, packed, at, .. } = stream;
+    async fn ask_rest(&self, stream: &mut Stream<'_>) -> Result<Answer, FetchError> {
+        let Stream { client, agreed, packed, at, unproven, .. } = stream;
         let asked = client.get(*at..u64::MAX, Some(&agreed.remote), &self.engine.policy);
         let next = tokio::select! {
             next = asked => next?,
@@ -129,7 +163,7 @@ impl Run<'_> {
         };
         match agreed.judge(&next.remote, next.ranged, next.total, *packed) {
             Ok(same) => {
-                self.unproven |= same == Resume::Unproven;
+                *unproven |= same == Resume::Unproven;
                 Ok(next)
             }
             Err(what) => Err(FetchError::Changed { url: client.shown(), what }),
@@ -157,15 +191,23 @@ impl Run<'_> {
         Ok(*source)
     }
 
-    /// Hands the rest of a body over.
-    async fn feed(&self, stream: &mut Stream<'_>, mut answer: Answer) -> Result<(), FetchError> {
+    /// Hands the rest of a body over; what is left of it, if that is not for the spool alone.
+    async fn feed(
+        &self,
+        stream: &mut Stream<'_>,
+        mut answer: Answer,
+        to: To<'_>,
+    ) -> Result<Option<Answer>, FetchError> {
         let stall = self.engine.policy.stall_timeout;
         let (client, packed) = (stream.client, stream.packed);
         let limit = packed.unwrap_or(self.engine.policy.max_bytes);
         loop {
             let at = stream.at;
             if packed == Some(at) && answer.has_length() {
-                return Ok(());
+                return Ok(None);
+            }
+            if stream.is_enough(to) {
+                return Ok(Some(answer));
             }
             let chunk = tokio::select! {
                 chunk = answer.chunk(at, client, stall) => chunk?,
@@ -181,9 +223,13 @@ impl Run<'_> {
                     self.engine.limit.spend(len).await;
                     self.progress.limit().spend(len).await;
                     self.keep(stream, &bytes).await?;
-                    if !self.hand_over(&stream.unpacker, bytes).await? {
-                        // Its own error is told at the end.
-                        return Ok(());
+                    let is_taken = match to {
+                        To::Decoder(unpacker) => self.hand_over(unpacker, bytes).await?,
+                        To::Spool(_) => stream.spooler.is_some(),
+                    };
+                    if !is_taken {
+                        // The decoder's error is told at the end; without a spool these are lost.
+                        return Ok(None);
                     }
                     stream.at += len as u64;
                 }
@@ -191,7 +237,7 @@ impl Run<'_> {
                     Some(total) => {
                         return Err(FetchError::Short { url: client.shown(), at, total });
                     }
-                    None => return Ok(()),
+                    None => return Ok(None),
                 },
             }
         }
@@ -281,9 +327,11 @@ impl Run<'_> {
     async fn end_stream(
         &mut self,
         stream: Stream<'_>,
+        unpacker: Unpacker,
         streamed: Result<(), FetchError>,
     ) -> Result<Fetched, FetchError> {
-        let Stream { agreed, unpacker, spooler, .. } = stream;
+        let Stream { agreed, spooler, unproven, .. } = stream;
+        self.unproven |= unproven;
         // Meanwhile the spool makes durable what it has, as ever.
         let ended = self.end_unpacker(unpacker, streamed, agreed.remote.etag).await;
         let complete = ended.is_ok();

@@ -42,6 +42,8 @@ pub struct Snapshot {
     pub connections: u32,
     /// Failed attempts so far.
     pub retries: u32,
+    /// Pieces that were asked for again, as others of the same source came far faster.
+    pub overtaken: u32,
     /// Why the last attempt failed; empty if none did.
     pub message: String,
 }
@@ -55,6 +57,7 @@ pub struct Progress {
     phase: AtomicU8,
     connections: AtomicU32,
     retries: AtomicU32,
+    overtaken: AtomicU32,
     message: Mutex<String>,
     limit: RateLimit,
     stopped: AtomicBool,
@@ -72,6 +75,7 @@ impl Default for Progress {
             phase: AtomicU8::new(Phase::Connecting as u8),
             connections: AtomicU32::new(0),
             retries: AtomicU32::new(0),
+            overtaken: AtomicU32::new(0),
             message: Mutex::default(),
             limit: RateLimit::default(),
             stopped: AtomicBool::new(false),
@@ -97,6 +101,7 @@ impl Progress {
             },
             connections: self.connections.load(Ordering::Relaxed),
             retries: self.retries.load(Ordering::Relaxed),
+            overtaken: self.overtaken.load(Ordering::Relaxed),
             message: self.message.lock().unwrap_or_else(PoisonError::into_inner).clone(),
         }
     }
@@ -167,6 +172,10 @@ impl Progress {
 
     pub(super) fn add_received(&self, bytes: u64) {
         self.received.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn add_overtaken(&self) {
+        self.overtaken.fetch_add(1, Ordering::Relaxed);
     }
 
     /// What is worth knowing now.

@@ -9,15 +9,16 @@
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use super::book::Book;
 use super::crew;
-use super::demand::STALLED;
 use super::digest::{DigestThread, Stored};
 use super::error::{Class, FetchError};
 use super::fleet::{self, Fleet, Outcome};
-use super::http::Client;
+use super::http::{Answer, Client};
 use super::local::LocalFile;
+use super::pace::{Best, Level, Pace};
 use super::pipeline::{Feed, Taker};
 use super::policy::Policy;
 use super::progress::{Phase, Progress};
@@ -45,6 +46,10 @@ pub struct SourceFile<'a> {
     kind: Kind,
     /// What is read before its turn.
     urgent: Arc<Traffic>,
+    /// How long that may take.
+    level: Level,
+    /// What the fastest connections get.
+    best: Arc<Best>,
 }
 
 #[derive(Debug)]
@@ -90,8 +95,8 @@ impl<'a> SourceFile<'a> {
         if total > limit {
             return Err(FetchError::TooLarge { url: source.url.to_string(), total, limit });
         }
-        let urgent = Arc::default();
-        let file = Self { engine, source, progress, total, kind, urgent };
+        let (urgent, best, level) = (Arc::default(), Arc::default(), Level::default());
+        let file = Self { engine, source, progress, total, kind, urgent, level, best };
         let head = match head {
             Some(head) => head,
             None => file.read(0..HEAD_BYTES.min(total)).await?,
@@ -133,64 +138,125 @@ impl<'a> SourceFile<'a> {
         match &self.kind {
             Kind::Local(file) => in_blocks(file, range),
             Kind::Http { client, agreed } => {
-                let attempt = || self.part(client, agreed, range.clone());
+                let attempt = || self.read_on(client, agreed, &range, &|| {});
                 retried(&self.engine.policy, self.progress, attempt).await
             }
         }
     }
 
     /// Reads `range` for somebody who waits: what is fetched in its turn lets it pass, and when nothing
-    /// comes, it is asked for again, each time with twice the patience; `stalled` is told. Tried once,
-    /// but for that.
+    /// comes, or far less than others get, the rest of it is asked for again, each time with twice the
+    /// patience; `left` is told. Tried once, but for that.
     ///
     /// # Errors
     /// [`FetchError`].
     pub async fn read_first(
         &self,
         range: Range<u64>,
-        stalled: &(dyn Fn() + Sync),
+        left: &(dyn Fn() + Sync),
     ) -> Result<Vec<u8>, FetchError> {
         let (client, agreed) = match &self.kind {
             Kind::Local(file) => return in_blocks(file, range),
             Kind::Http { client, agreed } => (client, agreed),
         };
-        let most = self.engine.policy.stall_timeout;
-        let mut patience = STALLED.min(most);
         let _on_its_way = OnItsWay::new(&self.urgent);
-        let bytes = loop {
-            let part = self.part(client, agreed, range.clone());
-            match tokio::time::timeout(patience, part).await {
-                Ok(read) => break read?,
-                Err(_elapsed) if patience >= most => {
-                    let (url, at) = (client.shown(), range.start);
-                    return Err(FetchError::Stalled { url, at, seconds: patience.as_secs() });
-                }
-                Err(_elapsed) => {
-                    stalled();
-                    patience = (2 * patience).min(most);
-                }
-            }
-        };
+        let bytes = self.read_on(client, agreed, &range, left).await?;
         self.engine.limit.spend(bytes.len()).await;
         self.progress.limit().spend(bytes.len()).await;
         Ok(bytes)
     }
 
-    async fn part(
+    /// Reads `range`, on another connection whenever one is too slow; `left` is told. What has come of it
+    /// is kept then.
+    async fn read_on(
+        &self,
+        client: &Client,
+        agreed: &Agreed,
+        range: &Range<u64>,
+        left: &(dyn Fn() + Sync),
+    ) -> Result<Vec<u8>, FetchError> {
+        let len = range.end - range.start;
+        let mut bytes = Vec::with_capacity(usize::try_from(len).unwrap_or(0));
+        while (bytes.len() as u64) < len {
+            let mut pace = Pace::new();
+            let patience = self.level.patience(self.engine.policy.stall_timeout);
+            let read = self.rest_of(client, agreed, range, &mut bytes, &mut pace, patience).await;
+            self.best.note_end(&pace);
+            match read {
+                Ok(true) => self.level.brought(&pace),
+                Ok(false) => {
+                    self.level.left(&pace);
+                    left();
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// Reads what `bytes` do not have of `range`; false if nothing came of it for `patience`, or others are
+    /// far faster: it has not come to the end then.
+    async fn rest_of(
+        &self,
+        client: &Client,
+        agreed: &Agreed,
+        range: &Range<u64>,
+        bytes: &mut Vec<u8>,
+        pace: &mut Pace,
+        patience: Duration,
+    ) -> Result<bool, FetchError> {
+        // Who waits as long as the transfer does has no more to hope for elsewhere.
+        let may_leave = patience < self.engine.policy.stall_timeout;
+        let mut at = range.start + bytes.len() as u64;
+        let asked = self.answer(client, agreed, at..range.end);
+        let mut answer = match tokio::time::timeout(patience, asked).await {
+            Ok(answer) => answer?,
+            Err(_elapsed) if may_leave => return Ok(false),
+            Err(_elapsed) => {
+                let (url, seconds) = (client.shown(), patience.as_secs());
+                return Err(FetchError::Stalled { url, at, seconds });
+            }
+        };
+        pace.answered();
+        while at < range.end {
+            pace.wait();
+            let chunk = match answer.chunk(at, client, patience).await {
+                Ok(Some(chunk)) => chunk,
+                Ok(None) => {
+                    return Err(FetchError::Short { url: client.shown(), at, total: range.end });
+                }
+                Err(FetchError::Stalled { .. }) if may_leave => return Ok(false),
+                Err(error) => return Err(error),
+            };
+            let len = chunk.len() as u64;
+            if len > range.end - at {
+                return Err(FetchError::TooMuch { url: client.shown(), total: range.end });
+            }
+            self.progress.add_received(len);
+            pace.came(len);
+            bytes.extend_from_slice(&chunk);
+            at += len;
+            if may_leave && self.best.is_too_slow(pace, range.end - at, patience) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// The answer to a request for `range`, of the right version.
+    async fn answer(
         &self,
         client: &Client,
         agreed: &Agreed,
         range: Range<u64>,
-    ) -> Result<Vec<u8>, FetchError> {
+    ) -> Result<Answer, FetchError> {
         let (policy, remote) = (&self.engine.policy, Some(&agreed.remote));
-        let mut answer = client.get(range.clone(), remote, policy).await?;
+        let answer = client.get(range, remote, policy).await?;
         let total = Some(self.total);
-        if let Err(what) = agreed.judge(&answer.remote, answer.ranged, answer.total, total) {
-            return Err(FetchError::Changed { url: client.shown(), what });
+        match agreed.judge(&answer.remote, answer.ranged, answer.total, total) {
+            Ok(_same) => Ok(answer),
+            Err(what) => Err(FetchError::Changed { url: client.shown(), what }),
         }
-        let bytes = answer.read_all(range, client, policy).await?;
-        self.progress.add_received(bytes.len() as u64);
-        Ok(bytes)
     }
 
     /// Brings `ranges` (ascending) to `taker`, and with `digests` hashes the whole source on the
@@ -262,7 +328,7 @@ impl<'a> SourceFile<'a> {
             progress: Arc::clone(self.progress),
             limit: Arc::clone(&self.engine.limit),
             book: Mutex::new(Book::new(ranges)),
-            state: fleet::State::default(),
+            state: fleet::State::new(Arc::clone(&self.best)),
             demand: None,
             urgent: Some(Arc::clone(&self.urgent)),
         });

@@ -2,10 +2,10 @@
 //!
 //! Why: a decoder's state is not on the disk; its input can be.
 //! How: what is received goes to a [`Spooler`]'s thread too, which appends it to the copy's spool.
-//! The next run asks whether the source is still of that version, decodes what is in the spool, and
-//! asks for the rest.
+//! The next run asks whether the source is still of that version, and decodes what is in the spool. What
+//! follows is fetched meanwhile, into the spool alone, until the decoder has come to its end.
 //! Never: fails a transfer: a spool that cannot be written, or read, is done without.
-//! Start at [`Run::kept`].
+//! Start at [`Run::kept`] and [`Run::catch_up`].
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,20 +14,21 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::decode::Codec;
 use super::error::FetchError;
 use super::http::Client;
-use super::packed::Stream;
+use super::packed::{Stream, To};
 use super::threads::{blocking, in_place};
 use super::transfer::Run;
+use super::unpack::Unpacker;
 use super::version::{Agreed, Remote, Resume};
-use crate::disk::{DiskError, Reservation, Spool, SpoolEnd, Version};
+use crate::disk::{DiskError, Reservation, Spool, SpoolEnd, SpoolReader, Version};
 use crate::units::MIB;
 
 /// Chunks of the network that wait to be written: about 2 MiB.
-const CHUNKS: usize = 16;
+const CHUNKS: u32 = 16;
 /// How often is looked whether something is to be made durable, if nothing comes.
 const LOOK: Duration = Duration::from_millis(250);
 
@@ -40,11 +41,20 @@ pub(super) struct Kept {
     pub(super) room: Reservation,
 }
 
+/// Why a spool is not decoded to its end.
+enum Cause {
+    Failed(FetchError),
+    Damaged,
+    /// The decoder has ended; its own error is told at the end.
+    Over,
+}
+
 /// Writes a spool, on a thread of its own.
 #[derive(Debug)]
 pub(super) struct Spooler {
     chunks: mpsc::Sender<(Bytes, OwnedSemaphorePermit)>,
     room: Arc<Semaphore>,
+    reader: SpoolReader,
     /// The source is complete: what is not durable by now is not worth a sync.
     complete: Arc<AtomicBool>,
     thread: JoinHandle<Result<(), DiskError>>,
@@ -53,7 +63,7 @@ pub(super) struct Spooler {
 impl Spooler {
     fn start(mut end: SpoolEnd) -> Result<Self, DiskError> {
         let (chunks, queue) = mpsc::channel::<(Bytes, OwnedSemaphorePermit)>();
-        let complete = Arc::new(AtomicBool::new(false));
+        let (complete, reader) = (Arc::new(AtomicBool::new(false)), end.reader());
         let is_complete = Arc::clone(&complete);
         let thread = std::thread::Builder::new()
             .name("spool".into())
@@ -75,7 +85,8 @@ impl Spooler {
                 }
             })
             .map_err(|e| DiskError::io("start a thread to write", "a spool".as_ref(), e))?;
-        Ok(Self { chunks, room: Arc::new(Semaphore::new(CHUNKS)), complete, thread })
+        let room = Arc::new(Semaphore::new(CHUNKS as usize));
+        Ok(Self { chunks, room, reader, complete, thread })
     }
 
     /// Hands over the next bytes of the source. False if the thread has ended: [`Spooler::end`]
@@ -83,6 +94,16 @@ impl Spooler {
     pub(super) async fn push(&self, bytes: Bytes) -> bool {
         let permit = Arc::clone(&self.room).acquire_owned().await;
         permit.is_ok_and(|permit| self.chunks.send((bytes, permit)).is_ok())
+    }
+
+    /// Waits until all that was handed over can be read, or the thread has ended.
+    async fn written(&self) {
+        let _all_or_ended = self.room.acquire_many(CHUNKS).await;
+    }
+
+    /// How much of the source is in the spool.
+    pub(super) fn len_bytes(&self) -> u64 {
+        self.reader.len_bytes()
     }
 
     /// Makes durable what was handed over, if the source is not `complete`: then its copy is about
@@ -155,34 +176,89 @@ impl Run<'_> {
         Ok(Agreed { remote: answer.remote, ..agreed })
     }
 
-    /// Decodes what is kept. What is left of it that is good comes back; `None` if the decoder has
-    /// ended.
-    pub(super) async fn replay(
+    /// Decodes what is in the spool, while what follows is fetched into it, until the decoder has all that
+    /// has come. False if the decoder has ended.
+    pub(super) async fn catch_up(
         &self,
         stream: &mut Stream<'_>,
-        mut spool: Spool,
-    ) -> Result<Option<Spool>, FetchError> {
-        while stream.at < spool.len_bytes() {
-            let at = stream.at;
-            let (back, read) = blocking(move || {
-                let read = spool.read(at);
-                (spool, read)
-            })
-            .await;
-            spool = back;
-            let Some(bytes) = read else {
-                tracing::warn!(url = %self.url, at, "what was kept of the compressed source is damaged from here on");
-                spool.cut(at);
-                break;
+        unpacker: &Unpacker,
+    ) -> Result<bool, FetchError> {
+        let mut decoded = 0;
+        while let Some(spooler) = &stream.spooler {
+            let (reader, caught_up) = (spooler.reader.clone(), AtomicBool::new(false));
+            let over = watch::Sender::new(false);
+            let fetched = async {
+                let fetched = self.stream(stream, To::Spool(&caught_up)).await;
+                if let Some(spooler) = &stream.spooler {
+                    spooler.written().await;
+                }
+                over.send_replace(true);
+                fetched.map_err(Cause::Failed)
             };
-            debug_assert!(at.is_multiple_of(MIB), "all but the last are whole");
-            stream.at += bytes.len() as u64;
-            if !self.hand_over(&stream.unpacker, bytes.into()).await? {
-                return Ok(None);
+            let replayed =
+                self.replay(unpacker, reader, &mut decoded, &caught_up, over.subscribe());
+            match tokio::try_join!(fetched, replayed) {
+                Ok(_) => break,
+                Err(Cause::Over) => return Ok(false),
+                Err(Cause::Failed(error)) => return Err(error),
+                Err(Cause::Damaged) => self.cut_spool(stream, decoded).await?,
             }
         }
-        tracing::info!(url = %self.url, at = stream.at, "going on with a compressed source");
-        Ok(Some(spool))
+        stream.goes_on_at(decoded);
+        tracing::info!(url = %self.url, at = decoded, "going on with a compressed source");
+        Ok(true)
+    }
+
+    /// Decodes what is in a spool from `at` on. Says so when less than a MiB is left, and then waits until
+    /// nothing more comes there.
+    async fn replay(
+        &self,
+        unpacker: &Unpacker,
+        reader: SpoolReader,
+        at: &mut u64,
+        caught_up: &AtomicBool,
+        mut over: watch::Receiver<bool>,
+    ) -> Result<(), Cause> {
+        loop {
+            let is_over = *over.borrow_and_update();
+            let left = reader.len_bytes() - *at;
+            if is_over && left == 0 {
+                return Ok(());
+            }
+            if !is_over && left < MIB {
+                caught_up.store(true, Ordering::SeqCst);
+                let _over = over.changed().await;
+                continue;
+            }
+            let (from, here) = (*at, reader.clone());
+            let Some(bytes) = blocking(move || here.read(from)).await else {
+                let url = &self.url;
+                tracing::warn!(%url, at, "what was kept of the compressed source is damaged from here on");
+                return Err(Cause::Damaged);
+            };
+            let len = bytes.len() as u64;
+            if !self.hand_over(unpacker, bytes.into()).await.map_err(Cause::Failed)? {
+                return Err(Cause::Over);
+            }
+            *at += len;
+        }
+    }
+
+    /// Gives up what is in the spool from `at` on, which is damaged: it is fetched anew.
+    async fn cut_spool(&self, stream: &mut Stream<'_>, at: u64) -> Result<(), FetchError> {
+        if let Some(spooler) = stream.spooler.take()
+            && let Err(error) = blocking(move || spooler.end(false)).await
+        {
+            self.spool_failed(&error)?;
+        }
+        if let Ok(Some(mut spool)) = in_place(|| self.filling.spooled()) {
+            spool.cut(at);
+            if let Some(room) = in_place(|| self.filling.room_for_spool(&spool))? {
+                stream.spooler = self.spool_on(spool, room);
+            }
+        }
+        stream.goes_on_at(at);
+        Ok(())
     }
 
     /// Keeps what comes of a source from its first byte on, if it could be continued.

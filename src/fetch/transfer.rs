@@ -300,7 +300,7 @@ impl Run<'_> {
             progress: Arc::clone(self.progress),
             limit: Arc::clone(&self.engine.limit),
             book: Mutex::new(Book::new(missing)),
-            state: fleet::State::default(),
+            state: fleet::State::new(Arc::default()),
             demand,
             urgent: None,
         });

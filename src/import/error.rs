@@ -32,14 +32,18 @@ pub enum ImportError {
     /// A compressed stream, in which nothing can be looked up.
     #[error(
         "{url}: a QCOW2 image inside a compressed stream cannot be expanded as it arrives; bring \
-         it in as it is"
+         it in with layout as-is: it is unpacked on the way and kept as QCOW2, and its readers get the \
+         same disk; or publish the QCOW2 itself, whose clusters may be compressed"
     )]
     PackedQcow2 {
         /// The source, redacted.
         url: String,
     },
     /// An image of a format that is served, and not expanded.
-    #[error("{url}: a {format} image cannot be expanded as it arrives; bring it in as it is")]
+    #[error(
+        "{url}: a {format} image cannot be expanded as it arrives; bring it in with layout as-is: its \
+         readers get the same disk"
+    )]
     NotExpanded {
         /// The source, redacted.
         url: String,

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 use crate::disk::{DigestSet, DiskError, Filling, Version};
+use crate::fetch::decode::{Codec, Decoder, Limits};
 use crate::fetch::threads::{blocking, in_place};
 use crate::fetch::{
     Engine, FetchError, Fetched, MAX_PART_BYTES, Pipeline, Progress, Source, SourceFile, transfer,
@@ -55,6 +56,8 @@ pub(super) async fn expand(
     match detect(&head) {
         Format::Qcow2 => {}
         Format::Raw => {
+            // Before all of it is fetched, if its beginning is enough to tell.
+            may_be_raw(source, packed_format(source, &head))?;
             let fetched = transfer(engine, source, filling, progress).await?;
             return not_packed(filling, source).map(|()| fetched);
         }
@@ -95,7 +98,26 @@ fn not_packed(filling: &Filling, source: &Source) -> Result<(), ImportError> {
     let mut head = [0; 64];
     let read = filling.file().read_at(&mut head, 0);
     read.map_err(|e| DiskError::io("read", &filling.path(), e))?;
-    match detect(&head) {
+    may_be_raw(source, detect(&head))
+}
+
+/// What a compressed source has, by its first bytes; raw if they do not tell.
+fn packed_format(source: &Source, head: &[u8]) -> Format {
+    let codec = if source.unpack { Codec::sniff(head) } else { None };
+    let limits = Limits { max_output_bytes: u64::MAX };
+    let decoder = codec.map(|codec| Decoder::new(codec, limits));
+    let Some(Ok(mut decoder)) = decoder else { return Format::Raw };
+    let mut first = [0; 64];
+    // What is wrong with it is told by who decodes all of it.
+    match decoder.decode(head, &mut first) {
+        Ok(step) => detect(&first[..step.written]),
+        Err(_damaged) => Format::Raw,
+    }
+}
+
+/// Refuses what is an image inside a compressed stream.
+fn may_be_raw(source: &Source, found: Format) -> Result<(), ImportError> {
+    match found {
         Format::Raw => Ok(()),
         Format::Qcow2 => Err(ImportError::PackedQcow2 { url: source.url.to_string() }),
         format @ (Format::Vmdk | Format::Vhd | Format::Vhdx) => {

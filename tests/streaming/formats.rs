@@ -194,7 +194,7 @@ fn a_source_that_is_decoded_or_expanded_is_read_as_far_as_it_has_come() {
 }
 
 /// The bytes of the only copy.
-fn stored_of(daemon: &Daemon) -> Vec<u8> {
+pub fn stored_of(daemon: &Daemon) -> Vec<u8> {
     let images = daemon.socket.parent().unwrap().with_file_name("backing-images");
     let mut copies = std::fs::read_dir(images).unwrap();
     std::fs::read(copies.next().unwrap().unwrap().path().join("backing")).unwrap()

@@ -17,9 +17,11 @@ mod nginx_support;
 mod qcow2_common;
 
 mod boot;
+mod expanded;
 mod formats;
 mod lost;
 mod origin;
 mod reads;
 mod stalls;
 mod trace;
+mod trickles;

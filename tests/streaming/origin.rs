@@ -27,6 +27,11 @@ pub struct Origin {
 
 impl Origin {
     pub fn start(bytes: Vec<u8>) -> Self {
+        Self::start_with(bytes, MIB)
+    }
+
+    /// As [`start`](Self::start), but answers requests of so many bytes.
+    pub fn start_with(bytes: Vec<u8>, most: u64) -> Self {
         let source = Arc::new(Mutex::new(Source { bytes, etag: "\"one\"".to_owned() }));
         let open = Arc::new(AtomicBool::new(false));
         let (now, is_open) = (Arc::clone(&source), Arc::clone(&open));
@@ -34,7 +39,7 @@ impl Origin {
             let now = now.lock().unwrap();
             let reply = Reply::ranged(request, &now.bytes, &now.etag);
             let range = request.range.clone().unwrap_or(0..u64::MAX);
-            let is_small = range.end.min(now.bytes.len() as u64) - range.start <= MIB;
+            let is_small = range.end.min(now.bytes.len() as u64) - range.start <= most;
             if is_small || is_open.load(Ordering::SeqCst) {
                 return reply;
             }

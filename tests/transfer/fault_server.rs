@@ -40,6 +40,8 @@ pub enum Cut {
     Reset(usize),
     /// Nothing more is sent after so many bytes, until the client goes.
     Stall(usize),
+    /// After so many bytes they come one by one, with a pause after each.
+    Trickle(usize, std::time::Duration),
 }
 
 /// What to answer.
@@ -209,7 +211,9 @@ fn answer(stream: &mut TcpStream, reply: &Reply, sent: &Mutex<u64>) -> Option<()
     }
     let count = match reply.cut {
         Cut::None => reply.body.len(),
-        Cut::Close(n) | Cut::Reset(n) | Cut::Stall(n) => n.min(reply.body.len()),
+        Cut::Close(n) | Cut::Reset(n) | Cut::Stall(n) | Cut::Trickle(n, _) => {
+            n.min(reply.body.len())
+        }
     };
     for piece in reply.body[..count].chunks(64 * 1024) {
         if reply.chunked {
@@ -227,6 +231,14 @@ fn answer(stream: &mut TcpStream, reply: &Reply, sent: &Mutex<u64>) -> Option<()
     match reply.cut {
         Cut::None if reply.chunked => stream.write_all(b"0\r\n\r\n").ok(),
         Cut::None => Some(()),
+        Cut::Trickle(_, pause) => {
+            for byte in &reply.body[count..] {
+                std::thread::sleep(pause);
+                stream.write_all(&[*byte]).ok()?;
+                *sent.lock().expect("no panic") += 1;
+            }
+            Some(())
+        }
         Cut::Close(_) => None,
         Cut::Reset(_) => {
             // Unread input or a zero linger makes the kernel send RST instead of FIN.

@@ -25,6 +25,7 @@ mod parallel;
 mod spool;
 mod steer;
 mod store_faults;
+mod trickle;
 mod unpack;
 mod upload;
 

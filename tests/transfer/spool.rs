@@ -13,10 +13,11 @@ use crate::kill::{Daemon, copy_dir};
 use crate::loop_disk::LoopDisk;
 use crate::nginx_support::{Nginx, have_nginx};
 use crate::unpack::{TOOLS, bring_in, bring_in_from, expect, packed, url_of};
-use crate::{content, sha256};
+use crate::{content, engine, sha256};
 use bedplate::disk::{Dir, Spool};
-use bedplate::fetch::{Class, Expect, Source, SourceUrl};
-use bedplate::import::{ImportError, Layout, Pulled};
+use bedplate::fetch::{Class, Expect, Progress, Source, SourceUrl};
+use bedplate::import::{ImportError, Layout, PullRequest, Pulled, pull};
+use bedplate::ring::Choice;
 
 const MIB: usize = 1 << 20;
 const ETAG: &str = "\"one\"";
@@ -176,6 +177,40 @@ fn a_run_that_ended_is_gone_on_with_at_the_very_byte() {
             assert_eq!(source.server.sent(), len as u64 + 1, "{label}");
         }
     }
+}
+
+#[test]
+fn what_follows_is_fetched_and_kept_while_what_was_kept_is_decoded() {
+    let bytes = content(32 * MIB, 132);
+    // The slowest of the decoders.
+    let Some(stream) = packed("bzip2", &bytes) else { return };
+    let (len, first) = (stream.len(), stream.len() / 4 * 3);
+    let source = Breaking::new(&stream, first, ETAG, expect(&stream), |_| None);
+    assert_eq!(source.kept(), first as u64);
+    let mut from = Source::new(url_of(&source.server)).expecting(expect(&stream));
+    from.unpack = true;
+    let (engine, output) =
+        (engine(source.dir.path(), Choice::Auto), source.dir.path().join("out.img"));
+    let request = PullRequest { source: from, layout: Layout::AsIs, output };
+    let progress = Arc::new(Progress::default());
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let watched = Arc::clone(&progress);
+    let done = runtime.spawn(async move {
+        // One byte to learn the version, and the rest.
+        while watched.snapshot().bytes_received < (len - first + 1) as u64 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let done = watched.snapshot().bytes_done;
+        watched.stop();
+        done
+    });
+    let error = runtime.block_on(pull(&engine, &request, &progress)).unwrap_err();
+    assert_eq!(error.class(), Class::Cancelled, "{}", error.report());
+    let done = runtime.block_on(done).unwrap();
+    assert!(done < bytes.len() as u64 / 2, "the network has waited until {done} were decoded");
+    // What came meanwhile is durable.
+    assert_eq!(source.kept(), len as u64);
+    assert_eq!(source.ends_with(&bytes, "all is kept"), [len as u64 - 1]);
 }
 
 #[test]

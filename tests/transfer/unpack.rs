@@ -157,6 +157,45 @@ fn a_wrong_digest_of_the_stream_and_a_packed_qcow2_for_a_raw_layout_are_refused(
 }
 
 #[test]
+fn a_packed_qcow2_for_a_raw_layout_is_refused_before_it_is_fetched_and_is_the_same_disk_as_it_is() {
+    let temp = tempfile::tempdir().unwrap();
+    let [raw, image, back] = ["raw", "image", "back"].map(|name| temp.path().join(name));
+    let bytes = content(6 * MIB, 86);
+    std::fs::write(&raw, &bytes).unwrap();
+    let text = |path: &Path| path.to_str().unwrap().to_owned();
+    let qemu_img = |args: &[&str]| Command::new("qemu-img").args(args).status();
+    let made = qemu_img(&["convert", "-f", "raw", "-O", "qcow2", &text(&raw), &text(&image)]);
+    let Ok(made) = made else {
+        println!("SKIPPED: qemu-img is not installed");
+        assert!(std::env::var("REQUIRE_TOOLS").as_deref() != Ok("1"), "REQUIRE_TOOLS=1");
+        return;
+    };
+    assert!(made.success());
+    let qcow2 = std::fs::read(&image).unwrap();
+    for tool in TOOLS {
+        let Some(stream) = packed(tool, &qcow2) else { continue };
+        let served = stream.clone();
+        let server = FaultServer::start(move |r| Reply::ranged(r, &served, ETAG));
+        let daemon = Daemon::start();
+        let url = format!("{}/disk.qcow2.{tool}", server.url);
+        let refused = daemon.cli(&["create", &url, "--name", "a", "--layout", "raw", "--wait"]);
+        let said = crate::control_support::stderr(&refused);
+        assert!(!refused.status.success() && said.contains("layout as-is"), "{tool}: {said}");
+        // A block of bzip2 is longer than what is looked at.
+        let is_told_early = tool != "bzip2";
+        assert_eq!(server.sent() < 1 << 17, is_told_early, "{tool}: {}", server.sent());
+        let made = daemon.cli(&["create", &url, "--name", "b", "--wait"]);
+        assert!(made.status.success(), "{}", crate::control_support::stderr(&made));
+        assert_eq!(daemon.get("/v1/images/b")["format"], "qcow2", "{tool}");
+        let socket = daemon.socket.with_file_name("nbd.sock");
+        let export = format!("nbd+unix:///b?socket={}", socket.display());
+        let read = qemu_img(&["convert", "-f", "raw", "-O", "raw", &export, &text(&back)]);
+        assert!(read.unwrap().success());
+        assert!(std::fs::read(&back).unwrap() == bytes, "{tool}: what its readers get");
+    }
+}
+
+#[test]
 fn a_daemon_unpacks_by_itself_and_a_restart_finds_the_copy() {
     let bytes = content(6 * MIB, 85);
     let Some(stream) = packed("zstd", &bytes) else { return };

@@ -1,0 +1,122 @@
+//! Promise: one connection that gives a byte now and then holds up no transfer, and a source that is
+//! slow on all of them is not asked for anything twice.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use crate::fault_server::{Cut, FaultServer, Reply, Request};
+use crate::{content, sha256};
+use bedplate::fetch::{Engine, Expect, Policy, Progress, Snapshot, Source, SourceUrl};
+use bedplate::import::{Layout, PullRequest, pull};
+use bedplate::ring::{Choice, probe};
+
+const MIB: usize = 1 << 20;
+const ETAG: &str = "\"one\"";
+/// What comes of a piece before it trickles.
+const SENT: usize = 100_000;
+/// A MiB takes six hours at this rate.
+const DRIP: Duration = Duration::from_millis(20);
+
+/// Brings the file in, with these buffers and connections; how it went.
+fn bring_in(server: &FaultServer, bytes: &[u8], buffers: usize, connections: usize) -> Snapshot {
+    let temp = tempfile::tempdir().unwrap();
+    let policy = Policy { max_connections: connections, ..Policy::default() };
+    let engine = Engine::alone(probe(temp.path(), Choice::Auto).unwrap(), policy, buffers);
+    let url = SourceUrl::parse(&format!("{}/x", server.url)).unwrap();
+    let output = temp.path().join("out.img");
+    let source = Source::new(url).expecting(Expect::parse(Some(&sha256(bytes)), None).unwrap());
+    let request = PullRequest { source, layout: Layout::AsIs, output: output.clone() };
+    let progress = Arc::new(Progress::default());
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(pull(&engine, &request, &progress)).unwrap();
+    assert!(std::fs::read(output).unwrap() == bytes);
+    progress.snapshot()
+}
+
+/// So slow for each connection that there are soon several.
+fn paced(request: &Request, bytes: &[u8]) -> Reply {
+    let mut reply = Reply::ranged(request, bytes, ETAG);
+    reply.pace = Duration::from_millis(4);
+    reply
+}
+
+/// A piece for one of several connections.
+fn is_piece(request: &Request) -> bool {
+    request.range.as_ref().is_some_and(|range| range.start > 0)
+}
+
+/// A server of `bytes`; the first piece that is as `chosen` says trickles.
+fn trickling(
+    bytes: &[u8],
+    chosen: impl Fn(&Request, usize) -> bool + Send + Sync + 'static,
+) -> FaultServer {
+    let (bytes, met, count) = (bytes.to_vec(), AtomicBool::new(false), AtomicUsize::new(0));
+    FaultServer::start(move |request| {
+        let reply = paced(request, &bytes);
+        let turn = if is_piece(request) { count.fetch_add(1, Ordering::SeqCst) } else { 0 };
+        let trickles = is_piece(request)
+            && reply.body.len() > 2 * SENT
+            && chosen(request, turn)
+            && !met.swap(true, Ordering::SeqCst);
+        if trickles { reply.cut(Cut::Trickle(SENT, DRIP)) } else { reply }
+    })
+}
+
+/// Bytes that came twice. Where one connection hands over to several, the end of its last read is dropped.
+fn assert_none_twice(went: &Snapshot, bytes: &[u8]) {
+    let twice = went.bytes_received - bytes.len() as u64;
+    assert!(twice <= MIB as u64, "{twice} bytes came twice");
+}
+
+#[test]
+fn the_last_piece_of_a_transfer_is_taken_over_from_a_connection_that_trickles() {
+    let bytes = content(48 * MIB, 61);
+    // What ends where the file does is asked for without an end.
+    let server = trickling(&bytes, |request, _| {
+        request.range.as_ref().is_some_and(|range| range.end == u64::MAX)
+    });
+    let went = bring_in(&server, &bytes, 32, 16);
+    assert_eq!((went.overtaken, went.retries), (1, 0));
+    assert_none_twice(&went, &bytes);
+}
+
+#[test]
+fn a_piece_that_trickles_in_the_middle_does_not_hold_up_those_behind_it() {
+    let bytes = content(96 * MIB, 62);
+    // Digests are made in order, from memory: soon all buffers hold what comes behind it.
+    let server = trickling(&bytes, |_, turn| turn == 3);
+    let went = bring_in(&server, &bytes, 24, 16);
+    assert_eq!((went.overtaken, went.retries), (1, 0));
+    assert_none_twice(&went, &bytes);
+}
+
+#[test]
+fn a_lone_connection_that_becomes_a_trickle_is_made_anew() {
+    let bytes = content(24 * MIB, 63);
+    let served = bytes.clone();
+    let server = FaultServer::start(move |request| {
+        let reply = Reply::ranged(request, &served, ETAG);
+        if request.index == 0 { reply.cut(Cut::Trickle(20 * MIB + 5, DRIP)) } else { reply }
+    });
+    let went = bring_in(&server, &bytes, 16, 1);
+    assert_eq!((went.overtaken, went.retries), (1, 0));
+    let ranges: Vec<_> = server.requests().into_iter().filter_map(|r| r.range).collect();
+    assert_eq!(ranges.len(), 2, "{ranges:?}");
+    assert!(ranges[1].start > 20 * MIB as u64, "what came is not asked for again: {ranges:?}");
+}
+
+#[test]
+fn a_source_that_is_slow_on_all_connections_is_not_asked_for_anything_twice() {
+    let bytes = content(12 * MIB, 64);
+    let served = bytes.clone();
+    let server = FaultServer::start(move |request| {
+        let mut reply = Reply::ranged(request, &served, ETAG);
+        // 128 KiB a second and connection: a piece takes several seconds.
+        reply.pace = Duration::from_millis(500);
+        reply
+    });
+    let went = bring_in(&server, &bytes, 32, 16);
+    assert_eq!((went.overtaken, went.retries), (0, 0));
+    assert_none_twice(&went, &bytes);
+}
