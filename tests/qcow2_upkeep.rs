@@ -128,7 +128,8 @@ fn a_bitmap_on_anything_else_is_said_and_the_disk_reads_as_with_qemu() {
         count(&mut built, old, false);
         written(&dir, &built);
         let (clean, said) = check(&path);
-        assert!(clean, "{what}: {said}");
+        // Of a refcount block that is used twice it is never content.
+        assert!(clean != (what == "refcount block"), "{what}: {said}");
         let finding = only(&inspected(&path), what);
         assert_eq!(finding, first, "{what}");
         // Of two users of a cluster the one is said that is less to be missed: bits, unless the

@@ -338,10 +338,10 @@ impl Bitmaps {
             self.note(DAMAGED);
             return Ok(());
         };
-        each(Named { by: Use::BitmapTable, at, place: rest.clone() });
         let total = if in_use { &mut self.tables_bytes.1 } else { &mut self.tables_bytes.0 };
         *total += 8 * entries;
         if *total <= MAX_TABLES_BYTES {
+            each(Named { by: Use::BitmapTable, at, place: rest.clone() });
             self.tables.push_back(Table { rest, in_use });
         } else if in_use {
             self.note(NOT_READ);
