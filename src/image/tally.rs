@@ -59,14 +59,16 @@ impl Tally {
     }
 
     pub(super) fn add_oddity(&mut self, fault: Fault) {
+        if self.oddities.len() == MAX_FAULTS {
+            self.oddities_total += 1;
+            return;
+        }
         // A field that names several clusters is said once.
         if self.oddities.iter().any(|known| (known.field, known.at) == (fault.field, fault.at)) {
             return;
         }
         self.oddities_total += 1;
-        if self.oddities.len() < MAX_FAULTS {
-            self.oddities.push(fault);
-        }
+        self.oddities.push(fault);
     }
 
     /// Adds the oddities of another tally.

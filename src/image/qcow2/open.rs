@@ -115,13 +115,13 @@ impl Image {
 
     fn without_l1(header: Header, file_len_bytes: u64, data_len_bytes: Option<u64>) -> Self {
         let l2_tables = L2Tables::of(std::iter::empty(), header.cluster_bits);
-        let l1 = L1::default();
+        let l1 = L1::new(header.l1_entries);
         Self { header, file_len_bytes, data_len_bytes, l1, l2_tables, odd_l1_entries: 0 }
     }
 
     fn with_l2_tables(mut self) -> Result<Self, Fault> {
-        let places = self.l1.iter().filter(|&at| at != 0);
-        self.l2_tables = L2Tables::of(places, self.header.cluster_bits);
+        let bits = self.header.cluster_bits;
+        self.l2_tables = L2Tables::of_l1(&self.l1, self.file_len_bytes, bits);
         self.refuse_shared_l2_tables()?;
         Ok(self)
     }
@@ -166,13 +166,20 @@ impl Image {
     /// Takes the next L1 entries.
     fn take_l1(&mut self, bytes: &[u8]) -> Result<(), Fault> {
         let (entries, _none) = bytes.as_chunks();
+        let mut l1 = std::mem::take(&mut self.l1);
+        let (mut odd, limits) = (0, self.limits());
         for &entry in entries {
             let raw = u64::from_be_bytes(entry);
-            let table = decode_l1(raw, &self.limits())
-                .map_err(|fault| self.l1_fault(self.l1.len(), fault))?;
-            self.odd_l1_entries += u64::from(super::entry::reserved_l1_bits(raw) != 0);
-            self.l1.push(table.map_or(0, |at| at.0));
+            if raw == 0 {
+                l1.push(0);
+                continue;
+            }
+            let table = decode_l1(raw, &limits).map_err(|fault| self.l1_fault(l1.len(), fault))?;
+            odd += u64::from(super::entry::reserved_l1_bits(raw) != 0);
+            l1.push(table.map_or(0, |at| at.0));
         }
+        self.l1 = l1;
+        self.odd_l1_entries += odd;
         Ok(())
     }
 
