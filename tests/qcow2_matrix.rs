@@ -355,6 +355,45 @@ fn bitmaps_that_qemu_made_are_counted_and_change_nothing() {
 }
 
 #[test]
+fn bitmaps_at_qemus_own_limits_are_sound() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let long = "n".repeat(1023);
+    for (options, size, granularity) in [
+        ("cluster_size=512", 8 << 20, "512"),
+        // As many clusters of bits as a table takes: 512 MiB of them.
+        ("cluster_size=2097152", 2 << 40, "512"),
+        ("cluster_size=65536", 1 << 40, "2147483648"),
+        ("cluster_size=65536", 512, "512"),
+    ] {
+        let image = create(dir.path(), options, size);
+        let path = image.to_str().unwrap();
+        for name in [long.as_str(), "x"] {
+            run("qemu-img", &["bitmap", "--add", "-g", granularity, path, name]);
+        }
+        // A bitmap is stored where bits are set.
+        let ends = [0, size - 512].map(|at| format!("write -P 3 {at} 512"));
+        qemu_io(&image, &ends);
+        no_findings(&image, &format!("{options}, {size} bytes, {granularity}"));
+        let view = open(&image);
+        let mut sector = [0; 512];
+        view.read_at(&mut sector, GuestOffset(size - 512)).unwrap();
+        assert_eq!((view.info().bitmaps, sector), (Some(2), [3; 512]), "{options}");
+    }
+    // Very many of them: more than a cluster of directory, and tables that lie between data.
+    let image = create(dir.path(), "cluster_size=512", 1 << 20);
+    let path = image.to_str().unwrap();
+    for number in 0..60 {
+        run("qemu-img", &["bitmap", "--add", path, &format!("{number:0>200}")]);
+    }
+    qemu_io(&image, &commands(&mut Random(12), 1 << 20, 512, true));
+    compare(&image, "60 bitmaps");
+    assert_eq!(open(&image).info().bitmaps, Some(60));
+}
+
+#[test]
 fn a_large_empty_image_is_zero_and_costs_no_memory() {
     if !have_qemu() {
         return;
