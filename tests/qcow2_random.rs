@@ -174,7 +174,7 @@ impl Making<'_> {
     fn made(&mut self) -> Made {
         let (has_base, has_data) = (self.once_in(3), self.once_in(8));
         let (mut options, cluster) = self.options(!has_data);
-        let size = (cluster * 37).min(3 << 20).max(8192) + 512 * self.random.below(64);
+        let size = (cluster * 37).clamp(8192, 3 << 20) + 512 * self.random.below(64);
         let extended = options.iter().any(|option| option == "extended_l2=on");
         let version_2 = options.iter().any(|option| option == "compat=0.10");
         let data = has_data.then(|| self.dir.join("data.raw"));

@@ -69,7 +69,11 @@ impl Choices<'_> {
         }
         if kind & 16 != 0 {
             for _ in 0..self.below(4) {
-                let magic = if self.byte() & 1 == 0 { FEATURE_NAMES } else { self.quad() as u32 };
+                let magic = if self.byte() & 1 == 0 {
+                    FEATURE_NAMES
+                } else {
+                    u32::try_from(self.quad() >> 32).unwrap()
+                };
                 let len = usize::from(self.below(48));
                 plan.extensions.push((magic, vec![self.byte(); len]));
             }

@@ -48,8 +48,10 @@ pub fn uses(bytes: &[u8], owner: usize) -> Uses {
     }
     let Some(directory) = &chart.bitmap_directory else { return uses };
     // As in `Chart`: the last extension of bitmaps.
-    let named_at =
-        chart.extensions.iter().rfind(|&&ext| get(bytes, ext as usize, 4) == 0x2385_2875);
+    let named_at = chart
+        .extensions
+        .iter()
+        .rfind(|&&ext| get(bytes, usize::try_from(ext).unwrap(), 4) == 0x2385_2875);
     add("bitmaps directory offset", named_at.unwrap() + 24, true, directory.start, directory.end);
     for (&entry, table) in chart.bitmaps.iter().zip(&chart.bitmap_tables) {
         if table.end > len {
