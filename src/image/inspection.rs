@@ -186,5 +186,9 @@ impl Inspection {
 
 fn of_fault(fault: &Fault, verdict: Verdict) -> Finding {
     let (field, at) = (Some(fault.field), Some(fault.at.0));
-    Finding { verdict, text: fault.to_string(), field, at }
+    let text = match verdict {
+        Verdict::Repairable => format!("{fault}; reads are right, a writer may do damage"),
+        Verdict::Ok | Verdict::Refused => fault.to_string(),
+    };
+    Finding { verdict, text, field, at }
 }
