@@ -5,18 +5,20 @@ mod qcow2_common;
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use bedplate::disk::Sealed;
 use bedplate::image::qcow2::Terms;
 use bedplate::image::{Inspection, MAX_LAYERS, Opening, RunKind, Verdict, View, inspect};
 use bedplate::units::GuestOffset;
+use qcow2_common::make::{commands, create, open_over, overlay, qemu_io};
 use qcow2_common::{Random, all_bytes, assert_same, have_qemu, open, qemu_bytes, raw_disk, run};
 use tempfile::TempDir;
 
 const CLUSTER_SIZES: [u64; 8] = [512, 1024, 4096, 16_384, 65_536, 262_144, 1_048_576, 2_097_152];
 
-/// Compares the image with qemu, and with a full inspection.
+/// Compares the image with qemu, and with a full inspection; what `qemu-img check` calls clean has no
+/// findings.
 fn compare(image: &Path, name: &str) {
     let want = qemu_bytes(image).unwrap_or_else(|| panic!("{name}: qemu-img refuses it"));
     let info = inspect(&File::open(image).unwrap(), image, None, &Terms::default())
@@ -26,53 +28,14 @@ fn compare(image: &Path, name: &str) {
     let count = clusters.data + clusters.zero + clusters.compressed;
     assert_eq!(count, total.div_ceil(info.cluster_size_bytes.unwrap()), "{name}");
     assert_same(&open(image), &want, name);
+    no_findings(image, name);
 }
 
-fn create(dir: &Path, options: &str, size: u64) -> PathBuf {
-    let image = dir.join("image.qcow2");
-    let _may_not_exist = std::fs::remove_file(&image);
-    let (path, size) = (image.to_str().unwrap(), size.to_string());
-    run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, path, &size]);
-    image
-}
-
-fn qemu_io(image: &Path, commands: &[String]) {
-    let mut args = vec!["-f", "qcow2"];
-    for command in commands {
-        args.extend(["-c", command]);
-    }
-    args.push(image.to_str().unwrap());
-    let output = run("qemu-io", &args);
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert!(!said.contains("failed"), "{commands:?}: {said}");
-}
-
-/// Writes, zero writes and discards at places of any alignment. With `compressed`, some clusters
-/// are written compressed first: qemu takes that only where nothing is stored.
-fn commands(random: &mut Random, size: u64, cluster: u64, compressed: bool) -> Vec<String> {
-    let mut commands = Vec::new();
-    if compressed {
-        let step = random.below(4) + 1;
-        let whole = (0..size / cluster).step_by(usize::try_from(step).unwrap()).take(12);
-        commands.extend(
-            whole.map(|n| {
-                format!("write -c -P {} {} {cluster}", random.below(255) + 1, n * cluster)
-            }),
-        );
-    }
-    for n in 0..20 {
-        let at = random.below(size / 512) * 512;
-        let most = (3 * cluster).min(size - at) / 512;
-        let len = (random.below(most) + 1) * 512;
-        let pattern = random.below(255) + 1;
-        commands.push(match n % 5 {
-            0 | 1 => format!("write -P {pattern} {at} {len}"),
-            2 => format!("write -z {at} {len}"),
-            3 => format!("write -z -u {at} {len}"),
-            _ => format!("discard {at} {len}"),
-        });
-    }
-    commands
+fn no_findings(image: &Path, name: &str) {
+    run("qemu-img", &["check", "-q", "-f", "qcow2", image.to_str().unwrap()]);
+    let file = File::open(image).unwrap();
+    let found = Inspection::of_file(&file, image, None, &Terms::default()).unwrap();
+    assert_eq!((found.verdict, &found.findings[..]), (Verdict::Ok, &[][..]), "{name}");
 }
 
 #[test]
@@ -242,25 +205,6 @@ fn internal_snapshots_do_not_touch_the_disk_and_each_can_be_the_view() {
     }
 }
 
-/// An overlay over `base` by its name, as qemu makes it.
-fn overlay(dir: &Path, name: &str, base: &Path, format: &str, options: &str, size: u64) -> PathBuf {
-    let image = dir.join(name);
-    let (path, size) = (image.to_str().unwrap(), size.to_string());
-    let base = base.to_str().unwrap();
-    let mut args = vec!["create", "-q", "-f", "qcow2", "-b", base, "-F", format];
-    if !options.is_empty() {
-        args.extend(["-o", options]);
-    }
-    args.extend([path, &size]);
-    run("qemu-img", &args);
-    image
-}
-
-fn open_over(image: &Path, base: &View) -> View {
-    let opening = Opening { base: Some(base), ..Opening::default() };
-    View::open_as(Sealed::open_path(image).unwrap(), opening).unwrap()
-}
-
 #[test]
 fn chains_of_images_of_any_length_and_kind_read_as_with_qemu() {
     if !have_qemu() {
@@ -406,11 +350,47 @@ fn bitmaps_that_qemu_made_are_counted_and_change_nothing() {
         run("qemu-img", &["bitmap", "--disable", path, "disabled"]);
         qemu_io(&image, &commands(&mut random, 9 << 20, 65_536, true));
         compare(&image, options);
-        let file = File::open(&image).unwrap();
-        let found = Inspection::of_file(&file, &image, None, &Terms::default()).unwrap();
-        assert_eq!((found.verdict, &found.findings[..]), (Verdict::Ok, &[][..]), "{options}");
-        assert_eq!(found.info.unwrap().bitmaps, Some(3), "{options}");
+        assert_eq!(open(&image).info().bitmaps, Some(3), "{options}");
     }
+}
+
+#[test]
+fn bitmaps_at_qemus_own_limits_are_sound() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let long = "n".repeat(1023);
+    for (options, size, granularity) in [
+        ("cluster_size=512", 8 << 20, "512"),
+        // As many clusters of bits as a table takes: 512 MiB of them.
+        ("cluster_size=2097152", 2 << 40, "512"),
+        ("cluster_size=65536", 1 << 40, "2147483648"),
+        ("cluster_size=65536", 512, "512"),
+    ] {
+        let image = create(dir.path(), options, size);
+        let path = image.to_str().unwrap();
+        for name in [long.as_str(), "x"] {
+            run("qemu-img", &["bitmap", "--add", "-g", granularity, path, name]);
+        }
+        // A bitmap is stored where bits are set.
+        let ends = [0, size - 512].map(|at| format!("write -P 3 {at} 512"));
+        qemu_io(&image, &ends);
+        no_findings(&image, &format!("{options}, {size} bytes, {granularity}"));
+        let view = open(&image);
+        let mut sector = [0; 512];
+        view.read_at(&mut sector, GuestOffset(size - 512)).unwrap();
+        assert_eq!((view.info().bitmaps, sector), (Some(2), [3; 512]), "{options}");
+    }
+    // Very many of them: more than a cluster of directory, and tables that lie between data.
+    let image = create(dir.path(), "cluster_size=512", 1 << 20);
+    let path = image.to_str().unwrap();
+    for number in 0..60 {
+        run("qemu-img", &["bitmap", "--add", path, &format!("{number:0>200}")]);
+    }
+    qemu_io(&image, &commands(&mut Random(12), 1 << 20, 512, true));
+    compare(&image, "60 bitmaps");
+    assert_eq!(open(&image).info().bitmaps, Some(60));
 }
 
 #[test]

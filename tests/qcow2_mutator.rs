@@ -21,6 +21,7 @@ use qcow2_common::craft_big::{Field, Part};
 use qcow2_common::mutate::{
     Chart, Sample, edges, explains, get, is_liberty, put, samples, some, special,
 };
+use qcow2_common::uses::{misjudged, uses};
 use qcow2_common::{Random, have_qemu, write};
 use tempfile::TempDir;
 
@@ -210,6 +211,7 @@ impl<'a> Bench<'a> {
         let named = reading.named();
         self.places_are_right(bytes, fields, &reading, &named, what);
         verdict_is_right(&reading, &named, what);
+        self.shared_clusters_are_said(bytes, &reading.inspection, what);
         self.count("images");
         let decisive = self.sample.snapshot.is_none() && fields.iter().any(decides);
         if !(ask || decisive && reading.bytes().is_some()) {
@@ -252,6 +254,19 @@ impl<'a> Bench<'a> {
             }
             at += self.cluster_of(bytes);
         }
+    }
+
+    /// Each cluster that is used twice, of which one use is for writers, is said; and no other.
+    fn shared_clusters_are_said(&self, bytes: &[u8], found: &Inspection, what: &str) {
+        let size = found.info.as_ref().map_or(u64::MAX, |info| info.virtual_size_bytes);
+        if found.verdict == Verdict::Refused || size > READ_BYTES {
+            return;
+        }
+        let findings = found.findings.iter();
+        let said: Vec<_> =
+            findings.filter_map(|f| Some((f.field?, f.at?, f.text.as_str()))).collect();
+        let wrong = misjudged(&uses(bytes, self.sample.owner), &said);
+        assert!(wrong.is_empty(), "{what}: {wrong:?}, of {found:?}");
     }
 
     fn cluster_of(&self, bytes: &[u8]) -> usize {
@@ -461,6 +476,7 @@ fn one_field_at_an_edge_is_named_or_the_bytes_are_qemus() {
             Part::ExtensionType,
             Part::Directory,
             Part::BitmapTable,
+            Part::Refcount,
         ] {
             let of_part = |f: &&Field| f.part == part;
             let fields: Vec<Field> = fields.iter().filter(of_part).copied().collect();

@@ -5,6 +5,8 @@
 //! Never: holds text from the image.
 //! Start at [`Fault`].
 
+use std::fmt;
+
 use crate::units::FileOffset;
 
 /// Whether a field is wrong, or right and not for us.
@@ -62,6 +64,15 @@ impl EntryFault {
         Fault { kind: FaultKind::Malformed, field, at, found, need }
     }
 }
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { kind: _, field, at, found, need } = *self;
+        write!(f, "{field} at byte {at} is {found:#x}, need {need}")
+    }
+}
+
+impl std::error::Error for Fault {}
 
 impl Fault {
     pub(in crate::image) fn malformed(

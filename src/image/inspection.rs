@@ -131,7 +131,7 @@ impl Inspection {
         tally.describe(&mut info);
         let damaged = snapshots.iter().filter_map(|snapshot| {
             let fault = image.header().check_snapshot(snapshot, info.file_size_bytes).err()?;
-            let text = format!("snapshot {:?} cannot be served: {}", snapshot.id, words_of(&fault));
+            let text = format!("snapshot {:?} cannot be served: {}", snapshot.id, fault);
             let (field, at) = (Some(fault.field), Some(fault.at.0));
             Some(Finding { verdict: Verdict::Repairable, text, field, at })
         });
@@ -162,7 +162,15 @@ impl Inspection {
     }
 
     fn new(mut info: Info, snapshots: Vec<Snapshot>, tally: &Tally, damaged: Vec<Finding>) -> Self {
-        let mut findings: Vec<Finding> = tally.faults().iter().map(of_fault).collect();
+        let of = |faults: &[Fault], verdict| -> Vec<Finding> {
+            faults.iter().map(|fault| of_fault(fault, verdict)).collect()
+        };
+        let mut findings = of(tally.faults(), Verdict::Refused);
+        findings.extend(of(tally.oddities(), Verdict::Repairable));
+        let more = tally.oddities_total() - tally.oddities().len() as u64;
+        if more > 0 {
+            info.notes.push(format!("{more} more fields are odd in such a way"));
+        }
         findings.extend(damaged);
         findings.extend(std::mem::take(&mut info.notes).into_iter().map(|text| Finding {
             verdict: Verdict::Repairable,
@@ -176,16 +184,11 @@ impl Inspection {
     }
 }
 
-fn of_fault(fault: &Fault) -> Finding {
-    Finding {
-        verdict: Verdict::Refused,
-        text: words_of(fault),
-        field: Some(fault.field),
-        at: Some(fault.at.0),
-    }
-}
-
-fn words_of(fault: &Fault) -> String {
-    let Fault { kind: _, field, at, found, need } = *fault;
-    format!("{field} at byte {at} is {found:#x}, need {need}")
+fn of_fault(fault: &Fault, verdict: Verdict) -> Finding {
+    let (field, at) = (Some(fault.field), Some(fault.at.0));
+    let text = match verdict {
+        Verdict::Repairable => format!("{fault}; reads are right, a writer may do damage"),
+        Verdict::Ok | Verdict::Refused => fault.to_string(),
+    };
+    Finding { verdict, text, field, at }
 }

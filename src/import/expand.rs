@@ -154,7 +154,7 @@ pub(super) async fn open_image(
         l1.extend(file.read(at..end).await?);
         at = end;
     }
-    Ok(Image::from_l1(header, total, &l1, name)?)
+    Ok(Image::from_l1(header, total, &l1).map_err(refused)?)
 }
 
 /// The clusters that are not wholly here: each is made at once.

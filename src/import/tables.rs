@@ -14,7 +14,8 @@ use futures_util::stream::{self, StreamExt, TryStreamExt};
 use super::error::ImportError;
 use super::plan::Plan;
 use crate::fetch::{FetchError, SourceFile};
-use crate::image::qcow2::{Image, L2Table, Tally};
+use crate::image::ImageError;
+use crate::image::qcow2::{Image, L2Table, Tally, Upkeep};
 
 /// Bytes of tables that are read for one group.
 const GROUP_BYTES: u64 = 8 << 20;
@@ -102,15 +103,21 @@ pub(super) async fn read_group(
     stream::iter(reads).buffered(PARTS_AT_ONCE).try_collect().await
 }
 
-/// Judges all L2 tables of `image`, also behind a damaged entry.
+/// Judges all L2 tables of `image`, also behind a damaged entry, and holds them against refcounts
+/// and bitmaps.
 pub(super) async fn tally(file: &SourceFile<'_>, image: &Image) -> Result<Tally, FetchError> {
     let tables: Vec<L2Table> = image.tables().collect();
     let (mut tally, mut next) = (Tally::default(), 0);
+    let mut upkeep = Upkeep::of(image);
+    while let Some(wanted) = upkeep.wanted() {
+        upkeep.take(&file.read(wanted).await?);
+    }
+    let upkeep = upkeep.into_places(&mut tally);
     while next < tables.len() {
         let group = group_from(&tables, next, 0, usize::MAX, 0);
         let parts = read_group(file, stored(&tables[group.clone()])).await?;
         for table in &tables[group.clone()] {
-            image.tally_table(table, bytes_of(&table.stored, &parts), &mut tally);
+            image.tally_table(table, bytes_of(&table.stored, &parts), &upkeep, &mut tally);
         }
         next = group.end;
     }
@@ -142,6 +149,6 @@ fn add(
         return Ok(());
     }
     let bytes = bytes_of(&table.stored, parts);
-    image.decode_table(table, bytes, name, &mut |units, meaning| plan.add(units, meaning))?;
-    Ok(())
+    let judged = image.decode_table(table, bytes, &mut |units, meaning| plan.add(units, meaning));
+    Ok(judged.map_err(|fault| ImageError::fault(name, fault))?)
 }

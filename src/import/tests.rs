@@ -24,7 +24,7 @@ fn image(bits: u32, clusters: u64, short: u64) -> Image {
     put(56, &1u32.to_be_bytes());
     let header = Header::parse(&head, 1 << 40, Given::default()).unwrap();
     let l1 = vec![0; usize::try_from(l1_entries * 8).unwrap()];
-    Image::from_l1(header, 1 << 40, &l1, "x".as_ref()).unwrap()
+    Image::from_l1(header, 1 << 40, &l1).unwrap()
 }
 
 fn meaning(kind: u8, bits: u32, index: u64) -> Cluster {

@@ -30,6 +30,8 @@ pub enum Part {
     /// Of the bitmap directory, and of the tables that it names.
     Directory,
     BitmapTable,
+    /// An entry of the refcount table.
+    Refcount,
 }
 
 /// A number in the file, big-endian.
@@ -528,6 +530,7 @@ impl<'a> Site<'a> {
         }
         for (index, &block) in blocks.iter().enumerate() {
             self.put(cluster + 8 * index, block as u64, 8);
+            self.field(Part::Refcount, "refcount table entry", cluster + 8 * index, 8);
         }
         for (index, count) in self.refs.clone().into_iter().enumerate() {
             let block = blocks[index / per_block];

@@ -1,9 +1,12 @@
 //! What the QCOW2 tests share: qemu's tools, a seeded generator, and the comparison with qemu.
 #![allow(dead_code, reason = "each test binary uses its part of this module")]
 
+pub mod choose;
 pub mod craft;
 pub mod craft_big;
+pub mod make;
 pub mod mutate;
+pub mod uses;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

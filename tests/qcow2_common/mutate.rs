@@ -251,6 +251,7 @@ pub fn special(sample: &Sample, field: &Field) -> Vec<u64> {
             1 << 63,
             0x00ff_ffff_ffff_fe00,
         ],
+        Part::Refcount => vec![old | 1, old | 1 << 8, len, len - cluster, cluster / 2, 1 << 63],
         Part::Header | Part::ExtensionLength | Part::Snapshot => Vec::new(),
     }
 }
@@ -458,7 +459,7 @@ pub fn explains(field: &Field, name: &str, at: u64) -> bool {
         // An entry is its descriptor and its bitmap.
         (Part::L2, _) => name == "subcluster bitmap" && at == own.end,
         (Part::Bitmap, _) => table && at + 8 == own.start,
-        (Part::Header | Part::BitmapTable, _) => false,
+        (Part::Header | Part::BitmapTable | Part::Refcount, _) => false,
     }
 }
 

@@ -3,7 +3,8 @@
 //! Why: bitmaps are nothing to a reader, and writers keep their backups by them: an image that qemu
 //! does not open for its bitmaps must not be taken.
 //! How: [`Bitmaps`] says which bytes of the file it wants next, and judges them as they come: the
-//! directory, then the table of each bitmap. What qemu does not look at when it opens is a note.
+//! directory, then all tables in the order of the file. What qemu does not look at when it opens is a
+//! note.
 //! Never: reads a file, keeps a name, or looks at the bits that tables name.
 //! Start at [`Bitmaps::wanted`]. Format: qemu `docs/interop/qcow2.rst`, "Bitmaps".
 //!
@@ -27,15 +28,19 @@ use std::collections::{HashSet, VecDeque};
 use std::ffi::CStr;
 use std::ops::Range;
 
+use xxhash_rust::xxh3::xxh3_128;
 use zerocopy::FromBytes;
 
 use super::header::{ClusterBits, Header};
 use super::raw::RawBitmapEntry;
+use super::upkeep::Use;
 use crate::image::fault::Fault;
 use crate::units::MIB;
 
 /// Bytes that are read at once: a multiple of a table entry.
 const PART_BYTES: u64 = MIB;
+/// A gap between tables that is rather read than asked around: a small one is mostly a cluster.
+const BRIDGE_BYTES: u64 = 4096;
 /// Most that the bits of a bitmap may take, in whole clusters.
 const MAX_BITS_BYTES: u64 = 512 * MIB;
 const MAX_NAME_BYTES: u16 = 1023;
@@ -67,6 +72,8 @@ pub struct BitmapDirectory {
     pub(super) count: u32,
     /// Where the extension is that says so.
     pub(super) extension_at: u64,
+    /// Length of the disk as it is now, which bitmaps are of.
+    pub(super) size_bytes: u64,
 }
 
 impl BitmapDirectory {
@@ -74,6 +81,11 @@ impl BitmapDirectory {
     #[must_use]
     pub fn count(&self) -> u32 {
         self.count
+    }
+
+    /// The directory itself, and the field that says where it is.
+    pub(super) fn named(&self) -> Named {
+        Named { by: Use::Directory, at: self.extension_at + 24, place: self.at..self.end() }
     }
 
     fn end(&self) -> u64 {
@@ -86,8 +98,17 @@ impl BitmapDirectory {
     }
 }
 
+/// A part of the file that a field of a bitmap names; it is inside the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Named {
+    pub(super) by: Use,
+    /// Where the field is.
+    pub(super) at: u64,
+    pub(super) place: Range<u64>,
+}
+
 /// What is left to read of a bitmap's table.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Table {
     rest: Range<u64>,
     in_use: bool,
@@ -105,8 +126,10 @@ pub struct Bitmaps {
     /// The beginning of an entry whose end is still to come.
     begun: Vec<u8>,
     found: u32,
-    /// Digests of names: at their full length all names would be 64 MiB.
-    names: HashSet<[u8; 32]>,
+    /// Hashes of names: at their full length all names would be 64 MiB. Whoever makes two of them
+    /// alike has made an image that is refused.
+    names: HashSet<u128>,
+    /// In the order of the file, once the directory was seen.
     tables: VecDeque<Table>,
     /// Bytes of tables that qemu reads, and of those that are marked in use.
     tables_bytes: (u64, u64),
@@ -114,21 +137,21 @@ pub struct Bitmaps {
 }
 
 impl Bitmaps {
-    /// Of the image with this header, as it is now: no snapshot has bitmaps.
+    /// Of the image with this header: bitmaps are of the disk as it is now, no snapshot has any.
     #[must_use]
     pub fn of(header: &Header, file_len_bytes: u64) -> Self {
-        Self::new(header.cluster_bits, header.size_bytes, file_len_bytes, header.bitmaps)
+        Self::new(header.cluster_bits, file_len_bytes, header.bitmaps)
     }
 
-    fn new(
-        bits: ClusterBits,
-        size_bytes: u64,
-        file_len_bytes: u64,
-        directory: Option<BitmapDirectory>,
-    ) -> Self {
+    /// Wants nothing.
+    pub(super) fn none(bits: ClusterBits) -> Self {
+        Self::new(bits, 0, None)
+    }
+
+    fn new(bits: ClusterBits, file_len_bytes: u64, directory: Option<BitmapDirectory>) -> Self {
         Self {
             bits,
-            size_bytes,
+            size_bytes: directory.map_or(0, |directory| directory.size_bytes),
             file_len_bytes,
             directory,
             next: directory.map_or(0, |directory| directory.at),
@@ -145,12 +168,23 @@ impl Bitmaps {
     /// was seen.
     #[must_use]
     pub fn wanted(&self) -> Option<Range<u64>> {
-        let rest = match (&self.directory, self.tables.front()) {
-            (Some(directory), _) if self.next < directory.end() => self.next..directory.end(),
-            (Some(_), Some(table)) => table.rest.clone(),
-            (Some(_), None) | (None, _) => return None,
+        let Range { start, end } = match self.directory {
+            Some(directory) if self.next < directory.end() => self.next..directory.end(),
+            Some(_) | None => self.wanted_tables()?,
         };
-        Some(rest.start..rest.end.min(rest.start.saturating_add(PART_BYTES)))
+        Some(start..end.min(start.saturating_add(PART_BYTES)))
+    }
+
+    /// What is left of the first table, and of those that lie close behind it.
+    fn wanted_tables(&self) -> Option<Range<u64>> {
+        let Range { start, mut end } = self.tables.front()?.rest;
+        for Table { rest, .. } in &self.tables {
+            if rest.start > end + BRIDGE_BYTES || end - start >= PART_BYTES {
+                break;
+            }
+            end = end.max(rest.end);
+        }
+        Some(start..end)
     }
 
     /// Judges the bytes of [`wanted`](Self::wanted).
@@ -158,11 +192,20 @@ impl Bitmaps {
     /// # Errors
     /// What qemu does not open, or what would take too long to read.
     pub fn take(&mut self, bytes: &[u8]) -> Result<(), Fault> {
+        self.take_named(bytes, &mut |_| {})
+    }
+
+    /// As [`take`](Self::take); gives each table, and each cluster of bits, to `each`.
+    pub(super) fn take_named(
+        &mut self,
+        bytes: &[u8],
+        each: &mut dyn FnMut(Named),
+    ) -> Result<(), Fault> {
         match self.directory {
             Some(directory) if self.next < directory.end() => {
-                self.take_directory(&directory, bytes)
+                self.take_directory(&directory, bytes, each)
             }
-            Some(_) | None => self.take_table(bytes),
+            Some(_) | None => self.take_tables(bytes, each),
         }
     }
 
@@ -178,7 +221,12 @@ impl Bitmaps {
         }
     }
 
-    fn take_directory(&mut self, directory: &BitmapDirectory, bytes: &[u8]) -> Result<(), Fault> {
+    fn take_directory(
+        &mut self,
+        directory: &BitmapDirectory,
+        bytes: &[u8],
+        each: &mut dyn FnMut(Named),
+    ) -> Result<(), Fault> {
         let mut begun = std::mem::take(&mut self.begun);
         let mut at = self.next - begun.len() as u64;
         begun.extend(bytes);
@@ -203,13 +251,20 @@ impl Bitmaps {
                 return Err(Fault::malformed("name_size", at + 18, name_len as u64, need));
             }
             let (Some(name), Some(next)) = (behind.get(..name_len), rest.get(len..)) else { break };
-            self.add(&raw, name, at)?;
+            self.add(&raw, name, at, each)?;
             at += len as u64;
             rest = next;
         }
         self.begun = rest.to_vec();
         if at == directory.end() && self.found != directory.count {
             return Err(directory.wrong_count());
+        }
+        if self.next == directory.end() {
+            let tables = self.tables.make_contiguous();
+            tables.sort_unstable_by_key(|table| (table.rest.start, table.rest.end, table.in_use));
+            // Bitmaps that share one: what it says is the same for all of them.
+            let mut last = None;
+            self.tables.retain(|table| last.replace(table.clone()).as_ref() != Some(table));
         }
         Ok(())
     }
@@ -259,12 +314,18 @@ impl Bitmaps {
     }
 
     /// Adds the bitmap of an entry whose numbers can be.
-    fn add(&mut self, raw: &RawBitmapEntry, name: &[u8], at: u64) -> Result<(), Fault> {
+    fn add(
+        &mut self,
+        raw: &RawBitmapEntry,
+        name: &[u8],
+        at: u64,
+        each: &mut dyn FnMut(Named),
+    ) -> Result<(), Fault> {
         self.found += 1;
         let in_use = raw.is_in_use();
         // To qemu a name ends at a zero byte.
         let name = CStr::from_bytes_until_nul(name).map_or(name, CStr::to_bytes);
-        if !self.names.insert(blake3::hash(name).into()) {
+        if !self.names.insert(xxh3_128(name)) {
             if !in_use {
                 let (field, need) = ("bitmap name", "one that no other bitmap has");
                 let name_at = at + size_of::<RawBitmapEntry>() as u64;
@@ -280,6 +341,7 @@ impl Bitmaps {
         let total = if in_use { &mut self.tables_bytes.1 } else { &mut self.tables_bytes.0 };
         *total += 8 * entries;
         if *total <= MAX_TABLES_BYTES {
+            each(Named { by: Use::BitmapTable, at, place: rest.clone() });
             self.tables.push_back(Table { rest, in_use });
         } else if in_use {
             self.note(NOT_READ);
@@ -296,13 +358,31 @@ impl Bitmaps {
         Some(at..end)
     }
 
-    fn take_table(&mut self, bytes: &[u8]) -> Result<(), Fault> {
-        let Some(table) = self.tables.front_mut() else { return Ok(()) };
-        let (at, in_use) = (table.rest.start, table.in_use);
-        table.rest.start += bytes.len() as u64;
-        if table.rest.is_empty() {
-            self.tables.pop_front();
+    fn take_tables(&mut self, bytes: &[u8], each: &mut dyn FnMut(Named)) -> Result<(), Fault> {
+        let Some(start) = self.tables.front().map(|table| table.rest.start) else { return Ok(()) };
+        let end = start + bytes.len() as u64;
+        let mut begun = Vec::new();
+        while self.tables.front().is_some_and(|table| table.rest.start < end) {
+            let Some(mut table) = self.tables.pop_front() else { break };
+            let (from, to) = (table.rest.start, table.rest.end.min(end));
+            let within = |at: u64| usize::try_from(at - start).unwrap_or(usize::MAX);
+            let entries = bytes.get(within(from)..within(to)).unwrap_or_default();
+            self.take_entries(from, entries, table.in_use, each)?;
+            table.rest.start = to;
+            begun.extend((!table.rest.is_empty()).then_some(table));
         }
+        begun.into_iter().rev().for_each(|table| self.tables.push_front(table));
+        Ok(())
+    }
+
+    /// Judges the entries of a table from the one at byte `at` on.
+    fn take_entries(
+        &mut self,
+        at: u64,
+        bytes: &[u8],
+        in_use: bool,
+        each: &mut dyn FnMut(Named),
+    ) -> Result<(), Fault> {
         let (entries, _none) = bytes.as_chunks();
         for (entry_at, &entry) in (at..).step_by(8).zip(entries) {
             let raw = u64::from_be_bytes(entry);
@@ -311,11 +391,10 @@ impl Bitmaps {
             let aligned = cluster & self.bits.offset_mask() == 0;
             match raw & ENTRY_RESERVED == 0 && !both && aligned {
                 true if cluster == 0 => {}
-                true => {
-                    if self.inside(cluster, self.bits.size_bytes()).is_none() {
-                        self.note(PAST_END);
-                    }
-                }
+                true => match self.inside(cluster, self.bits.size_bytes()) {
+                    None => self.note(PAST_END),
+                    Some(place) => each(Named { by: Use::Bits, at: entry_at, place }),
+                },
                 false if in_use => self.note(DAMAGED),
                 false => {
                     let need = "0, 1, or a multiple of the cluster size below 2^56";

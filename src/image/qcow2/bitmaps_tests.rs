@@ -41,9 +41,14 @@ impl Entry {
 
 /// Of a disk of 1 GiB in clusters of 64 KiB.
 fn bitmaps(count: u32, len_bytes: u64) -> Bitmaps {
-    let directory =
-        BitmapDirectory { at: DIRECTORY_AT, len_bytes, count, extension_at: EXTENSION_AT };
-    Bitmaps::new(ClusterBits::new(16).unwrap(), 1 << 30, FILE_LEN, Some(directory))
+    let directory = BitmapDirectory {
+        at: DIRECTORY_AT,
+        len_bytes,
+        count,
+        extension_at: EXTENSION_AT,
+        size_bytes: 1 << 30,
+    };
+    Bitmaps::new(ClusterBits::new(16).unwrap(), FILE_LEN, Some(directory))
 }
 
 /// Takes all, with the directory in parts of this many bytes, and every table's entries being
@@ -87,9 +92,9 @@ fn fault(entries: &[Entry], table: u64) -> (&'static str, u64) {
 #[test]
 fn bitmaps_of_any_name_are_taken() {
     let entries = [named("b0"), named(""), named([0xff, 0xfe]), named(vec![b'x'; 1023])];
-    assert_eq!(check_entries(&entries, 0), Ok((vec![], 32)));
-    assert_eq!(check_entries(&entries, 1), Ok((vec![], 32)), "all bits set");
-    assert_eq!(check_entries(&entries, 5 * CLUSTER), Ok((vec![], 32)));
+    assert_eq!(check_entries(&entries, 0), Ok((vec![], 8)));
+    assert_eq!(check_entries(&entries, 1), Ok((vec![], 8)), "all bits set");
+    assert_eq!(check_entries(&entries, 5 * CLUSTER), Ok((vec![], 8)));
 }
 
 #[test]
@@ -163,7 +168,7 @@ fn a_name_is_one_bitmaps_alone_up_to_its_first_zero_byte() {
         assert_eq!(fault(&[named(first), named(second)], 0), ("bitmap name", name_at));
         let in_use = |name| Entry { flags: FLAG_IN_USE, ..named(name) };
         assert_eq!(fault(&[in_use(first), named(second)], 0), ("bitmap name", name_at));
-        assert_eq!(check_entries(&[named(first), in_use(second)], 0), Ok((vec![TWICE], 16)));
+        assert_eq!(check_entries(&[named(first), in_use(second)], 0), Ok((vec![TWICE], 8)));
     }
 }
 
@@ -190,11 +195,13 @@ fn a_table_that_is_not_in_the_file_is_noted_if_it_is_in_use() {
 #[test]
 fn tables_are_read_up_to_a_bound() {
     let directory = |flags| {
-        let entry = |name: u32| Entry { flags, table: (TABLE_AT, 8192), ..named(name.to_string()) };
-        (0..1000).flat_map(|name| entry(name).bytes()).collect::<Vec<u8>>()
+        let place = |name: u32| TABLE_AT + u64::from(name % 100) * CLUSTER;
+        let of = |name: u32| Entry { flags, table: (place(name), 8192), ..named(name.to_string()) };
+        (0..1000).flat_map(|name| of(name).bytes()).collect::<Vec<u8>>()
     };
     let (notes, bytes) = check(1000, &directory(FLAG_IN_USE), 1 << 20, 0).unwrap();
-    assert_eq!((notes, bytes), (vec![NOT_READ], MAX_TABLES_BYTES));
+    // 256 of them are within the bound; a table that several bitmaps have is read once.
+    assert_eq!((notes, bytes), (vec![NOT_READ], 100 * CLUSTER));
     // 64 TiB at 2^17 are 2^29 bits: 1024 clusters.
     let mut large = bitmaps(65_535, 32 * 65_535);
     large.size_bytes = 64 << 40;
@@ -226,4 +233,61 @@ proptest! {
         let whole = check(count, &directory, 1 << 20, table);
         prop_assert_eq!(check(count, &directory, part, table), whole);
     }
+}
+
+#[test]
+fn tables_that_lie_close_are_read_together_in_the_order_of_the_file() {
+    let at = |place: u64, entries: u32, name: u32| Entry {
+        table: (place, entries),
+        flags: FLAG_IN_USE,
+        ..named(name.to_string())
+    };
+    let far = TABLE_AT + 4 * CLUSTER;
+    let entries =
+        [at(far, 1, 0), at(TABLE_AT, 8192, 1), at(TABLE_AT + CLUSTER, 2, 2), at(far, 1, 3)];
+    let directory: Vec<u8> = entries.iter().flat_map(Entry::bytes).collect();
+    let mut bitmaps = bitmaps(4, directory.len() as u64);
+    bitmaps.take(&directory).unwrap();
+    let mut wanted = Vec::new();
+    while let Some(range) = bitmaps.wanted() {
+        bitmaps.take(&vec![0; usize::try_from(range.end - range.start).unwrap()]).unwrap();
+        wanted.push(range);
+    }
+    assert_eq!(wanted, [TABLE_AT..TABLE_AT + CLUSTER + 16, far..far + 8]);
+}
+
+#[test]
+fn tables_that_overlap_are_judged_each_whole() {
+    // The second begins in the middle of the first, which is longer than what is read at once.
+    let entries = u32::try_from(PART_BYTES / 8 + 8192).unwrap();
+    let of = |place: u64, entries: u32, flags: u32, name: u32| Entry {
+        table: (place, entries),
+        flags,
+        ..named(name.to_string())
+    };
+    let all = [of(TABLE_AT, entries, 1, 0), of(TABLE_AT + CLUSTER, 1, 2, 1)];
+    let directory: Vec<u8> = all.iter().flat_map(Entry::bytes).collect();
+    let small = ClusterBits::new(9).unwrap();
+    let place = BitmapDirectory {
+        at: DIRECTORY_AT,
+        len_bytes: directory.len() as u64,
+        count: 2,
+        extension_at: EXTENSION_AT,
+        // One bit.
+        size_bytes: 512,
+    };
+    let mut bitmaps = Bitmaps::new(small, FILE_LEN, Some(place));
+    bitmaps.take(&directory).unwrap();
+    let (mut named, mut seen) = (Vec::new(), 0);
+    while let Some(range) = bitmaps.wanted() {
+        assert_eq!(range.start, TABLE_AT + seen);
+        seen += range.end - range.start;
+        let len = usize::try_from(range.end - range.start).unwrap();
+        let bytes = CLUSTER.to_be_bytes().repeat(len / 8);
+        bitmaps.take_named(&bytes, &mut |one| named.push(one.at)).unwrap();
+    }
+    assert_eq!(seen, u64::from(entries) * 8);
+    named.sort_unstable();
+    let twice = named.windows(2).filter(|pair| pair[0] == pair[1]).count();
+    assert_eq!((named.len(), twice), (usize::try_from(entries).unwrap() + 1, 1));
 }

@@ -12,6 +12,7 @@ use super::entry::{self, Cluster, Limits};
 use super::header::Header;
 use super::open::Image;
 use super::table::{self, Entry, UnitRuns};
+use super::upkeep::{Upkeep, UpkeepPlaces};
 use crate::image::fault::{EntryFault, Fault};
 use crate::image::tally::{Odd, Tally};
 use crate::image::{ImageError, Info, Source};
@@ -46,11 +47,16 @@ impl Image {
             return Err(ImageError::fault(path, fault));
         }
         tally.describe(info);
+        if let Some(first) = tally.oddities().first() {
+            let more = tally.oddities_total() - 1;
+            let more = if more > 0 { format!("; {more} more like it") } else { String::new() };
+            info.notes.push(format!("{first}{more}; run `qemu-img check`"));
+        }
         Ok(())
     }
 
-    /// Judges every L2 entry that the disk needs, also behind a damaged one. `read` fills a buffer
-    /// with a range of the file, of at most 2 MiB.
+    /// Judges every L2 entry that the disk needs, also behind a damaged one, and holds it against
+    /// refcounts and bitmaps. `read` fills a buffer with a range of the file, of at most 2 MiB.
     ///
     /// # Errors
     /// Those of `read`.
@@ -60,7 +66,15 @@ impl Image {
     ) -> Result<Tally, E> {
         let cluster_bytes = self.header.cluster_bits.size_bytes();
         let mut tally = Tally::default();
-        let mut buffer = vec![0; usize::try_from(cluster_bytes).expect("at most 2 MiB")];
+        let mut upkeep = Upkeep::of(self);
+        let mut buffer = Vec::new();
+        while let Some(wanted) = upkeep.wanted() {
+            buffer.resize(usize::try_from(wanted.end - wanted.start).expect("at most 1 MiB"), 0);
+            read(wanted, &mut buffer)?;
+            upkeep.take(&buffer);
+        }
+        let upkeep = upkeep.into_places(&mut tally);
+        buffer.resize(usize::try_from(cluster_bytes).expect("at most 2 MiB"), 0);
         for table in self.tables() {
             let stored = table.stored.clone().unwrap_or_default();
             let len = usize::try_from(stored.end - stored.start).expect("at most 2 MiB");
@@ -68,14 +82,20 @@ impl Image {
             if len > 0 {
                 read(stored, bytes)?;
             }
-            self.tally_table(&table, bytes, &mut tally);
+            self.tally_table(&table, bytes, &upkeep, &mut tally);
         }
         Ok(tally)
     }
 
     /// Adds one L2 table, whose bytes are those of [`L2Table::stored`] (none if it is not stored),
-    /// to `tally`.
-    pub fn tally_table(&self, table: &L2Table, bytes: &[u8], tally: &mut Tally) {
+    /// to `tally`. Its entries are held against `upkeep`.
+    pub fn tally_table(
+        &self,
+        table: &L2Table,
+        bytes: &[u8],
+        upkeep: &UpkeepPlaces,
+        tally: &mut Tally,
+    ) {
         let in_cluster = self.header.units_in_cluster_bits();
         if table.stored.is_none() {
             tally.counts.zero += table.clusters;
@@ -99,6 +119,31 @@ impl Image {
         counts.data += data;
         counts.compressed += compressed;
         counts.zero += table.clusters - data - compressed;
+        if self.limits().data_len_bytes.is_none() {
+            self.hold_against(upkeep, table, bytes, tally);
+        }
+    }
+
+    /// Notes each entry that names a cluster which only writers use.
+    fn hold_against(
+        &self,
+        upkeep: &UpkeepPlaces,
+        table: &L2Table,
+        bytes: &[u8],
+        tally: &mut Tally,
+    ) {
+        let table_at = table.stored.as_ref().map_or(0, |stored| stored.start);
+        let entries = table::entries(&self.header, bytes);
+        for (at, entry) in (table_at..).step_by(self.entry_step()).zip(entries) {
+            let Some((field, offset)) = entry.names(self.header.cluster_bits) else { continue };
+            if let Some(need) = upkeep.need(offset) {
+                tally.add_oddity(Fault::malformed(field, at, offset, need));
+            }
+        }
+    }
+
+    fn entry_step(&self) -> usize {
+        if self.header.extended_l2 { 16 } else { 8 }
     }
 
     /// The L2 tables that the disk needs, in the order of the guest.
@@ -114,23 +159,22 @@ impl Image {
 
     /// Judges the entries of one L2 table and gives the meaning of each run of guest units (see
     /// [`Header::unit_bits`]) to `each`, in order and cluster by cluster; the last run may reach
-    /// past the disk's end. `bytes` are those of [`L2Table::stored`]; `path` is for messages. Pure.
+    /// past the disk's end. `bytes` are those of [`L2Table::stored`]. Pure.
     ///
     /// # Errors
-    /// [`ImageError`] with the first entry at fault.
+    /// The first entry at fault; runs behind it were given all the same.
     pub fn decode_table(
         &self,
         table: &L2Table,
         bytes: &[u8],
-        path: &Path,
         each: &mut dyn FnMut(Range<u64>, Cluster),
-    ) -> Result<(), ImageError> {
+    ) -> Result<(), Fault> {
         let mut first = None;
         self.judge_table(table, bytes, &mut |judged| match judged {
             Ok((units, meaning)) => each(units, meaning),
             Err(fault) => first = first.or(Some(fault)),
         });
-        first.map_or(Ok(()), |fault| Err(ImageError::fault(path, fault)))
+        first.map_or(Ok(()), Err)
     }
 
     /// Judges all entries of one L2 table; returns how many are odd, which changes nothing.

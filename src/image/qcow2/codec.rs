@@ -57,6 +57,14 @@ impl CodecFault {
     }
 }
 
+impl fmt::Display for CodecFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.text())
+    }
+}
+
+impl std::error::Error for CodecFault {}
+
 /// Decoders that are set up once and used for many clusters, by one thread at a time.
 pub struct Codec {
     deflate: libdeflater::Decompressor,

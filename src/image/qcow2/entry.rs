@@ -329,6 +329,21 @@ pub(super) fn names_what_is_missing(raw: u64, limits: &Limits<'_>) -> bool {
     limits.data_len_bytes.is_none() && raw & OFFSET >= len_bytes
 }
 
+/// The place that an entry names, as a field, whatever is there. `is_empty`: a bitmap says that
+/// nothing of it is stored.
+#[must_use]
+pub(super) fn named(raw: u64, bits: ClusterBits, is_empty: bool) -> Option<(&'static str, u64)> {
+    if raw & COMPRESSED != 0 {
+        return Some(("compressed cluster offset", Packed::of_entry(raw, bits).at.0));
+    }
+    let field = if is_empty || raw & READS_AS_ZERO != 0 {
+        "preallocated cluster offset"
+    } else {
+        "data cluster offset"
+    };
+    Some((field, raw & OFFSET)).filter(|(_, offset)| *offset != 0)
+}
+
 /// Bits of an extended L2 entry that must be 0 and change nothing: the zero flag is one of them,
 /// and so is all of a compressed entry's bitmap.
 #[must_use]

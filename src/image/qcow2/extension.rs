@@ -48,6 +48,8 @@ pub(super) struct Rules {
     /// True if the bitmaps of the image are said to be up to date, so that qemu reads them.
     pub(super) bitmaps: bool,
     pub(super) file_len_bytes: u64,
+    /// Length of the disk.
+    pub(super) size_bytes: u64,
 }
 
 /// Reads the extensions in `area`, which begins at byte `at` of the file and ends with the
@@ -140,7 +142,14 @@ fn read_bitmaps(
     if directory.checked_add(size).is_none_or(|end| end > rules.file_len_bytes) {
         return bad("bitmaps directory offset", 24, directory, "a directory inside the file");
     }
-    Ok(Some(BitmapDirectory { at: directory, len_bytes: size, count, extension_at: at }))
+    let size_bytes = rules.size_bytes;
+    Ok(Some(BitmapDirectory {
+        at: directory,
+        len_bytes: size,
+        count,
+        extension_at: at,
+        size_bytes,
+    }))
 }
 
 #[cfg(test)]
@@ -150,7 +159,8 @@ mod tests {
 
     fn check_all(area: &[u8], at: u64) -> Result<(), Fault> {
         let bits = ClusterBits::new(16).unwrap();
-        let rules = Rules { bits, given: Given::default(), bitmaps: true, file_len_bytes: 1 << 20 };
+        let (given, file_len_bytes, size_bytes) = (Given::default(), 1 << 20, 1 << 30);
+        let rules = Rules { bits, given, bitmaps: true, file_len_bytes, size_bytes };
         read(area, at, rules).map(|_| ())
     }
 

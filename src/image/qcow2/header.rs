@@ -119,6 +119,8 @@ pub struct Header {
     pub compression: Compression,
     /// True if L2 entries are of 16 bytes, and each cluster has 32 subclusters.
     pub extended_l2: bool,
+    /// Where the refcount table is said to be, which may be past the file's end: only writers use it.
+    pub refcount_table: Range<u64>,
     /// True if unallocated clusters are those of a backing file, which was given.
     pub backing: bool,
     /// The format of the backing file, if the image says it.
@@ -166,7 +168,7 @@ impl Header {
         let extended_l2 = features.incompatible & EXTENDED_L2 != 0;
         let backing = check_other_files(&raw, bits, given)?;
         let size_bytes = check_size("size", 24, raw.size.get())?;
-        check_refcount_table(&raw, bits)?;
+        let refcount_table = check_refcount_table(&raw, bits)?;
         check_snapshots(&raw, bits)?;
         let l2_bits = l2_bits(bits, extended_l2);
         let table = (raw.l1_table_offset.get(), raw.l1_size.get());
@@ -181,7 +183,7 @@ impl Header {
         };
         let area = first_cluster.get(within(features.header_len)..within(end)).unwrap_or_default();
         let bitmaps = features.autoclear & AUTOCLEAR_BITMAPS != 0;
-        let rules = extension::Rules { bits, given, bitmaps, file_len_bytes };
+        let rules = extension::Rules { bits, given, bitmaps, file_len_bytes, size_bytes };
         let extensions = extension::read(area, features.header_len, rules)?;
         let mut notes = features.notes();
         if raw.size.get() != size_bytes {
@@ -195,6 +197,7 @@ impl Header {
             l1_entries,
             compression,
             extended_l2,
+            refcount_table,
             backing,
             backing_format: extensions.backing_format,
             external_data: features.incompatible & EXTERNAL_DATA != 0,
@@ -399,8 +402,8 @@ pub(super) fn check_size(field: &'static str, at: u64, found: u64) -> Result<u64
     Ok(sectors)
 }
 
-/// The refcounts are not read; a table that no writer makes is refused all the same, as by qemu.
-fn check_refcount_table(raw: &RawHeader, bits: ClusterBits) -> Result<(), Fault> {
+/// No read needs the refcounts; a table that no writer makes is refused all the same, as by qemu.
+fn check_refcount_table(raw: &RawHeader, bits: ClusterBits) -> Result<Range<u64>, Fault> {
     let offset = raw.refcount_table_offset.get();
     let clusters = u64::from(raw.refcount_table_clusters.get());
     if clusters == 0 {
@@ -410,7 +413,8 @@ fn check_refcount_table(raw: &RawHeader, bits: ClusterBits) -> Result<(), Fault>
         let need = "a table of at most 8 MiB";
         return Err(Fault::malformed("refcount_table_clusters", 56, clusters, need));
     }
-    check_offset("refcount_table_offset", 48, offset, MAX_REFCOUNT_TABLE_BYTES, bits)
+    check_offset("refcount_table_offset", 48, offset, MAX_REFCOUNT_TABLE_BYTES, bits)?;
+    Ok(offset..offset + (clusters << bits.get()))
 }
 
 fn check_snapshots(raw: &RawHeader, bits: ClusterBits) -> Result<(), Fault> {

@@ -97,37 +97,32 @@ impl Image {
             let len = usize::try_from(end - at).unwrap_or(L1_READ_BYTES).min(L1_READ_BYTES);
             let bytes = buffer.get_mut(..len).expect("at most the buffer");
             file.read_exact(bytes, at).map_err(|source| ImageError::read(path, at, len, source))?;
-            image.take_l1(bytes, path)?;
+            image.take_l1(bytes).map_err(refused)?;
         }
-        image.with_l2_tables(path)
+        image.with_l2_tables().map_err(refused)
     }
 
-    /// From a checked header and the bytes of [`Header::l1_needed`], wherever they came from.
-    /// `path` is for messages. Pure.
+    /// From a checked header and the bytes of [`Header::l1_needed`], wherever they came from, of an
+    /// image without an external data file. Pure.
     ///
     /// # Errors
-    /// [`ImageError`] with the first entry at fault.
-    pub fn from_l1(
-        header: Header,
-        file_len_bytes: u64,
-        l1_bytes: &[u8],
-        path: &Path,
-    ) -> Result<Self, ImageError> {
+    /// The first entry at fault.
+    pub fn from_l1(header: Header, file_len_bytes: u64, l1_bytes: &[u8]) -> Result<Self, Fault> {
         let mut image = Self::without_l1(header, file_len_bytes, None);
-        image.take_l1(l1_bytes, path)?;
-        image.with_l2_tables(path)
+        image.take_l1(l1_bytes)?;
+        image.with_l2_tables()
     }
 
     fn without_l1(header: Header, file_len_bytes: u64, data_len_bytes: Option<u64>) -> Self {
         let l2_tables = L2Tables::of(std::iter::empty(), header.cluster_bits);
-        let l1 = L1::default();
+        let l1 = L1::new(header.l1_entries);
         Self { header, file_len_bytes, data_len_bytes, l1, l2_tables, odd_l1_entries: 0 }
     }
 
-    fn with_l2_tables(mut self, path: &Path) -> Result<Self, ImageError> {
-        let places = self.l1.iter().filter(|&at| at != 0);
-        self.l2_tables = L2Tables::of(places, self.header.cluster_bits);
-        self.refuse_shared_l2_tables(path)?;
+    fn with_l2_tables(mut self) -> Result<Self, Fault> {
+        let bits = self.header.cluster_bits;
+        self.l2_tables = L2Tables::of_l1(&self.l1, self.file_len_bytes, bits);
+        self.refuse_shared_l2_tables()?;
         Ok(self)
     }
 
@@ -169,31 +164,37 @@ impl Image {
     }
 
     /// Takes the next L1 entries.
-    fn take_l1(&mut self, bytes: &[u8], path: &Path) -> Result<(), ImageError> {
+    fn take_l1(&mut self, bytes: &[u8]) -> Result<(), Fault> {
         let (entries, _none) = bytes.as_chunks();
+        let mut l1 = std::mem::take(&mut self.l1);
+        let (mut odd, limits) = (0, self.limits());
         for &entry in entries {
             let raw = u64::from_be_bytes(entry);
-            let table = decode_l1(raw, &self.limits())
-                .map_err(|fault| self.l1_error(path, self.l1.len(), fault))?;
-            self.odd_l1_entries += u64::from(super::entry::reserved_l1_bits(raw) != 0);
-            self.l1.push(table.map_or(0, |at| at.0));
+            if raw == 0 {
+                l1.push(0);
+                continue;
+            }
+            let table = decode_l1(raw, &limits).map_err(|fault| self.l1_fault(l1.len(), fault))?;
+            odd += u64::from(super::entry::reserved_l1_bits(raw) != 0);
+            l1.push(table.map_or(0, |at| at.0));
         }
+        self.l1 = l1;
+        self.odd_l1_entries += odd;
         Ok(())
     }
 
     /// Two L1 entries with one L2 table: no writer makes that, and it would let a small file fill
     /// a map of any size.
-    fn refuse_shared_l2_tables(&self, path: &Path) -> Result<(), ImageError> {
+    fn refuse_shared_l2_tables(&self) -> Result<(), Fault> {
         let Some(table) = self.l2_tables.twice() else { return Ok(()) };
         let same = self.l1.iter().enumerate().filter(|&(_, at)| at == table);
         let index = same.last().map_or(0, |(index, _)| index);
         let fault = EntryFault::new("L2 table offset", table, "one L1 entry for each L2 table");
-        Err(self.l1_error(path, index, fault))
+        Err(self.l1_fault(index, fault))
     }
 
-    fn l1_error(&self, path: &Path, index: usize, fault: EntryFault) -> ImageError {
-        let at = FileOffset(self.header.l1.start + 8 * index as u64);
-        ImageError::fault(path, fault.at(at))
+    fn l1_fault(&self, index: usize, fault: EntryFault) -> Fault {
+        fault.at(FileOffset(self.header.l1.start + 8 * index as u64))
     }
 }
 
@@ -219,9 +220,9 @@ impl Header {
     /// [`ImageError`] with the entry at fault, or the read that failed.
     pub fn snapshots_in(&self, table: impl Read, path: &Path) -> Result<Vec<Snapshot>, ImageError> {
         let mut listed = Vec::new();
-        each_snapshot(self, table, path, |snapshot| {
+        each_snapshot(self, table, path, |entry| {
             if listed.len() < MAX_LISTED {
-                listed.push(snapshot);
+                listed.push(entry.to_snapshot());
             }
         })?;
         Ok(listed)
@@ -232,7 +233,7 @@ fn each_snapshot(
     header: &Header,
     table: impl Read,
     path: &Path,
-    visit: impl FnMut(Snapshot),
+    visit: impl FnMut(&snapshot::Entry),
 ) -> Result<(), ImageError> {
     if header.snapshots == 0 {
         return Ok(());
@@ -279,12 +280,12 @@ fn find_snapshot(
 ) -> Result<Option<Snapshot>, ImageError> {
     let (mut by_id, mut by_name) = (None, None);
     let table = ReadFrom { file, at: header.snapshots_at };
-    each_snapshot(header, table, path, |snapshot| {
+    each_snapshot(header, table, path, |entry| {
         let Some(wanted) = wanted else { return };
-        if by_id.is_none() && snapshot.id == wanted {
-            by_id = Some(snapshot);
-        } else if by_name.is_none() && snapshot.name == wanted {
-            by_name = Some(snapshot);
+        if by_id.is_none() && entry.id.shown() == wanted {
+            by_id = Some(entry.to_snapshot());
+        } else if by_name.is_none() && entry.name.shown() == wanted {
+            by_name = Some(entry.to_snapshot());
         }
     })?;
     match (wanted, by_id.or(by_name)) {

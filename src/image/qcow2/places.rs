@@ -35,12 +35,28 @@ impl L2Tables {
     /// These places, in any order, each a multiple of the cluster size below 2^56.
     #[must_use]
     pub fn of(places: impl Iterator<Item = u64> + Clone, bits: ClusterBits) -> Self {
+        let last = places.clone().max().unwrap_or(0);
+        Self::collect(places.clone(), places.count(), last, bits)
+    }
+
+    /// Those that an L1 table names, in a file of this length.
+    pub(super) fn of_l1(l1: &L1, file_len_bytes: u64, bits: ClusterBits) -> Self {
+        Self::collect(l1.iter().filter(|&at| at != 0), l1.tables, file_len_bytes, bits)
+    }
+
+    /// These `count` places, none of which is behind `last`; in memory for just as many.
+    fn collect(
+        places: impl Iterator<Item = u64>,
+        count: usize,
+        last: u64,
+        bits: ClusterBits,
+    ) -> Self {
         let numbers = places.map(|at| at >> bits.get());
-        let is_narrow = numbers.clone().all(|number| u32::try_from(number).is_ok());
-        let numbers = if is_narrow {
-            Numbers::Narrow(sorted(numbers.filter_map(|number| u32::try_from(number).ok())))
+        let numbers = if u32::try_from(last >> bits.get()).is_ok() {
+            let narrow = numbers.filter_map(|number| u32::try_from(number).ok());
+            Numbers::Narrow(sorted(narrow, count))
         } else {
-            Numbers::Wide(sorted(numbers.map(wide)))
+            Numbers::Wide(sorted(numbers.map(wide), count))
         };
         Self { bits, numbers }
     }
@@ -71,11 +87,12 @@ impl L2Tables {
     }
 }
 
-/// In memory for just as many.
-fn sorted<T: Ord>(numbers: impl Iterator<Item = T> + Clone) -> Vec<T> {
+fn sorted<T: Ord>(numbers: impl Iterator<Item = T>, count: usize) -> Vec<T> {
     let mut all = Vec::new();
-    all.reserve_exact(numbers.clone().count());
-    all.extend(numbers);
+    all.reserve_exact(count);
+    for number in numbers {
+        all.push(number);
+    }
     all.sort_unstable();
     all
 }
@@ -95,16 +112,28 @@ fn same_as_the_next<T: PartialEq + Copy>(all: &[T]) -> Option<T> {
 pub(super) struct L1 {
     parts: Vec<Vec<u64>>,
     len: usize,
+    /// How many there will be.
+    wanted: usize,
+    /// How many of them are not 0.
+    tables: usize,
 }
 
 impl L1 {
+    /// Room for so many entries.
+    pub(super) fn new(entries: u64) -> Self {
+        let wanted = usize::try_from(entries).unwrap_or(usize::MAX);
+        Self { wanted, ..Self::default() }
+    }
+
     pub(super) fn push(&mut self, at: u64) {
         if self.len.is_multiple_of(PART_ENTRIES) {
-            self.parts.push(Vec::new());
+            let left = self.wanted.saturating_sub(self.len);
+            self.parts.push(Vec::with_capacity(left.min(PART_ENTRIES)));
         }
         if let Some(part) = self.parts.last_mut() {
             part.push(at);
             self.len += 1;
+            self.tables += usize::from(at != 0);
         }
     }
 
@@ -142,9 +171,10 @@ mod tests {
     #[test]
     fn entries_come_out_in_order() {
         for count in [0, 1, PART_ENTRIES, PART_ENTRIES + 1] {
-            let (mut l1, want) = (L1::default(), 0..count as u64);
+            let (mut l1, want) = (L1::new(count as u64), 0..count as u64);
             want.clone().for_each(|at| l1.push(at));
             assert!(l1.iter().eq(want.clone()) && l1.len() == count);
+            assert_eq!(l1.tables, count.saturating_sub(1), "entry 0 is none");
             let mut got = Vec::new();
             l1.take(|at| got.push(at));
             assert!(got.into_iter().eq(want));

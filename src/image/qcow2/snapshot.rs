@@ -8,6 +8,7 @@
 //! Start at [`each`] and [`Header::of_snapshot`]. Format: qemu `docs/interop/qcow2.rst`,
 //! "Snapshots".
 
+use std::borrow::Cow;
 use std::io::{self, Read};
 
 use zerocopy::FromBytes;
@@ -59,17 +60,17 @@ pub(super) enum TableError {
 pub(super) fn each(
     header: &Header,
     table: impl Read,
-    mut visit: impl FnMut(Snapshot),
+    mut visit: impl FnMut(&Entry),
 ) -> Result<(), TableError> {
     let mut reader = Counted { inner: table, at: header.snapshots_at };
     for _ in 0..header.snapshots {
-        let snapshot = entry(&mut reader)?;
+        let entry = entry(&mut reader)?;
         if reader.at - header.snapshots_at > MAX_TABLE_BYTES {
             let (field, found) = ("nb_snapshots", header.snapshots.into());
             let fault = Fault::malformed(field, 60, found, "a table of at most 64 MiB");
             return Err(TableError::Fault(fault));
         }
-        visit(snapshot);
+        visit(&entry);
     }
     Ok(())
 }
@@ -87,15 +88,64 @@ impl<R: Read> Counted<R> {
         Ok(())
     }
 
-    fn text(&mut self, len: u16) -> Result<String, TableError> {
-        let mut bytes = vec![0; len.into()];
-        self.fill(&mut bytes)?;
-        bytes.truncate(MAX_KEPT_BYTES);
-        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    fn skip(&mut self, len: usize) -> Result<(), TableError> {
+        let (mut nowhere, mut left) = ([0; 1024], len);
+        while left > 0 {
+            let (part, _) = nowhere.split_at_mut(left.min(1024));
+            self.fill(part)?;
+            left -= part.len();
+        }
+        Ok(())
+    }
+
+    fn text(&mut self, len: u16) -> Result<Text, TableError> {
+        let kept = usize::from(len).min(MAX_KEPT_BYTES);
+        let mut text = Text { bytes: [0; MAX_KEPT_BYTES], len: kept };
+        let (bytes, _) = text.bytes.split_at_mut(kept);
+        self.fill(bytes)?;
+        self.skip(usize::from(len) - kept)?;
+        Ok(text)
     }
 }
 
-fn entry(reader: &mut Counted<impl Read>) -> Result<Snapshot, TableError> {
+/// The beginning of an ID or a name, as it is stored.
+pub(super) struct Text {
+    bytes: [u8; MAX_KEPT_BYTES],
+    len: usize,
+}
+
+impl Text {
+    /// As text, which is a copy only if it is none.
+    pub(super) fn shown(&self) -> Cow<'_, str> {
+        String::from_utf8_lossy(self.bytes.get(..self.len).unwrap_or_default())
+    }
+}
+
+/// An entry of the table as it is read: most are only passed by.
+pub(super) struct Entry {
+    raw: RawSnapshot,
+    pub(super) id: Text,
+    pub(super) name: Text,
+    disk_size_bytes: Option<u64>,
+    at: u64,
+}
+
+impl Entry {
+    pub(super) fn to_snapshot(&self) -> Snapshot {
+        Snapshot {
+            id: self.id.shown().into_owned(),
+            name: self.name.shown().into_owned(),
+            disk_size_bytes: self.disk_size_bytes,
+            taken_at_s: self.raw.date_sec.get(),
+            vm_state_bytes: self.raw.vm_state_size.get(),
+            l1_at: self.raw.l1_table_offset.get(),
+            l1_entries: self.raw.l1_size.get(),
+            at: self.at,
+        }
+    }
+}
+
+fn entry(reader: &mut Counted<impl Read>) -> Result<Entry, TableError> {
     let at = reader.at;
     let mut head = [0; size_of::<RawSnapshot>()];
     reader.fill(&mut head)?;
@@ -105,26 +155,19 @@ fn entry(reader: &mut Counted<impl Read>) -> Result<Snapshot, TableError> {
         let (field, found) = ("extra_data_size", extra_len.into());
         return Err(TableError::Fault(Fault::malformed(field, at + 36, found, "at most 1024")));
     }
-    let mut extra = [0; MAX_EXTRA_BYTES as usize];
-    let (extra, _) = extra.split_at_mut(usize::try_from(extra_len).unwrap_or(0));
-    reader.fill(extra)?;
+    let mut extra = [0; DISK_SIZE_AT + 8];
+    let extra_len = usize::try_from(extra_len).unwrap_or(0);
+    let known = extra_len.min(extra.len());
+    let (first, _) = extra.split_at_mut(known);
+    reader.fill(first)?;
+    let disk_size_bytes = first.get(DISK_SIZE_AT..).and_then(|rest| rest.first_chunk::<8>());
+    let disk_size_bytes = disk_size_bytes.map(|bytes| u64::from_be_bytes(*bytes));
+    reader.skip(extra_len - known)?;
     let (id, name) = (reader.text(raw.id_len.get())?, reader.text(raw.name_len.get())?);
-    let mut padding = [0; 8];
-    let (padding, _) = padding
-        .split_at_mut(usize::try_from(reader.at.next_multiple_of(8) - reader.at).unwrap_or(0));
-    // The padding of the table's last entry may be past the file's end.
-    let _none_needed = reader.fill(padding);
-    let size = extra.get(DISK_SIZE_AT..).and_then(|rest| rest.first_chunk::<8>());
-    Ok(Snapshot {
-        id,
-        name,
-        disk_size_bytes: size.map(|bytes| u64::from_be_bytes(*bytes)),
-        taken_at_s: raw.date_sec.get(),
-        vm_state_bytes: raw.vm_state_size.get(),
-        l1_at: raw.l1_table_offset.get(),
-        l1_entries: raw.l1_size.get(),
-        at,
-    })
+    let padding = usize::try_from(reader.at.next_multiple_of(8) - reader.at).unwrap_or(0);
+    // That of the table's last entry may be past the file's end.
+    let _none_needed = reader.skip(padding);
+    Ok(Entry { raw, id, name, disk_size_bytes, at })
 }
 
 impl Header {

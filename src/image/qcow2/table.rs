@@ -10,10 +10,10 @@
 use std::ops::Range;
 
 use super::entry::{
-    Cluster, Extended, Limits, Subclusters, check_external, decode_extended_l2, decode_l2,
+    Cluster, Extended, Limits, Subclusters, check_external, decode_extended_l2, decode_l2, named,
     reserved_extended_bits, reserved_l2_bits,
 };
-use super::header::Header;
+use super::header::{ClusterBits, Header};
 use crate::image::fault::EntryFault;
 
 /// An entry as it is stored, in host byte order.
@@ -57,6 +57,12 @@ impl Entry {
             Extended::Compressed(packed) => UnitRuns::One(32, Cluster::Compressed(packed)),
             Extended::Split(parts) => UnitRuns::Split(parts),
         })
+    }
+
+    /// The place that is named, and what it is said to be, whether or not it is read.
+    pub(super) fn names(self, bits: ClusterBits) -> Option<(&'static str, u64)> {
+        let extended = self.bitmap.map(|bitmap| bitmap & u64::from(u32::MAX) == 0);
+        named(self.raw, bits, extended.unwrap_or_default())
     }
 
     /// True if nothing is stored, by the plainest entry there is.
