@@ -296,7 +296,7 @@ A configuration file has these keys; only disks is needed:
   cleanup_wait_minutes = 60           # and all others that `bedplate settings` shows, rates
                                       # as disk_copy_rate and scrub_rate
   rate_limit = 100000000              # bytes per second, all transfers together
-  decoded_cache = 268435456           # bytes kept of decoded clusters of compressed images
+  decoded_cache = 268435456           # bytes kept of decoded clusters, and not as memory allows
   default_export = \"debian-12\"        # what NBD clients get who name none
   allow_loopback = false              # may sources be on this host itself?
   allow_addresses = [\"169.254.7.0/24\"] # networks that are allowed whatever they are

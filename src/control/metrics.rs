@@ -75,8 +75,13 @@ pub(super) async fn scrape(State(app): State<App>) -> Result<impl IntoResponse, 
     decodes.inc_by(cache.decodes());
     registry.register("decoded_clusters", "Compressed clusters decoded for readers", decodes);
     let help = "Bytes of decoded clusters that are kept for readers";
-    let held = i64::try_from(cache.held_bytes()).unwrap_or(i64::MAX);
-    gauge(&mut registry, "decoded_bytes", help, held);
+    let bytes = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+    gauge(&mut registry, "decoded_bytes", help, bytes(cache.held_bytes()));
+    let help = "Bytes of decoded clusters that may be kept just now";
+    gauge(&mut registry, "decoded_capacity_bytes", help, bytes(cache.capacity_bytes()));
+    let help =
+        "Memory for decoded clusters: those that are kept or in use, and what is free for others";
+    gauge(&mut registry, "decoded_memory_bytes", help, bytes(cache.memory_bytes()));
 
     add_images(&mut registry, &app, &images);
     add_disks(&mut registry, &disks);

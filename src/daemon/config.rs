@@ -101,8 +101,9 @@ pub struct Config {
     pub scrub_interval_minutes: Option<i64>,
     /// Bytes per second at most, of the scrub of each disk; 0: no limit. Default: 32 MiB.
     pub scrub_rate: Option<u64>,
-    /// Bytes of decoded clusters that are kept in memory for readers of compressed images. Default: a
-    /// 64th of the memory, but 64 MiB at least and 512 MiB at most.
+    /// Bytes of decoded clusters that are kept in memory for readers of compressed images, at most and
+    /// whatever others need. Default: up to a quarter of the memory, but 32 GiB at most, while an eighth,
+    /// or 16 GiB, is available to others; always a 64th, but 64 MiB at least and 512 MiB at most.
     pub decoded_cache: Option<u64>,
     /// The image that NBD clients get who name none. Default: the only one, if there is only one.
     pub default_export: Option<ImageName>,

@@ -4,13 +4,14 @@
 //! base image read the same clusters.
 //! How: a cache bounded in bytes, keyed by layer and cluster, in huge pages. The first reader of a
 //! cluster decodes it; others that want the same one wait for that, and nobody else waits. Clusters
-//! that are wanted together are decoded on all cores.
+//! that are wanted together are decoded on all cores. How much it may hold, within its bounds, is for
+//! the [`governor`](super::governor) to say.
 //! Never: grows past its limit, or keeps the clusters of a view that is closed.
 //! Start at [`DecodedCache::process_wide`].
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock, OnceLock};
+use std::sync::{Arc, LazyLock, OnceLock, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -18,18 +19,15 @@ use quick_cache::sync::{Cache, DefaultLifecycle, GuardResult};
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
 
 use super::crew;
+use super::governor::{Bounds, Governor};
+use super::memory::Memory;
 use crate::map::Slab;
 use crate::units::{GuestOffset, MIB};
 
-/// What the process-wide cache may hold unless it is said: this part of the memory, within these
-/// bounds.
-const PART_OF_MEMORY: u64 = 64;
-const LEAST_CAPACITY_BYTES: u64 = 64 * MIB;
-const MOST_CAPACITY_BYTES: u64 = 512 * MIB;
 /// Room for the clusters that several readers have in hand, also of a cache that keeps nothing.
 const LEAST_ARENA_BYTES: u64 = 64 * MIB;
 /// Set by [`DecodedCache::set_process_capacity`].
-static PROCESS_CAPACITY_BYTES: OnceLock<u64> = OnceLock::new();
+static PROCESS_CAPACITY_BYTES: OnceLock<Option<u64>> = OnceLock::new();
 /// What a shard must hold at least, so that a cluster of the largest size (2 MiB) is kept.
 const MIN_SHARD_BYTES: u64 = 8 * MIB;
 /// The part of the cache that clusters may take which were read more than once. The rest is for what is
@@ -81,13 +79,17 @@ pub struct DecodedCache {
     clusters: Cache<Key, Bytes, ByBytes>,
     /// None if the system had none to give: all clusters are on the heap then.
     slab: Option<Slab>,
+    capacity_bytes: AtomicU64,
+    governor: Governor,
+    /// For the governor's thread, which does not keep the cache.
+    me: Weak<Self>,
     next_view: AtomicU64,
     decodes: AtomicU64,
 }
 
 impl fmt::Debug for DecodedCache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (held, capacity) = (self.clusters.weight(), self.clusters.capacity());
+        let (held, capacity) = (self.held_bytes(), self.capacity_bytes());
         f.debug_struct("DecodedCache")
             .field("held_bytes", &held)
             .field("capacity_bytes", &capacity)
@@ -96,15 +98,42 @@ impl fmt::Debug for DecodedCache {
 }
 
 impl DecodedCache {
-    /// A cache that holds up to `capacity_bytes` of clusters; with 0 it keeps nothing.
+    /// A cache that holds up to `capacity_bytes` of clusters, whatever memory there is; with 0 it
+    /// keeps nothing.
     #[must_use]
     pub fn new(capacity_bytes: u64) -> Arc<Self> {
-        let cores = crew::cores();
+        Self::elastic(Bounds::fixed(capacity_bytes), || None)
+    }
+
+    /// A cache that grows and shrinks within `bounds`, by what `measure` says: it is asked by whoever
+    /// decodes, and may be asked by another thread. Where the system has no memory for it that can be
+    /// given back (without CAP_SYS_ADMIN), it holds the lower bound.
+    #[must_use]
+    pub fn elastic(
+        bounds: Bounds,
+        measure: impl Fn() -> Option<Memory> + Send + Sync + 'static,
+    ) -> Arc<Self> {
+        let arena_bytes = |capacity_bytes: u64| (2 * capacity_bytes).max(LEAST_ARENA_BYTES);
+        let slab = Slab::new(arena_bytes(bounds.most_bytes));
+        let slab = match slab {
+            // What is never given back must not become more than this.
+            Ok(slab) if !slab.can_give_back() => Slab::keeping(arena_bytes(bounds.floor_bytes)),
+            slab => slab,
+        };
+        Self::with_slab(bounds, measure, slab.ok())
+    }
+
+    pub(super) fn with_slab(
+        bounds: Bounds,
+        measure: impl Fn() -> Option<Memory> + Send + Sync + 'static,
+        slab: Option<Slab>,
+    ) -> Arc<Self> {
+        let capacity_bytes = bounds.floor_bytes;
         let shards = usize::try_from(capacity_bytes / MIN_SHARD_BYTES).unwrap_or(usize::MAX);
         // Typical clusters are 64 KiB; the estimate only sizes the index.
         let items = usize::try_from(capacity_bytes / (64 * 1024)).unwrap_or(usize::MAX).max(1);
         let options = OptionsBuilder::new()
-            .shards(shards.clamp(1, cores * 4))
+            .shards(shards.clamp(1, crew::cores() * 4))
             .estimated_items_capacity(items)
             .weight_capacity(capacity_bytes)
             .hot_allocation(PART_OF_WHAT_IS_READ_AGAIN)
@@ -119,9 +148,12 @@ impl DecodedCache {
             DefaultHashBuilder::default(),
             DefaultLifecycle::default(),
         );
-        Arc::new(Self {
+        Arc::new_cyclic(|me| Self {
             clusters,
-            slab: Slab::new((2 * capacity_bytes).max(LEAST_ARENA_BYTES)).ok(),
+            slab,
+            capacity_bytes: AtomicU64::new(capacity_bytes),
+            governor: Governor::new(bounds, Box::new(measure)),
+            me: Weak::clone(me),
             next_view: AtomicU64::new(0),
             decodes: AtomicU64::new(0),
         })
@@ -130,20 +162,19 @@ impl DecodedCache {
     /// What the cache of the process may hold, from the next first use on. False if it was set, or
     /// is in use, already.
     pub fn set_process_capacity(capacity_bytes: u64) -> bool {
-        PROCESS_CAPACITY_BYTES.set(capacity_bytes).is_ok()
+        PROCESS_CAPACITY_BYTES.set(Some(capacity_bytes)).is_ok()
     }
 
-    /// The cache that views use unless they are given another: one for the whole process, of a 64th
-    /// of the memory, but 64 MiB at least and 512 MiB at most.
+    /// The cache that views use unless they are given another: one for the whole process, within
+    /// [`Bounds::of_memory`], or fixed by [`set_process_capacity`](Self::set_process_capacity).
     #[must_use]
     pub fn process_wide() -> Arc<Self> {
         static SHARED: LazyLock<Arc<DecodedCache>> = LazyLock::new(|| {
-            let by_default = || {
-                let system = rustix::system::sysinfo();
-                let memory = system.totalram.saturating_mul(system.mem_unit.into());
-                (memory / PART_OF_MEMORY).clamp(LEAST_CAPACITY_BYTES, MOST_CAPACITY_BYTES)
-            };
-            DecodedCache::new(*PROCESS_CAPACITY_BYTES.get_or_init(by_default))
+            // Decided now, if it was not: what is said later has no effect.
+            match PROCESS_CAPACITY_BYTES.get_or_init(|| None) {
+                Some(capacity_bytes) => DecodedCache::new(*capacity_bytes),
+                None => DecodedCache::elastic(Bounds::of_system(), Memory::of_system),
+            }
         });
         Arc::clone(&SHARED)
     }
@@ -152,6 +183,46 @@ impl DecodedCache {
     #[must_use]
     pub fn held_bytes(&self) -> u64 {
         self.clusters.weight()
+    }
+
+    /// What it may hold just now.
+    #[must_use]
+    pub fn capacity_bytes(&self) -> u64 {
+        self.capacity_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Memory of the arena: clusters that are kept or in somebody's hands, and what is free for others.
+    #[must_use]
+    pub fn memory_bytes(&self) -> u64 {
+        self.slab.as_ref().map_or(0, Slab::memory_bytes)
+    }
+
+    /// Fits what it holds to the memory that there is, and gives back what has been idle for long: as
+    /// a thread of its own does once a second while that may be of use.
+    pub fn look(&self) {
+        if let Some(slab) = &self.slab {
+            self.governor.look(self, slab);
+        }
+    }
+
+    pub(super) fn governor(&self) -> &Governor {
+        &self.governor
+    }
+
+    /// May evict. Only for the governor, which is one at a time.
+    pub(super) fn set_capacity(&self, capacity_bytes: u64) {
+        if self.capacity_bytes.swap(capacity_bytes, Ordering::Relaxed) != capacity_bytes {
+            self.clusters.set_capacity(capacity_bytes);
+        }
+    }
+
+    /// Counts a cluster that is about to be decoded, and sees from time to time what memory there is.
+    fn before_decode(&self) {
+        self.decodes.fetch_add(1, Ordering::Relaxed);
+        if let Some(slab) = self.slab.as_ref().filter(|slab| self.governor.is_due(slab)) {
+            self.governor.adapt(self, slab);
+            self.governor.watch(&self.me, slab);
+        }
     }
 
     /// How many clusters have been decoded; what was found here already is not counted.
@@ -184,7 +255,7 @@ impl DecodedCache {
         decode: impl FnOnce() -> Result<Bytes, E>,
     ) -> Result<Bytes, E> {
         self.clusters.get_or_insert_with(&key, || {
-            self.decodes.fetch_add(1, Ordering::Relaxed);
+            self.before_decode();
             decode()
         })
     }
@@ -198,7 +269,7 @@ impl DecodedCache {
         if let GuardResult::Guard(place) =
             self.clusters.get_value_or_guard(&key, Some(Duration::ZERO))
         {
-            self.decodes.fetch_add(1, Ordering::Relaxed);
+            self.before_decode();
             // It may have left the cache meanwhile.
             let _kept = place.insert(decode()?);
         }
@@ -208,6 +279,9 @@ impl DecodedCache {
     /// Forgets the clusters of a view that is closed.
     pub(super) fn forget_view(&self, view: u64) {
         self.clusters.retain(|key, _| key.view != view);
+        if let Some(slab) = &self.slab {
+            self.governor.watch(&self.me, slab);
+        }
     }
 }
 
@@ -216,6 +290,8 @@ mod tests {
     use super::*;
     use std::convert::Infallible;
     use std::sync::Barrier;
+
+    const CAPACITY_BYTES: u64 = 64 * MIB;
 
     fn key(cluster: u64) -> Key {
         Key { view: 1, cluster }
@@ -260,13 +336,13 @@ mod tests {
 
     #[test]
     fn it_stays_below_its_limit_and_keeps_the_largest_clusters() {
-        let cache = DecodedCache::new(LEAST_CAPACITY_BYTES);
+        let cache = DecodedCache::new(CAPACITY_BYTES);
         let cluster = Bytes::from(vec![0; 2 << 20]);
         for n in 0..100 {
             cache.get_or_decode(key(n), || Ok::<_, Infallible>(cluster.clone())).unwrap();
-            assert!(cache.held_bytes() <= LEAST_CAPACITY_BYTES);
+            assert!(cache.held_bytes() <= CAPACITY_BYTES);
         }
-        assert!(cache.held_bytes() > LEAST_CAPACITY_BYTES / 4);
+        assert!(cache.held_bytes() > CAPACITY_BYTES / 4);
         cache.forget_view(1);
         assert_eq!(cache.held_bytes(), 0);
     }

@@ -18,9 +18,11 @@ mod decoder;
 mod error;
 mod fault;
 mod format;
+mod governor;
 mod info;
 mod inspection;
 mod layer;
+mod memory;
 mod prefetch;
 pub mod qcow2;
 mod raw;
@@ -34,8 +36,10 @@ pub use decoded::{Decoded, DecodedCache};
 pub use decoder::Room;
 pub use error::{Class, ImageError, ReadError};
 pub use format::{Format, UnknownFormat, detect};
+pub use governor::Bounds;
 pub use info::{ClusterCounts, Info, inspect, peek, snapshot_size_bytes};
 pub use inspection::{Finding, Inspection, Verdict};
+pub use memory::Memory;
 pub use source::{LayerFile, Source};
 pub use trace::{
     MAX_TRACE_BYTES, MAX_TRACE_RANGES, TRACE_UNIT_BYTES, Trace, TraceError, TraceFile,

@@ -14,9 +14,9 @@ use std::ptr::{self, NonNull};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
+use super::arena::CHUNK_BYTES;
 use super::guard::{self, Copied};
 use super::guest::GuestSlice;
-use super::slab::CHUNK_BYTES;
 use crate::units::FileOffset;
 
 /// A whole file, mapped shared and read-only. Unmapped on drop.

@@ -13,6 +13,8 @@
 
 pub mod units;
 
+mod arena;
+mod chunks;
 mod data;
 mod file;
 pub mod format;
@@ -25,6 +27,7 @@ mod send;
 mod slab;
 mod table;
 
+pub use arena::CHUNK_BYTES;
 pub use data::MappedData;
 pub use file::{FileMap, KernelSlice};
 pub use guard::Copied;
@@ -33,5 +36,5 @@ pub use guest_error::GuestMemoryError;
 pub use protect::read_only;
 pub use resident::Resident;
 pub use send::{MAX_PIECES, Piece, send_pieces};
-pub use slab::{CHUNK_BYTES, Slab, SlabBuf};
+pub use slab::{Slab, SlabBuf};
 pub use table::{ReadTable, SharedTable};

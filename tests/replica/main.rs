@@ -9,6 +9,7 @@ mod nbd_support;
 mod qcow2_common;
 
 mod c;
+mod give_back;
 mod protocol;
 mod reads;
 mod restart;

@@ -14,7 +14,7 @@ use bedplate::serve::replica::{Limits, Session};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::nbd_support::patterned;
-use crate::qcow2_common::Random;
+use crate::qcow2_common::{Random, have_qemu, run};
 use crate::server::TestServer;
 
 fn server() -> (TestServer, Vec<u8>) {
@@ -96,7 +96,7 @@ fn root_can_not_write_through_what_it_is_handed() {
     let (_, body, descriptors) = wire.ask(&attach("disk"));
     let (attached, _) = Attached::read_from_prefix(&body).unwrap();
     if attached.flags & PROTECTED == 0 {
-        assert!(!rustix_is_root(), "root has read-only mounts");
+        assert!(!is_root(), "root has read-only mounts");
         return eprintln!("skipped: read-only mounts need root");
     }
     for fd in &descriptors {
@@ -112,7 +112,32 @@ fn root_can_not_write_through_what_it_is_handed() {
     assert!(bytes == std::fs::read(server.dir.path().join("disk.raw")).unwrap());
 }
 
-fn rustix_is_root() -> bool {
+#[test]
+fn root_can_not_write_to_what_is_decoded() {
+    if !have_qemu() {
+        return;
+    }
+    let server = TestServer::start();
+    let (raw, image) = (server.dir.path().join("raw"), server.dir.path().join("image"));
+    std::fs::write(&raw, vec![7; 1 << 20]).unwrap();
+    let (from, to) = (raw.to_str().unwrap(), image.to_str().unwrap());
+    run("qemu-img", &["convert", "-q", "-c", "-f", "raw", "-O", "qcow2", from, to]);
+    let view = server.add("disk", &image);
+    let wire = Wire::connect(&server);
+    let (_, body, descriptors) = wire.ask(&attach("disk"));
+    let (attached, _) = Attached::read_from_prefix(&body).unwrap();
+    let arena = &descriptors[usize::try_from(attached.arena).unwrap()];
+    if !view.cache().slab().unwrap().can_give_back() {
+        assert!(!is_root(), "root has mounts of its own");
+        return eprintln!("skipped: a mount of one's own needs root");
+    }
+    let path = format!("/proc/self/fd/{}", arena.as_raw_fd());
+    let error = std::fs::File::options().write(true).open(&path).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(30), "a read-only file system: {error}");
+    assert_eq!(std::fs::File::open(&path).unwrap().metadata().unwrap().len(), attached.arena_bytes);
+}
+
+pub fn is_root() -> bool {
     std::fs::metadata("/proc/self").map(|meta| std::os::unix::fs::MetadataExt::uid(&meta)).unwrap()
         == 0
 }

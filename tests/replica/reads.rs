@@ -11,10 +11,10 @@ use crate::nbd_support::{MIB, patterned, write_sparse};
 use crate::qcow2_common::{Random, have_qemu, qemu_bytes, run};
 use crate::server::TestServer;
 
-const MODES: [Mode; 2] = [Mode::Pread, Mode::Mapped];
+pub const MODES: [Mode; 2] = [Mode::Pread, Mode::Mapped];
 
 /// All bytes, twice in pieces of all sizes here and there, and once forward.
-fn assert_reads(replica: &Replica, want: &[u8], seed: u64) {
+pub fn assert_reads(replica: &Replica, want: &[u8], seed: u64) {
     assert_eq!(replica.size_bytes(), want.len() as u64);
     let mut random = Random(seed);
     for _ in 0..400 {

@@ -29,6 +29,14 @@ fn packed(dir: &Path, name: &str, seed: u64) -> (PathBuf, Vec<u8>) {
     (image, bytes)
 }
 
+/// A gauge of `/metrics`.
+fn metric(daemon: &Daemon, name: &str) -> u64 {
+    let (_, metrics) = crate::control_support::curl(&daemon.socket, "GET", "/metrics", None);
+    let name = format!("bedplate_{name} ");
+    let value = metrics.lines().find_map(|line| line.strip_prefix(&name));
+    value.unwrap_or_else(|| panic!("no {name}in {metrics}")).parse().unwrap()
+}
+
 #[test]
 fn readers_survive_an_engine_that_is_killed_again_and_again() {
     if !have_qemu() {
@@ -77,6 +85,7 @@ fn readers_survive_an_engine_that_is_killed_again_and_again() {
             daemon = Daemon::start_in(dir, config);
         }
         fifty_reads();
+        assert_eq!(metric(&daemon, "decoded_capacity_bytes"), 1 << 20, "as it was said");
         is_over.store(true, Ordering::Relaxed);
         daemon
     });
@@ -95,6 +104,11 @@ fn what_was_handed_out_is_read_without_any_engine_and_the_rest_is_an_error() {
     let replica = Replica::attach(socket(daemon.dir.path()), "disk", options).unwrap();
     let mut half = vec![0; 8 << 20];
     replica.read_at(&mut half, 0).unwrap();
+    let [held, memory, capacity] =
+        ["decoded_bytes", "decoded_memory_bytes", "decoded_capacity_bytes"]
+            .map(|name| metric(&daemon, name));
+    assert!(held >= 8 << 20 && memory >= 8 << 20, "{held} bytes in {memory}");
+    assert!(capacity >= 64 << 20, "the floor at least: {capacity}");
     let (_, dir) = daemon.end("KILL");
     half.fill(0);
     replica.read_at(&mut half, 0).unwrap();
