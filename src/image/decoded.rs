@@ -9,6 +9,7 @@
 //! Never: grows past its limit, or keeps the clusters of a view that is closed.
 //! Start at [`DecodedCache::process_wide`].
 
+use std::cell::Cell;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, OnceLock, Weak};
@@ -33,6 +34,8 @@ const MIN_SHARD_BYTES: u64 = 8 * MIB;
 /// The part of the cache that clusters may take which were read more than once. The rest is for what is
 /// new: less of it, and clusters that were decoded ahead of a reader are gone when it comes to them.
 const PART_OF_WHAT_IS_READ_AGAIN: f64 = 0.85;
+/// One of so many reads of decoded clusters asks the cache, with its lock.
+const READS_PER_TOLD: u32 = 8;
 /// Memory that an entry costs beside its cluster, roughly.
 const ENTRY_OVERHEAD_BYTES: u64 = 128;
 
@@ -236,6 +239,17 @@ impl DecodedCache {
     #[must_use]
     pub fn slab(&self) -> Option<&Slab> {
         self.slab.as_ref()
+    }
+
+    /// Whether this thread's next read should ask the cache, and not only the memory of what is decoded:
+    /// what nobody asks the cache for leaves it first.
+    #[inline]
+    pub(super) fn wants_to_be_told() -> bool {
+        thread_local!(static READS: Cell<u32> = const { Cell::new(0) });
+        READS.with(|reads| {
+            reads.set(reads.get().wrapping_add(1));
+            reads.get() % READS_PER_TOLD == 0
+        })
     }
 
     /// The cluster of `key`, if it is here.

@@ -303,6 +303,20 @@ impl Layer {
         }
     }
 
+    /// Fills `buf` from the decoded cluster around `at`, if all of it is in there and that is at hand
+    /// without a lock. The cache is told of some such reads only: enough to know what is read.
+    #[inline]
+    pub(super) fn copy_decoded(&self, buf: &mut [u8], at: GuestOffset) -> bool {
+        let (Some(table), Some(slab)) = (self.decoded.as_deref(), self.cache.slab()) else {
+            return false;
+        };
+        let Some((cluster, start)) = self.cluster_of(at) else { return false };
+        let (skip, size) = (at.0 - start.0, self.info.cluster_size_bytes.unwrap_or(0));
+        skip.saturating_add(buf.len() as u64) <= size
+            && !DecodedCache::wants_to_be_told()
+            && slab.copy_published(table, cluster, skip, buf)
+    }
+
     /// The decoded cluster around `at` and where it begins, if it is in the cache.
     pub(super) fn cached(&self, at: GuestOffset) -> Option<Decoded> {
         let (cluster, start) = self.cluster_of(at)?;

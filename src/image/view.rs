@@ -414,12 +414,13 @@ impl View {
         }
         // What most reads want. The fewer instructions are between two copies, the more of the second
         // one's waiting for memory is in the time of the first.
-        if let Some(top) = self.layers.first()
-            && len_bytes > 0
-            && !self.is_arriving()
-            && let Some(stored_at) = top.known_data(at, buf.len())
-        {
-            return top.read_data(buf, stored_at);
+        if let Some(top) = self.layers.first().filter(|_| len_bytes > 0 && !self.is_arriving()) {
+            if let Some(stored_at) = top.known_data(at, buf.len()) {
+                return top.read_data(buf, stored_at);
+            }
+            if top.copy_decoded(buf, at) {
+                return Ok(());
+            }
         }
         self.bring(at, len_bytes)?;
         let (mut rest, mut at, mut jobs) = (buf, at, Vec::new());

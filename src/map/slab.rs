@@ -22,7 +22,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::SharedTable;
 use crate::arena::{Arena, CHUNK_BYTES};
 use crate::chunks::{Chunks, MIN_SLOT_BYTES, Parted, SIZES, Slot, Taken, slot_bytes};
-use crate::format::{PLACE_BITS, PLACE_BYTES};
+use crate::format::{PLACE_BITS, PLACE_BYTES, place};
+use crate::guard::{self, Copied};
 
 const _: () = assert!(MIN_SLOT_BYTES as u64 == PLACE_BYTES);
 /// The largest arena: what a place can name.
@@ -249,6 +250,36 @@ impl Slab {
     #[must_use]
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.shared.arena.readers_fd()
+    }
+
+    /// Copies what is published for word `index` of `table`, from its byte `skip` on; false if there is
+    /// nothing, or it went away meanwhile: `buf` holds anything then. Takes no lock. `skip` and the
+    /// length of `buf` are within what was published.
+    pub fn copy_published(
+        &self,
+        table: &SharedTable,
+        index: u64,
+        skip: u64,
+        buf: &mut [u8],
+    ) -> bool {
+        let Some(word) = table.get(index) else { return false };
+        let from = place(word).and_then(|place| usize::try_from(place + skip).ok());
+        let arena = &self.shared.arena;
+        let Some(from) = from
+            .filter(|from| from.checked_add(buf.len()).is_some_and(|end| end <= arena.len_bytes))
+        else {
+            return false;
+        };
+        // What was written before the word was set is seen by the loads after this.
+        fence(Ordering::Acquire);
+        // SAFETY: the range is inside the arena, which stays mapped, and `buf` is no part of it. The
+        // slot may be another owner's by now, who writes into it: the copy is not made of Rust's loads,
+        // and what came is not taken then.
+        let copied =
+            unsafe { guard::copy(arena.base.as_ptr().add(from), buf.as_mut_ptr(), buf.len()) };
+        // Before a slot is used again its word is cleared.
+        fence(Ordering::Acquire);
+        copied != Copied::Not && table.get(index) == Some(word)
     }
 
     /// A panic of another owner leaves the lists whole: none is inside them.
