@@ -55,7 +55,7 @@ impl Packed {
             let stored = table.stored.clone().ok_or("codec wants an image without holes")?;
             let range = usize::try_from(stored.start)?..usize::try_from(stored.end)?;
             let bytes = file.get(range).ok_or("an L2 table is not in the file")?;
-            image.decode_table(&table, bytes, path, &mut |_, one| clusters.push(one))?;
+            image.decode_table(&table, bytes, &mut |_, one| clusters.push(one))?;
         }
         if clusters.iter().any(|one| !matches!(one, Cluster::Compressed(_))) {
             return Err("codec wants an image of compressed clusters only".into());
