@@ -44,6 +44,8 @@ pub(crate) struct Arena {
     fd: OwnedFd,
     /// What readers get, if that is not `fd` itself, whose seals forbid punching.
     readers: Option<OwnedFd>,
+    /// The file system makes huge pages by itself.
+    is_huge: bool,
 }
 
 // SAFETY: the memory belongs to no thread; who may touch which part of it is for the slots to say.
@@ -67,9 +69,10 @@ impl Arena {
     pub(crate) fn punchable(len_bytes: usize) -> io::Result<Self> {
         let thread = std::thread::Builder::new().name("arena".into());
         let made = thread.spawn(move || in_private_tmpfs(len_bytes))?.join();
-        let (fd, readers) =
-            made.map_err(|_panic| io::Error::other("making an arena panicked"))??;
-        Self::of(fd, Some(readers), len_bytes)
+        let made = made.map_err(|_panic| io::Error::other("making an arena panicked"))??;
+        let mut arena = Self::of(made.ours, Some(made.readers), len_bytes)?;
+        arena.is_huge = made.is_huge;
+        Ok(arena)
     }
 
     /// One that keeps what it once had.
@@ -102,7 +105,8 @@ impl Arena {
         let start = NonNull::new(start.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
         let base = start.as_ptr().wrapping_add(start.as_ptr().align_offset(CHUNK_BYTES));
         let base = NonNull::new(base).ok_or(io::ErrorKind::OutOfMemory)?;
-        let arena = Self { base, mapped: (start, mapped_bytes), len_bytes, fd, readers };
+        let arena =
+            Self { base, mapped: (start, mapped_bytes), len_bytes, fd, readers, is_huge: false };
         let prot = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::SHARED | MapFlags::FIXED;
         // SAFETY: replaces a part of the range just kept, which nobody else knows of; nobody else can
@@ -135,6 +139,11 @@ impl Arena {
         let at = index * CHUNK_BYTES;
         if at >= self.len_bytes {
             return Err(io::ErrorKind::StorageFull.into());
+        }
+        // A huge page, if one is free; to have the system make room for one takes as long as decoding
+        // what comes into it. Its zeroes are written at the first touch.
+        if self.is_huge {
+            return self.populate(at..at + CHUNK_BYTES);
         }
         // Of one page it takes half the time that 512 pages take.
         self.populate(at..at + SEED_BYTES)?;
@@ -184,9 +193,16 @@ impl Drop for Arena {
     }
 }
 
-/// A file of `len_bytes` in a tmpfs that only its descriptors know of: one for us, one for readers.
-/// For a thread that ends then: it stays in a mount namespace of its own.
-fn in_private_tmpfs(len_bytes: usize) -> io::Result<(OwnedFd, OwnedFd)> {
+/// A file that only its descriptors know of.
+struct Private {
+    ours: OwnedFd,
+    readers: OwnedFd,
+    is_huge: bool,
+}
+
+/// A file of `len_bytes` in a tmpfs of its own. For a thread that ends then: it stays in a mount
+/// namespace of its own.
+fn in_private_tmpfs(len_bytes: usize) -> io::Result<Private> {
     // SAFETY: takes a number; only this thread's view of mounts (and its directory) is another then.
     if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
         return Err(io::Error::last_os_error());
@@ -198,6 +214,8 @@ fn in_private_tmpfs(len_bytes: usize) -> io::Result<(OwnedFd, OwnedFd)> {
     // No limit but the file's length: by default it is half the memory.
     rustix::mount::fsconfig_set_string(&tmpfs, "size", "0")?;
     rustix::mount::fsconfig_set_string(&tmpfs, "mode", "0700")?;
+    // Not every kernel has them.
+    let is_huge = rustix::mount::fsconfig_set_string(&tmpfs, "huge", "always").is_ok();
     rustix::mount::fsconfig_create(&tmpfs)?;
     let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
         | MountAttrFlags::MOUNT_ATTR_NODEV
@@ -211,5 +229,5 @@ fn in_private_tmpfs(len_bytes: usize) -> io::Result<(OwnedFd, OwnedFd)> {
     rustix::fs::ftruncate(&file, len_bytes as u64)?;
     let file = File::from(file);
     let readers = read_only(&file)?;
-    Ok((file.into(), readers.into()))
+    Ok(Private { ours: file.into(), readers: readers.into(), is_huge })
 }

@@ -31,7 +31,7 @@ use crate::Result;
 
 /// What bedplate may keep decoded: all of the image that `tools/bench` makes.
 const CACHE_BYTES: u64 = 512 << 20;
-/// What it keeps by default.
+/// What it may always keep, on a small machine.
 const CACHE_BYTES_BY_DEFAULT: u64 = 64 << 20;
 /// A future that is not ready after this many polls waits for something that never comes.
 const MOST_POLLS: u32 = 1 << 20;
