@@ -16,10 +16,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use bedplate::disk::Sealed;
 use bedplate::image::qcow2::Terms;
 use bedplate::image::{DecodedCache, Format, Inspection, Opening, Verdict, View, peek};
+use bedplate::units::GuestOffset;
 use qcow2_common::craft::Crafted;
 use qcow2_common::craft_big::{Built, Mark, Piece, Plan, Snap};
 use qcow2_common::mutate::{Chart, samples};
-use qcow2_common::write;
+use qcow2_common::{Random, have_qemu, run, write};
 use tempfile::TempDir;
 
 const MIB: usize = 1 << 20;
@@ -516,5 +517,43 @@ fn the_costliest_files_of_64_mib_are_opened_at_little_cost() {
         assert!(cost.allocations <= MOST_ALLOCATIONS, "{name}: {cost:?}");
         assert!(cost.reads <= MOST_READS, "{name}: {cost:?}");
         assert!(cost.read_bytes <= LARGEST_FILE + MORE_READ_BYTES, "{name}: {cost:?}");
+    }
+}
+
+#[test]
+fn a_read_of_what_is_in_memory_allocates_nothing_and_asks_the_kernel_for_nothing() {
+    if !have_qemu() {
+        return;
+    }
+    let _turn = turn();
+    let dir = TempDir::new().unwrap();
+    let raw = dir.path().join("disk.raw");
+    let mut random = Random(4);
+    let bytes: Vec<u8> = (0..4 * MIB).map(|_| random.next().to_le_bytes()[0] & 15).collect();
+    std::fs::write(&raw, &bytes).unwrap();
+    for options in [&["-o", "cluster_size=64k"][..], &["-c"]] {
+        let image = dir.path().join("disk.qcow2");
+        let (from, to) = (raw.to_str().unwrap(), image.to_str().unwrap());
+        let convert = ["convert", "-q", "-f", "raw", "-O", "qcow2"];
+        run("qemu-img", &[&convert[..], options, &[from, to]].concat());
+        let cache = DecodedCache::new(64 << 20);
+        let view = View::open_with_cache(Sealed::open_path(&image).unwrap(), None, cache).unwrap();
+        let mut buf = [0; 4096];
+        let mut all = || {
+            for (at, want) in (0..).step_by(4096).zip(bytes.chunks(4096)) {
+                view.read_at(&mut buf, GuestOffset(at)).unwrap();
+                assert!(buf == want, "byte {at}");
+            }
+        };
+        all();
+        let (looking, ()) = cost(|| ());
+        // Another thread of this process may allocate something meanwhile; not each time.
+        let least =
+            (0..5).map(|_| cost(&mut all).0).min_by_key(|cost| (cost.allocations, cost.reads));
+        let least = least.unwrap();
+        assert_eq!(least.allocations, looking.allocations, "{options:?}");
+        if cfg!(target_arch = "x86_64") {
+            assert_eq!(least.reads, looking.reads, "{options:?}");
+        }
     }
 }
