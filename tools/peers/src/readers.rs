@@ -10,7 +10,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::task::{Context, Poll, Waker};
 use std::thread::JoinHandle;
 
@@ -66,7 +66,10 @@ impl Kind {
     pub fn open(self, path: &Path) -> Result<Box<dyn Reader>> {
         Ok(match self {
             Self::Bedplate => {
-                let cache = DecodedCache::new(CACHE_BYTES);
+                // A process has one, however many images it opens.
+                static CACHE: LazyLock<Arc<DecodedCache>> =
+                    LazyLock::new(|| DecodedCache::new(CACHE_BYTES));
+                let cache = Arc::clone(&CACHE);
                 Box::new(View::open_with_cache(Sealed::open_path(path)?, None, cache)?)
             }
             Self::Replica(mode) => Box::new(Attached::open(path, mode)?),
