@@ -461,7 +461,7 @@ fn the_samples_are_sound_and_read_as_with_qemu() {
 fn one_field_at_an_edge_is_named_or_the_bytes_are_qemus() {
     // Every field to every edge; qemu is asked about so many of each field, and about what only
     // fields of a kind have, for two fields of that kind.
-    let most = usize::try_from(number("QCOW2_RUNS", 120)).unwrap();
+    let most = usize::try_from(number("QCOW2_RUNS", 50)).unwrap();
     damage_all(|sample, random| {
         let (fields, mut all) = (&sample.built.fields, Vec::new());
         for &field in fields {
@@ -493,7 +493,7 @@ fn one_field_at_an_edge_is_named_or_the_bytes_are_qemus() {
 
 #[test]
 fn two_fields_at_edges_are_named_or_the_bytes_are_qemus() {
-    let most = number("QCOW2_RUNS", 120) / 2;
+    let most = number("QCOW2_RUNS", 50) / 2;
     damage_all(|sample, random| {
         let fields = &sample.built.fields;
         let one = |random: &mut Random| {

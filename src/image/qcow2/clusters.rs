@@ -156,10 +156,8 @@ impl ClusterMap {
         if skip.saturating_add(len as u64) > 1 << header.unit_bits() {
             return None;
         }
-        match word::meaning(self.word(unit), header.cluster_bits) {
-            Meaning::Data(stored_at) => Some(stored_at.advance(skip)),
-            _another_kind => None,
-        }
+        let meaning = word::meaning(self.word(unit), header.cluster_bits);
+        if let Meaning::Data(at) = meaning { Some(at.advance(skip)) } else { None }
     }
 
     /// The first unit from `next` on whose word is not as `expected`, which is given the distance
