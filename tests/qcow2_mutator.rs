@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::PathBuf;
 use std::process::{Command, Output};
+use std::sync::Mutex;
 
 use bedplate::disk::Sealed;
 use bedplate::image::qcow2::Terms;
@@ -412,29 +413,48 @@ fn damaged(sample: &Sample, changes: &[(Field, u64)]) -> (Vec<u8>, String) {
 /// A damaged image: what is set to what, and whether qemu is asked about it.
 type Damage = (Vec<(Field, u64)>, bool);
 
+/// Judges all damaged images of one sample: what came of it, and how many were misjudged.
+fn damage_one(
+    sample: &Sample,
+    damages: impl Fn(&Sample, &mut Random) -> Vec<Damage>,
+) -> (BTreeMap<&'static str, u64>, u64) {
+    let (mut random, mut faults) = (Random(number("QCOW2_SEED", 0)), 0);
+    let mut bench = Bench::new(sample);
+    for (changes, ask) in damages(sample, &mut random) {
+        let (bytes, what) = damaged(sample, &changes);
+        let fields: Vec<Field> = changes.iter().map(|(field, _)| *field).collect();
+        // One that fails must not hide the others.
+        let judged = std::panic::AssertUnwindSafe(|| bench.judge(&bytes, &fields, &what, ask));
+        faults += u64::from(std::panic::catch_unwind(judged).is_err());
+    }
+    (bench.counts, faults)
+}
+
 /// Judges all damaged images of each sample, and prints what came of it.
-fn damage_all(mut damages: impl FnMut(&Sample, &mut Random) -> Vec<Damage>) {
+fn damage_all(damages: impl Fn(&Sample, &mut Random) -> Vec<Damage> + Sync) {
     if !have_qemu() {
         return;
     }
-    let (mut counts, mut faults) = (BTreeMap::<&str, u64>::new(), 0);
     // One kind alone, to look into it.
     let only = std::env::var("QCOW2_SAMPLE").ok();
+    let samples = samples();
     let wanted = |sample: &&Sample| only.as_deref().is_none_or(|name| name == sample.name);
-    for sample in samples().iter().filter(wanted) {
-        let mut random = Random(number("QCOW2_SEED", 0));
-        let mut bench = Bench::new(sample);
-        for (changes, ask) in damages(sample, &mut random) {
-            let (bytes, what) = damaged(sample, &changes);
-            let fields: Vec<Field> = changes.iter().map(|(field, _)| *field).collect();
-            // One that fails must not hide the others.
-            let judged = std::panic::AssertUnwindSafe(|| bench.judge(&bytes, &fields, &what, ask));
-            faults += u64::from(std::panic::catch_unwind(judged).is_err());
+    let queue = Mutex::new(samples.iter().filter(wanted));
+    let total = Mutex::new((BTreeMap::<&str, u64>::new(), 0));
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                let next = || queue.lock().unwrap().next();
+                while let Some(sample) = next() {
+                    let (found, bad) = damage_one(sample, &damages);
+                    let (counts, faults) = &mut *total.lock().unwrap();
+                    found.into_iter().for_each(|(name, n)| *counts.entry(name).or_default() += n);
+                    *faults += bad;
+                }
+            });
         }
-        for (name, count) in bench.counts {
-            *counts.entry(name).or_default() += count;
-        }
-    }
+    });
+    let (counts, faults) = total.into_inner().unwrap();
     println!("{counts:?}");
     assert_eq!(faults, 0, "images misjudged, each said above");
     let of = |name| counts.get(name).copied().unwrap_or(0);
