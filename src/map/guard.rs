@@ -414,6 +414,11 @@ mod x86_64 {
                 (copied == Copied::Slow, major_faults() != before)
             };
             let told: Vec<(bool, bool)> = (0..PAGES).map(&mut copy).collect();
+            if !told.iter().any(|&(_, faulted)| faulted) {
+                return eprintln!(
+                    "skipped: the file system keeps in memory what it was told to drop"
+                );
+            }
             let first = told.iter().position(|&(slow, _)| slow).unwrap();
             assert!(first <= COPIES_PER_LOOK as usize, "{first}");
             assert!(told[first + 1..].iter().all(|&(slow, faulted)| slow == faulted), "{told:?}");
