@@ -317,6 +317,37 @@ fn the_largest_snapshot_tables_open_within_bounds() {
     }
 }
 
+/// Bitmaps that differ in nothing but their names, and perhaps in where their tables are.
+struct Bitmaps {
+    count: u32,
+    name_bytes: u16,
+    flags: u32,
+    /// Of each table.
+    entries: u32,
+}
+
+impl Bitmaps {
+    /// Writes their directory at `at`, and the extension that tells of it.
+    fn put(&self, file: &File, extension_at: u64, at: u64, table_at: impl Fn(u32) -> u64) {
+        let mut directory = Vec::new();
+        let entry_bytes = (24 + usize::from(self.name_bytes)).next_multiple_of(8);
+        for number in 0..self.count {
+            let start = directory.len();
+            directory.extend(table_at(number).to_be_bytes());
+            directory.extend([self.entries.to_be_bytes(), self.flags.to_be_bytes()].concat());
+            directory.extend([1, 31]);
+            directory.extend(self.name_bytes.to_be_bytes());
+            directory.extend([0; 4]);
+            directory.extend(format!("{number:08}").bytes());
+            directory.resize(start + entry_bytes, b'x');
+        }
+        file.write_all_at(&directory, at).unwrap();
+        put32(file, extension_at + 8, self.count);
+        put64(file, extension_at + 16, directory.len() as u64);
+        put64(file, extension_at + 24, at);
+    }
+}
+
 #[test]
 fn the_largest_bitmap_directories_open_within_bounds() {
     let _turn = turn();
@@ -338,22 +369,8 @@ fn the_largest_bitmap_directories_open_within_bounds() {
         (65_535, 8, 2, large, false),
     ] {
         let (path, file) = sparse(dir.path(), &built, 256 << 20);
-        let mut directory = Vec::new();
-        let entry_bytes = (24 + usize::from(name_bytes)).next_multiple_of(8);
-        for number in 0..count {
-            let at = directory.len();
-            directory.extend((128_u64 << 20).to_be_bytes());
-            directory.extend([u32::to_be_bytes(entries), u32::to_be_bytes(flags)].concat());
-            directory.extend([1, 31]);
-            directory.extend(name_bytes.to_be_bytes());
-            directory.extend([0; 4]);
-            directory.extend(format!("{number:08}").bytes());
-            directory.resize(at + entry_bytes, b'x');
-        }
-        file.write_all_at(&directory, directory_at).unwrap();
-        put32(&file, extension_at + 8, count);
-        put64(&file, extension_at + 16, directory.len() as u64);
-        put64(&file, extension_at + 24, directory_at);
+        let bitmaps = Bitmaps { count, name_bytes, flags, entries };
+        bitmaps.put(&file, extension_at, directory_at, |_| 128 << 20);
         let what = format!("{count} bitmaps of {name_bytes}, {flags}, {entries}");
         assert_eq!(bounded(&path, &Given::default(), &what), opens, "{what}");
     }
@@ -438,25 +455,12 @@ fn full_of_bitmaps(
     let extension_at = Chart::of(&built.bytes).extensions[0];
     let (path, file) = sparse(dir, &built, LARGEST_FILE);
     let (count, directory_at) = (65_535_u32, 1 << 19);
-    let entry_bytes = (24 + usize::from(name_bytes)).next_multiple_of(8);
-    let tables_at = directory_at + (entry_bytes as u64 * u64::from(count)).next_multiple_of(512);
-    let mut directory = Vec::new();
-    for number in 0..count {
-        let at = directory.len();
-        // The last one first: no table is behind the one before.
-        let table = if own { count - 1 - number } else { 0 };
-        directory.extend((tables_at + 512 * u64::from(table)).to_be_bytes());
-        directory.extend([entries.to_be_bytes(), flags.to_be_bytes()].concat());
-        directory.extend([1, 31]);
-        directory.extend(name_bytes.to_be_bytes());
-        directory.extend([0; 4]);
-        directory.extend(format!("{number:08}").bytes());
-        directory.resize(at + entry_bytes, b'x');
-    }
-    file.write_all_at(&directory, directory_at).unwrap();
-    put32(&file, extension_at + 8, count);
-    put64(&file, extension_at + 16, directory.len() as u64);
-    put64(&file, extension_at + 24, directory_at);
+    let entry_bytes = (24 + u64::from(name_bytes)).next_multiple_of(8);
+    let tables_at = directory_at + (entry_bytes * u64::from(count)).next_multiple_of(512);
+    let bitmaps = Bitmaps { count, name_bytes, flags, entries };
+    // The last one first: no table is behind the one before.
+    let table = |number| if own { count - 1 - number } else { 0 };
+    bitmaps.put(&file, extension_at, directory_at, |n| tables_at + 512 * u64::from(table(n)));
     let end = tables_at + if own { 512 * u64::from(count) } else { 8 * u64::from(entries) };
     assert!(end <= LARGEST_FILE, "{end}");
     (path, file)
