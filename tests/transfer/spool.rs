@@ -95,7 +95,10 @@ fn survive(tool: &str, seed: u64) {
     daemon.kill();
     // The log has a request when it has ended: the last body was read, so all others have too.
     let starts = nginx.starts();
-    assert!(starts.iter().all(|start| kept.contains(start)), "{tool}: {starts:?}, had {kept:?}");
+    // On a machine under load one may also break by itself, and go on from what was in memory.
+    let told = format!("{tool}: {starts:?}, had {kept:?}");
+    assert!(kept.iter().all(|start| starts.contains(start)), "{told}");
+    assert!(starts.len() <= kept.len() + 1, "{told}");
     assert_eq!(starts.iter().filter(|&&start| start == 0).count(), 1, "{tool}: {starts:?}");
     println!("{tool}: {} bytes, {} sent over {KILLS} kills", stream.len(), nginx.sent_bytes());
 }

@@ -1,8 +1,10 @@
 """Reads within one process: bedplate's `image::View` beside imago and qcow2-rs, on the same image.
 
 Each run is a process of its own (tools/peers): one reader, one workload. The floor is a copy out of
-a map of the raw file, and for a first read of compressed clusters the codec alone. All readers have
-to read the same bytes: their hashes are compared in every run.
+a map of the raw file, and for a first read of compressed clusters the codec alone: once with one
+buffer for all that it makes, which nobody could read again, and once with memory for all of it, which
+the kernel has to clear first. All readers have to read the same bytes: their hashes are compared in
+every run.
 """
 
 import json
@@ -20,6 +22,7 @@ _PEERS = {"imago 0.2.6": "imago", "qcow2-rs 0.1.6": "qcow2-rs"}
 _MAP, _PREAD = "copy from a map, raw file", "pread, raw file"
 _REPLICA, _MAPPED = "bedplate replica", "bedplate replica, mapped"
 _CODEC, _CODEC_1 = "codec alone, all cores", "codec alone, one core"
+_CODEC_KEEPS = "codec that keeps all, all cores"
 _KINDS = {"plain": [], "zlib": ["-c"], "zstd": ["-c", "-o", "compression_type=zstd"]}
 _WORKLOADS = {"4 KiB random read": "random-4k", "1 MiB sequential read": "sequential-1m",
               "1 MiB sequential read, the first": "first-1m"}
@@ -145,6 +148,7 @@ def _one_kind(reads, kind, raw):
         if workload == "first-1m" and kind != "plain":
             contenders += [
                 reads.contender(_CODEC, "codec", workload, unit, floor=True),
+                reads.contender(_CODEC_KEEPS, "codec-keeps", workload, unit, floor=True),
                 reads.contender(_CODEC_1, "codec-1", workload, unit, floor=True)]
         cases.append(rounds.Case(group, title, reads.size_bytes, "", unit, work_unit, _MAP,
                                  contenders))
@@ -162,8 +166,8 @@ def _bounds(bench, kind, random, _sequential, first):
                     _times(random, name, floor), most=_REPLICA_TIMES)
     if decoded:
         ours = rounds.named(first, _OURS)
-        bench.bound(first.title(), f"{kind}, first decode, speed of the codec on all cores",
-                    rounds.ratios(ours, rounds.named(first, _CODEC), rounds.speed),
+        bench.bound(first.title(), f"{kind}, first decode, speed of the codec that keeps it, on all "
+                    "cores", rounds.ratios(ours, rounds.named(first, _CODEC_KEEPS), rounds.speed),
                     least=_CODEC_SPEED)
 
 

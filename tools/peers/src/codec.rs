@@ -2,15 +2,18 @@
 //!
 //! Why: a first read of a compressed image cannot be faster than its decoder.
 //! How: the file is in memory and the clusters are listed before the timed part; each thread has
-//! one decoder and one buffer for all its clusters, and takes a few at a time.
-//! Never: keeps a decoded cluster, looks one up, or copies it.
+//! one decoder and takes a few clusters at a time. It decodes them all to one buffer, or each to a
+//! place of its own in new memory: who keeps what is decoded has the kernel's work for that memory, too.
+//! Never: looks a cluster up, or copies it.
 //! Start at [`run`].
 
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::slice::ChunksMut;
+use std::sync::{Mutex, PoisonError};
 
 use bedplate::disk::Sealed;
 use bedplate::image::qcow2::{Cluster, Codec, Image, Terms};
+use memmap2::{Advice, MmapMut};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::Result;
@@ -26,13 +29,24 @@ struct Packed {
     cluster_bytes: usize,
 }
 
-/// Decodes the image once on this many threads.
-pub fn run(path: &Path, threads: usize) -> Result<Outcome> {
+/// Clusters that no thread has yet, and where they are to be kept.
+struct Todo<'a> {
+    clusters: std::slice::Chunks<'a, Cluster>,
+    memory: Option<ChunksMut<'a, u8>>,
+}
+
+/// Decodes the image once on this many threads; with `keep` all of it is in memory at the end.
+pub fn run(path: &Path, threads: usize, keep: bool) -> Result<Outcome> {
     let packed = Packed::of(path)?;
-    let next = AtomicUsize::new(0);
+    let mut memory = if keep { Some(packed.memory()?) } else { None };
+    let batch_bytes = BATCH * packed.cluster_bytes;
+    let todo = Mutex::new(Todo {
+        clusters: packed.clusters.chunks(BATCH),
+        memory: memory.as_mut().map(|memory| memory.chunks_mut(batch_bytes)),
+    });
     let clocks = Clocks::start()?;
     let failed = std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(|| packed.work(&next))).collect();
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(|| packed.work(&todo))).collect();
         let died = |_| Err("a thread panicked".into());
         let ends = workers.into_iter().map(|worker| worker.join().unwrap_or_else(died));
         ends.filter_map(Result::err).last()
@@ -67,19 +81,29 @@ impl Packed {
         Ok(Self { image, file, clusters, cluster_bytes })
     }
 
-    fn work(&self, next: &AtomicUsize) -> Result<()> {
+    /// Memory for all of it, none of which is there yet: huge pages, as bedplate has them.
+    fn memory(&self) -> Result<MmapMut> {
+        let memory = MmapMut::map_anon(self.clusters.len() * self.cluster_bytes)?;
+        memory.advise(Advice::HugePage)?;
+        Ok(memory)
+    }
+
+    fn work(&self, todo: &Mutex<Todo<'_>>) -> Result<()> {
         let (mut codec, mut out) = (Codec::new(), vec![0; self.cluster_bytes]);
-        loop {
-            let first = next.fetch_add(BATCH, Ordering::Relaxed);
-            let rest = self.clusters.get(first..).unwrap_or_default();
-            if rest.is_empty() {
-                return Ok(());
-            }
-            for cluster in rest.iter().take(BATCH) {
-                self.decode(&mut codec, cluster, &mut out)?;
-                std::hint::black_box(&out);
+        let take = || {
+            let mut todo = todo.lock().unwrap_or_else(PoisonError::into_inner);
+            let Todo { clusters, memory } = &mut *todo;
+            clusters.next().map(|batch| (batch, memory.as_mut().and_then(ChunksMut::next)))
+        };
+        while let Some((batch, memory)) = take() {
+            let mut places = memory.map(|memory| memory.chunks_mut(self.cluster_bytes));
+            for cluster in batch {
+                let place = places.as_mut().and_then(ChunksMut::next).unwrap_or(&mut out);
+                self.decode(&mut codec, cluster, place)?;
+                std::hint::black_box(&place);
             }
         }
+        Ok(())
     }
 
     fn decode(&self, codec: &mut Codec, cluster: &Cluster, out: &mut [u8]) -> Result<()> {

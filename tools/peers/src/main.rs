@@ -24,7 +24,8 @@ type Result<T> = std::result::Result<T, Error>;
 
 const USAGE: &str = "usage: read-peers READER IMAGE WORKLOAD LIMIT
   READER    bedplate, replica, replica-mapped (attached to an engine), imago, qcow2-rs (of a qcow2 image), mmap, pread (of a raw file),
-            codec, codec-1 (first-1m only: each cluster decoded, on all cores or on one)
+            codec, codec-1, codec-keeps (first-1m only: each cluster decoded, on all cores, on
+            one, or on all cores to memory that has all of it at the end)
   WORKLOAD  random-4k, sequential-1m, first-1m, open
   LIMIT     number of operations, or seconds as in 0.5s; first-1m is always one pass";
 
@@ -64,11 +65,14 @@ fn run(reader: &str, image: &Path, workload: &str, limit: &str) -> Result<Outcom
         None => Limit::Ops(limit.parse()?),
     };
     let kind = match reader {
-        "codec" | "codec-1" if workload != Workload::First1M => {
+        "codec" | "codec-1" | "codec-keeps" if workload != Workload::First1M => {
             return Err(format!("{reader} does first-1m only").into());
         }
-        "codec" => return codec::run(image, std::thread::available_parallelism()?.get()),
-        "codec-1" => return codec::run(image, 1),
+        "codec" | "codec-keeps" => {
+            let cores = std::thread::available_parallelism()?.get();
+            return codec::run(image, cores, reader == "codec-keeps");
+        }
+        "codec-1" => return codec::run(image, 1, false),
         "bedplate" => Kind::Bedplate,
         "replica" => Kind::Replica(Mode::Pread),
         "replica-mapped" => Kind::Replica(Mode::Mapped),
