@@ -27,6 +27,8 @@ pub(crate) struct Attached {
     pub(crate) generation: u64,
     pub(crate) size_bytes: u64,
     pub(crate) is_protected: bool,
+    /// The engine can be asked to prepare a range.
+    pub(crate) prepares: bool,
     pub(crate) identity: String,
     layers: Vec<Layer>,
     arena: Option<Arena>,
@@ -104,6 +106,7 @@ impl Attached {
             generation: head.generation,
             size_bytes: head.size_bytes,
             is_protected: head.flags & wire::PROTECTED != 0,
+            prepares: head.flags & wire::PREPARES != 0,
             identity: identity.to_owned(),
             layers,
             arena,

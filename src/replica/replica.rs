@@ -18,10 +18,12 @@ use crate::attached::Attached;
 use crate::connection::{Answer, Connection, Lost};
 use crate::extents::Extents;
 use crate::layer::Found;
-use crate::wire::{EXTENT, MAX_READ_BYTES, READ, Status};
+use crate::wire::{EXTENT, MAX_PREPARE_BYTES, MAX_READ_BYTES, PREPARE, READ, Status};
 
 /// Connections that are kept for later questions.
 const KEPT_CONNECTIONS: usize = 4;
+/// Less than that is asked for as bytes: one cluster of the usual size has no need of all cores.
+const MIN_PREPARE_BYTES: u64 = 64 << 10;
 /// How long it rests between two tries to reach an engine that does not answer.
 const REST: Duration = Duration::from_millis(20);
 const REST_MOST: Duration = Duration::from_secs(1);
@@ -116,11 +118,13 @@ impl Replica {
         let (len_bytes, size_bytes) = (buf.len() as u64, attached.size_bytes);
         let end = at.checked_add(len_bytes).filter(|&end| end <= size_bytes);
         let end = end.ok_or(ReplicaError::PastEnd { at, len_bytes, size_bytes })?;
+        // As far as the engine was asked to have it ready.
+        let mut prepared = if attached.prepares { at } else { end };
         let (mut rest, mut at) = (buf, at);
         while at < end {
             let (found, layer, until) = attached.run_at(at, end);
             let len = usize::try_from(until - at).unwrap_or(rest.len()).min(rest.len());
-            let (part, after) = rest.split_at_mut(len);
+            let part = &mut rest[..len];
             match (found, layer) {
                 (Found::Data(from), Some(layer)) => {
                     layer.read_data(part, from).map_err(|source| {
@@ -129,10 +133,18 @@ impl Replica {
                     })?;
                 }
                 (Found::Encoded, Some(layer)) if attached.read_decoded(layer, part, at) => {}
+                (Found::Encoded | Found::Ask, _)
+                    if at >= prepared && end - at > MIN_PREPARE_BYTES =>
+                {
+                    // One question for many clusters, which are then decoded on all cores; they are
+                    // copied from where they are, and not out of a message.
+                    prepared = at + self.ask_to_prepare(at, (end - at).min(MAX_PREPARE_BYTES))?;
+                    continue;
+                }
                 (Found::Encoded | Found::Ask, _) => self.ask_bytes(part, at)?,
                 (Found::Zero | Found::Beneath | Found::Data(_), _) => part.fill(0),
             }
-            (rest, at) = (after, until);
+            (rest, at) = (rest.split_at_mut(len).1, until);
         }
         Ok(())
     }
@@ -161,6 +173,16 @@ impl Replica {
             }
         }
         Ok(())
+    }
+
+    /// Has the engine bring and decode what it has to of a range; how much of it was looked at.
+    #[cold]
+    fn ask_to_prepare(&self, at: u64, limit: u64) -> Result<u64, ReplicaError> {
+        let answer = self.ask(PREPARE, at, limit, &mut [])?;
+        match answer.a {
+            1.. if answer.a <= limit => Ok(answer.a),
+            _ => Err(self.protocol("it has prepared nothing, or more than was asked for")),
+        }
     }
 
     /// What the engine says of a range: its kind, and how long it is at least.

@@ -10,6 +10,7 @@
 //! | [`ATTACH`] | 0 | 0 | [`Attached`], a [`LayerPart`] for each layer, the identity; descriptors |
 //! | [`READ`] | first byte | length, at most [`MAX_READ_BYTES`] | the bytes |
 //! | [`EXTENT`] | first byte | length | `a`: bytes of one kind from there on; `b`: the kind |
+//! | [`PREPARE`] | first byte | length | `a`: bytes from there on that can be read without asking now |
 //!
 //! The first request on a connection is an attach, and there is no second one. A connection is a
 //! lease: the files that were handed out stay as they are for as long as it is open.
@@ -27,8 +28,13 @@ pub const ATTACH: u16 = 1;
 pub const READ: u16 = 2;
 /// Asks what a range is.
 pub const EXTENT: u16 = 3;
+/// Asks for a range to be brought and decoded, where it has to be: only of an engine that has set
+/// [`PREPARES`]. What is prepared may be gone again when it is read; then it is asked for.
+pub const PREPARE: u16 = 4;
 /// Longest read in bytes: with its head it fits into a socket's usual buffer.
 pub const MAX_READ_BYTES: u32 = 128 << 10;
+/// How much of a [`PREPARE`] is looked at, in bytes.
+pub const MAX_PREPARE_BYTES: u64 = 2 << 20;
 /// Longest name of an image in bytes.
 pub const MAX_NAME_BYTES: usize = 255;
 /// Longest identity in bytes.
@@ -43,6 +49,8 @@ pub const MAX_MESSAGE_BYTES: usize = size_of::<Reply>() + MAX_READ_BYTES as usiz
 pub const NONE: u32 = u32::MAX;
 /// Flag of [`Attached`]: nobody can make the descriptors of files writable, root included.
 pub const PROTECTED: u32 = 1;
+/// Flag of [`Attached`]: [`PREPARE`] is known, and what is decoded is kept for some time.
+pub const PREPARES: u32 = 2;
 
 /// Kind of an [`EXTENT`]: bytes in a file.
 pub const KIND_DATA: u64 = 1;
@@ -59,7 +67,7 @@ pub const KIND_ABSENT: u64 = 4;
 pub struct Request {
     /// [`MAGIC`].
     pub magic: u32,
-    /// [`ATTACH`], [`READ`] or [`EXTENT`].
+    /// [`ATTACH`], [`READ`], [`EXTENT`] or [`PREPARE`].
     pub kind: u16,
     /// 0.
     pub later: u16,
@@ -87,7 +95,7 @@ pub struct Reply {
     pub cookie: u32,
     /// Bytes after this.
     pub len_bytes: u32,
-    /// Of an [`EXTENT`]: its length.
+    /// Of an [`EXTENT`] or a [`PREPARE`]: its length.
     pub a: u64,
     /// Of an [`EXTENT`]: its kind.
     pub b: u64,
@@ -103,7 +111,7 @@ pub struct Attached {
     pub size_bytes: u64,
     /// Bytes of the memory for decoded blocks.
     pub arena_bytes: u64,
-    /// [`PROTECTED`], or 0.
+    /// [`PROTECTED`], [`PREPARES`].
     pub flags: u32,
     /// Layers, from the image itself down.
     pub layers: u32,

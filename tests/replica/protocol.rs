@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bedplate::replica::wire::{
-    ATTACH, Attached, EXTENT, LayerPart, MAGIC, MAX_READ_BYTES, PROTECTED, READ, Reply, Request,
-    Status,
+    ATTACH, Attached, EXTENT, LayerPart, MAGIC, MAX_READ_BYTES, PREPARE, PREPARES, PROTECTED, READ,
+    Reply, Request, Status,
 };
 use bedplate::replica::{Mode, Options, Replica, ReplicaError, socket};
 use bedplate::serve::replica::{Limits, Session};
@@ -83,6 +83,13 @@ fn another_language_can_do_without_the_library() {
         assert_eq!(Status::of(head.status), Some(Status::PastEnd));
         assert!(!text.is_empty());
     }
+    assert_ne!(attached.flags & PREPARES, 0);
+    let (head, body, _) = wire.ask(Request::of_range(PREPARE, 9, 4096, 1 << 19).as_bytes());
+    assert!(head.status == 0 && body.is_empty() && head.a == 1 << 19, "{head:?}");
+    for (at, limit) in [(0, 0), (1, 1 << 20), (1 << 20, 1), (u64::MAX, u64::MAX)] {
+        let (head, ..) = wire.ask(Request::of_range(PREPARE, 9, at, limit).as_bytes());
+        assert_eq!(Status::of(head.status), Some(Status::PastEnd), "{at} {limit}");
+    }
     let (head, body, _) = wire.ask(Request::of_range(READ, 10, 0, 16).as_bytes());
     assert!(head.status == 0 && body == bytes[..16], "the session goes on");
     assert_eq!(server.exports.in_use("disk"), 1);
@@ -146,7 +153,7 @@ pub fn is_root() -> bool {
 fn what_is_no_request_ends_the_session_with_a_reason() {
     let (server, _) = server();
     let request = |request: Request| request.as_bytes().to_vec();
-    let bad: [Vec<u8>; 10] = [
+    let bad: [Vec<u8>; 11] = [
         vec![0],
         vec![7; 32],
         b"GET / HTTP/1.1\r\n\r\n".to_vec(),
@@ -155,6 +162,7 @@ fn what_is_no_request_ends_the_session_with_a_reason() {
         request(Request { later: 1, ..Request::of_range(ATTACH, 0, 0, 0) }),
         request(Request::of_range(READ, 0, 0, 1)),
         request(Request::of_range(EXTENT, 0, 0, 1)),
+        request(Request::of_range(PREPARE, 0, 0, 1)),
         request(Request::of_range(99, 0, 0, 1)),
         attach(&"x".repeat(256)),
     ];

@@ -207,6 +207,38 @@ fn what_is_decoded_once_is_read_by_all_without_a_question() {
 }
 
 #[test]
+fn a_long_read_of_what_is_not_decoded_is_one_question_for_many_clusters() {
+    if !have_qemu() {
+        return;
+    }
+    let server = TestServer::start();
+    let dir = server.dir.path();
+    let (raw, image) = (dir.join("raw"), dir.join("image"));
+    let mut random = Random(9);
+    let bytes: Vec<u8> = (0..40 * MIB).map(|_| random.next().to_le_bytes()[0] & 15).collect();
+    std::fs::write(&raw, &bytes).unwrap();
+    let (from, to) = (raw.to_str().unwrap(), image.to_str().unwrap());
+    run("qemu-img", &["convert", "-q", "-c", "-f", "raw", "-O", "qcow2", from, to]);
+    for (name, mode) in ["pread", "mapped"].into_iter().zip(MODES) {
+        // Less than the image: what was prepared for one read has left when another wants it.
+        let view = server.add_on(name, &image, None, DecodedCache::new(32 * MIB as u64));
+        let export = server.exports.get(name).unwrap();
+        let replica = server.attach(name, mode);
+        let mut buf = vec![0; 8 * MIB];
+        for (read, at) in (0..5).map(|n| n * 8 * MIB).enumerate() {
+            replica.read_at(&mut buf, at as u64).unwrap();
+            assert!(buf == bytes[at..at + buf.len()], "{name}: {at}");
+            let counted = export.counters().values();
+            // For up to 2 MiB each; what is decoded ahead is not asked for. No byte comes by message.
+            assert!(counted.requests <= 4 * (read as u64 + 1), "{name}: {counted:?}");
+            assert_eq!(counted.bytes, 0, "{name}");
+        }
+        assert!(view.cache().decodes() <= 40 * 16 * 5 / 4, "{}", view.cache().decodes());
+        assert_reads(&replica, &bytes, 3);
+    }
+}
+
+#[test]
 fn a_cache_that_cannot_hold_the_image_gives_right_bytes_to_many_readers() {
     if !have_qemu() {
         return;

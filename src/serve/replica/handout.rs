@@ -17,6 +17,9 @@ use crate::map;
 use crate::replica::wire::{self, LayerPart, NONE};
 use crate::serve::Export;
 
+/// A cache that holds fewer times what one reader has prepared at once may have lost it before it is read.
+const LEAST_PREPARED: u64 = 8;
+
 /// Descriptors, and the part of the answer that is about them.
 #[derive(Debug)]
 pub struct Handout {
@@ -81,7 +84,7 @@ impl Handout {
             generation: export.generation(),
             size_bytes: export.view().size_bytes(),
             arena_bytes: self.arena_bytes,
-            flags: if self.is_protected { wire::PROTECTED } else { 0 },
+            flags: self.flags(export),
             layers: u32::try_from(self.layers.len()).unwrap_or(0),
             arena: self.arena,
             identity_bytes: u32::try_from(identity.len()).unwrap_or(0),
@@ -90,6 +93,14 @@ impl Handout {
         self.layers.iter().for_each(|layer| body.extend_from_slice(layer.as_bytes()));
         body.extend_from_slice(identity.as_bytes());
         Some(body)
+    }
+
+    fn flags(&self, export: &Export) -> u32 {
+        // With a cache that keeps next to nothing, each cluster would be decoded twice.
+        let prepares =
+            export.view().cache().capacity_bytes() >= LEAST_PREPARED * wire::MAX_PREPARE_BYTES;
+        let flag = |is_set: bool, flag: u32| if is_set { flag } else { 0 };
+        flag(self.is_protected, wire::PROTECTED) | flag(prepares, wire::PREPARES)
     }
 
     fn put_file(&mut self, file: &File) -> u32 {

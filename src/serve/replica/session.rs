@@ -14,8 +14,8 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use crate::image::{ReadError, RunKind};
 use crate::replica::wire::{
-    ATTACH, EXTENT, KIND_DATA, KIND_ENCODED, KIND_ZERO, MAGIC, MAX_NAME_BYTES, MAX_READ_BYTES,
-    READ, Reply, Request, Status,
+    ATTACH, EXTENT, KIND_DATA, KIND_ENCODED, KIND_ZERO, MAGIC, MAX_NAME_BYTES, MAX_PREPARE_BYTES,
+    MAX_READ_BYTES, PREPARE, READ, Reply, Request, Status,
 };
 use crate::serve::{Attachment, CounterValues, Export, Exports, Socket, Via};
 use crate::units::GuestOffset;
@@ -132,8 +132,12 @@ impl Session {
                 (head.a, head.b) = (len_bytes, kind);
                 Ok(())
             }
+            (PREPARE, Some(attachment)) if name.is_empty() => {
+                head.a = prepare(attachment.export(), request)?;
+                Ok(())
+            }
             (ATTACH, Some(_)) => Err(refuse(Status::Malformed, "attached already")),
-            (READ | EXTENT, None) => Err(refuse(Status::Malformed, "attach first")),
+            (READ | EXTENT | PREPARE, None) => Err(refuse(Status::Malformed, "attach first")),
             (_, _) => Err(refuse(Status::Malformed, "an unknown request, or one with a name")),
         }
     }
@@ -168,6 +172,24 @@ fn read(export: &Export, request: &Request, body: &mut Vec<u8>) -> Result<(), Re
     let read = export.view().read_at(body, GuestOffset(request.at));
     count(export, request.limit, read.is_err());
     read.map_err(|error| unreadable(&error))
+}
+
+/// Has a range ready for who reads it without us; how much of it was looked at.
+fn prepare(export: &Export, request: &Request) -> Result<u64, Refusal> {
+    let (at, view) = (GuestOffset(request.at), export.view());
+    let left = view.size_bytes().saturating_sub(at.0);
+    if request.limit == 0 || request.limit > left {
+        let (len_bytes, size_bytes) = (request.limit, view.size_bytes());
+        return Err(unreadable(&ReadError::PastEnd { at, len_bytes, size_bytes }));
+    }
+    let len_bytes = request.limit.min(MAX_PREPARE_BYTES);
+    if let Some(recorder) = export.tracing().recorder() {
+        recorder.note(at.0, len_bytes);
+    }
+    // What fails of it is told to who reads it.
+    let until = view.prepare(at, len_bytes);
+    count(export, 0, false);
+    Ok(until.0.saturating_sub(at.0).clamp(1, len_bytes))
 }
 
 fn extent(export: &Export, request: &Request) -> Result<(u64, u64), Refusal> {
