@@ -16,7 +16,7 @@ use bedplate::image::{
 };
 use bedplate::units::GuestOffset;
 use blocks_common::qemu_name;
-use qcow2_common::{Random, assert_same, have_qemu, qemu_bytes_as, raw_disk, run};
+use qcow2_common::{Random, assert_same, have_qemu, qemu_bytes_as, qemu_io_as, raw_disk, run};
 use tempfile::TempDir;
 
 fn open(image: &Path, format: Format) -> View {
@@ -72,17 +72,6 @@ fn convert(from: &Path, dir: &Path, format: Format, options: &str) -> PathBuf {
     image
 }
 
-fn qemu_io(image: &Path, format: Format, commands: &[String]) {
-    let mut args = vec!["-f", qemu_name(format)];
-    for command in commands {
-        args.extend(["-c", command]);
-    }
-    args.push(image.to_str().unwrap());
-    let output = run("qemu-io", &args);
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert!(!said.contains("failed"), "{commands:?}: {said}");
-}
-
 /// Writes and, where the format knows them, zero writes at places of any alignment.
 fn commands(random: &mut Random, size: u64, zeroes: bool) -> Vec<String> {
     let mut commands = Vec::new();
@@ -129,7 +118,7 @@ fn created_and_written_images_of_every_kind() {
             compare(&image, format, &format!("{name}, empty"));
             // What it was rounded to.
             let size = open(&image, format).size_bytes().min(size);
-            qemu_io(&image, format, &commands(&mut random, size, zeroes));
+            qemu_io_as(qemu_name(format), &image, &commands(&mut random, size, zeroes));
             compare(&image, format, &name);
         }
     }
@@ -221,7 +210,7 @@ fn large_and_nearly_empty_disks() {
         let spots = spots.into_iter().chain([(size - (1 << 20), 5)]).collect::<Vec<_>>();
         let writes: Vec<String> =
             spots.iter().map(|(at, byte)| format!("write -P {byte} {at} 1M")).collect();
-        qemu_io(&image, format, &writes);
+        qemu_io_as(qemu_name(format), &image, &writes);
         let view = open(&image, format);
         assert!(view.size_bytes() >= size, "{name}");
         assert_spots(&view, &spots, &name);

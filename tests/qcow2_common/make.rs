@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use bedplate::disk::Sealed;
 use bedplate::image::{Opening, View};
 
-use super::{Random, run};
+use super::{Random, qemu_io_as, run};
 
 pub fn create(dir: &Path, options: &str, size: u64) -> PathBuf {
     let image = dir.join("image.qcow2");
@@ -16,14 +16,7 @@ pub fn create(dir: &Path, options: &str, size: u64) -> PathBuf {
 }
 
 pub fn qemu_io(image: &Path, commands: &[String]) {
-    let mut args = vec!["-f", "qcow2"];
-    for command in commands {
-        args.extend(["-c", command]);
-    }
-    args.push(image.to_str().unwrap());
-    let output = run("qemu-io", &args);
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert!(!said.contains("failed"), "{commands:?}: {said}");
+    qemu_io_as("qcow2", image, commands);
 }
 
 /// Writes, zero writes and discards at places of any alignment. With `compressed`, some clusters

@@ -37,6 +37,19 @@ pub fn run(tool: &str, args: &[&str]) -> Output {
     output
 }
 
+/// Runs commands of `qemu-io` on an image, of a format by qemu's name for it. Each has to succeed.
+pub fn qemu_io_as(format: &str, image: &Path, commands: &[String]) {
+    let mut args = vec!["-f", format];
+    for command in commands {
+        args.extend(["-c", command]);
+    }
+    args.push(image.to_str().unwrap());
+    let output = run("qemu-io", &args);
+    // It ends with success, too, when a command has failed.
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(!said.contains("failed"), "{commands:?}: {said}");
+}
+
 /// `qemu-img convert` to raw: the bytes, or `None` if qemu refuses the image or fails to read it.
 pub fn qemu_bytes(image: &Path) -> Option<Vec<u8>> {
     qemu_bytes_as(image, "qcow2")
