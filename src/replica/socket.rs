@@ -69,10 +69,24 @@ pub fn receive(
     parts: &mut [IoSliceMut<'_>],
     descriptors: &mut Vec<OwnedFd>,
 ) -> io::Result<usize> {
+    receive_with(socket, parts, descriptors, RecvFlags::empty())
+}
+
+/// As [`receive`]; with DONTWAIT `WouldBlock` if there is none.
+///
+/// # Errors
+/// As [`receive`].
+pub fn receive_with(
+    socket: impl AsFd,
+    parts: &mut [IoSliceMut<'_>],
+    descriptors: &mut Vec<OwnedFd>,
+    flags: RecvFlags,
+) -> io::Result<usize> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let received = loop {
-        match rustix::net::recvmsg(&socket, parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+        match rustix::net::recvmsg(&socket, parts, &mut ancillary, flags | RecvFlags::CMSG_CLOEXEC)
+        {
             Err(Errno::INTR) => {}
             other => break other?,
         }

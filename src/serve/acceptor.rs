@@ -10,6 +10,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -142,7 +143,24 @@ impl Acceptor {
     where
         S: Fn(u64, Socket) + Clone + Send + 'static,
     {
-        let result = self.accept_until_stopped(&session);
+        self.run_greeting(|_| (), move |id, socket, ()| session(id, socket))
+    }
+
+    /// As [`run`](Self::run); `greet` does what is done at once with each connection, on this thread: it
+    /// must not wait for the peer. Making a thread takes as long as answering a question.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub(super) fn run_greeting<G, S>(
+        self,
+        greet: impl Fn(&Socket) -> G,
+        session: S,
+    ) -> Result<(), ServeError>
+    where
+        G: Send + 'static,
+        S: Fn(u64, Socket, G) + Clone + Send + 'static,
+    {
+        let result = self.accept_until_stopped(&greet, &session);
         let Self { listener, farewell, shared, .. } = self;
         // From here on, connecting is refused.
         drop(listener);
@@ -150,9 +168,14 @@ impl Acceptor {
         result
     }
 
-    fn accept_until_stopped<S>(&self, session: &S) -> Result<(), ServeError>
+    fn accept_until_stopped<G, S>(
+        &self,
+        greet: &impl Fn(&Socket) -> G,
+        session: &S,
+    ) -> Result<(), ServeError>
     where
-        S: Fn(u64, Socket) + Clone + Send + 'static,
+        G: Send + 'static,
+        S: Fn(u64, Socket, G) + Clone + Send + 'static,
     {
         let mut rest = None;
         loop {
@@ -163,7 +186,7 @@ impl Acceptor {
                 Ok((fd, peer)) => {
                     // A peer on a Unix socket has no such address.
                     let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
-                    self.welcome(Socket::with_peer(fd, peer), session);
+                    self.welcome(Socket::with_peer(fd, peer), greet, session);
                 }
                 Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
                 Err(errno) => {
@@ -189,31 +212,23 @@ impl Acceptor {
         }
     }
 
-    fn welcome<S>(&self, socket: Socket, session: &S)
+    fn welcome<G, S>(&self, socket: Socket, greet: &impl Fn(&Socket) -> G, session: &S)
     where
-        S: Fn(u64, Socket) + Clone + Send + 'static,
+        G: Send + 'static,
+        S: Fn(u64, Socket, G) + Clone + Send + 'static,
     {
+        if !self.has_room(&socket) {
+            return;
+        }
+        let Ok(greeted) = catch_unwind(AssertUnwindSafe(|| greet(&socket))) else {
+            tracing::error!("a greeting panicked; its connection was closed");
+            return;
+        };
         let mut table = self.shared.table();
-        let open = table.open.len() - table.finished.len();
-        if open >= self.connections {
-            tracing::warn!(
-                limit = self.connections,
-                server = self.name,
-                "connection refused: too many are open"
-            );
-            return;
-        }
-        if let Some(host) = socket.peer().map(host)
-            && table.of_host(host) >= self.per_host
-        {
-            let (limit, server) = (self.per_host, self.name);
-            tracing::warn!(limit, server, %host, "connection refused: this host has too many open");
-            return;
-        }
         let id = table.next_id;
         table.next_id += 1;
         // The thread's first act is to take the table's lock, so it finds itself entered.
-        match self.spawn(id, socket.clone(), session.clone()) {
+        match self.spawn(id, socket.clone(), greeted, session.clone()) {
             Ok(thread) => {
                 table.open.insert(id, Connection { socket: Some(socket), thread });
             }
@@ -221,14 +236,42 @@ impl Acceptor {
         }
     }
 
-    fn spawn<S>(&self, id: u64, socket: Socket, session: S) -> std::io::Result<JoinHandle<()>>
+    fn has_room(&self, socket: &Socket) -> bool {
+        let table = self.shared.table();
+        let open = table.open.len() - table.finished.len();
+        if open >= self.connections {
+            tracing::warn!(
+                limit = self.connections,
+                server = self.name,
+                "connection refused: too many are open"
+            );
+            return false;
+        }
+        if let Some(host) = socket.peer().map(host)
+            && table.of_host(host) >= self.per_host
+        {
+            let (limit, server) = (self.per_host, self.name);
+            tracing::warn!(limit, server, %host, "connection refused: this host has too many open");
+            return false;
+        }
+        true
+    }
+
+    fn spawn<G, S>(
+        &self,
+        id: u64,
+        socket: Socket,
+        greeted: G,
+        session: S,
+    ) -> std::io::Result<JoinHandle<()>>
     where
-        S: Fn(u64, Socket) + Send + 'static,
+        G: Send + 'static,
+        S: Fn(u64, Socket, G) + Send + 'static,
     {
         let (shared, name) = (Arc::clone(&self.shared), format!("{}-{id}", self.name));
         std::thread::Builder::new().name(name).stack_size(STACK_BYTES).spawn(move || {
             let _reports_the_end = Finish { shared, id };
-            session(id, socket);
+            session(id, socket, greeted);
         })
     }
 }
