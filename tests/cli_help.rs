@@ -6,15 +6,18 @@ use std::process::Command;
 
 use control_support::{bedplate, stderr, stdout};
 
-const COMMANDS: [&str; 30] = [
+const COMMANDS: [&str; 34] = [
     "run",
     "pull",
     "export",
     "cat",
+    "inspect",
     "serve",
     "create",
     "upload",
     "list",
+    "ps",
+    "top",
     "trace",
     "get",
     "delete",
@@ -26,6 +29,7 @@ const COMMANDS: [&str; 30] = [
     "pause",
     "resume",
     "cancel",
+    "cleanup",
     "set",
     "settings",
     "scrub",
@@ -105,4 +109,13 @@ fn man_pages_are_written_for_every_command() {
         assert!(page.contains(".SH NAME") && page.contains("Examples:"), "{name}");
     }
     assert!(stdout(&bedplate(&["man"])).contains(".TH bedplate 1"));
+    // Whatever a page refers to is there.
+    for page in std::fs::read_dir(dir.path()).unwrap() {
+        let text = std::fs::read_to_string(page.unwrap().path()).unwrap().replace('\\', "");
+        for word in text.lines().filter_map(|line| line.strip_suffix("(1)")) {
+            assert!(dir.path().join(format!("{word}.1")).exists(), "{word}(1)");
+        }
+    }
+    let nested = std::fs::read_to_string(dir.path().join("bedplate-volume-create.1")).unwrap();
+    assert!(nested.contains("Examples:") && nested.contains("replicas"), "{nested}");
 }
