@@ -356,6 +356,8 @@ impl World {
                         .insert(disk, Want { refused: Some(fault), ..Want::default() });
                 } else {
                     copy.state = CopyState::ReadyForTransfer;
+                    copy.progress.bytes_done = info.size_bytes;
+                    copy.progress.bytes_total = Some(info.size_bytes);
                     copy.info = Some(info);
                 }
             }
