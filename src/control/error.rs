@@ -74,7 +74,7 @@ impl From<ManagerError> for ApiError {
             ManagerError::NoSuchAttachment { .. } => (
                 StatusCode::NOT_FOUND,
                 "not-found",
-                "`curl --unix-socket SOCKET http://localhost/v1/attachments` lists them",
+                "`bedplate get IMAGE` shows the readers of an image",
             ),
             ManagerError::OtherSource { .. } => {
                 (StatusCode::CONFLICT, "name-taken", "give another name, or delete that image")
@@ -90,9 +90,11 @@ impl From<ManagerError> for ApiError {
                 "record one on this image, or, if you know that this one fits, say --force or \
                  leave its digests out",
             ),
-            ManagerError::InUse { .. } => {
-                (StatusCode::CONFLICT, "in-use", "detach its readers, then try again")
-            }
+            ManagerError::InUse { .. } => (
+                StatusCode::CONFLICT,
+                "in-use",
+                "`bedplate get IMAGE` shows its readers; detach them, then try again",
+            ),
             ManagerError::IsABase { .. } => {
                 (StatusCode::CONFLICT, "in-use", "delete the images that stand on it first")
             }
