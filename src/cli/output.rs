@@ -133,7 +133,13 @@ pub(super) enum Tint {
     Bad,
 }
 
-/// `text` without control characters but newlines: a server's words must not drive a terminal.
+/// `text` without control characters but newlines, and without those that change the direction of what
+/// follows: a server's words must not drive a terminal, nor change places with ours.
 pub(super) fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() && c != '\n' { '\u{fffd}' } else { c }).collect()
+    let drives = |c: char| {
+        let turns = matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}')
+            || matches!(c, '\u{2066}'..='\u{2069}');
+        (c.is_control() && c != '\n') || turns
+    };
+    text.chars().map(|c| if drives(c) { '\u{fffd}' } else { c }).collect()
 }
