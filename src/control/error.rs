@@ -93,7 +93,8 @@ impl From<ManagerError> for ApiError {
             ManagerError::InUse { .. } => (
                 StatusCode::CONFLICT,
                 "in-use",
-                "`bedplate get IMAGE` shows its readers; detach them, then try again",
+                "`bedplate get IMAGE` shows who is attached, `bedplate top` the sessions; end them, \
+                 then try again",
             ),
             ManagerError::IsABase { .. } => {
                 (StatusCode::CONFLICT, "in-use", "delete the images that stand on it first")
@@ -193,7 +194,7 @@ impl From<ManagerError> for ApiError {
                 StatusCode::CONFLICT,
                 "in-use",
                 "empty it first: `bedplate disk set UUID --evict yes`; one that is gone for good \
-                 goes with --force",
+                 goes with --force; the first, with the catalog, stays",
             ),
             ManagerError::DiskRefused { .. } => (
                 StatusCode::UNPROCESSABLE_ENTITY,
