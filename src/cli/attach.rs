@@ -5,6 +5,7 @@
 
 use super::args::Global;
 use super::args_attach::AttachArgs;
+use super::disks;
 use super::exit::CliError;
 use super::follow::{self, OnFailure};
 use super::output::Output;
@@ -19,7 +20,7 @@ pub(super) async fn run(
     let client = Client::new(&global.socket());
     let body = CreateAttachment {
         image: args.name.to_string(),
-        disk: args.disk.clone(),
+        disk: disks::uuid(&client, args.disk.as_ref()).await?,
         reader: args.reader.clone(),
         wait: if args.stream { Wait::Stream } else { Wait::Ready },
         vm: args.vm,
