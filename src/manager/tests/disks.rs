@@ -97,6 +97,11 @@ fn rule_19_what_was_refused_and_removed_goes_and_is_tried_nowhere_else() {
     node.settle_now();
     assert_eq!(copies_on(&node), [(disk(0), CopyState::FailedAndCleanup)]);
     let tried = node.tasks.len();
+    // After a restart it is known by its record alone.
+    node.files.remove(&id);
+    node.restart();
+    node.settle_now();
+    assert_eq!(copies_on(&node), [(disk(0), CopyState::FailedAndCleanup)]);
     node.command(evict(0, true)).unwrap();
     node.settle_now();
     assert_eq!((copies_on(&node), node.tasks.len()), (vec![], tried));
