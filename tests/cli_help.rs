@@ -66,6 +66,23 @@ fn each_command_has_help_with_examples_and_options_for_scripts() {
 }
 
 #[test]
+fn every_key_of_the_configuration_is_in_the_help_of_serve_or_a_setting() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("b.toml");
+    std::fs::write(&file, "disks = []\nbogus = 1\n").expect("a file");
+    let refused = stderr(&bedplate(&["serve", "--config", file.to_str().expect("a path")]));
+    let (_, keys) = refused.split_once("expected one of ").expect("the keys");
+    let keys: Vec<&str> = keys.split('`').skip(1).step_by(2).collect();
+    let help = stdout(&bedplate(&["serve", "--help"]));
+    let settings = stdout(&bedplate(&["settings", "set", "--help"]))
+        + &stderr(&bedplate(&["settings", "get", "bogus"]));
+    assert!(keys.len() > 30, "{keys:?}");
+    for key in keys {
+        assert!(help.contains(key) || settings.contains(key), "{key}");
+    }
+}
+
+#[test]
 fn no_arguments_is_a_usage_error_with_help_on_stderr() {
     let output = bedplate(&[]);
     assert_eq!(output.status.code(), Some(2));

@@ -286,6 +286,14 @@ A configuration file has these keys; only disks is needed:
   node_tags = [\"rack-1\"]            # tags of this node, for images that want some
   control_socket = \"/run/bedplate/control.sock\"
   nbd_socket = \"/run/bedplate/nbd.sock\"
+  nbd_tcp = \"[::]:10809\"             # NBD on a network, with:
+  nbd_tls_cert = \"/etc/bedplate/server.pem\"
+  nbd_tls_key = \"/etc/bedplate/server.key\"
+  nbd_tls_clients_ca = \"/etc/bedplate/ca.pem\"   # only clients of this authority
+  nbd_tcp_plain = false               # or, instead of these, in plain text to anybody
+  replica_socket = \"/run/bedplate/replica.sock\"
+  replica_uids = [1000]               # who may attach there, besides root and the daemon's user
+  replica_gids = [64055]
   vm_sockets = \"/run/bedplate\"       # directory of the sockets of VMs
   vm_gid = 64055                      # the group that may use them
   vm_poll_us = 32                     # how long a queue is looked at before its thread sleeps

@@ -61,6 +61,7 @@ pub struct CleanupArgs {
 
 /// Arguments of `set`.
 #[derive(Debug, Args)]
+#[command(override_usage = "bedplate set <NAME> <OPTIONS>")]
 #[command(group = ArgGroup::new("change").required(true).multiple(true).args(
     ["rate", "priority", "min_copies", "disk_tags", "node_tags"]))]
 #[command(after_help = "\

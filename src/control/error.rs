@@ -175,7 +175,8 @@ impl From<ManagerError> for ApiError {
             ManagerError::NotSelected { .. } | ManagerError::NoDiskSelected { .. } => (
                 StatusCode::CONFLICT,
                 "not-selected",
-                "name another disk, or give one the tag in the configuration; `bedplate disks` shows them",
+                "name another disk, or give one the tag: `bedplate disk set DISK --tags`; those of the \
+                 node are in its configuration",
             ),
             ManagerError::NoRoom { .. } => (
                 StatusCode::INSUFFICIENT_STORAGE,
