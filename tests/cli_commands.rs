@@ -213,6 +213,7 @@ fn exit_codes_tell_usage_from_refusal_from_not_found() {
         (&["create", ""], 2, "the source is empty"),
         (&["set", "golden"], 2, "--min-copies"),
         (&["disk", "set", "x"], 2, "--evict"),
+        (&["disk", "add", "/no/such/dir", "--tag", "a b"], 2, "a tag has"),
         (&["attach", "nope"], 4, "image nope"),
         (&["detach", "00000000"], 4, "00000000"),
         (&["detach", "zz"], 2, "attachment"),

@@ -65,7 +65,7 @@ pub struct DiskAddArgs {
     pub path: PathBuf,
     /// A word for it; may be repeated
     #[arg(long, value_name = "TAG")]
-    pub tag: Vec<String>,
+    pub tag: Vec<Tag>,
 }
 
 /// Arguments of `disk set`.

@@ -36,7 +36,8 @@ pub(super) async fn run(
             let body = AddDisk { path: path.display().to_string() };
             let mut disk: Disk = client.post("/v1/disks", &body).await?;
             if !args.tag.is_empty() {
-                let tags = Some(disk.tags.iter().chain(&args.tag).cloned().collect());
+                let more = args.tag.iter().map(ToString::to_string);
+                let tags = Some(disk.tags.iter().cloned().chain(more).collect());
                 let change = ChangeDisk { tags, ..ChangeDisk::default() };
                 disk = client.patch(&format!("/v1/disks/{}", disk.uuid), &change).await?;
             }
