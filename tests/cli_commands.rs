@@ -352,6 +352,17 @@ fn sockets_are_told_by_their_whole_path_wherever_the_daemon_was_started() {
 }
 
 #[test]
+fn an_attachment_that_waits_in_vain_is_told_and_can_be_let_go() {
+    let (daemon, file) = daemon_and_file();
+    daemon.cli(&["create", &file, "--sha256", &"0".repeat(64)]);
+    let refused = daemon.cli(&["attach", "golden"]);
+    assert_eq!(code(&refused), Some(1), "{}", stderr(&refused));
+    let told = stderr(&refused);
+    let id = told.lines().find_map(|line| line.strip_prefix("attached as ")?.get(..8));
+    assert_eq!(code(&daemon.cli(&["detach", id.unwrap()])), Some(0), "{told}");
+}
+
+#[test]
 fn watching_ends_as_what_is_watched_did() {
     let (daemon, file) = daemon_and_file();
     let wrong = "0".repeat(64);

@@ -27,6 +27,8 @@ pub(super) async fn run(
     };
     let mut held: Attachment = client.post("/v1/attachments", &body).await?;
     if !args.no_wait {
+        // Before the wait: it is held as well if that fails or is interrupted.
+        output.note(&format!("attached as {}; detach with `bedplate detach {0}`", held.id));
         let disk = Some(held.disk.as_str());
         if args.stream {
             follow::until_readable(&client, &held).await?;
@@ -43,10 +45,7 @@ pub(super) async fn run(
         None => held.nbd.as_ref().map(|nbd| &nbd.uri),
     };
     match place {
-        Some(place) if !args.no_wait => {
-            output.note(&format!("attached as {}; detach with `bedplate detach {0}`", held.id));
-            output.line(place)
-        }
+        Some(place) if !args.no_wait => output.line(place),
         Some(_) | None => output.line(&held.id),
     }
 }
