@@ -54,11 +54,14 @@ impl ImageName {
     #[must_use]
     pub fn suggest(source: &str) -> Option<Self> {
         let path = source.split(['?', '#']).next().unwrap_or(source);
-        let last = path.trim_end_matches('/').rsplit('/').next()?;
-        let stem = [".qcow2", ".img", ".raw", ".qcow", ".iso"]
-            .iter()
-            .find_map(|ext| last.to_ascii_lowercase().strip_suffix(ext).map(str::to_owned))
-            .unwrap_or_else(|| last.to_ascii_lowercase());
+        let last = path.trim_end_matches('/').rsplit('/').next()?.to_ascii_lowercase();
+        let without = |text: &str, endings: &[&str]| {
+            let short = endings.iter().find_map(|ending| text.strip_suffix(ending));
+            short.unwrap_or(text).to_owned()
+        };
+        let stem = without(&last, &[".gz", ".xz", ".zst", ".bz2"]);
+        let formats = [".qcow2", ".img", ".raw", ".qcow", ".iso", ".vmdk", ".vhdx", ".vhd"];
+        let stem = without(&stem, &formats);
         let mut name: String = stem
             .chars()
             .map(|c| if c.is_ascii_lowercase() || c.is_ascii_digit() { c } else { '-' })
@@ -321,6 +324,9 @@ mod tests {
         assert_eq!(name("https://h/Debian_12-cloud.qcow2?x=1"), Some("debian-12-cloud".into()));
         assert_eq!(name("/tmp/a b..img"), Some("a-b".into()));
         assert_eq!(name("https://h/"), Some("h".into()));
+        assert_eq!(name("https://h/fedora.raw.xz"), Some("fedora".into()));
+        assert_eq!(name("w.vhdx"), Some("w".into()));
+        assert_eq!(name("https://h/a.tar.gz"), Some("a-tar".into()));
         assert_eq!(name("///"), None);
     }
 

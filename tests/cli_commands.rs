@@ -208,6 +208,12 @@ fn exit_codes_tell_usage_from_refusal_from_not_found() {
         (&["create", "/no/such/file"], 4, "no such file"),
         (&["create", "/dev"], 1, "not a regular file"),
         (&["create", &file, "--sha256", "abc"], 2, "64 hex digits"),
+        (&["create", "http://h/a.img", "--mirror", "http://i/a.img"], 2, "--checksum-url"),
+        (&["pull", "http://h/a.img", "-o", "a", "--mirror", "http://i/a.img"], 2, "--sha256"),
+        (&["create", ""], 2, "the source is empty"),
+        (&["set", "golden"], 2, "--min-copies"),
+        (&["disk", "set", "x"], 2, "--evict"),
+        (&["disk", "add", "/no/such/dir", "--tag", "a b"], 2, "a tag has"),
         (&["attach", "nope"], 4, "image nope"),
         (&["detach", "00000000"], 4, "00000000"),
         (&["detach", "zz"], 2, "attachment"),
@@ -223,4 +229,158 @@ fn exit_codes_tell_usage_from_refusal_from_not_found() {
         assert!(stderr(&output).contains(words), "{args:?}: {}", stderr(&output));
         assert_eq!(stdout(&output), "", "{args:?}");
     }
+}
+
+#[test]
+fn a_disk_is_named_by_uuid_its_beginning_or_its_path_wherever_one_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("golden.img");
+    raw_image(&file, 1 << 20);
+    let file = file.to_str().unwrap().to_owned();
+    let daemon = Daemon::start_on(dir, &["a", "b"], "");
+    let disks = daemon.get("/v1/disks")["disks"].as_array().unwrap().clone();
+    let uuid = |n: usize| disks[n]["uuid"].as_str().unwrap();
+    let path = disks[1]["path"].as_str().unwrap();
+    let ok = |args: &[&str]| {
+        let output = daemon.cli(args);
+        assert_eq!(code(&output), Some(0), "{args:?}: {}", stderr(&output));
+        stdout(&output)
+    };
+    ok(&["create", &file, "--disk", &uuid(0)[..13], "--wait"]);
+    ok(&["attach", "golden", "--disk", path, "--reader", "vm"]);
+    ok(&["scrub", "golden", "--disk", path, "--wait"]);
+    ok(&["upload", &file, "--name", "up", "--disk", path, "-q"]);
+    ok(&["detach", "golden", "--reader", "vm"]);
+    ok(&["cleanup", "golden", "--disk", &uuid(0)[..13]]);
+    ok(&["volume", "create", "v", "--image", "golden", "--disk", path]);
+    let copies = |name: &str| daemon.get(&format!("/v1/images/{name}"))["copies"].clone();
+    assert_eq!((&copies("up")[0]["disk"], copies("up")[1].is_null()), (&uuid(1).into(), true));
+    // A disk that is none leaves no image behind; an empty name is not the only disk.
+    let lost = daemon.cli(&["create", &file, "--name", "lost", "--disk", "/no/disk"]);
+    assert_eq!(code(&lost), Some(4), "{}", stderr(&lost));
+    assert_eq!(code(&daemon.cli(&["get", "lost"])), Some(4));
+    drop(daemon);
+    let daemon = Daemon::start();
+    for args in [&["disk", "set", "", "--evict", "yes"][..], &["disk", "remove", ""]] {
+        let refused = daemon.cli(args);
+        assert_eq!(code(&refused), Some(2), "{args:?}: {}", stderr(&refused));
+    }
+    let disk = daemon.get("/v1/disks")["disks"][0].clone();
+    assert_eq!((&disk["evicting"], &disk["healthy"]), (&false.into(), &true.into()));
+}
+
+#[test]
+fn get_shows_who_reads_and_what_was_set() {
+    let (daemon, file) = daemon_and_file();
+    daemon.cli(&["create", &file]);
+    daemon.cli(&["set", "golden", "--rate", "20M", "--priority", "7"]);
+    daemon.cli(&["attach", "golden", "--reader", "vm-7"]);
+    let nameless = daemon.cli(&["attach", "golden", "--no-wait"]);
+    let refused = daemon.cli(&["delete", "golden"]);
+    assert!(stderr(&refused).contains("`bedplate get"), "{}", stderr(&refused));
+    let got = stdout(&daemon.cli(&["get", "golden"]));
+    let line = |words: &str| got.lines().any(|line| line.contains(words));
+    assert!(line("priority      7") && line("rate          at most 20.0 MiB/s"), "{got}");
+    assert!(line("  vm-7  ") && line(stdout(&nameless).trim()), "{got}");
+    // The replicas of a volume are readers, too.
+    daemon.cli(&["volume", "create", "vol", "--image", "golden"]);
+    daemon.cli(&["volume", "attach", "vol", "-q"]);
+    let got = stdout(&daemon.cli(&["get", "golden"]));
+    assert!(
+        got.lines().any(|line| line.contains("vol-r-") && line.contains("volume vol")),
+        "{got}"
+    );
+    let usage = daemon.cli(&["set", "golden", "--priority", "101"]);
+    assert!(!stderr(&usage).contains("/v1/"), "{}", stderr(&usage));
+}
+
+#[test]
+fn a_daemon_is_told_apart_from_one_whose_disk_is_missing() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start_on(dir, &["a", "b"], "");
+    let well = daemon.cli(&["doctor"]);
+    assert_eq!(code(&well), Some(0), "{}", stdout(&well));
+    let (_, dir) = daemon.end("TERM");
+    let (b, away) = (dir.path().join("b"), dir.path().join("away"));
+    std::fs::rename(&b, &away).unwrap();
+    let daemon = Daemon::start_on(dir, &["a", "b"], "");
+    let sick = daemon.cli(&["doctor"]);
+    let text = stdout(&sick);
+    assert_eq!(code(&sick), Some(1), "{text}");
+    let fails = text.lines().find(|line| line.starts_with("fail")).unwrap();
+    assert!(fails.contains("/b: the disk is not there; mount it again"), "{text}");
+    // One that was added while it runs is looked at, too.
+    let more = daemon.dir.path().join("more");
+    std::fs::create_dir(&more).unwrap();
+    daemon.cli(&["disk", "add", more.to_str().unwrap()]);
+    let text = stdout(&daemon.cli(&["doctor"]));
+    assert!(text.contains("more: writable: yes"), "{text}");
+}
+
+#[test]
+fn a_complete_copy_is_complete_in_numbers_after_a_restart() {
+    let (daemon, file) = daemon_and_file();
+    daemon.cli(&["create", &file, "--wait"]);
+    let (_, dir) = daemon.end("TERM");
+    let daemon = Daemon::start_in(dir, "");
+    let copy = daemon.wait_for("golden", "ready")["copies"][0].clone();
+    let len = Value::from(3 << 20);
+    assert_eq!((&copy["bytes_done"], &copy["bytes_total"]), (&len, &len), "{copy}");
+}
+
+#[test]
+fn sockets_are_told_by_their_whole_path_wherever_the_daemon_was_started() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir(dir.path().join("disk")).unwrap();
+    let mut command = Command::new(BEDPLATE);
+    command
+        .current_dir(dir.path())
+        .args(["serve", "--disk", "disk", "--socket", "c", "--nbd", "n"]);
+    let mut child = clean(&mut command).stderr(Stdio::piped()).spawn().unwrap();
+    let (said, ready) = control_support::collect(child.stderr.take().unwrap(), "NBD socket:");
+    ready.recv().unwrap();
+    let said = said.lock().unwrap().clone();
+    let _ended = child.kill();
+    child.wait().unwrap();
+    for (what, name) in [("control socket: ", "c"), ("NBD socket:     ", "n")] {
+        let whole = format!("{what}{}", dir.path().join(name).display());
+        assert!(said.lines().any(|line| line == whole), "{whole}: {said}");
+    }
+    let nothing = bedplate(&["serve"]);
+    assert_eq!(code(&nothing), Some(2));
+    assert!(stderr(&nothing).contains("--disk <DIR>"), "{}", stderr(&nothing));
+}
+
+#[test]
+fn an_attachment_that_waits_in_vain_is_told_and_can_be_let_go() {
+    let (daemon, file) = daemon_and_file();
+    daemon.cli(&["create", &file, "--sha256", &"0".repeat(64)]);
+    let refused = daemon.cli(&["attach", "golden"]);
+    assert_eq!(code(&refused), Some(1), "{}", stderr(&refused));
+    let told = stderr(&refused);
+    let id = told.lines().find_map(|line| line.strip_prefix("attached as ")?.get(..8));
+    assert_eq!(code(&daemon.cli(&["detach", id.unwrap()])), Some(0), "{told}");
+}
+
+#[test]
+fn watching_ends_as_what_is_watched_did() {
+    let (daemon, file) = daemon_and_file();
+    let wrong = "0".repeat(64);
+    daemon.cli(&["create", &file, "--name", "bad", "--sha256", &wrong, "--fetch"]);
+    let watched = daemon.cli(&["watch", "bad"]);
+    assert_eq!(code(&watched), Some(1), "{}", stderr(&watched));
+    assert!(stderr(&watched).contains(&wrong), "{}", stderr(&watched));
+    // Of all images the answer is that nothing is under way.
+    assert_eq!(code(&daemon.cli(&["watch"])), Some(0));
+    let source = HalfServer::start(vec![9; 1 << 20]);
+    daemon.cli(&["create", &source.url, "--fetch"]);
+    let mut command = Command::new(BEDPLATE);
+    command.arg("--socket").arg(&daemon.socket).args(["watch", "--json"]);
+    let mut child = clean(&mut command).stdout(Stdio::piped()).spawn().unwrap();
+    let (_, ready) = control_support::collect(child.stdout.take().unwrap(), "{");
+    ready.recv().unwrap();
+    let pid = child.id().to_string();
+    assert!(Command::new("kill").args(["-s", "INT", &pid]).status().unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    source.go();
 }

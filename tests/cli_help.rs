@@ -6,15 +6,18 @@ use std::process::Command;
 
 use control_support::{bedplate, stderr, stdout};
 
-const COMMANDS: [&str; 30] = [
+const COMMANDS: [&str; 34] = [
     "run",
     "pull",
     "export",
     "cat",
+    "inspect",
     "serve",
     "create",
     "upload",
     "list",
+    "ps",
+    "top",
     "trace",
     "get",
     "delete",
@@ -26,6 +29,7 @@ const COMMANDS: [&str; 30] = [
     "pause",
     "resume",
     "cancel",
+    "cleanup",
     "set",
     "settings",
     "scrub",
@@ -58,6 +62,23 @@ fn each_command_has_help_with_examples_and_options_for_scripts() {
         let help = stdout(&bedplate(&[command, "--help"]));
         assert!(help.contains("Examples:") && help.contains("--json"), "{command}: {help}");
         assert!(help.lines().all(|line| line.chars().count() <= 120), "{command}");
+    }
+}
+
+#[test]
+fn every_key_of_the_configuration_is_in_the_help_of_serve_or_a_setting() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("b.toml");
+    std::fs::write(&file, "disks = []\nbogus = 1\n").expect("a file");
+    let refused = stderr(&bedplate(&["serve", "--config", file.to_str().expect("a path")]));
+    let (_, keys) = refused.split_once("expected one of ").expect("the keys");
+    let keys: Vec<&str> = keys.split('`').skip(1).step_by(2).collect();
+    let help = stdout(&bedplate(&["serve", "--help"]));
+    let settings = stdout(&bedplate(&["settings", "set", "--help"]))
+        + &stderr(&bedplate(&["settings", "get", "bogus"]));
+    assert!(keys.len() > 30, "{keys:?}");
+    for key in keys {
+        assert!(help.contains(key) || settings.contains(key), "{key}");
     }
 }
 
@@ -105,4 +126,13 @@ fn man_pages_are_written_for_every_command() {
         assert!(page.contains(".SH NAME") && page.contains("Examples:"), "{name}");
     }
     assert!(stdout(&bedplate(&["man"])).contains(".TH bedplate 1"));
+    // Whatever a page refers to is there.
+    for page in std::fs::read_dir(dir.path()).unwrap() {
+        let text = std::fs::read_to_string(page.unwrap().path()).unwrap().replace('\\', "");
+        for word in text.lines().filter_map(|line| line.strip_suffix("(1)")) {
+            assert!(dir.path().join(format!("{word}.1")).exists(), "{word}(1)");
+        }
+    }
+    let nested = std::fs::read_to_string(dir.path().join("bedplate-volume-create.1")).unwrap();
+    assert!(nested.contains("Examples:") && nested.contains("replicas"), "{nested}");
 }

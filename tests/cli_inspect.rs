@@ -179,3 +179,23 @@ fn backing_files_are_given_from_the_top_down() {
     let overlay = bedplate(&["inspect", &text(&top), "--overlay"]);
     assert!(stdout(&overlay).contains(": ok\n"), "{}", stdout(&overlay));
 }
+
+#[test]
+fn who_waits_for_a_source_is_told_why() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/d.img?k=hunter2", listener.local_addr().unwrap());
+    let server = std::thread::spawn(move || {
+        for _ in 0..2 {
+            drop(listener.accept().unwrap());
+        }
+        let (mut stream, _) = listener.accept().unwrap();
+        let _head = std::io::Read::read(&mut stream, &mut [0; 4096]).unwrap();
+        let gone = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n";
+        std::io::Write::write_all(&mut stream, gone).unwrap();
+    });
+    let output = bedplate(&["inspect", &url]);
+    server.join().unwrap();
+    let told = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(told.contains("try 3: ") && !told.contains("hunter2"), "{told}");
+}

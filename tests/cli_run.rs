@@ -245,6 +245,48 @@ fn pull_makes_a_plain_file_and_refuses_a_wrong_digest() {
 }
 
 #[test]
+fn pull_takes_the_place_of_no_device_pipe_or_directory_and_writes_none_called_dash() {
+    let dir = tempfile::tempdir().unwrap();
+    let place = |name: &str| dir.path().join(name);
+    let (source, pipe, link) = (place("s.img"), place("pipe"), place("link"));
+    raw_image(&source, 70_000);
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    std::os::unix::fs::symlink(&pipe, &link).unwrap();
+    let before = std::fs::read_dir(dir.path()).unwrap().count();
+    let nowhere = place("none/out.img");
+    let cases = [
+        (text(&pipe), 1, "not a regular file"),
+        (text(&link), 1, "not a regular file"),
+        (text(dir.path()), 1, "not a regular file"),
+        ("-", 2, "-o ./-"),
+        (text(&nowhere), 4, "none: no such directory"),
+    ];
+    for (output, code, words) in cases {
+        let mut command = Command::new(BEDPLATE);
+        command.args(["pull", text(&source), "-o", output]).current_dir(dir.path());
+        let ended = clean(&mut command).output().unwrap();
+        assert_eq!(ended.status.code(), Some(code), "{output}: {}", stderr(&ended));
+        assert!(stderr(&ended).contains(words), "{output}: {}", stderr(&ended));
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), before);
+    let kind = std::fs::symlink_metadata(&pipe).unwrap().file_type();
+    assert!(std::os::unix::fs::FileTypeExt::is_fifo(&kind));
+}
+
+#[test]
+fn an_export_on_a_socket_in_use_may_be_tried_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, socket) = (dir.path().join("a.img"), dir.path().join("n.sock"));
+    raw_image(&file, 4096);
+    let serving = Serving::start(&["export", text(&file), "--nbd", text(&socket)]);
+    let second = bedplate(&["export", text(&file), "--nbd", text(&socket)]);
+    assert_eq!(second.status.code(), Some(3), "{}", stderr(&second));
+    assert_eq!(serving.end("INT").0, Some(0));
+    let no_socket = bedplate(&["export", text(&file), "--nbd", text(&file)]);
+    assert_eq!(no_socket.status.code(), Some(1), "{}", stderr(&no_socket));
+}
+
+#[test]
 fn a_data_directory_with_a_very_long_path_works() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("x".repeat(120));

@@ -58,7 +58,7 @@ fn a_clone_has_the_bytes_digests_and_holes_of_its_image_and_outlives_it() {
     assert_ne!(a["uuid"], b["uuid"]);
     let stored = b["copies"][0]["stored_bytes"].as_u64().unwrap();
     assert!(stored < 5 << 20, "{stored} bytes of a hole");
-    assert!(ok(&daemon, &["get", "copy"]).contains("clone of      golden"));
+    assert!(ok(&daemon, &["get", "copy"]).contains("source        clone of golden"));
     ok(&daemon, &["delete", "golden"]);
     let read = daemon.dir.path().join("read.img");
     let done = Command::new("nbdcopy").args([uri.trim(), read.to_str().unwrap()]).output().unwrap();

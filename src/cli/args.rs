@@ -8,7 +8,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use super::args_access::AccessArgs;
@@ -255,7 +255,7 @@ pub struct PullArgs {
     #[arg(short, long, value_name = "FILE")]
     pub output: PathBuf,
     /// Another URL of the same bytes; repeatable, needs a digest
-    #[arg(long, value_name = "URL")]
+    #[arg(long, value_name = "URL", requires = "DigestArgs")]
     pub mirror: Vec<String>,
     /// What to make of a QCOW2 source: the file as it is, or the guest's disk, sparse
     #[arg(long, default_value = "as-is", value_name = "LAYOUT")]
@@ -279,12 +279,21 @@ pub struct PullArgs {
 
 /// Arguments of `serve`.
 #[derive(Debug, Args)]
+#[command(group = ArgGroup::new("setup").args(["disk", "config"]).required(true))]
 #[command(after_help = "\
 A configuration file has these keys; only disks is needed:
   disks = [\"/mnt/a\", \"/mnt/b\"]      # the first also holds the catalog and the sockets
   node_tags = [\"rack-1\"]            # tags of this node, for images that want some
   control_socket = \"/run/bedplate/control.sock\"
   nbd_socket = \"/run/bedplate/nbd.sock\"
+  nbd_tcp = \"[::]:10809\"             # NBD on a network, with:
+  nbd_tls_cert = \"/etc/bedplate/server.pem\"
+  nbd_tls_key = \"/etc/bedplate/server.key\"
+  nbd_tls_clients_ca = \"/etc/bedplate/ca.pem\"   # only clients of this authority
+  nbd_tcp_plain = false               # or, instead of these, in plain text to anybody
+  replica_socket = \"/run/bedplate/replica.sock\"
+  replica_uids = [1000]               # who may attach there, besides root and the daemon's user
+  replica_gids = [64055]
   vm_sockets = \"/run/bedplate\"       # directory of the sockets of VMs
   vm_gid = 64055                      # the group that may use them
   vm_poll_us = 32                     # how long a queue is looked at before its thread sleeps
@@ -307,10 +316,10 @@ Examples:
   bedplate serve --config /etc/bedplate.toml")]
 pub struct ServeArgs {
     /// Configuration file (TOML)
-    #[arg(long, value_name = "FILE", required_unless_present = "disk")]
+    #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Directory where copies are kept; may be given several times
-    #[arg(long, value_name = "DIR", conflicts_with = "config")]
+    #[arg(long, value_name = "DIR")]
     pub disk: Vec<PathBuf>,
     /// Unix socket to serve NBD on [default: bedplate/nbd.sock on the first disk]
     #[arg(long, value_name = "SOCKET")]
@@ -359,7 +368,7 @@ pub struct CreateArgs {
     #[arg(long)]
     pub format: Option<FormatArg>,
     /// Another URL of the same bytes; repeatable, needs a digest
-    #[arg(long, value_name = "URL")]
+    #[arg(long, value_name = "URL", requires = "DigestArgs")]
     pub mirror: Vec<String>,
     /// What to make of a QCOW2 source: copies as it is, or of the guest's disk, sparse
     #[arg(long, default_value = "as-is", value_name = "LAYOUT")]
@@ -379,8 +388,8 @@ pub struct CreateArgs {
     /// Bring it in now, and wait until it is ready
     #[arg(long)]
     pub wait: bool,
-    /// Disk to bring it in on [default: one with room]
-    #[arg(long, value_name = "UUID")]
+    /// Disk to bring it in on, by UUID, its beginning, or path [default: one with room]
+    #[arg(long, value_name = "DISK")]
     pub disk: Option<String>,
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at its type")]

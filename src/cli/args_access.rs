@@ -8,12 +8,17 @@
 //! Never: takes a password as an argument.
 //! Start at [`AccessArgs`].
 
+use std::io::Read;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use clap::Args;
 
 use super::exit::{CliError, Exit};
 use crate::fetch::{Access, AccessError, Basic, S3Access, Secret, Trust};
+
+/// Most that is read of a pipe, in bytes.
+const MAX_PIPED: u64 = 1 << 20;
 
 /// How the source is reached. FILE may also be `env:NAME`, a variable of the environment.
 #[derive(Clone, Debug, Default, Args)]
@@ -146,14 +151,24 @@ impl AccessArgs {
 }
 
 /// `env:NAME` or a path, made absolute: a daemon in this process has no other directory, but its
-/// record outlives this one.
+/// record outlives this one. A pipe, as of a shell's `<(...)`, can be read only once, and only now.
 fn place(text: &str) -> Result<Secret, CliError> {
     if let Some(name) = text.strip_prefix("env:") {
         return Ok(Secret::env(name));
     }
-    let path = std::path::absolute(Path::new(text));
-    path.map(|path| Secret::file(&path))
-        .map_err(|e| CliError::new(Exit::Usage, format!("{text}: {e}"), "give a path"))
+    let failed = |e| CliError::new(Exit::Usage, format!("{text}: {e}"), "give a path");
+    let path = std::path::absolute(Path::new(text)).map_err(failed)?;
+    let is_pipe = std::fs::metadata(&path).is_ok_and(|meta| meta.file_type().is_fifo());
+    if !is_pipe {
+        return Ok(Secret::file(&path));
+    }
+    let mut content = String::new();
+    let pipe = std::fs::File::open(&path).map_err(failed)?;
+    pipe.take(MAX_PIPED + 1).read_to_string(&mut content).map_err(failed)?;
+    if content.len() as u64 > MAX_PIPED {
+        return Err(failed(std::io::ErrorKind::FileTooLarge.into()));
+    }
+    Ok(Secret::text(content.trim_end_matches(['\n', '\r'])))
 }
 
 fn usage(error: &AccessError) -> CliError {
@@ -176,6 +191,21 @@ mod tests {
         assert_eq!(value.bearer, Some(Secret::text("hunter2")));
         let none = AccessArgs { bearer_file: Some("env:NO_SUCH".into()), ..args };
         assert!(none.by_value().is_err() && none.by_reference().is_ok());
+    }
+
+    #[test]
+    fn a_pipe_is_read_at_once_and_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        let args =
+            AccessArgs { bearer_file: Some(pipe.display().to_string()), ..AccessArgs::default() };
+        for take in [AccessArgs::by_reference, AccessArgs::by_value] {
+            let to = pipe.clone();
+            let writer = std::thread::spawn(move || std::fs::write(to, "hunter2\n"));
+            assert_eq!(take(&args).unwrap().bearer, Some(Secret::text("hunter2")));
+            writer.join().unwrap().unwrap();
+        }
     }
 
     #[test]

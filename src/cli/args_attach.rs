@@ -23,7 +23,7 @@ pub struct AttachArgs {
     /// The image
     pub name: ImageName,
     /// Disk whose copy to read [default: one that has it, else one with room]
-    #[arg(long, value_name = "UUID")]
+    #[arg(long, value_name = "DISK")]
     pub disk: Option<String>,
     /// What the reader calls itself
     #[arg(long, value_name = "LABEL")]

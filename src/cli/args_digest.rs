@@ -34,11 +34,20 @@ pub struct DigestArgs {
 }
 
 fn sha256(text: &str) -> Result<DigestMap, BadDigest> {
-    DigestMap::parse([(DigestKind::Sha256, Some(text))])
+    of_kind(DigestKind::Sha256, text)
 }
 
 fn sha512(text: &str) -> Result<DigestMap, BadDigest> {
-    DigestMap::parse([(DigestKind::Sha512, Some(text))])
+    of_kind(DigestKind::Sha512, text)
+}
+
+/// The digits, also as this program prints them: `sha256:HEX`.
+fn of_kind(kind: DigestKind, text: &str) -> Result<DigestMap, BadDigest> {
+    let hex = match text.split_once(':') {
+        Some((label, hex)) if label.eq_ignore_ascii_case(kind.key()) => hex,
+        Some(_) | None => text,
+    };
+    DigestMap::parse([(kind, Some(hex))])
 }
 
 impl DigestArgs {
@@ -86,6 +95,10 @@ mod tests {
             ..DigestArgs::default()
         };
         assert_eq!(args.digests().unwrap().to_string(), format!("sha256:{a} blake3:{b}"));
+        assert_eq!(sha256(&format!("sha256:{a}")), sha256(&a));
+        assert!(
+            sha256(&format!("blake3:{a}")).is_err() && sha256(&format!("sha256:{a}a")).is_err()
+        );
         let two = DigestArgs { checksum: vec![sha256(&b).unwrap()], ..args };
         assert_eq!(two.digests().unwrap_err().exit, Exit::Usage);
     }

@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Subcommand, ValueEnum};
 
 use crate::names::{NameError, Tag};
 
@@ -65,11 +65,13 @@ pub struct DiskAddArgs {
     pub path: PathBuf,
     /// A word for it; may be repeated
     #[arg(long, value_name = "TAG")]
-    pub tag: Vec<String>,
+    pub tag: Vec<Tag>,
 }
 
 /// Arguments of `disk set`.
 #[derive(Debug, Args)]
+#[command(group = ArgGroup::new("change").required(true).multiple(true).args(
+    ["schedulable", "evict", "tags"]))]
 #[command(after_help = "\
 A disk that is being emptied takes no new copies. Of each image that is on it, enough complete copies are
 brought in on other disks first; copies that are read stay until nobody reads them.
@@ -83,7 +85,7 @@ pub struct DiskSetArgs {
     #[arg(value_name = "DISK")]
     pub disk: String,
     /// Whether new copies may be brought in on it
-    #[arg(long, value_name = "yes|no", required_unless_present_any = ["evict", "tags"])]
+    #[arg(long, value_name = "yes|no")]
     pub schedulable: Option<YesNo>,
     /// Whether its copies are to go elsewhere
     #[arg(long, value_name = "yes|no")]

@@ -18,13 +18,13 @@ With --wait, exits with 1 if some are bad and could not be repaired.
 
 Examples:
   bedplate scrub debian-12
-  bedplate scrub debian-12 --disk 0b7c2f6e-… --wait
+  bedplate scrub debian-12 --disk 0b7c2f6e --wait
   bedplate get debian-12 --json | jq '.copies[].scrub'")]
 pub struct ScrubArgs {
     /// The image
     pub name: ImageName,
     /// Only the copy on this disk
-    #[arg(long, value_name = "UUID")]
+    #[arg(long, value_name = "DISK")]
     pub disk: Option<String>,
     /// Wait until it is done
     #[arg(long)]

@@ -3,7 +3,7 @@
 //! Why: one file for what belongs together; `args` is long enough.
 //! Never: acts; see [`super::args`].
 
-use clap::Args;
+use clap::{ArgGroup, Args};
 
 use super::args_disk::TagList;
 use super::sizes::parse_bytes;
@@ -49,18 +49,21 @@ All of them go, or none: refused (exit code 3) with the reason if a copy is in u
 be left. Copies that nobody uses go by themselves after a while; see `bedplate settings`.
 
 Examples:
-  bedplate cleanup debian-12 --disk 0b7c2f6e-…
-  bedplate cleanup debian-12 --disk UUID --disk UUID")]
+  bedplate cleanup debian-12 --disk 0b7c2f6e
+  bedplate cleanup debian-12 --disk /mnt/a --disk /mnt/b")]
 pub struct CleanupArgs {
     /// The image
     pub name: ImageName,
-    /// Disk whose copy goes; may be given several times
-    #[arg(long, value_name = "UUID", required = true)]
+    /// Disk whose copy goes, by UUID, its beginning, or path; may be given several times
+    #[arg(long, value_name = "DISK", required = true)]
     pub disk: Vec<String>,
 }
 
 /// Arguments of `set`.
 #[derive(Debug, Args)]
+#[command(override_usage = "bedplate set <NAME> <OPTIONS>")]
+#[command(group = ArgGroup::new("change").required(true).multiple(true).args(
+    ["rate", "priority", "min_copies", "disk_tags", "node_tags"]))]
 #[command(after_help = "\
 A running transfer hears of it at once. Rates may end in K, M or G (of 1024); 0 is no limit.
 
@@ -72,8 +75,7 @@ pub struct SetArgs {
     /// The image
     pub name: ImageName,
     /// Bytes per second at most, of each copy
-    #[arg(long, value_parser = parse_bytes, value_name = "SIZE",
-          required_unless_present_any = ["priority", "min_copies", "disk_tags", "node_tags"])]
+    #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
     pub rate: Option<u64>,
     /// -100 to 100: of images that wait for their turn, higher ones come first
     #[arg(long, allow_negative_numbers = true, value_name = "NUMBER")]

@@ -36,7 +36,7 @@ pub struct UploadArgs {
     #[arg(long, conflicts_with_all = ["sha256", "sha512", "checksum"])]
     pub no_digest: bool,
     /// Disk to bring it in on [default: one with room]
-    #[arg(long, value_name = "UUID")]
+    #[arg(long, value_name = "DISK")]
     pub disk: Option<String>,
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at its type")]

@@ -54,7 +54,7 @@ pub struct ReplicaArgs {
     #[arg(long, value_name = "NUMBER")]
     pub replicas: Option<u32>,
     /// Disk of a replica; may be given several times [default: healthy ones with most room]
-    #[arg(long, value_name = "UUID")]
+    #[arg(long, value_name = "DISK")]
     pub disk: Vec<String>,
     /// Size of the volume [default: the image's]
     #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]

@@ -5,6 +5,7 @@
 
 use super::args::Global;
 use super::args_attach::AttachArgs;
+use super::disks;
 use super::exit::CliError;
 use super::follow::{self, OnFailure};
 use super::output::Output;
@@ -19,13 +20,15 @@ pub(super) async fn run(
     let client = Client::new(&global.socket());
     let body = CreateAttachment {
         image: args.name.to_string(),
-        disk: args.disk.clone(),
+        disk: disks::uuid(&client, args.disk.as_ref()).await?,
         reader: args.reader.clone(),
         wait: if args.stream { Wait::Stream } else { Wait::Ready },
         vm: args.vm,
     };
     let mut held: Attachment = client.post("/v1/attachments", &body).await?;
     if !args.no_wait {
+        // Before the wait: it is held as well if that fails or is interrupted.
+        output.note(&format!("attached as {}; detach with `bedplate detach {0}`", held.id));
         let disk = Some(held.disk.as_str());
         if args.stream {
             follow::until_readable(&client, &held).await?;
@@ -42,10 +45,7 @@ pub(super) async fn run(
         None => held.nbd.as_ref().map(|nbd| &nbd.uri),
     };
     match place {
-        Some(place) if !args.no_wait => {
-            output.note(&format!("attached as {}; detach with `bedplate detach {0}`", held.id));
-            output.line(place)
-        }
+        Some(place) if !args.no_wait => output.line(place),
         Some(_) | None => output.line(&held.id),
     }
 }

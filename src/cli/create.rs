@@ -8,7 +8,7 @@ use super::exit::{CliError, Exit};
 use super::follow::{self, OnFailure};
 use super::get;
 use super::output::Output;
-use super::{source, trace};
+use super::{disks, source, trace};
 use crate::control::client::Client;
 use crate::control::types::{CreateImage, FetchImage, Image};
 use crate::fetch::SourceUrl;
@@ -44,17 +44,19 @@ pub(super) async fn run(
     request.mirrors.clone_from(&args.mirror);
     request.access = args.access.by_value()?;
     args.stands.put_into(&mut request);
+    // Before the image is made: nothing is left behind by a disk that is not there.
+    let disk = disks::uuid(&client, args.disk.as_ref()).await?;
     let mut image: Image = client.post("/v1/images", &request).await?;
     if let Some(prefetch) = prefetch {
         let name = ImageName::parse(&image.name).map_err(|error| CliError::refused(&error))?;
         image = trace::put(&client, &name, &prefetch).await?;
     }
-    if args.fetch || args.wait || args.disk.is_some() {
+    if args.fetch || args.wait || disk.is_some() {
         let target = format!("/v1/images/{}/fetch", image.name);
-        image = client.post(&target, &FetchImage { disk: args.disk.clone() }).await?;
+        image = client.post(&target, &FetchImage { disk: disk.clone() }).await?;
     }
     if args.wait {
-        let disk = args.disk.as_deref();
+        let disk = disk.as_deref();
         image = follow::until_ready(&client, &image.name, disk, OnFailure::Wait, output).await?;
     }
     if output.json {

@@ -34,9 +34,17 @@ pub(super) async fn run(
 /// The id of the attachment of `image` with this label.
 async fn find(client: &Client, image: &str, reader: &str) -> Result<String, CliError> {
     let all: Attachments = client.get("/v1/attachments").await?;
-    let held = all.attachments.into_iter().find(|a| a.image == image && a.reader == reader);
-    held.map(|a| a.id).ok_or_else(|| {
-        let text = format!("image {image}: no reader {reader:?}");
-        CliError::new(Exit::NotFound, text, "")
-    })
+    let mut held = all.attachments.into_iter().filter(|a| a.image == image && a.reader == reader);
+    match (held.next(), held.next()) {
+        (Some(held), None) => Ok(held.id),
+        (Some(one), Some(other)) => {
+            let text = format!("image {image}: reader {reader:?} has {} and {}", one.id, other.id);
+            Err(CliError::new(Exit::Usage, text, "detach each by its id"))
+        }
+        (None, _) => {
+            let text = format!("image {image}: no reader {reader:?}");
+            let hint = format!("`bedplate get {image}` shows its readers");
+            Err(CliError::new(Exit::NotFound, text, hint))
+        }
+    }
 }

@@ -1,8 +1,8 @@
 //! `bedplate disks` and `bedplate disk`: the daemon's disks, and how they are steered.
 //!
 //! Why: before an image is brought in, one wants to see the room; and disks are replaced.
-//! How: a disk may be given by the beginning of its UUID or by its path; the daemon is asked which
-//! it is.
+//! How: wherever a disk is named, it may be by the beginning of its UUID or by its path; the daemon is
+//! asked which it is.
 //! Never: looks at a disk itself; the daemon does.
 
 use std::time::Duration;
@@ -13,11 +13,14 @@ use super::exit::{CliError, Exit};
 use super::output::Output;
 use super::table::Table;
 use crate::control::client::Client;
+use crate::control::types::{Image, Images};
 use crate::control::types_disk::{AddDisk, ChangeDisk, Disk, Disks};
 use crate::units::human_bytes;
 
 /// How often a disk is looked at that is waited for.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// Images that are named while a disk is emptied.
+const MOST_NAMES: usize = 8;
 
 pub(super) async fn run(
     command: &DiskCommand,
@@ -33,7 +36,8 @@ pub(super) async fn run(
             let body = AddDisk { path: path.display().to_string() };
             let mut disk: Disk = client.post("/v1/disks", &body).await?;
             if !args.tag.is_empty() {
-                let tags = Some(disk.tags.iter().chain(&args.tag).cloned().collect());
+                let more = args.tag.iter().map(ToString::to_string);
+                let tags = Some(disk.tags.iter().cloned().chain(more).collect());
                 let change = ChangeDisk { tags, ..ChangeDisk::default() };
                 disk = client.patch(&format!("/v1/disks/{}", disk.uuid), &change).await?;
             }
@@ -59,15 +63,67 @@ async fn set(client: &Client, args: &DiskSetArgs, output: &Output) -> Result<(),
     };
     let target = format!("/v1/disks/{}", disk.uuid);
     let mut disk: Disk = client.patch(&target, &change).await?;
+    let mut told = String::new();
     while args.wait && disk.evicting && disk.copies > 0 {
+        let left = left_on(client, &disk.uuid).await?;
+        if left != told {
+            output.note(&format!("still on it: {left}"));
+            told = left;
+        }
         tokio::time::sleep(LOOK_EVERY).await;
         disk = client.get(&target).await?;
     }
     show(&disk, output)
 }
 
+/// The images with a copy on this disk, and who holds them there, in words.
+async fn left_on(client: &Client, uuid: &str) -> Result<String, CliError> {
+    let all: Images = client.get("/v1/images").await?;
+    let on_it = |image: &&Image| image.copies.iter().any(|copy| copy.disk == uuid);
+    let mut names: Vec<String> = Vec::new();
+    for image in all.images.iter().filter(on_it) {
+        names.push(match image.attachments {
+            0 => image.name.clone(),
+            readers => format!("{} (readers: {readers})", image.name),
+        });
+    }
+    let more = names.len().saturating_sub(MOST_NAMES);
+    names.truncate(MOST_NAMES);
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    Ok(format!("{}{more}", names.join(", ")))
+}
+
+/// The UUIDs of disks as a person names them.
+///
+/// # Errors
+/// One of them is none of the daemon's disks, or may be several.
+pub(super) async fn uuids(client: &Client, texts: &[String]) -> Result<Vec<String>, CliError> {
+    let mut uuids = Vec::new();
+    for text in texts {
+        uuids.push(find(client, text).await?.uuid);
+    }
+    Ok(uuids)
+}
+
+/// As [`uuids`], of one that may be left to the daemon.
+///
+/// # Errors
+/// As [`uuids`].
+pub(super) async fn uuid(
+    client: &Client,
+    text: Option<&String>,
+) -> Result<Option<String>, CliError> {
+    let Some(text) = text else { return Ok(None) };
+    Ok(Some(find(client, text).await?.uuid))
+}
+
 /// The only disk whose UUID begins so, or whose path this is.
 async fn find(client: &Client, text: &str) -> Result<Disk, CliError> {
+    if text.is_empty() {
+        // A variable that is not set must not be the only disk.
+        let hint = "give its UUID, the beginning of it, or its path; `bedplate disks` shows them";
+        return Err(CliError::new(Exit::Usage, "the disk's name is empty", hint));
+    }
     let all: Disks = client.get("/v1/disks").await?;
     let path = std::path::absolute(text).map(|path| path.display().to_string());
     let is_it = |disk: &Disk| {

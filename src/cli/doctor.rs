@@ -55,17 +55,14 @@ async fn collect(args: &DoctorArgs, global: &Global) -> Vec<Check> {
         }
     };
     if let Err(error) = result {
-        let (level, hint) = match error {
-            ClientError::NoDaemon { .. } => {
-                (Level::Warn, "start one with `bedplate serve`, or give --socket")
-            }
-            ClientError::Refused { .. }
-            | ClientError::Connect { .. }
-            | ClientError::Broken { .. }
-            | ClientError::Garbled { .. } => (Level::Fail, "see the daemon's log"),
+        let is_gone = matches!(error, ClientError::NoDaemon { .. });
+        let CliError { message, hint, .. } = CliError::from(error);
+        let (level, hint) = match is_gone {
+            true => (Level::Warn, "start one with `bedplate serve`, or give --socket".to_owned()),
+            false if hint.is_empty() => (Level::Fail, "see the daemon's log".to_owned()),
+            false => (Level::Fail, hint),
         };
-        let message = crate::fetch::one_line(&error);
-        checks.push(Check { name: "daemon".into(), level, message, hint: hint.into() });
+        checks.push(Check { name: "daemon".into(), level, message, hint });
     }
     checks
 }

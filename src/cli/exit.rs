@@ -98,6 +98,10 @@ impl fmt::Display for CliError {
     }
 }
 
+/// Who may use a control socket.
+const NOT_ALLOWED: &str = "be root or the daemon's user, or have control_uids or control_gids of its \
+                           configuration name you";
+
 impl From<ClientError> for CliError {
     fn from(error: ClientError) -> Self {
         let exit = match &error {
@@ -113,7 +117,16 @@ impl From<ClientError> for CliError {
             },
         };
         let hint = match &error {
+            // A hint for who speaks to the socket by hand helps nobody who typed a command.
+            ClientError::Refused { problem, .. } if problem.hint.contains("GET /v1/") => {
+                String::new()
+            }
             ClientError::Refused { problem, .. } => problem.hint.clone(),
+            ClientError::Connect { source, .. }
+                if source.kind() == std::io::ErrorKind::PermissionDenied =>
+            {
+                NOT_ALLOWED.to_owned()
+            }
             ClientError::NoDaemon { .. }
             | ClientError::Broken { .. }
             | ClientError::Connect { .. }

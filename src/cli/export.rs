@@ -16,6 +16,7 @@ use super::output::Output;
 use super::run::usage;
 use super::signals::Signals;
 use crate::control::{nbd_tcp_uri, nbd_uri};
+use crate::daemon::DaemonError;
 use crate::names::ImageName;
 use crate::serve::activation::{Inherited, Kind};
 use crate::serve::{Exports, ServeError, Stopper, nbd, vhost_user};
@@ -78,8 +79,8 @@ fn listen(args: &ExportArgs, exports: Arc<Exports>, name: &str) -> Result<Listen
     if let Some(path) = &args.vhost_user {
         let socket = absolute(path)?;
         let limits = vhost_user::Limits::default();
-        let server = vhost_user::Server::bind(&socket, exports, name, limits)
-            .map_err(|e| CliError::refused(&e))?;
+        let server =
+            vhost_user::Server::bind(&socket, exports, name, limits).map_err(DaemonError::from)?;
         let (stopper, vm) = (server.stopper(), Some(socket.display().to_string()));
         return Ok(Listening { stopper, uri: None, vm, run: Box::new(move || server.run()) });
     }
@@ -106,7 +107,7 @@ fn listen(args: &ExportArgs, exports: Arc<Exports>, name: &str) -> Result<Listen
             Err(error) => Err(error),
         },
     };
-    let server = server.map_err(|e| CliError::refused(&e))?;
+    let server = server.map_err(DaemonError::from)?;
     let encrypted = args.tcp.tls_cert.is_some();
     let local = server.path().map(|socket| nbd_uri(name, socket));
     let uri = local.or_else(|| server.address().map(|at| nbd_tcp_uri(name, at, encrypted)));

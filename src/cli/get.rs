@@ -9,7 +9,8 @@ use super::follow::moment;
 use super::output::Output;
 use super::table::Table;
 use crate::control::client::Client;
-use crate::control::types::{Copy, Digests, Image};
+use crate::control::types::{Attachments, Copy, Digests, Image};
+use crate::control::types_volume::{Volume, Volumes};
 use crate::units::human_bytes;
 
 pub(super) async fn run(args: &GetArgs, global: &Global, output: &Output) -> Result<(), CliError> {
@@ -23,7 +24,7 @@ pub(super) async fn run(args: &GetArgs, global: &Global, output: &Output) -> Res
     let mut facts = vec![
         ("name", image.name.clone()),
         ("uuid", image.uuid.clone()),
-        ("source", text(&image.source)),
+        ("source", origin(&image)),
         ("created", image.created_at.clone()),
         ("state", state(&image)),
         ("layout", image.layout.clone()),
@@ -32,9 +33,9 @@ pub(super) async fn run(args: &GetArgs, global: &Global, output: &Output) -> Res
         ("file size", size(image.size_bytes)),
         ("on disk", size(image.stored_bytes)),
     ];
-    facts.extend(image.clone_of.clone().map(|image| ("clone of", image)));
     facts.extend(image.base.clone().map(|base| ("base", base)));
     facts.extend(image.data_file.clone().map(|data| ("data file", data)));
+    facts.extend(steered(&image));
     for (what, tags) in [("disk tags", &image.disk_selector), ("node tags", &image.node_selector)] {
         facts.extend((!tags.is_empty()).then(|| (what, tags.join(", "))));
     }
@@ -55,9 +56,47 @@ pub(super) async fn run(args: &GetArgs, global: &Global, output: &Output) -> Res
     for (key, value) in facts {
         output.line(&format!("{key:<13} {}", super::output::printable(&value)))?;
     }
-    if image.copies.is_empty() {
+    if !image.copies.is_empty() {
+        show_copies(&image, output)?;
+    }
+    if image.attachments == 0 {
         return Ok(());
     }
+    show_readers(&image.name, &client, output).await
+}
+
+/// What was said of it beside where it is from, as far as it is not the usual.
+fn steered(image: &Image) -> Vec<(&'static str, String)> {
+    let mut facts: Vec<_> = image.mirrors.iter().map(|mirror| ("mirror", mirror.clone())).collect();
+    facts.extend((!image.access.is_empty()).then(|| ("access by", image.access.join(", "))));
+    facts.extend((image.priority != 0).then(|| ("priority", image.priority.to_string())));
+    let rate = image.rate_limit_bytes_per_s;
+    facts.extend((rate > 0).then(|| ("rate", format!("at most {}/s", human_bytes(rate)))));
+    facts.extend((image.min_copies > 1).then(|| ("min copies", image.min_copies.to_string())));
+    facts
+}
+
+/// Who has said that it reads the image: an image is not deleted before all are detached.
+async fn show_readers(image: &str, client: &Client, output: &Output) -> Result<(), CliError> {
+    let held: Attachments = client.get("/v1/attachments").await?;
+    let volumes: Volumes = client.get("/v1/volumes").await?;
+    let mut table = Table::new(&["READER", "LABEL", "DISK", "STATE", "MESSAGE"]);
+    for held in held.attachments.into_iter().filter(|held| held.image == image) {
+        let label = if held.reader.is_empty() { "-".to_owned() } else { held.reader };
+        table.row(vec![held.id, label, held.disk, held.state, held.message]);
+    }
+    let is_reader = |volume: &Volume| volume.image == image && volume.state == "attached";
+    for volume in volumes.volumes.into_iter().filter(is_reader) {
+        for replica in volume.replicas {
+            let label = format!("volume {}", volume.name);
+            table.row(vec![replica.name, label, replica.disk, replica.state, String::new()]);
+        }
+    }
+    output.line("")?;
+    table.lines().iter().try_for_each(|line| output.line(line))
+}
+
+fn show_copies(image: &Image, output: &Output) -> Result<(), CliError> {
     let mut table =
         Table::new(&["DISK", "WORKER", "STATE", "SHARE", "RATE", "SCRUBBED", "MESSAGE"]);
     for copy in &image.copies {
@@ -85,6 +124,15 @@ fn scrubbing(copy: &Copy) -> String {
     match copy.bytes_total.filter(|total| *total > 0) {
         Some(total) => format!("now, {}%", u128::from(done.min(total)) * 100 / u128::from(total)),
         None => "now".to_owned(),
+    }
+}
+
+/// Where an image's bytes are from, in words if there is no URL.
+pub(super) fn origin(image: &Image) -> String {
+    match (&image.source, &image.clone_of) {
+        (Some(source), _) => source.clone(),
+        (None, Some(of)) => format!("clone of {of}"),
+        (None, None) => "upload".to_owned(),
     }
 }
 

@@ -8,6 +8,7 @@
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::args::Global;
 use super::args_view::InspectArgs;
@@ -27,6 +28,8 @@ use crate::units::human_bytes;
 
 /// Buffers of 1 MiB; parts of an image are read without any.
 const BUFFERS: usize = 4;
+/// How often it is looked whether the source is tried again.
+const TICK: Duration = Duration::from_millis(100);
 
 pub(super) async fn run(
     args: &InspectArgs,
@@ -34,7 +37,7 @@ pub(super) async fn run(
     output: &Output,
 ) -> Result<(), CliError> {
     crate::daemon::logging::init(output.log_filter("error"));
-    let inspection = inspect(args, global).await?;
+    let inspection = inspect(args, global, output).await?;
     if output.json {
         output.object(&inspection)?;
     } else {
@@ -46,10 +49,14 @@ pub(super) async fn run(
     }
 }
 
-async fn inspect(args: &InspectArgs, global: &Global) -> Result<Inspection, CliError> {
+async fn inspect(
+    args: &InspectArgs,
+    global: &Global,
+    output: &Output,
+) -> Result<Inspection, CliError> {
     let target = &args.target;
     if target == "-" || target.contains("://") {
-        return of_source(super::source::parse(target)?, args).await;
+        return of_source(super::source::parse(target)?, args, output).await;
     }
     let path = Path::new(target);
     match std::fs::metadata(path) {
@@ -86,7 +93,11 @@ fn of_file(path: &Path, args: &InspectArgs) -> Result<Inspection, CliError> {
     inspection.map(|found| Inspection::from(&found)).map_err(|e| CliError::retry(&e))
 }
 
-async fn of_source(url: SourceUrl, args: &InspectArgs) -> Result<Inspection, CliError> {
+async fn of_source(
+    url: SourceUrl,
+    args: &InspectArgs,
+    output: &Output,
+) -> Result<Inspection, CliError> {
     // Nothing is written, so the plainest way to write will do.
     let probe = ring::probe(&std::env::temp_dir(), ring::Choice::Threads)
         .map_err(|reason| CliError::new(Exit::Refused, reason, ""))?;
@@ -95,7 +106,21 @@ async fn of_source(url: SourceUrl, args: &InspectArgs) -> Result<Inspection, Cli
     let progress = Arc::new(Progress::default());
     let declared = args.format.map(Into::into);
     let terms = Terms { backing: args.overlay, ..Terms::default() };
-    let found = inspect_source(&engine, &source, declared, &terms, &progress).await;
+    let inspecting = inspect_source(&engine, &source, declared, &terms, &progress);
+    tokio::pin!(inspecting);
+    let (mut tick, mut told) = (tokio::time::interval(TICK), 0);
+    let found = loop {
+        tokio::select! {
+            found = &mut inspecting => break found,
+            _ = tick.tick() => {}
+        }
+        // Who waits is told why; a source that answers needs no words.
+        let now = progress.snapshot();
+        if now.retries > told {
+            told = now.retries;
+            output.note(&format!("try {}: {}", told + 1, now.message));
+        }
+    };
     found.map(|found| Inspection::from(&found)).map_err(|error: ImportError| match error.class() {
         Class::Refuse | Class::Cancelled => CliError::refused(&error),
         Class::Retry => CliError::retry(&error),

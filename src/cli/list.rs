@@ -5,7 +5,7 @@
 
 use super::args::Global;
 use super::exit::CliError;
-use super::get::state;
+use super::get::{origin, state};
 use super::output::{Output, Tint};
 use super::table::Table;
 use crate::control::client::Client;
@@ -34,7 +34,7 @@ pub(super) async fn run(global: &Global, output: &Output) -> Result<(), CliError
             size(image.stored_bytes),
             image.copies.len().to_string(),
             image.attachments.to_string(),
-            image.source.clone().unwrap_or_else(|| "-".to_owned()),
+            origin(image),
         ]);
     }
     for (index, line) in table.lines().iter().enumerate() {

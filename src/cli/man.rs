@@ -17,21 +17,26 @@ pub(super) fn run(args: &ManArgs, output: &Output) -> Result<(), CliError> {
         return output.bytes(&page(command)?);
     };
     std::fs::create_dir_all(dir).map_err(|e| failed(dir, &e))?;
-    let mut pages = vec![("bedplate.1".to_owned(), command.clone())];
-    for sub in command.get_subcommands() {
-        let name = format!("bedplate-{}", sub.get_name());
-        // Clap wants 'static names for pages; a handful of short ones live until the end anyway.
-        let title: &'static str = Box::leak(name.clone().into_boxed_str());
-        pages.push((
-            format!("{name}.1"),
-            sub.clone().name(title).version(env!("CARGO_PKG_VERSION")),
-        ));
-    }
-    for (file, command) in pages {
-        let path = dir.join(file);
+    for (name, command) in pages("bedplate", command) {
+        let path = dir.join(format!("{name}.1"));
         std::fs::write(&path, page(command)?).map_err(|e| failed(&path, &e))?;
     }
     Ok(())
+}
+
+/// A page for a command and, as its page names them, for each of those beneath it.
+fn pages(name: &str, command: clap::Command) -> Vec<(String, clap::Command)> {
+    let beneath: Vec<_> = command.get_subcommands().cloned().collect();
+    // Clap wants 'static names for pages; some short ones live until the end anyway.
+    let title: &'static str = Box::leak(name.to_owned().into_boxed_str());
+    let version = env!("CARGO_PKG_VERSION");
+    let command = command.name(title).version(version).disable_help_subcommand(true);
+    let mut all = vec![(name.to_owned(), command)];
+    all.extend(beneath.into_iter().flat_map(|command| {
+        let name = format!("{name}-{}", command.get_name());
+        pages(&name, command)
+    }));
+    all
 }
 
 fn page(command: clap::Command) -> Result<Vec<u8>, CliError> {

@@ -11,7 +11,7 @@ use std::io::{self, IsTerminal, Write};
 use serde::Serialize;
 
 use super::args::Global;
-use super::exit::CliError;
+use super::exit::{CliError, Exit};
 
 /// Where a command's text goes.
 #[derive(Clone, Debug)]
@@ -21,6 +21,7 @@ pub(super) struct Output {
     /// Say less than usual: negative; more: positive.
     verbosity: i8,
     stdout_colour: bool,
+    stdout_terminal: bool,
     stderr_colour: bool,
     stderr_terminal: bool,
 }
@@ -34,6 +35,7 @@ impl Output {
             json: global.json,
             verbosity: if global.quiet { -1 } else { more },
             stdout_colour: colour && io::stdout().is_terminal(),
+            stdout_terminal: io::stdout().is_terminal(),
             stderr_colour: colour && io::stderr().is_terminal(),
             stderr_terminal: io::stderr().is_terminal(),
         }
@@ -56,7 +58,10 @@ impl Output {
         match out.write_all(bytes).and_then(|()| out.flush()) {
             Ok(()) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(CliError::closed_pipe()),
-            Err(error) => Err(CliError::refused(&error)),
+            Err(error) => {
+                let text = format!("standard output: cannot write: {error}");
+                Err(CliError::new(Exit::Retry, text, ""))
+            }
         }
     }
 
@@ -75,6 +80,11 @@ impl Output {
     /// Whether progress may redraw its line.
     pub(super) fn is_interactive(&self) -> bool {
         self.stderr_terminal && std::env::var_os("TERM").is_none_or(|t| t != "dumb")
+    }
+
+    /// Whether a result may be shown in the place of the one before.
+    pub(super) fn redraws_stdout(&self) -> bool {
+        self.stdout_terminal && std::env::var_os("TERM").is_none_or(|t| t != "dumb")
     }
 
     /// The log filter that `-v` and `-q` ask for.
@@ -123,7 +133,13 @@ pub(super) enum Tint {
     Bad,
 }
 
-/// `text` without control characters but newlines: a server's words must not drive a terminal.
+/// `text` without control characters but newlines, and without those that change the direction of what
+/// follows: a server's words must not drive a terminal, nor change places with ours.
 pub(super) fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() && c != '\n' { '\u{fffd}' } else { c }).collect()
+    let drives = |c: char| {
+        let turns = matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}')
+            || matches!(c, '\u{2066}'..='\u{2069}');
+        (c.is_control() && c != '\n') || turns
+    };
+    text.chars().map(|c| if drives(c) { '\u{fffd}' } else { c }).collect()
 }

@@ -3,6 +3,7 @@
 //! Why: half of the engine is useful without the other, and easy to compare with its peers.
 //! Never: leaves an unchecked file under the name that was asked for.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -29,8 +30,7 @@ const TICK: Duration = Duration::from_millis(200);
 pub(super) async fn run(args: &PullArgs, output: &Output) -> Result<(), CliError> {
     crate::daemon::logging::init(output.log_filter("error"));
     let url = source::parse(&args.source)?;
-    let parent = args.output.parent().filter(|p| !p.as_os_str().is_empty());
-    let dir = parent.unwrap_or(std::path::Path::new("."));
+    let dir = directory(&args.output)?;
     let probe = ring::probe(dir, ring::Choice::Auto)
         .map_err(|reason| CliError::new(Exit::Refused, reason, ""))?;
     let engine = Engine::alone(probe, Policy::default(), BUFFERS);
@@ -51,6 +51,23 @@ pub(super) async fn run(args: &PullArgs, output: &Output) -> Result<(), CliError
     progress.limit().set(args.rate);
     let pulled = watch(engine, request, progress, output).await?;
     show(args, &pulled, started.elapsed(), output)
+}
+
+/// Where the output is to be: a directory that is there.
+fn directory(output: &Path) -> Result<&Path, CliError> {
+    if output == Path::new("-") {
+        let text = "-: the output is a file, which is checked whole before it has its name";
+        return Err(CliError::new(Exit::Usage, text, "give a file; one of that name is `-o ./-`"));
+    }
+    let parent = output.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let dir = parent.unwrap_or(Path::new("."));
+    match std::fs::metadata(dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let text = format!("{}: no such directory", dir.display());
+            Err(CliError::new(Exit::NotFound, text, "make it, or give another place with -o"))
+        }
+        Ok(_) | Err(_) => Ok(dir),
+    }
 }
 
 /// Pulls, and draws how it goes; a signal ends it so that it can be resumed.

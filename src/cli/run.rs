@@ -15,8 +15,9 @@ use super::output::Output;
 use super::signals::Signals;
 use super::{create, delete, get, source};
 use crate::control::client::Client;
+use crate::control::server::BindError;
 use crate::control::types::{Attachment, CreateAttachment, Image};
-use crate::daemon::{Config, Daemon, DaemonHandle, logging};
+use crate::daemon::{Config, Daemon, DaemonError, DaemonHandle, logging};
 use crate::manager::Backend;
 use crate::names::ImageName;
 
@@ -35,7 +36,7 @@ pub(super) async fn run(args: RunArgs, global: &Global, output: &Output) -> Resu
     let mut signals = Signals::new()?;
     let config = config(&args, global, &name)?;
     let node = open_node(config.clone()).await?;
-    let daemon = Daemon::start(&config, node).await?;
+    let daemon = Daemon::start(&config, node).await.map_err(in_use)?;
     let client = Client::new(daemon.control_socket());
     let (expected, format) = (&args.expected, args.format);
     let mut request = create::request(&url, Some(name.to_string()), expected, format, args.layout)?;
@@ -50,6 +51,15 @@ pub(super) async fn run(args: RunArgs, global: &Global, output: &Output) -> Resu
     };
     end(daemon, &client, &name, ours && result.is_err()).await;
     result
+}
+
+/// Where a daemon is already, there is no need for another.
+fn in_use(error: DaemonError) -> CliError {
+    let is_taken = matches!(error, DaemonError::Control(BindError::InUse { .. }));
+    let hint = "have that daemon bring it in: `bedplate create SOURCE`, `bedplate attach NAME`; or, for \
+                one of its own, unset BEDPLATE_SOCKET or give another --socket";
+    let error = CliError::from(error);
+    if is_taken { CliError { hint: hint.to_owned(), ..error } } else { error }
 }
 
 fn config(args: &RunArgs, global: &Global, name: &ImageName) -> Result<Config, CliError> {

@@ -6,6 +6,7 @@
 
 use super::args::Global;
 use super::args_health::ScrubArgs;
+use super::disks;
 use super::exit::{CliError, Exit};
 use super::follow::object;
 use super::output::Output;
@@ -20,7 +21,7 @@ pub(super) async fn run(
     output: &Output,
 ) -> Result<(), CliError> {
     let client = Client::new(&global.socket());
-    let body = ScrubImage { disk: args.disk.clone() };
+    let body = ScrubImage { disk: disks::uuid(&client, args.disk.as_ref()).await? };
     let image: Image = client.post(&format!("/v1/images/{}/scrub", args.name), &body).await?;
     if !args.wait {
         return match output.json {

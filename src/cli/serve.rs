@@ -26,9 +26,7 @@ pub(super) async fn run(
     config.nbd_socket = args.nbd.clone().or(config.nbd_socket);
     args.tcp.put_into(&mut config);
     config.control_socket = global.socket.clone().or(config.control_socket);
-    for disk in &mut config.disks {
-        *disk = std::path::absolute(&*disk).map_err(|e| CliError::refused(&e))?;
-    }
+    make_absolute(&mut config).map_err(|e| CliError::refused(&e))?;
     let missing: Vec<_> = config.disks.iter().filter(|disk| !disk.is_dir()).collect();
     // One that is missing may be back later, if it is known.
     let known = match config.disks.first() {
@@ -56,5 +54,19 @@ pub(super) async fn run(
     signals.next().await;
     output.note("ending; what has arrived is kept");
     daemon.shutdown().await;
+    Ok(())
+}
+
+/// What readers are told must not depend on the directory in which the daemon was started.
+fn make_absolute(config: &mut Config) -> std::io::Result<()> {
+    let sockets = [
+        &mut config.control_socket,
+        &mut config.nbd_socket,
+        &mut config.replica_socket,
+        &mut config.vm_sockets,
+    ];
+    for path in config.disks.iter_mut().chain(sockets.into_iter().flatten()) {
+        *path = std::path::absolute(&*path)?;
+    }
     Ok(())
 }

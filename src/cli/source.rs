@@ -16,7 +16,11 @@ pub(super) fn parse(text: &str) -> Result<SourceUrl, CliError> {
         let mut line = String::new();
         let mut input = std::io::Read::take(std::io::stdin().lock(), 16_384);
         input.read_line(&mut line).map_err(|e| CliError::refused(&e))?;
-        return if line.trim() == "-" { url("") } else { parse(line.trim()) };
+        return if line.trim() == "-" { parse("") } else { parse(line.trim()) };
+    }
+    if text.is_empty() {
+        let hint = "give a URL, or the path of an image file";
+        return Err(CliError::new(Exit::Usage, "the source is empty", hint));
     }
     if text.contains("://") {
         let url = url(text)?;

@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::args::Global;
 use super::args_disk::TagList;
 use super::args_steer::{CancelArgs, CleanupArgs, PauseArgs, ResumeArgs, SetArgs};
+use super::disks;
 use super::exit::CliError;
 use super::get;
 use super::output::Output;
@@ -75,7 +76,8 @@ pub(super) async fn clean_up(
 ) -> Result<(), CliError> {
     let client = Client::new(&global.socket());
     let target = format!("/v1/images/{}/cleanup", args.name);
-    let image: Image = client.post(&target, &CleanUp { disks: args.disk.clone() }).await?;
+    let disks = disks::uuids(&client, &args.disk).await?;
+    let image: Image = client.post(&target, &CleanUp { disks }).await?;
     show(&image, output)
 }
 

@@ -47,6 +47,7 @@ mod tests {
     fn columns_line_up_and_control_characters_are_gone() {
         let mut table = Table::new(&["A", "BB"]);
         table.row(vec!["long".into(), "x\x1b[31m".into()]);
-        assert_eq!(table.lines(), ["A     BB", "long  x\u{fffd}[31m"]);
+        table.row(vec!["b".into(), "\u{202e}gmi".into()]);
+        assert_eq!(table.lines(), ["A     BB", "long  x\u{fffd}[31m", "b     \u{fffd}gmi"]);
     }
 }

@@ -50,7 +50,7 @@ fn show(
     output: &Output,
 ) -> Result<(), CliError> {
     let heading = [
-        "IMAGE", "STATE", "READERS", "REQ/S", "BYTES/S", "p50", "p99", "WAITS/S", "ASKED/S",
+        "IMAGE", "STATE", "SESSIONS", "REQ/S", "BYTES/S", "p50", "p99", "WAITS/S", "ASKED/S",
         "ERRORS",
     ];
     let mut table = Table::new(&heading);
@@ -60,7 +60,7 @@ fn show(
     }
     let decoded = per_second(before.decoded_clusters, now.decoded_clusters, elapsed);
     let foot = format!("decoded: {} kept, {decoded}/s new", human_bytes(now.decoded_bytes));
-    if !once && output.is_interactive() {
+    if !once && output.redraws_stdout() {
         output.bytes(CLEAR)?;
     }
     table.lines().iter().try_for_each(|line| output.line(line))?;

@@ -7,7 +7,7 @@
 //! Start at [`run`].
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{Error, ErrorKind, Read, Seek, SeekFrom};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 
 use super::args::Global;
 use super::args_upload::UploadArgs;
+use super::disks;
 use super::exit::{CliError, Exit};
 use super::follow::{self, OnFailure};
 use super::get;
@@ -72,10 +73,12 @@ pub(super) async fn run(
         request.sha256 = Digests::from(&sha256_of(&file, &args.file, len).await?).sha256;
     }
     args.stands.put_into(&mut request);
+    let disk = disks::uuid(&client, args.disk.as_ref()).await?;
     let image: Image = client.post("/v1/images", &request).await?;
-    let disk = args.disk.as_deref();
+    let disk = disk.as_deref();
     let target = format!("/v1/images/{}/fetch", image.name);
-    let _wanted: Image = client.post(&target, &FetchImage { disk: args.disk.clone() }).await?;
+    let _wanted: Image =
+        client.post(&target, &FetchImage { disk: disk.map(str::to_owned) }).await?;
     let is_proved =
         request.sha256.is_some() || request.sha512.is_some() || request.blake3.is_some();
     let path = args.file.as_path();
@@ -255,7 +258,10 @@ fn read(
     while left > 0 {
         let len = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
         let mut chunk = vec![0; len];
-        file.read_exact(&mut chunk)?;
+        file.read_exact(&mut chunk).map_err(|error| {
+            let is_short = error.kind() == ErrorKind::UnexpectedEof;
+            if is_short { Error::other("it became shorter while it was read") } else { error }
+        })?;
         if tx.blocking_send(chunk.into()).is_err() {
             return Ok(());
         }

@@ -10,6 +10,7 @@ use super::args::Global;
 use super::args_volume::{
     ReplicaArgs, VolumeAttachArgs, VolumeCommand, VolumeCreateArgs, VolumeRestoreArgs,
 };
+use super::disks;
 use super::exit::{CliError, Exit};
 use super::follow::{self, OnFailure};
 use super::list::tint;
@@ -57,7 +58,7 @@ fn at(name: &VolumeName, rest: &str) -> String {
 }
 
 async fn create(args: &VolumeCreateArgs, client: &Client, output: &Output) -> Result<(), CliError> {
-    let mut body = request(&args.name, &args.replicas)?;
+    let mut body = request(&args.name, &args.replicas, client).await?;
     body.image = Some(args.image.to_string());
     body.sha512.clone_from(&args.sha512);
     show(&client.post("/v1/volumes", &body).await?, output)
@@ -68,19 +69,23 @@ async fn restore(
     client: &Client,
     output: &Output,
 ) -> Result<(), CliError> {
-    let mut body = request(&args.name, &args.replicas)?;
+    let mut body = request(&args.name, &args.replicas, client).await?;
     body.image = args.image.as_ref().map(ToString::to_string);
     body.backup = Some(backup(&args.backup)?);
     body.force = args.force;
     show(&client.post("/v1/volumes", &body).await?, output)
 }
 
-fn request(name: &VolumeName, replicas: &ReplicaArgs) -> Result<CreateVolume, CliError> {
+async fn request(
+    name: &VolumeName,
+    replicas: &ReplicaArgs,
+    client: &Client,
+) -> Result<CreateVolume, CliError> {
     let url = replicas.url.as_deref().map(source::parse).transpose()?;
     Ok(CreateVolume {
         name: name.to_string(),
         url: url.map(|url| url.expose().to_string()),
-        disks: replicas.disk.clone(),
+        disks: disks::uuids(client, &replicas.disk).await?,
         replicas: replicas.replicas,
         size_bytes: replicas.size,
         ..CreateVolume::default()

@@ -23,7 +23,7 @@ pub(super) async fn run(
 ) -> Result<(), CliError> {
     let client = Client::new(&global.socket());
     let mut signals = Signals::new()?;
-    let mut watch = Watch { output, meters: BTreeMap::new(), open: BTreeMap::new() };
+    let mut watch = Watch { output, meters: BTreeMap::new(), open: BTreeMap::new(), refusal: None };
     loop {
         let mut events = client.events(args.name.as_ref().map(|name| name.as_str())).await?;
         let mut complete = false;
@@ -31,7 +31,8 @@ pub(super) async fn run(
         loop {
             let event = tokio::select! {
                 event = events.next() => event?,
-                () = signals.next() => return Ok(()),
+                // Whoever goes on after it must not take it for the end.
+                () = signals.next() => return Err(CliError::new(Exit::Interrupted, "", "")),
             };
             let Some(event) = event else { break };
             match event.kind.as_str() {
@@ -58,6 +59,8 @@ struct Watch<'a> {
     meters: BTreeMap<(String, String), Meter<'a>>,
     /// Images, and whether a copy of them is under way.
     open: BTreeMap<String, bool>,
+    /// Why no copy of the image that was seen last is ready, nor will be.
+    refusal: Option<String>,
 }
 
 impl Watch<'_> {
@@ -67,6 +70,7 @@ impl Watch<'_> {
             matches!(copy.state.as_str(), "pending" | "starting" | "in-progress") || failed_for_now
         };
         self.open.insert(image.name.clone(), image.copies.iter().any(under_way));
+        self.refusal = refusal(image);
         for copy in &image.copies {
             let key = (image.name.clone(), copy.disk.clone());
             if self.output.json {
@@ -99,7 +103,18 @@ impl Watch<'_> {
         {
             return Err(CliError::new(Exit::NotFound, format!("image {name}: not found"), ""));
         }
+        if let (Some(_), Some(reason)) = (&args.name, &self.refusal) {
+            return Err(CliError::new(Exit::Refused, reason, ""));
+        }
         output.note("nothing is under way");
         Ok(())
     }
+}
+
+/// Why an image has no copy that is ready, if one was refused for good.
+fn refusal(image: &Image) -> Option<String> {
+    if image.copies.iter().any(|copy| copy.state == "ready") {
+        return None;
+    }
+    image.copies.iter().find(|copy| copy.refused).map(|copy| copy.message.clone())
 }

@@ -75,6 +75,9 @@ fn is_length_limit(error: &axum::Error) -> bool {
 
 /// Parses JSON. An error says where, and which rule; of the values only field names are repeated.
 pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+    if bytes.trim_ascii_start().first() == Some(&b'[') {
+        return Err(ApiError::bad_request("body does not read: a list, expected an object"));
+    }
     let mut json = serde_json::Deserializer::from_slice(bytes);
     let value: T = serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let path = error.path().to_string();
@@ -116,5 +119,9 @@ mod tests {
             assert!(!text.contains("hunter2"), "{text}");
         }
         assert!(parse::<CreateAttachment>(br#"{"image":"a"} x"#).is_err());
+        // A list would be taken for the fields in their order.
+        let list = parse::<CreateAttachment>(br#" ["a"]"#).unwrap_err().message;
+        assert!(list.contains("an object"), "{list}");
+        assert!(parse::<CreateAttachment>(b" \n{\"image\":\"a\"}").is_ok());
     }
 }

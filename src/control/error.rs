@@ -74,7 +74,7 @@ impl From<ManagerError> for ApiError {
             ManagerError::NoSuchAttachment { .. } => (
                 StatusCode::NOT_FOUND,
                 "not-found",
-                "`curl --unix-socket SOCKET http://localhost/v1/attachments` lists them",
+                "`bedplate get IMAGE` shows the readers of an image",
             ),
             ManagerError::OtherSource { .. } => {
                 (StatusCode::CONFLICT, "name-taken", "give another name, or delete that image")
@@ -90,9 +90,12 @@ impl From<ManagerError> for ApiError {
                 "record one on this image, or, if you know that this one fits, say --force or \
                  leave its digests out",
             ),
-            ManagerError::InUse { .. } => {
-                (StatusCode::CONFLICT, "in-use", "detach its readers, then try again")
-            }
+            ManagerError::InUse { .. } => (
+                StatusCode::CONFLICT,
+                "in-use",
+                "`bedplate get IMAGE` shows who is attached, `bedplate top` the sessions; end them, \
+                 then try again",
+            ),
             ManagerError::IsABase { .. } => {
                 (StatusCode::CONFLICT, "in-use", "delete the images that stand on it first")
             }
@@ -172,7 +175,8 @@ impl From<ManagerError> for ApiError {
             ManagerError::NotSelected { .. } | ManagerError::NoDiskSelected { .. } => (
                 StatusCode::CONFLICT,
                 "not-selected",
-                "name another disk, or give one the tag in the configuration; `bedplate disks` shows them",
+                "name another disk, or give one the tag: `bedplate disk set DISK --tags`; those of the \
+                 node are in its configuration",
             ),
             ManagerError::NoRoom { .. } => (
                 StatusCode::INSUFFICIENT_STORAGE,
@@ -191,7 +195,7 @@ impl From<ManagerError> for ApiError {
                 StatusCode::CONFLICT,
                 "in-use",
                 "empty it first: `bedplate disk set UUID --evict yes`; one that is gone for good \
-                 goes with --force",
+                 goes with --force; the first, with the catalog, stays",
             ),
             ManagerError::DiskRefused { .. } => (
                 StatusCode::UNPROCESSABLE_ENTITY,

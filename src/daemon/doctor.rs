@@ -13,6 +13,7 @@ use rustix::fs::OFlags;
 
 use super::{CATALOG, state_dir};
 use crate::control::types::{Check, Level};
+use crate::manager::DiskStatus;
 use crate::ring;
 use crate::units::{GIB, human_bytes};
 
@@ -37,8 +38,18 @@ pub fn of_host(disks: &[impl AsRef<Path>]) -> Vec<Check> {
 }
 
 /// The checks as a running daemon makes them: it holds the catalog itself.
-pub(super) fn of_running_daemon(disks: &[impl AsRef<Path>]) -> Vec<Check> {
-    let mut all = of_host(disks);
+pub(super) fn of_running_daemon(first: &Path, disks: &[DiskStatus]) -> Vec<Check> {
+    let mut all = vec![kernel()];
+    for disk in disks {
+        if disk.healthy {
+            all.extend(disk_checks(&disk.path));
+            continue;
+        }
+        let name = format!("disk {}: {}", disk.path.display(), disk.uuid);
+        let hint = "its copies are not served meanwhile; `bedplate disks` shows it";
+        all.push(check(name, Level::Fail, disk.message.as_str(), hint));
+    }
+    all.push(catalog_file(first));
     all.push(check("daemon", Level::Ok, "answers on its control socket", ""));
     all
 }
@@ -48,8 +59,8 @@ fn kernel() -> Check {
     let release = name.release().to_string_lossy().into_owned();
     let mut parts = release.split(['.', '-']).map(|p| p.parse::<u32>().unwrap_or(0));
     let version = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
-    if version < (5, 10) {
-        let hint = "use Linux 5.10 or later: files are opened with openat2, written with io_uring";
+    if version < (5, 6) {
+        let hint = "use Linux 5.6 or later: files are opened with openat2, written with io_uring";
         return check("kernel", Level::Warn, format!("Linux {release}"), hint);
     }
     check("kernel", Level::Ok, format!("Linux {release}"), "")

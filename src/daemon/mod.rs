@@ -162,12 +162,13 @@ impl Daemon {
 
         clean(&manager, &recordings).await;
         let (closing, watch_closing) = watch::channel(false);
-        let (disks, shown) = (config.disks.clone(), Arc::clone(&registry));
+        let (catalog_at, shown) = (first.clone(), Arc::clone(&registry));
+        let disks = backend.clone();
         let app = App::new(AppParts {
             manager: manager.clone(),
             backend: backend.clone(),
             sockets: sockets.clone(),
-            doctor: Box::new(move || doctor::of_running_daemon(&disks)),
+            doctor: Box::new(move || doctor::of_running_daemon(&catalog_at, &disks.disks())),
             readers: Arc::clone(&registry),
             recordings: Arc::clone(&recordings),
             served: Box::new(move |name| served(&shown, name)),

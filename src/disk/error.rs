@@ -34,7 +34,7 @@ pub enum DiskError {
     #[error("{}: no longhorn-disk.cfg here; give the disk's directory, or let `bedplate serve --disk` create it", path.display())]
     NotADisk { path: PathBuf },
     /// What is at the disk's path now is something else.
-    #[error("{}: the disk is not there any more; mount it again", path.display())]
+    #[error("{}: the disk is not there; mount it again, or let it go with `bedplate disk remove DISK --force`", path.display())]
     Gone { path: PathBuf },
     /// A name found on the disk or given to it breaks the rules.
     #[error(transparent)]

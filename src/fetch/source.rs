@@ -168,7 +168,8 @@ impl SourceUrl {
     /// What an image is named after that comes from here.
     #[must_use]
     pub fn title(&self) -> String {
-        self.backup().map_or_else(|| self.0.path().to_owned(), |place| place.image)
+        let path = || percent_encoding::percent_decode_str(self.0.path()).decode_utf8_lossy();
+        self.backup().map_or_else(|| path().into_owned(), |place| place.image)
     }
 
     /// What is at `path` beneath this URL, which ends in a `/`. `path` has letters, digits and `/._-`.
@@ -288,6 +289,17 @@ pub mod whole_list {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_title_is_the_path_as_a_person_reads_it() {
+        for (url, title) in [
+            ("https://h/a/Win%20Server%C3%A4.img?x=%2F", "/a/Win Serverä.img"),
+            ("file:///x/%FF.img", "/x/\u{fffd}.img"),
+            ("backup:///mnt/t?backingImage=a", "a"),
+        ] {
+            assert_eq!(SourceUrl::parse(url).unwrap().title(), title);
+        }
+    }
 
     #[test]
     fn a_printed_source_has_no_credentials() {

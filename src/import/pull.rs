@@ -3,7 +3,7 @@
 //! Why: half of the engine is useful without the other, and easy to compare with its peers.
 //! How: the same path as a copy's, with names beside the output: `FILE.part` and its presence file
 //! while it fills, so that the same command resumes; `FILE` once it is complete and checked.
-//! Never: leaves an unchecked file under the final name.
+//! Never: leaves an unchecked file under the final name, or takes the place of what is no file.
 //! Start at [`pull`].
 
 use std::path::{Path, PathBuf};
@@ -78,6 +78,10 @@ fn split(output: &Path) -> Result<(Dir, String), ImportError> {
         ImportError::Disk(DiskError::io("write to", output, source))
     };
     let name = output.file_name().and_then(|name| name.to_str()).ok_or_else(unusable)?;
+    // A rename would take the place of a device as well: of /dev/null, for root.
+    if std::fs::metadata(output).is_ok_and(|there| !there.is_file()) {
+        return Err(ImportError::Disk(DiskError::NotRegular { path: output.to_owned() }));
+    }
     let parent = match output.parent() {
         Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
         Some(parent) => parent,

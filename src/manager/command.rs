@@ -14,6 +14,7 @@ use super::error::ManagerError;
 use super::records::{
     AttachmentId, AttachmentRecord, ClassRecord, Expected, ImageRecord, Steering, Want,
 };
+use super::replenish::room_on;
 use super::same::same_image;
 use super::selectors::Selectors;
 use super::settings::SettingsChange;
@@ -414,7 +415,8 @@ impl World {
         }
     }
 
-    /// The named disk, else one with a sealed copy, else a wanted one, else the first with room.
+    /// The named disk, else one with a sealed copy, else a wanted one, else the first with room: of an
+    /// image whose length nobody knows, with at least half as much as the roomiest has.
     fn choose_disk(
         &self,
         name: &ImageName,
@@ -432,12 +434,13 @@ impl World {
         if let Some((uuid, _)) = best {
             return Ok(uuid.clone());
         }
-        let need_bytes = self.facts_of(image).map_or(0, |f| f.size_bytes);
-        let room = |d: &&DiskStatus| {
-            let is_open = d.healthy && self.is_open_to_copies(&d.uuid);
-            let free = d.free_bytes.saturating_sub(d.reserved_bytes);
-            is_open && free > need_bytes && self.allows(name, d)
-        };
+        let is_open =
+            |d: &&DiskStatus| d.healthy && self.is_open_to_copies(&d.uuid) && self.allows(name, d);
+        let known = self.facts_of(image).map(|facts| facts.size_bytes);
+        let need_bytes = known.or(image.record.upload_bytes).unwrap_or_else(|| {
+            self.disks.iter().filter(is_open).map(room_on).max().unwrap_or(0) / 2
+        });
+        let room = |d: &&DiskStatus| is_open(d) && room_on(d) > need_bytes;
         if let Some(disk) = self.disk_of_origin(image, room) {
             return Ok(disk);
         }

@@ -15,7 +15,7 @@ use super::backend::{DiskStatus, FoundCopy};
 use super::command::Outcome;
 use super::error::ManagerError;
 use super::records::DiskRecord;
-use super::world::{Action, Change, Copy, Image, Touched, Worker, World};
+use super::world::{Action, Change, Copy, CopyState, Image, Touched, Worker, World};
 use crate::names::{DiskUuid, ImageName, Tag};
 
 /// What is to be different about a disk; `None` stays as it is.
@@ -260,19 +260,24 @@ impl World {
         };
         let need = usize::try_from(image.record.min_copies.max(1)).unwrap_or(usize::MAX);
         let complete = stays().filter(|(_, copy)| copy.state.is_sealed()).count();
-        if complete >= need {
-            let leaves = image.copies.iter().filter(|(_, copy)| copy.evicting && !copy.cancelled);
-            let free = leaves.filter(|(disk, _)| self.user_of(name, disk).is_none());
-            let go: Vec<DiskUuid> = free.map(|(disk, _)| disk.clone()).collect();
-            let Some(image) = self.images.get_mut(name).filter(|_| !go.is_empty()) else { return };
+        // What was refused and removed has nothing to bring to another disk, and is refused there too.
+        let is_nothing = |copy: &Copy| copy.refused && copy.state == CopyState::FailedAndCleanup;
+        let leaving = || image.copies.iter().filter(|(_, copy)| copy.evicting && !copy.cancelled);
+        let go: Vec<DiskUuid> = leaving()
+            .filter(|(_, copy)| complete >= need || is_nothing(copy))
+            .filter(|(disk, _)| self.user_of(name, disk).is_none())
+            .map(|(disk, _)| disk.clone())
+            .collect();
+        let is_short = stays().count() < need && leaving().any(|(_, copy)| !is_nothing(copy));
+        let other = is_short.then(|| self.other_disk_for(image)).flatten();
+        if let Some(image) = self.images.get_mut(name).filter(|_| !go.is_empty()) {
             for disk in &go {
                 image.give_up(disk);
             }
             touched.actions.push(Action::SaveImage(Box::new(image.record.clone())));
             touched.images.insert(name.clone());
-        } else if stays().count() < need
-            && let Some(disk) = self.other_disk_for(image)
-        {
+        }
+        if let Some(disk) = other {
             self.want_chain(name, &disk, touched);
         }
     }

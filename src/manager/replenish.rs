@@ -172,6 +172,7 @@ impl World {
     }
 }
 
-fn room_on(disk: &DiskStatus) -> u64 {
+/// Bytes that may still be promised on a disk.
+pub(super) fn room_on(disk: &DiskStatus) -> u64 {
     disk.free_bytes.saturating_sub(disk.reserved_bytes)
 }

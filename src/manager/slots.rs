@@ -138,7 +138,13 @@ impl Slots {
 
     /// Opens the disk at `path`, which has to be `uuid`.
     fn open_as(&self, uuid: &DiskUuid, path: &Path) -> Result<Arc<Slot>, NodeError> {
-        let slot = self.open_slot(path, false)?;
+        let slot = match self.open_slot(path, false) {
+            // An empty mount point: nobody wants a disk made of it.
+            Err(NodeError::Disk(DiskError::NotADisk { path })) => {
+                return Err(DiskError::Gone { path }.into());
+            }
+            opened => opened?,
+        };
         if slot.disk.uuid() == uuid {
             return Ok(Arc::new(slot));
         }

@@ -292,9 +292,26 @@ impl World {
         }
         world.disk_records = known.into_iter().map(|d| (d.uuid.clone(), d)).collect();
         let mut actions = world.know_disks();
+        let here: BTreeSet<_> =
+            found.iter().map(|f| (f.id.image.clone(), f.id.disk.clone())).collect();
         actions.extend(found.into_iter().filter_map(|f| world.adopt(f, now_unix_s)));
+        world.note_removed(&here);
         world.index_step();
         (world, actions)
+    }
+
+    /// Of copies that were refused, those of which nothing is on their disks were removed.
+    fn note_removed(&mut self, here: &BTreeSet<(ImageName, DiskUuid)>) {
+        let fit = self.disks.iter().filter(|disk| disk.healthy);
+        let fit: BTreeSet<DiskUuid> = fit.map(|disk| disk.uuid.clone()).collect();
+        for (name, image) in &mut self.images {
+            for (disk, copy) in image.copies.iter_mut().filter(|(_, copy)| copy.refused) {
+                let is_here = here.contains(&(name.clone(), disk.clone()));
+                if !is_here && fit.contains(disk) {
+                    copy.state = CopyState::FailedAndCleanup;
+                }
+            }
+        }
     }
 
     /// Takes in one found copy. Gives the record if it is new or wants one disk more.
@@ -356,6 +373,8 @@ impl World {
                         .insert(disk, Want { refused: Some(fault), ..Want::default() });
                 } else {
                     copy.state = CopyState::ReadyForTransfer;
+                    copy.progress.bytes_done = info.size_bytes;
+                    copy.progress.bytes_total = Some(info.size_bytes);
                     copy.info = Some(info);
                 }
             }

@@ -88,6 +88,45 @@ fn rule_19_what_is_read_stays_until_nobody_reads_it() {
 }
 
 #[test]
+fn rule_19_what_was_refused_and_removed_goes_and_is_tried_nowhere_else() {
+    let mut node = Node::new();
+    node.command(create("a")).unwrap();
+    node.command(Command::Fetch(name("a"), Some(disk(0)))).unwrap();
+    let id = node.running.keys().next().unwrap().clone();
+    node.report(&id, failed(FailureClass::Refuse));
+    node.settle_now();
+    assert_eq!(copies_on(&node), [(disk(0), CopyState::FailedAndCleanup)]);
+    let tried = node.tasks.len();
+    // After a restart it is known by its record alone.
+    node.files.remove(&id);
+    node.restart();
+    node.settle_now();
+    assert_eq!(copies_on(&node), [(disk(0), CopyState::FailedAndCleanup)]);
+    node.command(evict(0, true)).unwrap();
+    node.settle_now();
+    assert_eq!((copies_on(&node), node.tasks.len()), (vec![], tried));
+}
+
+#[test]
+fn a_disk_that_is_nearly_full_is_not_taken_because_it_is_the_first() {
+    let first_choice = |free: [u64; 3], new: Command| {
+        let mut node = Node::new();
+        let with_room = |n: usize| DiskStatus { free_bytes: free[n], ..disk_status(n) };
+        node.event(Event::Disks((0..DISKS.len()).map(with_room).collect()));
+        node.command(new).unwrap();
+        node.command(Command::Fetch(name("a"), None)).unwrap();
+        node.tasks.last().unwrap().id.disk.clone()
+    };
+    assert_eq!(first_choice([9, 60 << 30, 100 << 30], create("a")), disk(1));
+    assert_eq!(first_choice([60 << 30, 9, 100 << 30], create("a")), disk(0));
+    assert_eq!(first_choice([2, 1, 0], create("a")), disk(0));
+    // Of what is to be uploaded the length is known.
+    let Command::Create(mut new) = create("a") else { unreachable!() };
+    (new.source, new.upload_bytes) = (None, Some(1 << 20));
+    assert_eq!(first_choice([9, 2 << 20, 100 << 30], Command::Create(new)), disk(1));
+}
+
+#[test]
 fn an_overlay_leaves_with_its_base() {
     let mut node = node_with(&[0]);
     node.command(create_on("top", "a")).unwrap();
