@@ -189,7 +189,10 @@ impl Fleet {
         match ended {
             Ok(()) => End::Done,
             // Another one asks for it, and for what follows.
-            Err(Broken::Elsewhere) => End::Done,
+            Err(Broken::Elsewhere) => {
+                way.0.trickled();
+                End::Done
+            }
             Err(Broken::Stopped) => End::Stopped,
             Err(Broken::Error(error)) => End::Failed(error, Arc::clone(&way.0)),
         }

@@ -3,12 +3,14 @@
 //! Why: a mirror that is slow, broken or gone must not stop a transfer that another can finish.
 //! How: a connection takes the way with the fewest connections. Each way has its own version, which
 //! its first answer tells; that the ways have the same bytes, only the user's digest proves. A way
-//! that is refused, has another length or fails too often is not taken any more.
+//! that is refused, has another length or fails too often is not taken any more; one on which something
+//! trickled is the last that is taken for a while.
 //! Never: gives up the last way: then its failure is the transfer's.
 //! Start at [`Ways::pick`].
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::error::{Class, FetchError};
 use super::http::Client;
@@ -17,6 +19,8 @@ use super::version::Remote;
 
 /// Failures after which a way is left, if there is another.
 const MAX_STRIKES: u32 = 3;
+/// How long a way is the last that is taken after something trickled there.
+const SLOW: Duration = Duration::from_secs(60);
 
 /// One way.
 #[derive(Debug)]
@@ -27,6 +31,8 @@ pub(super) struct Way {
     strikes: AtomicU32,
     left: AtomicBool,
     connections: AtomicUsize,
+    /// When a connection was left last as far too slow.
+    trickled: Mutex<Option<Instant>>,
 }
 
 impl Way {
@@ -37,7 +43,21 @@ impl Way {
             strikes: AtomicU32::new(0),
             left: AtomicBool::new(false),
             connections: AtomicUsize::new(0),
+            trickled: Mutex::default(),
         }
+    }
+
+    /// A connection was left, as what came there was far too slow. The next request begins at the
+    /// source again: where it redirects to may be another server by now.
+    pub(super) fn trickled(&self) {
+        *self.trickled.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        self.client.begin_anew();
+    }
+
+    /// Since when it is the last that is taken, if it is.
+    fn slow_since(&self) -> Option<Instant> {
+        let trickled = *self.trickled.lock().unwrap_or_else(PoisonError::into_inner);
+        trickled.filter(|since| since.elapsed() < SLOW)
     }
 
     /// A piece came this way: what failed before is forgotten.
@@ -81,9 +101,11 @@ impl Ways {
     /// The way for one more connection.
     pub(super) fn pick(&self) -> Taken {
         let usable = |way: &&Arc<Way>| !way.left.load(Ordering::Relaxed);
-        let least =
-            self.0.iter().filter(usable).min_by_key(|way| way.connections.load(Ordering::Relaxed));
-        Self::take(least.unwrap_or(&self.0[0]))
+        let best = self.0.iter().filter(usable).min_by_key(|way| {
+            let slow = way.slow_since();
+            (slow.is_some(), way.connections.load(Ordering::Relaxed), slow)
+        });
+        Self::take(best.unwrap_or(&self.0[0]))
     }
 
     /// The way whose first answer is in hand.
@@ -127,5 +149,41 @@ impl Run<'_> {
             }
         }
         Ok(clients)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ways(count: usize) -> Ways {
+        let client = |_| {
+            let url = crate::fetch::SourceUrl::parse("http://h.example/x").unwrap();
+            let (access, policy) =
+                (crate::fetch::Access::default(), crate::fetch::Policy::default());
+            Arc::new(Client::new(&url, &access, &policy).unwrap())
+        };
+        Ways::new(client(0), Remote::default(), (1..count).map(client))
+    }
+
+    #[test]
+    fn a_way_on_which_something_trickled_is_the_last_that_is_taken_for_a_while() {
+        let ways = ways(3);
+        let index = |way: &Taken| ways.0.iter().position(|other| Arc::ptr_eq(other, &way.0));
+        assert_eq!(index(&ways.pick()), Some(0));
+        ways.0[0].trickled();
+        let taken: Vec<_> = (0..4).map(|_| ways.pick()).collect();
+        let indices: Vec<_> = taken.iter().map(|way| index(way).unwrap()).collect();
+        assert_eq!(indices, [1, 2, 1, 2], "with however many connections the others have");
+        drop(taken);
+        // When all are slow, the one that was left first.
+        ways.0[2].trickled();
+        ways.0[1].trickled();
+        assert_eq!(index(&ways.pick()), Some(0));
+        ways.0[0].trickled();
+        assert_eq!(index(&ways.pick()), Some(2));
+        let long_ago = Instant::now() - SLOW;
+        *ways.0[1].trickled.lock().unwrap() = Some(long_ago);
+        assert_eq!(index(&ways.pick()), Some(1), "that is forgotten");
     }
 }

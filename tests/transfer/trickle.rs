@@ -18,15 +18,33 @@ const SENT: usize = 100_000;
 /// A MiB takes six hours at this rate.
 const DRIP: Duration = Duration::from_millis(20);
 
+fn url_of(server: &FaultServer) -> SourceUrl {
+    SourceUrl::parse(&format!("{}/x", server.url)).unwrap()
+}
+
+/// What is served, with its digest.
+fn source_of(server: &FaultServer, served: &[u8]) -> Source {
+    Source::new(url_of(server)).expecting(Expect::parse(Some(&sha256(served)), None).unwrap())
+}
+
 /// Brings the file in, with these buffers and connections; how it went.
 fn bring_in(server: &FaultServer, bytes: &[u8], buffers: usize, connections: usize) -> Snapshot {
+    pulled(source_of(server, bytes), Layout::AsIs, bytes, buffers, connections)
+}
+
+/// The same from any source, in any layout; `bytes` is what comes out.
+fn pulled(
+    source: Source,
+    layout: Layout,
+    bytes: &[u8],
+    buffers: usize,
+    connections: usize,
+) -> Snapshot {
     let temp = tempfile::tempdir().unwrap();
     let policy = Policy { max_connections: connections, ..Policy::default() };
     let engine = Engine::alone(probe(temp.path(), Choice::Auto).unwrap(), policy, buffers);
-    let url = SourceUrl::parse(&format!("{}/x", server.url)).unwrap();
     let output = temp.path().join("out.img");
-    let source = Source::new(url).expecting(Expect::parse(Some(&sha256(bytes)), None).unwrap());
-    let request = PullRequest { source, layout: Layout::AsIs, output: output.clone() };
+    let request = PullRequest { source, layout, output: output.clone() };
     let progress = Arc::new(Progress::default());
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(pull(&engine, &request, &progress)).unwrap();
@@ -119,4 +137,22 @@ fn a_source_that_is_slow_on_all_connections_is_not_asked_for_anything_twice() {
     let went = bring_in(&server, &bytes, 32, 16);
     assert_eq!((went.overtaken, went.retries), (0, 0));
     assert_none_twice(&went, &bytes);
+}
+
+#[test]
+fn of_several_mirrors_the_one_that_trickled_is_the_last_that_is_asked() {
+    let bytes = content(24 * MIB, 65);
+    let [slow, good] = [true, false].map(|trickles| {
+        let served = bytes.clone();
+        FaultServer::start(move |request| {
+            let reply = Reply::ranged(request, &served, ETAG);
+            let is_it = trickles && request.index == 0;
+            if is_it { reply.cut(Cut::Trickle(9 * MIB, DRIP)) } else { reply }
+        })
+    });
+    let mut source = source_of(&slow, &bytes);
+    source.mirrors = vec![url_of(&good)];
+    let went = pulled(source, Layout::AsIs, &bytes, 16, 1);
+    assert_eq!((went.overtaken, went.retries), (1, 0));
+    assert_eq!((slow.requests().len(), good.requests().len()), (1, 1));
 }

@@ -69,6 +69,11 @@ impl Client {
         self.url.to_string()
     }
 
+    /// The next request begins at the source again, and not where its redirects have led to.
+    pub(in crate::fetch) fn begin_anew(&self) {
+        self.route.forget();
+    }
+
     /// Asks for `range` (to the end if its end is `u64::MAX`) of the version `same`, if given.
     pub(in crate::fetch) async fn get(
         &self,
