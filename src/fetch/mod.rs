@@ -36,6 +36,7 @@ mod scale;
 pub mod source;
 mod spec;
 mod spool;
+mod stream;
 mod sums;
 pub(crate) mod threads;
 mod todo;

@@ -8,14 +8,16 @@
 //! Never: gives up the last way: then its failure is the transfer's.
 //! Start at [`Ways::pick`].
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::error::{Class, FetchError};
-use super::http::Client;
+use super::http::{Answer, Client};
+use super::policy::Policy;
 use super::transfer::Run;
-use super::version::Remote;
+use super::version::{Agreed, Remote, Resume};
 
 /// Failures after which a way is left, if there is another.
 const MAX_STRIKES: u32 = 3;
@@ -27,7 +29,7 @@ const SLOW: Duration = Duration::from_secs(60);
 pub(super) struct Way {
     pub(super) client: Arc<Client>,
     /// What its first answer said.
-    pub(super) version: OnceLock<Remote>,
+    version: OnceLock<Remote>,
     strikes: AtomicU32,
     left: AtomicBool,
     connections: AtomicUsize,
@@ -58,6 +60,29 @@ impl Way {
     fn slow_since(&self) -> Option<Instant> {
         let trickled = *self.trickled.lock().unwrap_or_else(PoisonError::into_inner);
         trickled.filter(|since| since.elapsed() < SLOW)
+    }
+
+    /// Asks for `range`, and holds the answer against the version of this way and the object's `total`.
+    /// True beside it if only the digest can prove that it is right.
+    pub(super) async fn ask(
+        &self,
+        range: Range<u64>,
+        agreed: &Agreed,
+        total: Option<u64>,
+        policy: &Policy,
+    ) -> Result<(Answer, bool), FetchError> {
+        let answer = self.client.get(range, self.version.get(), policy).await?;
+        let mut is_unproven = false;
+        // A mirror's first answer tells its version; the digest proves that it is the same object.
+        let remote = self.version.get_or_init(|| {
+            is_unproven = true;
+            answer.remote.clone()
+        });
+        let agreed = Agreed { remote: remote.clone(), ..agreed.clone() };
+        match agreed.judge(&answer.remote, answer.ranged, answer.total, total) {
+            Err(what) => Err(FetchError::Changed { url: self.client.shown(), what }),
+            Ok(same) => Ok((answer, is_unproven || same == Resume::Unproven)),
+        }
     }
 
     /// A piece came this way: what failed before is forgotten.
@@ -91,6 +116,12 @@ impl Ways {
         first.version.get_or_init(|| version);
         let mirrors = mirrors.into_iter().map(|client| Arc::new(Way::new(client)));
         Self(std::iter::once(Arc::new(first)).chain(mirrors).collect())
+    }
+
+    /// The ways over `clients`, of which the first has told its version.
+    pub(super) fn of(mut clients: Vec<Arc<Client>>, version: Remote) -> Self {
+        let mirrors = clients.split_off(1);
+        Self::new(clients.remove(0), version, mirrors)
     }
 
     /// True if there are mirrors.
@@ -159,11 +190,10 @@ mod tests {
     fn ways(count: usize) -> Ways {
         let client = |_| {
             let url = crate::fetch::SourceUrl::parse("http://h.example/x").unwrap();
-            let (access, policy) =
-                (crate::fetch::Access::default(), crate::fetch::Policy::default());
+            let (access, policy) = (crate::fetch::Access::default(), Policy::default());
             Arc::new(Client::new(&url, &access, &policy).unwrap())
         };
-        Ways::new(client(0), Remote::default(), (1..count).map(client))
+        Ways::of((0..count).map(client).collect(), Remote::default())
     }
 
     #[test]

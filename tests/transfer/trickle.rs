@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::fault_server::{Cut, FaultServer, Reply, Request};
+use crate::unpack::packed;
 use crate::{content, sha256};
 use bedplate::fetch::{Engine, Expect, Policy, Progress, Snapshot, Source, SourceUrl};
 use bedplate::import::{Layout, PullRequest, pull};
@@ -139,6 +140,10 @@ fn a_source_that_is_slow_on_all_connections_is_not_asked_for_anything_twice() {
     assert_none_twice(&went, &bytes);
 }
 
+fn starts(server: &FaultServer) -> Vec<u64> {
+    server.requests().into_iter().map(|r| r.range.map_or(0, |range| range.start)).collect()
+}
+
 #[test]
 fn of_several_mirrors_the_one_that_trickled_is_the_last_that_is_asked() {
     let bytes = content(24 * MIB, 65);
@@ -155,4 +160,110 @@ fn of_several_mirrors_the_one_that_trickled_is_the_last_that_is_asked() {
     let went = pulled(source, Layout::AsIs, &bytes, 16, 1);
     assert_eq!((went.overtaken, went.retries), (1, 0));
     assert_eq!((slow.requests().len(), good.requests().len()), (1, 1));
+}
+
+/// A compressed source with its digest.
+fn packed_source(server: &FaultServer, stream: &[u8]) -> Source {
+    let mut source = source_of(server, stream);
+    source.unpack = true;
+    source
+}
+
+#[test]
+fn a_compressed_source_is_taken_over_from_connections_that_trickle() {
+    let bytes = content(4 * MIB, 68);
+    let Some(stream) = packed("gzip", &bytes) else { return };
+    let served = stream.clone();
+    let server = FaultServer::start(move |request| {
+        let reply = Reply::ranged(request, &served, ETAG);
+        // One from its beginning, when nobody knows how fast the source is; one in the middle.
+        let sent = [10, 2 * MIB].get(request.index);
+        sent.map_or(reply.clone(), |&sent| reply.cut(Cut::Trickle(sent, DRIP)))
+    });
+    let went = pulled(packed_source(&server, &stream), Layout::AsIs, &bytes, 16, 16);
+    assert_eq!((went.overtaken, went.retries), (2, 0));
+    let starts = starts(&server);
+    assert_eq!(starts.len(), 3, "{starts:?}");
+    assert!(starts[1] >= 10 && starts[2] >= starts[1] + 2 * MIB as u64, "{starts:?}");
+    assert_eq!(server.requests()[1].header("if-match").unwrap(), ETAG);
+    assert_eq!(went.bytes_received, stream.len() as u64, "nothing came twice");
+}
+
+#[test]
+fn a_compressed_source_that_trickles_goes_on_from_a_mirror_and_stays_there() {
+    let bytes = content(4 * MIB, 69);
+    let Some(stream) = packed("gzip", &bytes) else { return };
+    // The other's connection breaks once, which does not lead back to the first.
+    let first = [(ETAG, Cut::Trickle(SENT, DRIP)), ("\"two\"", Cut::Close(MIB))];
+    let [slow, good] = first.map(|(etag, cut)| {
+        let served = stream.clone();
+        FaultServer::start(move |request| {
+            let reply = Reply::ranged(request, &served, etag);
+            if request.index == 0 { reply.cut(cut) } else { reply }
+        })
+    });
+    let mut source = packed_source(&slow, &stream);
+    source.mirrors = vec![url_of(&good)];
+    let went = pulled(source, Layout::AsIs, &bytes, 16, 16);
+    assert_eq!((went.overtaken, went.retries), (1, 1));
+    assert_eq!(slow.requests().len(), 1, "the one that trickled is the last that is asked");
+    let starts = starts(&good);
+    assert!(starts[0] >= SENT as u64 && starts[1] == starts[0] + MIB as u64, "{starts:?}");
+    assert_eq!(good.requests()[0].header("if-match"), None, "its version is not that of the other");
+    assert_eq!(good.requests()[1].header("if-match").unwrap(), "\"two\"");
+}
+
+#[test]
+fn a_mirror_with_other_bytes_of_a_compressed_source_is_found_out_and_done_without() {
+    let (bytes, other) = (content(4 * MIB, 70), content(4 * MIB, 71));
+    let Some(stream) = packed("gzip", &bytes) else { return };
+    let (served, wrong) = (stream.clone(), packed("gzip", &other).unwrap());
+    let good = FaultServer::start(move |request| {
+        let reply = Reply::ranged(request, &served, ETAG);
+        if request.index == 0 { reply.cut(Cut::Trickle(SENT, DRIP)) } else { reply }
+    });
+    let bad = FaultServer::start(move |request| {
+        // As long as the other.
+        let mut bytes = wrong.clone();
+        bytes.resize(stream_len(request), 0);
+        Reply::ranged(request, &bytes, "\"two\"")
+    });
+    let mut source = packed_source(&good, &stream);
+    source.mirrors = vec![SourceUrl::parse(&format!("{}/{}", bad.url, stream.len())).unwrap()];
+    pulled(source, Layout::AsIs, &bytes, 16, 16);
+    assert_eq!(bad.requests().len(), 1, "it was asked once");
+}
+
+/// The length that the path names.
+fn stream_len(request: &Request) -> usize {
+    request.path.trim_start_matches('/').parse().unwrap()
+}
+
+#[test]
+fn a_compressed_source_that_cannot_be_continued_is_waited_for_and_that_is_said() {
+    let bytes = content(MIB, 72);
+    let Some(stream) = packed("gzip", &bytes) else { return };
+    let served = stream.clone();
+    // Its end takes eight seconds.
+    let server = FaultServer::start(move |_| {
+        Reply::whole(&served).cut(Cut::Trickle(served.len() - 400, DRIP))
+    });
+    let went = pulled(packed_source(&server, &stream), Layout::AsIs, &bytes, 16, 16);
+    assert_eq!((went.overtaken, went.retries, server.requests().len()), (0, 0, 1));
+    assert!(went.message.contains("cannot be continued"), "{}", went.message);
+}
+
+#[test]
+fn a_compressed_source_that_is_slow_on_all_connections_is_not_asked_again() {
+    let bytes = content(2 * MIB, 73);
+    let Some(stream) = packed("gzip", &bytes) else { return };
+    let served = stream.clone();
+    let server = FaultServer::start(move |request| {
+        let mut reply = Reply::ranged(request, &served, ETAG);
+        // 128 KiB a second.
+        reply.pace = Duration::from_millis(500);
+        reply
+    });
+    let went = pulled(packed_source(&server, &stream), Layout::AsIs, &bytes, 16, 16);
+    assert_eq!((went.overtaken, went.retries, server.requests().len()), (0, 0, 1));
 }
