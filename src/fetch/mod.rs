@@ -61,7 +61,7 @@ pub use limit::RateLimit;
 pub use nbd::{NbdEnded, NbdExport, NbdFault, NbdOutlet, NbdSession};
 pub use pipeline::{Feed, Pipeline, Stopped, Taker};
 pub use policy::Policy;
-pub use progress::{Phase, Progress, Snapshot};
+pub use progress::{Phase, Progress, Snapshot, overtaken};
 pub use remote::{MAX_PART_BYTES, SourceFile};
 pub use source::{SourceError, SourceUrl};
 pub use spec::Source;

@@ -224,6 +224,8 @@ pub struct Progress {
     pub phase: Phase,
     /// How many times the source was tried again.
     pub retries: u32,
+    /// Connections to it that were left, as far too little came on them.
+    pub overtaken: u32,
     /// What is worth knowing, without credentials; may be empty.
     pub message: String,
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use crate::control_support::{self, Daemon};
 use crate::fault_server::{Cut, FaultServer, Reply, Request};
 use crate::unpack::packed;
 use crate::{content, sha256};
@@ -266,4 +267,33 @@ fn a_compressed_source_that_is_slow_on_all_connections_is_not_asked_again() {
     });
     let went = pulled(packed_source(&server, &stream), Layout::AsIs, &bytes, 16, 16);
     assert_eq!((went.overtaken, went.retries, server.requests().len()), (0, 0, 1));
+}
+
+#[test]
+fn connections_that_were_left_are_shown_and_counted() {
+    let bytes = content(4 * MIB, 74);
+    let Some(stream) = packed("gzip", &bytes) else { return };
+    let (served, is_seen) = (stream.clone(), Arc::new(AtomicBool::new(false)));
+    let may_end = Arc::clone(&is_seen);
+    let server = FaultServer::start(move |request| {
+        let reply = Reply::ranged(request, &served, ETAG);
+        if request.index == 0 {
+            return reply.cut(Cut::Trickle(SENT, DRIP));
+        }
+        while !may_end.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        reply
+    });
+    let daemon = Daemon::start();
+    let url = format!("{}/x.gz", server.url);
+    let created = daemon.cli(&["create", "--name", "img", "--fetch", &url]);
+    assert!(created.status.success(), "{}", control_support::stderr(&created));
+    while daemon.get("/v1/images/img")["copies"][0]["overtaken"] != 1 {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    is_seen.store(true, Ordering::SeqCst);
+    daemon.wait_for("img", "ready");
+    let metrics = control_support::curl(&daemon.socket, "GET", "/metrics", None).1;
+    assert!(metrics.contains("\nbedplate_overtaken_connections_total 1\n"), "{metrics}");
 }
