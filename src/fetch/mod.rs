@@ -28,6 +28,7 @@ mod nbd;
 mod needs;
 mod pace;
 mod packed;
+mod parts;
 mod pipeline;
 mod policy;
 mod progress;

@@ -1,5 +1,5 @@
-//! Promise: one connection that gives a byte now and then holds up no transfer, and a source that is
-//! slow on all of them is not asked for anything twice.
+//! Promise: one connection that gives a byte now and then holds up no transfer, whatever it brings, and a
+//! source that is slow on all of them is not asked for anything twice.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -161,6 +161,39 @@ fn of_several_mirrors_the_one_that_trickled_is_the_last_that_is_asked() {
     let went = pulled(source, Layout::AsIs, &bytes, 16, 1);
     assert_eq!((went.overtaken, went.retries), (1, 0));
     assert_eq!((slow.requests().len(), good.requests().len()), (1, 1));
+}
+
+#[test]
+fn the_first_bytes_of_a_source_are_taken_over_from_a_connection_that_trickles() {
+    let bytes = content(2 * MIB, 66);
+    let served = bytes.clone();
+    let server = FaultServer::start(move |request| {
+        let reply = Reply::ranged(request, &served, ETAG);
+        let sent = [1000, 20_000].get(request.index);
+        sent.map_or(reply.clone(), |&sent| reply.cut(Cut::Trickle(sent, DRIP)))
+    });
+    let went = pulled(source_of(&server, &bytes), Layout::Raw, &bytes, 16, 1);
+    assert_eq!((went.overtaken, went.retries), (2, 0));
+    let starts = starts(&server);
+    assert_eq!((starts.len(), starts[0], starts[3]), (4, 0, 0), "{starts:?}");
+    assert!(starts[1] >= 1000 && starts[2] >= starts[1] + 20_000, "it came twice: {starts:?}");
+}
+
+#[test]
+fn a_file_of_digests_is_taken_over_from_a_connection_that_trickles() {
+    let bytes = content(MIB, 67);
+    let sums = format!("{}{}  x\n", "# nothing\n".repeat(2000), sha256(&bytes));
+    let served = bytes.clone();
+    let server = FaultServer::start(move |request| {
+        let of = if request.path == "/SUMS" { sums.as_bytes() } else { &served };
+        let reply = Reply::ranged(request, of, ETAG);
+        if request.index == 0 { reply.cut(Cut::Trickle(1000, DRIP)) } else { reply }
+    });
+    let mut source = Source::new(url_of(&server));
+    source.checksum_url = Some(SourceUrl::parse(&format!("{}/SUMS", server.url)).unwrap());
+    let went = pulled(source, Layout::AsIs, &bytes, 16, 1);
+    assert_eq!((went.overtaken, went.retries), (1, 0));
+    assert!(starts(&server)[1] >= 1000, "{:?}", starts(&server));
 }
 
 /// A compressed source with its digest.
