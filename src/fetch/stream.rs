@@ -125,8 +125,8 @@ impl Stream {
 enum Fed {
     /// To its end, or nobody takes more.
     Over,
-    /// Nothing more is for the spool alone.
-    On(Answer),
+    /// Not yet; the stream has the rest of it.
+    Begun,
     /// It is asked for elsewhere.
     Left,
 }
@@ -151,14 +151,11 @@ impl Run<'_> {
             let went = match stream.answer.take() {
                 Some(answer) => self.feed(stream, answer, to).await,
                 None if stream.packed == Some(stream.at) => return Ok(()),
-                None => self.ask_rest(stream).await.map(Fed::On),
+                None => self.ask_rest(stream).await,
             };
             let error = match went {
                 Ok(Fed::Over) => return Ok(()),
-                Ok(Fed::On(answer)) => {
-                    stream.answer = Some(answer);
-                    continue;
-                }
+                Ok(Fed::Begun) => continue,
                 Ok(Fed::Left) => {
                     stream.pick_way();
                     continue;
@@ -184,7 +181,7 @@ impl Run<'_> {
     }
 
     /// Asks for what the decoder does not have yet.
-    async fn ask_rest(&self, stream: &mut Stream) -> Result<Answer, FetchError> {
+    async fn ask_rest(&self, stream: &mut Stream) -> Result<Fed, FetchError> {
         let Stream { way, agreed, packed, at, .. } = stream;
         let asked = way.ask(*at..u64::MAX, agreed, *packed, &self.engine.policy);
         let (answer, is_unproven) = tokio::select! {
@@ -192,7 +189,8 @@ impl Run<'_> {
             () = self.progress.stopped() => return Err(FetchError::Cancelled),
         };
         stream.unproven |= is_unproven;
-        Ok(answer)
+        stream.answer = Some(answer);
+        Ok(Fed::Begun)
     }
 
     /// The error if it may pass, else what ends the run.
@@ -231,7 +229,8 @@ impl Run<'_> {
                 return Ok(Fed::Over);
             }
             if stream.is_enough(to) {
-                return Ok(Fed::On(answer));
+                stream.answer = Some(answer);
+                return Ok(Fed::Begun);
             }
             pace.wait();
             // As of a piece of a file that comes as it is.

@@ -141,6 +141,21 @@ fn a_source_that_is_slow_on_all_connections_is_not_asked_for_anything_twice() {
     assert_none_twice(&went, &bytes);
 }
 
+#[test]
+fn a_source_that_may_have_one_connection_only_is_asked_anew_when_that_trickles() {
+    let bytes = content(2 * MIB, 75);
+    let served = bytes.clone();
+    let server = FaultServer::start(move |request| {
+        // No ETag: only the digest tells in the end, and more than one connection is not tried.
+        let reply = Reply::ranged(request, &served, "W/\"one\"");
+        if request.index == 0 { reply.cut(Cut::Trickle(1000, DRIP)) } else { reply }
+    });
+    let went = bring_in(&server, &bytes, 16, 16);
+    assert_eq!((went.overtaken, went.retries), (1, 0));
+    let starts = starts(&server);
+    assert!(starts.len() == 2 && starts[1] >= 1000, "{starts:?}");
+}
+
 fn starts(server: &FaultServer) -> Vec<u64> {
     server.requests().into_iter().map(|r| r.range.map_or(0, |range| range.start)).collect()
 }
