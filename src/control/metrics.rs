@@ -83,6 +83,12 @@ pub(super) async fn scrape(State(app): State<App>) -> Result<impl IntoResponse, 
         "Memory for decoded clusters: those that are kept or in use, and what is free for others";
     gauge(&mut registry, "decoded_memory_bytes", help, bytes(cache.memory_bytes()));
 
+    let overtaken = Counter::<u64>::default();
+    overtaken.inc_by(crate::fetch::overtaken());
+    let help = "Connections to sources left, as far too little came on them and others were faster; \
+                demand_stalls has those that only readers waited for";
+    registry.register("overtaken_connections", help, overtaken);
+
     add_images(&mut registry, &app, &images);
     add_disks(&mut registry, &disks);
 

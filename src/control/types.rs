@@ -95,6 +95,9 @@ pub struct Copy {
     pub connections: u32,
     /// How many times the source was tried again.
     pub retries: u32,
+    /// Connections to the source that were left, as far too little came on them.
+    #[serde(default)]
+    pub overtaken: u32,
     /// True if it failed for good: only a new attach or fetch tries again.
     pub refused: bool,
     /// Why it failed, or what is worth knowing; may be empty.

@@ -81,6 +81,7 @@ fn copy(status: &CopyStatus) -> Copy {
         stored_bytes: status.info.as_ref().map(|i| i.stored_bytes),
         connections: progress.connections,
         retries: progress.retries,
+        overtaken: progress.overtaken,
         refused: status.refused,
         message: status.message.clone(),
         unused_since: status.unused_since_unix_s.map(rfc3339),

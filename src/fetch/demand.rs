@@ -210,6 +210,7 @@ impl Fleet {
             }
             Err(Broken::Elsewhere | Broken::Error(FetchError::Stalled { .. })) => {
                 demand.note_left(held.claim().range.start, &held.pace);
+                way.0.trickled();
                 Err(Broken::Elsewhere)
             }
             Err(broken) => Err(broken),

@@ -28,7 +28,7 @@ use super::pipeline::{Cutter, Feed, Stopped};
 use super::policy::Policy;
 use super::progress::{Phase, Progress};
 use super::traffic::Traffic;
-use super::version::{Agreed, Resume};
+use super::version::Agreed;
 use super::ways::{Way, Ways};
 use crate::ring::BufShare;
 
@@ -189,7 +189,10 @@ impl Fleet {
         match ended {
             Ok(()) => End::Done,
             // Another one asks for it, and for what follows.
-            Err(Broken::Elsewhere) => End::Done,
+            Err(Broken::Elsewhere) => {
+                way.0.trickled();
+                End::Done
+            }
             Err(Broken::Stopped) => End::Stopped,
             Err(Broken::Error(error)) => End::Failed(error, Arc::clone(&way.0)),
         }
@@ -246,21 +249,11 @@ impl Fleet {
         let whole = Some(claim.asked_end) == self.total;
         let asked_end = if whole { u64::MAX } else { claim.asked_end };
         let range = claim.range.start..asked_end;
-        let answer = way.client.get(range, way.version.get(), &self.policy).await?;
+        let asked = way.ask(range, &self.agreed, self.total, &self.policy);
+        let (answer, is_unproven) = asked.await?;
         self.state.latency.store(nanos(begin.elapsed()), Ordering::Relaxed);
-        // A mirror's first answer tells its version; the digest proves that it is the same object.
-        let remote = way.version.get_or_init(|| {
-            self.state.unproven.store(true, Ordering::Relaxed);
-            answer.remote.clone()
-        });
-        let agreed = Agreed { remote: remote.clone(), ..self.agreed.clone() };
-        match agreed.judge(&answer.remote, answer.ranged, answer.total, self.total) {
-            Err(what) => Err(FetchError::Changed { url: way.client.shown(), what }),
-            Ok(same) => {
-                self.state.unproven.fetch_or(same == Resume::Unproven, Ordering::Relaxed);
-                Ok(First { answer, asked_end })
-            }
-        }
+        self.state.unproven.fetch_or(is_unproven, Ordering::Relaxed);
+        Ok(First { answer, asked_end })
     }
 
     /// Reads the body of an answer into the claim and, if it goes on, into what follows.

@@ -157,18 +157,26 @@ impl Fleet {
 
     /// Waits until others should have this piece, whose next byte is at `at`: they are far faster, and
     /// have nothing to do. One that is alone is held against what there was before it: it is better asked
-    /// for anew, unless nothing at all comes, as then there is another limit.
+    /// for anew, unless nothing at all comes, as then there is another limit. Where there can be only one,
+    /// and nothing is known, that is worth a try.
     async fn overtaken(&self, held: &Held<'_>, at: u64) -> Need {
         let (state, most) = (&self.state, self.policy.stall_timeout);
         loop {
             let (left, patience) = (held.claim().range.end - at, state.level.patience(most));
             let is_alone =
                 || held.pace.moved().elapsed() < patience && self.book().connections == 1;
-            if patience < most
-                && self.is_proved()
-                && state.best.is_outpaced(&held.pace, left, patience)
-                && (state.idle.load(Ordering::Relaxed) > 0 || is_alone())
-            {
+            let is_slow = match self.is_proved() {
+                true => {
+                    state.best.is_outpaced(&held.pace, left, patience)
+                        && (state.idle.load(Ordering::Relaxed) > 0 || is_alone())
+                }
+                false => {
+                    self.agreed.can_resume
+                        && state.best.is_too_slow(&held.pace, left, patience)
+                        && is_alone()
+                }
+            };
+            if patience < most && is_slow {
                 tracing::info!(at, "a piece came far too slowly; it is asked for once more");
                 state.level.left(&held.pace);
                 self.progress.add_overtaken();

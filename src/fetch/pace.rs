@@ -92,6 +92,11 @@ impl Pace {
         }
     }
 
+    /// How much has come.
+    pub(super) fn bytes(&self) -> u64 {
+        self.now.bytes
+    }
+
     /// When something came last.
     pub(super) fn moved(&self) -> Instant {
         self.moved

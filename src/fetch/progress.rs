@@ -42,7 +42,7 @@ pub struct Snapshot {
     pub connections: u32,
     /// Failed attempts so far.
     pub retries: u32,
-    /// Pieces that were asked for again, as others of the same source came far faster.
+    /// Connections that were left, as far too little came on them; the rest was asked for on others.
     pub overtaken: u32,
     /// Why the last attempt failed; empty if none did.
     pub message: String,
@@ -65,6 +65,16 @@ pub struct Progress {
 }
 
 const UNKNOWN: u64 = u64::MAX;
+
+/// Of all transfers of this process.
+static OVERTAKEN: AtomicU64 = AtomicU64::new(0);
+
+/// Connections that transfers of this process have left, as far too little came on them. Those that only
+/// brought what readers wait for are not among them: [`crate::disk::Waits`] counts them.
+#[must_use]
+pub fn overtaken() -> u64 {
+    OVERTAKEN.load(Ordering::Relaxed)
+}
 
 impl Default for Progress {
     fn default() -> Self {
@@ -176,6 +186,7 @@ impl Progress {
 
     pub(super) fn add_overtaken(&self) {
         self.overtaken.fetch_add(1, Ordering::Relaxed);
+        OVERTAKEN.fetch_add(1, Ordering::Relaxed);
     }
 
     /// What is worth knowing now.

@@ -9,16 +9,16 @@
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use super::book::Book;
 use super::crew;
 use super::digest::{DigestThread, Stored};
 use super::error::{Class, FetchError};
 use super::fleet::{self, Fleet, Outcome};
-use super::http::{Answer, Client};
+use super::http::Client;
 use super::local::LocalFile;
-use super::pace::{Best, Level, Pace};
+use super::pace::{Best, Level};
+use super::parts::Parts;
 use super::pipeline::{Feed, Taker};
 use super::policy::Policy;
 use super::progress::{Phase, Progress};
@@ -77,6 +77,7 @@ impl<'a> SourceFile<'a> {
             let url = source.url.to_string();
             return Err(FetchError::NoParts { url, why: "a backup is read as a whole" });
         }
+        let (best, level) = (Arc::new(Best::default()), Level::default());
         let (kind, total, head) = match source.url.file_path() {
             Some(path) => {
                 let file = LocalFile::open(&path)?;
@@ -85,8 +86,8 @@ impl<'a> SourceFile<'a> {
             }
             None => {
                 let client = Client::new(&source.url, &source.access, &engine.policy)?;
-                let opened =
-                    retried(&engine.policy, progress, || first_part(engine, source, &client));
+                let attempt = || first_part(engine, source, &client, progress, (&best, &level));
+                let opened = retried(&engine.policy, progress, attempt);
                 let (agreed, total, head) = opened.await?;
                 (Kind::Http { client: Arc::new(client), agreed }, total, Some(head))
             }
@@ -95,7 +96,7 @@ impl<'a> SourceFile<'a> {
         if total > limit {
             return Err(FetchError::TooLarge { url: source.url.to_string(), total, limit });
         }
-        let (urgent, best, level) = (Arc::default(), Arc::default(), Level::default());
+        let urgent = Arc::default();
         let file = Self { engine, source, progress, total, kind, urgent, level, best };
         let head = match head {
             Some(head) => head,
@@ -138,7 +139,8 @@ impl<'a> SourceFile<'a> {
         match &self.kind {
             Kind::Local(file) => in_blocks(file, range),
             Kind::Http { client, agreed } => {
-                let attempt = || self.read_on(client, agreed, &range, &|| {});
+                let left = || self.progress.add_overtaken();
+                let attempt = || self.read_on(client, agreed, &range, &left);
                 retried(&self.engine.policy, self.progress, attempt).await
             }
         }
@@ -166,8 +168,7 @@ impl<'a> SourceFile<'a> {
         Ok(bytes)
     }
 
-    /// Reads `range`, on another connection whenever one is too slow; `left` is told. What has come of it
-    /// is kept then.
+    /// Reads `range`, on another connection whenever one is too slow; `left` is told.
     async fn read_on(
         &self,
         client: &Client,
@@ -175,88 +176,11 @@ impl<'a> SourceFile<'a> {
         range: &Range<u64>,
         left: &(dyn Fn() + Sync),
     ) -> Result<Vec<u8>, FetchError> {
-        let len = range.end - range.start;
-        let mut bytes = Vec::with_capacity(usize::try_from(len).unwrap_or(0));
-        while (bytes.len() as u64) < len {
-            let mut pace = Pace::new();
-            let patience = self.level.patience(self.engine.policy.stall_timeout);
-            let read = self.rest_of(client, agreed, range, &mut bytes, &mut pace, patience).await;
-            self.best.note_end(&pace);
-            match read {
-                Ok(true) => self.level.brought(&pace),
-                Ok(false) => {
-                    self.level.left(&pace);
-                    left();
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(bytes)
-    }
-
-    /// Reads what `bytes` do not have of `range`; false if nothing came of it for `patience`, or others are
-    /// far faster: it has not come to the end then.
-    async fn rest_of(
-        &self,
-        client: &Client,
-        agreed: &Agreed,
-        range: &Range<u64>,
-        bytes: &mut Vec<u8>,
-        pace: &mut Pace,
-        patience: Duration,
-    ) -> Result<bool, FetchError> {
-        // Who waits as long as the transfer does has no more to hope for elsewhere.
-        let may_leave = patience < self.engine.policy.stall_timeout;
-        let mut at = range.start + bytes.len() as u64;
-        let asked = self.answer(client, agreed, at..range.end);
-        let mut answer = match tokio::time::timeout(patience, asked).await {
-            Ok(answer) => answer?,
-            Err(_elapsed) if may_leave => return Ok(false),
-            Err(_elapsed) => {
-                let (url, seconds) = (client.shown(), patience.as_secs());
-                return Err(FetchError::Stalled { url, at, seconds });
-            }
-        };
-        pace.answered();
-        while at < range.end {
-            pace.wait();
-            let chunk = match answer.chunk(at, client, patience).await {
-                Ok(Some(chunk)) => chunk,
-                Ok(None) => {
-                    return Err(FetchError::Short { url: client.shown(), at, total: range.end });
-                }
-                Err(FetchError::Stalled { .. }) if may_leave => return Ok(false),
-                Err(error) => return Err(error),
-            };
-            let len = chunk.len() as u64;
-            if len > range.end - at {
-                return Err(FetchError::TooMuch { url: client.shown(), total: range.end });
-            }
-            self.progress.add_received(len);
-            pace.came(len);
-            bytes.extend_from_slice(&chunk);
-            at += len;
-            if may_leave && self.best.is_too_slow(pace, range.end - at, patience) {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    }
-
-    /// The answer to a request for `range`, of the right version.
-    async fn answer(
-        &self,
-        client: &Client,
-        agreed: &Agreed,
-        range: Range<u64>,
-    ) -> Result<Answer, FetchError> {
-        let (policy, remote) = (&self.engine.policy, Some(&agreed.remote));
-        let answer = client.get(range, remote, policy).await?;
-        let total = Some(self.total);
-        match agreed.judge(&answer.remote, answer.ranged, answer.total, total) {
-            Ok(_same) => Ok(answer),
-            Err(what) => Err(FetchError::Changed { url: client.shown(), what }),
-        }
+        let Self { total, best, level, .. } = self;
+        let (policy, total) = (&self.engine.policy, *total);
+        let came = &|bytes| self.progress.add_received(bytes);
+        let parts = Parts { client, agreed, total, policy, best, level, came, left };
+        parts.read(range, None).await
     }
 
     /// Brings `ranges` (ascending) to `taker`, and with `digests` hashes the whole source on the
@@ -387,8 +311,11 @@ async fn first_part(
     engine: &Engine,
     source: &Source,
     client: &Client,
+    progress: &Progress,
+    (best, level): (&Best, &Level),
 ) -> Result<(Agreed, u64, Vec<u8>), FetchError> {
-    let mut answer = client.get(0..HEAD_BYTES, None, &engine.policy).await?;
+    let policy = &engine.policy;
+    let answer = client.get(0..HEAD_BYTES, None, policy).await?;
     let no_parts = |why| FetchError::NoParts { url: client.shown(), why };
     let (true, Some(total)) = (answer.ranged, answer.total) else {
         return Err(no_parts("the server serves no byte ranges"));
@@ -397,8 +324,10 @@ async fn first_part(
     if answer.remote.etag.is_none() && !has_digest {
         return Err(no_parts("the server gives no strong ETag, and no digest was given"));
     }
-    let head = answer.read_all(0..HEAD_BYTES.min(total), client, &engine.policy).await?;
     let agreed = Agreed { remote: answer.remote.clone(), can_resume: true, has_digest };
+    let (came, left) = (&|_| {}, &|| progress.add_overtaken());
+    let parts = Parts { client, agreed: &agreed, total, policy, best, level, came, left };
+    let head = parts.read(&(0..HEAD_BYTES.min(total)), Some(answer)).await?;
     Ok((agreed, total, head))
 }
 

@@ -19,7 +19,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use super::decode::Codec;
 use super::error::FetchError;
 use super::http::Client;
-use super::packed::{Stream, To};
+use super::stream::{Stream, To};
 use super::threads::{blocking, in_place};
 use super::transfer::Run;
 use super::unpack::Unpacker;
@@ -170,7 +170,8 @@ impl Run<'_> {
             Err(_) if by_digest => Resume::Unproven,
             Err(what) => return Err(FetchError::Changed { url: client.shown(), what }),
         };
-        self.unproven |= same == Resume::Unproven;
+        // A part of it may have come from a mirror.
+        self.unproven |= same == Resume::Unproven || self.mirrors && has_digest;
         let byte = answer.read_all(at..at + 1, client, policy).await?;
         self.progress.add_received(byte.len() as u64);
         Ok(Agreed { remote: answer.remote, ..agreed })
@@ -180,7 +181,7 @@ impl Run<'_> {
     /// has come. False if the decoder has ended.
     pub(super) async fn catch_up(
         &self,
-        stream: &mut Stream<'_>,
+        stream: &mut Stream,
         unpacker: &Unpacker,
     ) -> Result<bool, FetchError> {
         let mut decoded = 0;
@@ -245,7 +246,7 @@ impl Run<'_> {
     }
 
     /// Gives up what is in the spool from `at` on, which is damaged: it is fetched anew.
-    async fn cut_spool(&self, stream: &mut Stream<'_>, at: u64) -> Result<(), FetchError> {
+    async fn cut_spool(&self, stream: &mut Stream, at: u64) -> Result<(), FetchError> {
         if let Some(spooler) = stream.spooler.take()
             && let Err(error) = blocking(move || spooler.end(false)).await
         {

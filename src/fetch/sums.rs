@@ -17,6 +17,8 @@ use super::error::FetchError;
 use super::expect::Expect;
 use super::http::Client;
 use super::local::LocalFile;
+use super::pace::{Best, Level};
+use super::parts::whole;
 use super::progress::Progress;
 use super::remote::retried;
 use super::source::SourceUrl;
@@ -73,9 +75,9 @@ pub async fn settle<'a>(
         }
         None => {
             let client = Client::new(url, &source.access_at(url), &engine.policy)?;
-            let fetched =
-                retried(&engine.policy, progress, || client.get_whole(MAX_BYTES, &engine.policy))
-                    .await?;
+            let (policy, best, level) = (&engine.policy, Best::default(), Level::default());
+            let attempt = || whole(&client, MAX_BYTES, policy, progress, (&best, &level));
+            let fetched = retried(policy, progress, attempt).await?;
             fetched.ok_or_else(|| at_fault(too_long()))?
         }
     };

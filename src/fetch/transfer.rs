@@ -132,7 +132,7 @@ pub async fn transfer(
         }
         fresh = true;
         // One of them may have other bytes; which one, nobody can say.
-        mirrors &= !matches!(result, Err(FetchError::Digest { .. }));
+        mirrors &= !matches!(result, Err(FetchError::Digest { .. } | FetchError::Decode { .. }));
     }
 }
 
@@ -275,11 +275,11 @@ impl Run<'_> {
                 return self.complete(etag, total).await;
             }
             Opened::Packed(answer, codec) => {
-                return self.unpack(&clients[0], answer, codec).await;
+                return self.unpack(clients, answer, codec).await;
             }
             Opened::Kept(agreed) => {
                 let kept = kept.expect("the source was asked about it");
-                return self.unpack_kept(&clients[0], kept, agreed).await;
+                return self.unpack_kept(clients, kept, agreed).await;
             }
         };
         let (total, etag) = (self.filling.total_bytes(), agreed.remote.etag.clone());
@@ -287,11 +287,11 @@ impl Run<'_> {
             Some(_) => self.filling.missing(),
             None => std::iter::once(0..u64::MAX).collect(),
         };
-        let (remote, mirrors) = (agreed.remote.clone(), clients.split_off(1));
+        let remote = agreed.remote.clone();
         let arriving = self.filling.arriving().filter(|_| agreed.proves_parts() && total.is_some());
         let demand = arriving.map(|file| Demand::new(Arc::clone(file), &self.engine.pool));
         let fleet = Arc::new(Fleet {
-            ways: Ways::new(clients.remove(0), remote, mirrors),
+            ways: Ways::of(clients, remote),
             policy: self.engine.policy.clone(),
             agreed,
             total,
@@ -418,7 +418,8 @@ impl Run<'_> {
         });
         match resume {
             Resume::Same | Resume::Unproven => {
-                self.unproven = resume == Resume::Unproven;
+                // A part of it may have come from a mirror.
+                self.unproven = resume == Resume::Unproven || self.mirrors && has_digest;
                 in_place(|| self.filling.resume())?;
             }
             // What is here is of another version: ask again, from the beginning.

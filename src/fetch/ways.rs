@@ -3,30 +3,38 @@
 //! Why: a mirror that is slow, broken or gone must not stop a transfer that another can finish.
 //! How: a connection takes the way with the fewest connections. Each way has its own version, which
 //! its first answer tells; that the ways have the same bytes, only the user's digest proves. A way
-//! that is refused, has another length or fails too often is not taken any more.
+//! that is refused, has another length or fails too often is not taken any more; one on which something
+//! trickled is the last that is taken for a while.
 //! Never: gives up the last way: then its failure is the transfer's.
 //! Start at [`Ways::pick`].
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::error::{Class, FetchError};
-use super::http::Client;
+use super::http::{Answer, Client};
+use super::policy::Policy;
 use super::transfer::Run;
-use super::version::Remote;
+use super::version::{Agreed, Remote, Resume};
 
 /// Failures after which a way is left, if there is another.
 const MAX_STRIKES: u32 = 3;
+/// How long a way is the last that is taken after something trickled there.
+const SLOW: Duration = Duration::from_secs(60);
 
 /// One way.
 #[derive(Debug)]
 pub(super) struct Way {
     pub(super) client: Arc<Client>,
     /// What its first answer said.
-    pub(super) version: OnceLock<Remote>,
+    version: OnceLock<Remote>,
     strikes: AtomicU32,
     left: AtomicBool,
     connections: AtomicUsize,
+    /// When a connection was left last as far too slow.
+    trickled: Mutex<Option<Instant>>,
 }
 
 impl Way {
@@ -37,6 +45,43 @@ impl Way {
             strikes: AtomicU32::new(0),
             left: AtomicBool::new(false),
             connections: AtomicUsize::new(0),
+            trickled: Mutex::default(),
+        }
+    }
+
+    /// A connection was left, as what came there was far too slow. The next request begins at the
+    /// source again: where it redirects to may be another server by now.
+    pub(super) fn trickled(&self) {
+        *self.trickled.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        self.client.begin_anew();
+    }
+
+    /// Since when it is the last that is taken, if it is.
+    fn slow_since(&self) -> Option<Instant> {
+        let trickled = *self.trickled.lock().unwrap_or_else(PoisonError::into_inner);
+        trickled.filter(|since| since.elapsed() < SLOW)
+    }
+
+    /// Asks for `range`, and holds the answer against the version of this way and the object's `total`.
+    /// True beside it if only the digest can prove that it is right.
+    pub(super) async fn ask(
+        &self,
+        range: Range<u64>,
+        agreed: &Agreed,
+        total: Option<u64>,
+        policy: &Policy,
+    ) -> Result<(Answer, bool), FetchError> {
+        let answer = self.client.get(range, self.version.get(), policy).await?;
+        let mut is_unproven = false;
+        // A mirror's first answer tells its version; the digest proves that it is the same object.
+        let remote = self.version.get_or_init(|| {
+            is_unproven = true;
+            answer.remote.clone()
+        });
+        let agreed = Agreed { remote: remote.clone(), ..agreed.clone() };
+        match agreed.judge(&answer.remote, answer.ranged, answer.total, total) {
+            Err(what) => Err(FetchError::Changed { url: self.client.shown(), what }),
+            Ok(same) => Ok((answer, is_unproven || same == Resume::Unproven)),
         }
     }
 
@@ -73,6 +118,12 @@ impl Ways {
         Self(std::iter::once(Arc::new(first)).chain(mirrors).collect())
     }
 
+    /// The ways over `clients`, of which the first has told its version.
+    pub(super) fn of(mut clients: Vec<Arc<Client>>, version: Remote) -> Self {
+        let mirrors = clients.split_off(1);
+        Self::new(clients.remove(0), version, mirrors)
+    }
+
     /// True if there are mirrors.
     pub(super) fn several(&self) -> bool {
         self.0.len() > 1
@@ -81,9 +132,11 @@ impl Ways {
     /// The way for one more connection.
     pub(super) fn pick(&self) -> Taken {
         let usable = |way: &&Arc<Way>| !way.left.load(Ordering::Relaxed);
-        let least =
-            self.0.iter().filter(usable).min_by_key(|way| way.connections.load(Ordering::Relaxed));
-        Self::take(least.unwrap_or(&self.0[0]))
+        let best = self.0.iter().filter(usable).min_by_key(|way| {
+            let slow = way.slow_since();
+            (slow.is_some(), way.connections.load(Ordering::Relaxed), slow)
+        });
+        Self::take(best.unwrap_or(&self.0[0]))
     }
 
     /// The way whose first answer is in hand.
@@ -127,5 +180,40 @@ impl Run<'_> {
             }
         }
         Ok(clients)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ways(count: usize) -> Ways {
+        let client = |_| {
+            let url = crate::fetch::SourceUrl::parse("http://h.example/x").unwrap();
+            let (access, policy) = (crate::fetch::Access::default(), Policy::default());
+            Arc::new(Client::new(&url, &access, &policy).unwrap())
+        };
+        Ways::of((0..count).map(client).collect(), Remote::default())
+    }
+
+    #[test]
+    fn a_way_on_which_something_trickled_is_the_last_that_is_taken_for_a_while() {
+        let ways = ways(3);
+        let index = |way: &Taken| ways.0.iter().position(|other| Arc::ptr_eq(other, &way.0));
+        assert_eq!(index(&ways.pick()), Some(0));
+        ways.0[0].trickled();
+        let taken: Vec<_> = (0..4).map(|_| ways.pick()).collect();
+        let indices: Vec<_> = taken.iter().map(|way| index(way).unwrap()).collect();
+        assert_eq!(indices, [1, 2, 1, 2], "with however many connections the others have");
+        drop(taken);
+        // When all are slow, the one that was left first.
+        ways.0[2].trickled();
+        ways.0[1].trickled();
+        assert_eq!(index(&ways.pick()), Some(0));
+        ways.0[0].trickled();
+        assert_eq!(index(&ways.pick()), Some(2));
+        let long_ago = Instant::now() - SLOW;
+        *ways.0[1].trickled.lock().unwrap() = Some(long_ago);
+        assert_eq!(index(&ways.pick()), Some(1), "that is forgotten");
     }
 }

@@ -224,6 +224,8 @@ pub struct Progress {
     pub phase: Phase,
     /// How many times the source was tried again.
     pub retries: u32,
+    /// Connections to it that were left, as far too little came on them.
+    pub overtaken: u32,
     /// What is worth knowing, without credentials; may be empty.
     pub message: String,
 }
@@ -255,8 +257,7 @@ pub enum WorkerEvent {
         /// True if the partial file was removed; false if it is kept for a resume.
         cleaned: bool,
     },
-    /// So many of the copy's bytes were held against their digests so far; as
-    /// [`WorkerEvent::Scrubbed`].
+    /// So many of the copy's bytes were held against their digests; as [`WorkerEvent::Scrubbed`].
     Scrubbing(u64),
     /// The copy was read against its digests; only of a worker that [`Backend::scrub`] started.
     Scrubbed(ScrubReport),
@@ -319,15 +320,14 @@ impl Reporter {
     pub fn send(&self, event: WorkerEvent) {
         if let WorkerEvent::Progress(progress) = &event {
             let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-            let now = Instant::now();
             let key = (progress.phase, progress.retries);
             if let Some((at, phase, retries)) = *last
                 && (phase, retries) == key
-                && now.duration_since(at) < Self::MIN_INTERVAL
+                && at.elapsed() < Self::MIN_INTERVAL
             {
                 return;
             }
-            *last = Some((now, key.0, key.1));
+            *last = Some((Instant::now(), key.0, key.1));
         }
         self.pass(Some(event));
     }

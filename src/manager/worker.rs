@@ -379,6 +379,7 @@ impl Worker {
                 fetch::Phase::Retrying => Phase::Retrying,
             },
             retries: now.retries,
+            overtaken: now.overtaken,
             message: now.message,
         }));
     }

@@ -18,6 +18,8 @@ use url::Url;
 
 use super::super::error::{Class, FetchError};
 use super::super::http::{Access, Client};
+use super::super::pace::{Best, Level};
+use super::super::parts::whole;
 use super::super::policy::Policy;
 use super::super::progress::Progress;
 use super::super::remote::retried;
@@ -170,7 +172,8 @@ impl BackupPlace {
                 From::Bucket(Client::new(store, &access, policy)?)
             }
         };
-        Ok(Store { from, policy: policy.clone(), progress: Arc::clone(progress) })
+        let (policy, progress) = (policy.clone(), Arc::clone(progress));
+        Ok(Store { from, policy, progress, best: Best::default(), level: Level::default() })
     }
 }
 
@@ -179,6 +182,10 @@ pub(super) struct Store {
     from: From,
     policy: Policy,
     progress: Arc<Progress>,
+    /// What the fastest connections get.
+    best: Best,
+    /// How long an object may take that another connection could bring sooner.
+    level: Level,
 }
 
 enum From {
@@ -212,7 +219,8 @@ impl Store {
             }
             From::Bucket(client) => {
                 let client = client.beneath(path);
-                let get = || client.get_whole(most, &self.policy);
+                let pace = (&self.best, &self.level);
+                let get = || whole(&client, most, &self.policy, &self.progress, pace);
                 let bytes = retried(&self.policy, &self.progress, get).await?;
                 let object = client.shown();
                 bytes.ok_or_else(|| at_fault(BackupFault::TooLarge { object, most }))

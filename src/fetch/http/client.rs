@@ -69,6 +69,11 @@ impl Client {
         self.url.to_string()
     }
 
+    /// The next request begins at the source again, and not where its redirects have led to.
+    pub(in crate::fetch) fn begin_anew(&self) {
+        self.route.forget();
+    }
+
     /// Asks for `range` (to the end if its end is `u64::MAX`) of the version `same`, if given.
     pub(in crate::fetch) async fn get(
         &self,
@@ -99,33 +104,6 @@ impl Client {
             stalled()
         })??;
         self.judge(body, range.start)
-    }
-
-    /// The whole object; `None` if it has more than `most` bytes.
-    pub(in crate::fetch) async fn get_whole(
-        &self,
-        most: u64,
-        policy: &Policy,
-    ) -> Result<Option<Vec<u8>>, FetchError> {
-        let mut answer = self.get(0..u64::MAX, None, policy).await?;
-        let mut bytes = Vec::new();
-        if answer.total.is_some_and(|total| total > most) {
-            return Ok(None);
-        }
-        loop {
-            let at = bytes.len() as u64;
-            match answer.chunk(at, self, policy.stall_timeout).await? {
-                Some(chunk) if at + chunk.len() as u64 > most => return Ok(None),
-                Some(chunk) => bytes.extend_from_slice(&chunk),
-                None if bytes.is_empty() => return Err(FetchError::Empty { url: self.shown() }),
-                None => match answer.total.filter(|total| at < *total) {
-                    Some(total) => {
-                        return Err(FetchError::Short { url: self.shown(), at, total });
-                    }
-                    None => return Ok(Some(bytes)),
-                },
-            }
-        }
     }
 
     fn judge(&self, body: Reply, asked: u64) -> Result<Answer, FetchError> {
@@ -221,6 +199,30 @@ impl Answer {
                 None => {
                     return Err(FetchError::Short { url: client.shown(), at, total: range.end });
                 }
+            }
+        }
+    }
+
+    /// The whole body, from the object's beginning; `None` if it has more than `most` bytes.
+    pub(in crate::fetch) async fn all(
+        mut self,
+        client: &Client,
+        most: u64,
+        policy: &Policy,
+    ) -> Result<Option<Vec<u8>>, FetchError> {
+        let mut bytes = Vec::new();
+        loop {
+            let at = bytes.len() as u64;
+            match self.chunk(at, client, policy.stall_timeout).await? {
+                Some(chunk) if at + chunk.len() as u64 > most => return Ok(None),
+                Some(chunk) => bytes.extend_from_slice(&chunk),
+                None if bytes.is_empty() => return Err(FetchError::Empty { url: client.shown() }),
+                None => match self.total.filter(|total| at < *total) {
+                    Some(total) => {
+                        return Err(FetchError::Short { url: client.shown(), at, total });
+                    }
+                    None => return Ok(Some(bytes)),
+                },
             }
         }
     }

@@ -10,6 +10,7 @@ const PROGRESS: WorkerEvent = WorkerEvent::Progress(Progress {
     connections: 1,
     phase: Phase::Fetching,
     retries: 0,
+    overtaken: 0,
     message: String::new(),
 });
 
