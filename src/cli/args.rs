@@ -310,6 +310,8 @@ A configuration file has these keys; only disks is needed:
   allow_loopback = false              # may sources be on this host itself?
   allow_addresses = [\"169.254.7.0/24\"] # networks that are allowed whatever they are
   secrets_dir = \"/run/secrets\"        # files that requests may name for credentials
+  source_dirs = [\"/srv/images\"]       # files, backups and sockets that requests may name as sources;
+                                      # default: any, but none with control_uids or control_gids
 
 Examples:
   bedplate serve --disk /var/lib/bedplate

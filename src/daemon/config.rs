@@ -14,7 +14,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::{CONTROL_SOCKET, DaemonError, NBD_SOCKET, REPLICA_SOCKET, sockets};
-use crate::fetch::{AddressPolicy, Trust};
+use crate::fetch::{AddressPolicy, Places, Trust};
 use crate::manager::{NodeOptions, Setting, Settings};
 use crate::names::{ImageName, Tag};
 use crate::serve::{nbd, vhost_user};
@@ -113,6 +113,10 @@ pub struct Config {
     /// Networks that sources may be in whatever they are, as `10.1.2.0/24`. Default: none.
     #[serde(default)]
     pub allow_addresses: Vec<ipnet::IpNet>,
+    /// Directories below which the files, backups and sockets of this node are that a client may name as a
+    /// source. Default: any that the daemon may read, unless `control_uids` or `control_gids` let others use
+    /// the control socket: then none.
+    pub source_dirs: Option<Vec<PathBuf>>,
     /// Directory of the files that a client may name for credentials. Default: none.
     pub secrets_dir: Option<PathBuf>,
     /// True for a person's own process: it goes and reads where the person may.
@@ -194,6 +198,9 @@ impl Config {
         };
         if !self.personal {
             options.policy.trust = Trust::Clients { secrets_dir: self.secrets_dir.clone() };
+            let for_others = !self.control_uids.is_empty() || !self.control_gids.is_empty();
+            let source_dirs = self.source_dirs.clone().or(for_others.then(Vec::new));
+            options.policy.places = source_dirs.map_or(Places::Any, Places::Below);
         }
         Ok(options)
     }
@@ -361,6 +368,7 @@ mod tests {
         let closed = policy("disks = ['/d']");
         assert_eq!(closed.addresses, AddressPolicy::daemon());
         assert_eq!(closed.trust, Trust::Clients { secrets_dir: None });
+        assert_eq!(closed.places, Places::Any);
         let open = policy(
             "disks = ['/d']\nallow_loopback = true\nallow_addresses = ['169.254.7.0/24']\n\
              secrets_dir = '/run/secrets'",
@@ -368,6 +376,12 @@ mod tests {
         let allows = |address: &str| open.addresses.allows(address.parse().unwrap());
         assert!(allows("127.0.0.1") && allows("169.254.7.1") && !allows("169.254.8.1"));
         assert_eq!(open.trust, Trust::Clients { secrets_dir: Some("/run/secrets".into()) });
+        for others in ["control_uids = [4242]", "control_gids = [4343]"] {
+            let shared = policy(&format!("disks = ['/d']\n{others}"));
+            assert_eq!(shared.places, Places::Below(Vec::new()));
+            let named = policy(&format!("disks = ['/d']\n{others}\nsource_dirs = ['/srv']"));
+            assert_eq!(named.places, Places::Below(vec!["/srv".into()]));
+        }
         assert!(parse("disks = ['/d']\nallow_addresses = ['10.0.0.0/99']").is_err());
     }
 

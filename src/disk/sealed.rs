@@ -35,6 +35,14 @@ impl Sealed {
         Self::from_file(File::from(fd), path.to_owned())
     }
 
+    /// A file that was opened for reads, of which a person vouches the same. `path` is for messages.
+    ///
+    /// # Errors
+    /// As [`open_path`](Self::open_path).
+    pub fn of_opened(file: File, path: &Path) -> Result<Self, DiskError> {
+        Self::from_file(file, path.to_owned())
+    }
+
     /// Wraps a file that the store has just sealed or checked.
     pub(super) fn from_file(file: File, path: PathBuf) -> Result<Self, DiskError> {
         let meta = file.metadata().map_err(|e| DiskError::io("stat", &path, e))?;

@@ -49,6 +49,8 @@ pub enum FetchError {
         #[source]
         source: AccessError,
     },
+    #[error("{}: this daemon takes no source from there; {rule}", path.display())]
+    Place { path: PathBuf, rule: String },
     #[error("{url}: {reason}; give the final URL")]
     Redirect { url: String, reason: String },
     #[error("{url}: the server answered {status}; {hint}")]
@@ -171,6 +173,7 @@ impl FetchError {
             Self::Backup { source, .. } => source.class(),
             Self::Redirect { .. }
             | Self::Address { .. }
+            | Self::Place { .. }
             | Self::Certificate { .. }
             | Self::Access { .. }
             | Self::TooMuch { .. }

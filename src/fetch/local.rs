@@ -19,9 +19,10 @@ use super::decode::Codec;
 use super::error::FetchError;
 use super::limit::RateLimit;
 use super::pipeline::{Feed, Stopped};
+use super::places::Places;
 use super::progress::Progress;
 use super::version::Remote;
-use crate::disk::{DiskError, Sealed, UNIT_BYTES};
+use crate::disk::{Sealed, UNIT_BYTES};
 use crate::ring::{BLOCK_BYTES, Buf, BufShare};
 
 /// An open source file.
@@ -47,15 +48,9 @@ fn version_of(file: &File, path: &Path) -> Result<(u64, Remote), FetchError> {
 }
 
 impl LocalFile {
-    pub(super) fn open(path: &Path) -> Result<Self, FetchError> {
-        let sealed = Sealed::open_path(path).map_err(|error| {
-            // A path that cannot be opened is the request's fault, not the store's.
-            if let DiskError::Io { source, .. } = error {
-                return FetchError::Local { op: "open", path: path.to_owned(), source };
-            }
-            error.into()
-        })?;
-        Self::of(&sealed)
+    /// Opens a file where `places` lets a source be.
+    pub(super) fn open(path: &Path, places: &Places) -> Result<Self, FetchError> {
+        Self::of(&places.open(path)?)
     }
 
     /// A file that is open already.

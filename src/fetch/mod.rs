@@ -30,6 +30,7 @@ mod pace;
 mod packed;
 mod parts;
 mod pipeline;
+mod places;
 mod policy;
 mod progress;
 mod remote;
@@ -61,6 +62,7 @@ pub use http::{
 pub use limit::RateLimit;
 pub use nbd::{NbdEnded, NbdExport, NbdFault, NbdOutlet, NbdSession};
 pub use pipeline::{Feed, Pipeline, Stopped, Taker};
+pub use places::Places;
 pub use policy::Policy;
 pub use progress::{Phase, Progress, Snapshot, overtaken};
 pub use remote::{MAX_PART_BYTES, SourceFile};

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::http::AddressPolicy;
 use super::http::Trust;
+use super::places::Places;
 use crate::disk::MAX_FILE_BYTES;
 
 /// Bounds on what a transfer accepts and how long it insists.
@@ -30,9 +31,11 @@ pub struct Policy {
     pub addresses: AddressPolicy,
     /// Which files and variables may be read for credentials.
     pub trust: Trust,
+    /// Which files, directories and sockets of this node may be a source.
+    pub places: Places,
 }
 
-/// For a person's own process; a daemon narrows `addresses` and `trust`.
+/// For a person's own process; a daemon narrows `addresses`, `trust` and `places`.
 impl Default for Policy {
     fn default() -> Self {
         Self {
@@ -45,6 +48,7 @@ impl Default for Policy {
             max_bytes: MAX_FILE_BYTES,
             addresses: AddressPolicy::person(),
             trust: Trust::Person,
+            places: Places::Any,
         }
     }
 }

@@ -80,7 +80,7 @@ impl<'a> SourceFile<'a> {
         let (best, level) = (Arc::new(Best::default()), Level::default());
         let (kind, total, head) = match source.url.file_path() {
             Some(path) => {
-                let file = LocalFile::open(&path)?;
+                let file = LocalFile::open(&path, &engine.policy.places)?;
                 let (total, kind) = (file.len_bytes, Kind::Local(file));
                 (kind, total, None)
             }

@@ -19,6 +19,7 @@ use super::http::Client;
 use super::local::LocalFile;
 use super::pace::{Best, Level};
 use super::parts::whole;
+use super::places::Places;
 use super::progress::Progress;
 use super::remote::retried;
 use super::source::SourceUrl;
@@ -70,7 +71,8 @@ pub async fn settle<'a>(
     let name = file_name(&source.url).ok_or_else(|| at_fault(SumsFault::NoName))?;
     let text = match url.file_path() {
         Some(path) => {
-            let read = blocking(move || read_local(&path)).await?;
+            let places = engine.policy.places.clone();
+            let read = blocking(move || read_local(&path, &places)).await?;
             read.ok_or_else(|| at_fault(too_long()))?
         }
         None => {
@@ -97,8 +99,8 @@ fn too_long() -> SumsFault {
 }
 
 /// The whole file; `None` if it is too long.
-fn read_local(path: &Path) -> Result<Option<Vec<u8>>, FetchError> {
-    let file = LocalFile::open(path)?;
+fn read_local(path: &Path, places: &Places) -> Result<Option<Vec<u8>>, FetchError> {
+    let file = LocalFile::open(path, places)?;
     if file.len_bytes > MAX_BYTES {
         return Ok(None);
     }

@@ -169,7 +169,7 @@ pub(super) struct Run<'a> {
 
 impl Run<'_> {
     async fn local(&mut self, path: &std::path::Path) -> Result<Fetched, FetchError> {
-        let source = LocalFile::open(path)?;
+        let source = LocalFile::open(path, &self.engine.policy.places)?;
         if self.source.unpack
             && let Some(codec) = source.codec()?
         {

@@ -4,7 +4,7 @@ use std::process::Stdio;
 
 use serde_json::json;
 
-use crate::control_support::{collect, curl, stderr};
+use crate::control_support::{Daemon, collect, curl, stderr};
 use crate::fault_server::{FaultServer, Reply};
 use crate::{Place, content, program};
 
@@ -120,4 +120,43 @@ fn a_person_is_kept_from_metadata_services_only() {
     place.pulled(&[&server.url.replace("127.0.0.1", "localhost")], &[], &bytes);
     place.refused(&[&format!("{}/away", server.url)], &[], &["metadata"]);
     place.refused(&["http://169.254.169.254/latest"], &[], &["metadata", "169.254.169.254"]);
+}
+
+#[test]
+fn whoever_else_may_use_the_socket_has_no_file_of_the_node_but_where_it_is_allowed() {
+    let bytes = content(100_000);
+    for (config, is_allowed) in [
+        ("control_uids = [4242]", false),
+        ("control_gids = [4343]\nsource_dirs = ['DIR/served']", true),
+    ] {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = temp.path().to_owned();
+        std::fs::create_dir(dir.join("served")).unwrap();
+        std::fs::write(dir.join("served/a.img"), &bytes).unwrap();
+        std::fs::write(dir.join("private.img"), &bytes).unwrap();
+        std::os::unix::fs::symlink(dir.join("private.img"), dir.join("served/link.img")).unwrap();
+        let daemon = Daemon::start_in(temp, &config.replace("DIR", dir.to_str().unwrap()));
+        let file = |path: &str| format!("file://{}/served/{path}", dir.display());
+        for (name, url, sums, is_below) in [
+            ("inside", file("a.img"), None, true),
+            ("outside", file("../private.img"), None, false),
+            ("linked", file("link.img"), None, false),
+            ("shadow", "file:///etc/shadow".to_owned(), None, false),
+            ("backup", "backup:///etc?backingImage=a".to_owned(), None, false),
+            ("socket", "nbd+unix:///a?socket=/run/some.sock".to_owned(), None, false),
+            ("sums", file("a.img"), Some("file:///etc/passwd"), false),
+        ] {
+            let body = json!({ "name": name, "url": url, "checksum_url": sums }).to_string();
+            let (status, image) = daemon.curl("POST", "/v1/images", Some(&body));
+            assert_eq!(status, 201, "{image}");
+            daemon.curl("POST", &format!("/v1/images/{name}/fetch"), None);
+            if is_allowed && is_below {
+                daemon.wait_for(name, "ready");
+                continue;
+            }
+            let image = daemon.wait_for(name, "failed-and-cleanup").to_string();
+            assert!(image.contains("takes no source from there"), "{config}: {name}: {image}");
+            assert_eq!(image.contains("source_dirs"), !is_allowed, "{image}");
+        }
+    }
 }

@@ -98,7 +98,8 @@ fn survive(tool: &str, seed: u64) {
     // On a machine under load one may also break by itself, and go on from what was in memory.
     let told = format!("{tool}: {starts:?}, had {kept:?}");
     assert!(kept.iter().all(|start| starts.contains(start)), "{told}");
-    assert!(starts.len() <= kept.len() + 1, "{told}");
+    // Each life asks for one byte, for the version, and then for the rest.
+    assert!(starts.len() <= 2 * kept.len() + 1, "{told}");
     assert_eq!(starts.iter().filter(|&&start| start == 0).count(), 1, "{tool}: {starts:?}");
     println!("{tool}: {} bytes, {} sent over {KILLS} kills", stream.len(), nginx.sent_bytes());
 }

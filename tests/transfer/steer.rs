@@ -173,6 +173,8 @@ fn a_watcher_off_a_terminal_sees_lines_and_the_end() {
     let text = stderr(&watched);
     assert!(text.contains("fetching") && text.contains("  ready"), "{text}");
     assert!(text.contains("nothing is under way") && !text.contains('\r'), "{text}");
+    // Complete it was; open it is a moment later.
+    daemon.wait_for("a", "ready");
     let watched = daemon.cli(&["watch", "a", "--json"]);
     assert!(watched.status.success());
     let line: Value = serde_json::from_str(stdout(&watched).lines().next().unwrap()).unwrap();

@@ -162,7 +162,7 @@ impl BackupPlace {
         progress: &Arc<Progress>,
     ) -> Result<Store, FetchError> {
         let from = match &self.target {
-            Target::Directory(path) => From::Directory(path.join(STORE)),
+            Target::Directory(path) => From::Directory(policy.places.real(path)?.join(STORE)),
             Target::Bucket { store, region } => {
                 let mut access = access.clone();
                 if let Some(region) = region {

@@ -108,10 +108,13 @@ impl Place {
         url: &SourceUrl,
     ) -> Result<Box<dyn Stream>, FetchError> {
         match &self.server {
-            Server::Unix(path) => match connect_unix(path, policy.connect_timeout).await {
-                Ok(stream) => Ok(Box::new(stream)),
-                Err(source) => Err(FetchError::Nbd { url: url.to_string(), source }),
-            },
+            Server::Unix(path) => {
+                let path = policy.places.real(path)?;
+                match connect_unix(&path, policy.connect_timeout).await {
+                    Ok(stream) => Ok(Box::new(stream)),
+                    Err(source) => Err(FetchError::Nbd { url: url.to_string(), source }),
+                }
+            }
             Server::Tcp { host, port } => connect_tcp(host, *port, policy, url).await,
         }
     }
