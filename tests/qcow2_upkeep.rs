@@ -10,7 +10,7 @@ use std::process::Command;
 
 use bedplate::image::qcow2::Terms;
 use bedplate::image::{Finding, Format, Inspection, Verdict, inspect};
-use qcow2_common::craft_big::{Built, COPIED, Field, Mark, Part, Piece, Plan};
+use qcow2_common::craft_big::{Built, COPIED, Field, Mark, Part, Piece, Plan, Snap};
 use qcow2_common::mutate::{get, put};
 use qcow2_common::{assert_same, have_qemu, open, qemu_bytes, write};
 use tempfile::TempDir;
@@ -179,6 +179,67 @@ fn refcounts_on_anything_else_are_said_and_the_disk_reads_as_with_qemu() {
         assert!(!check(&path).0, "{what}");
         let found = inspected(&path);
         assert_eq!(found.verdict, Verdict::Repairable, "{what}: {found:?}");
+        assert_eq!(qemu_bytes(&path).as_ref(), Some(&want), "{what}");
+        assert_same(&open(&path), &want, what);
+    }
+}
+
+#[test]
+fn a_snapshot_on_anything_else_is_said_and_the_disk_reads_as_with_qemu() {
+    if !have_qemu() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let snap = |id, disk| Snap { id, name: id, extra_bytes: 16, disk };
+    let snapshots = vec![
+        snap("1", vec![(0, Piece::Shared(0)), (1, Piece::Data(7))]),
+        snap("2", vec![(0, Piece::Shared(0)), (5, Piece::Data(8))]),
+    ];
+    let bitmaps = vec![Mark { name: "b0", flags: 2, granularity_bits: 9 }];
+    let disk = vec![(0, Piece::Data(1)), (1, Piece::Data(2)), (2, Piece::Packed(4))];
+    let plan = Plan { bitmaps, features: [0, 0, 1], disk, ..Plan::new(12, 8 * 4096) };
+    let sound = Plan { snapshots, ..plan }.build();
+    let path = written(&dir, &sound);
+    assert!(check(&path).0 && inspected(&path).verdict == Verdict::Ok, "{:?}", inspected(&path));
+    let want = qemu_bytes(&path).unwrap();
+    let l1_of = |index| field(&sound, "l1_table_offset", Part::Snapshot, index);
+    let value = |field: &Field| usize::try_from(get(&sound.bytes, field.at, field.len)).unwrap();
+    let names = "snapshot l1_table_offset";
+    let place_of = |name: &str, part, index| {
+        let raw = value(&field(&sound, name, part, index));
+        raw & 0x00ff_ffff_ffff_fe00
+    };
+    let (first, second) = (l1_of(0), l1_of(1));
+    for (what, place, finding) in [
+        ("refcount table", CLUSTER, (names, first.at)),
+        ("refcount block", 2 * CLUSTER, (names, first.at)),
+        ("L1", place_of("l1_table_offset", Part::Header, 0), (names, first.at)),
+        ("L2", place_of("L1 entry", Part::L1, 0), (names, first.at)),
+        (
+            "data",
+            place_of("L2 entry", Part::L2, 0),
+            ("data cluster offset", field(&sound, "L2 entry", Part::L2, 0).at),
+        ),
+        ("snapshot table", place_of("snapshots_offset", Part::Header, 0), (names, first.at)),
+        ("the other one's", value(&second), (names, second.at)),
+        (
+            "directory",
+            place_of("bitmaps directory offset", Part::ExtensionLength, 0),
+            (
+                "bitmaps directory offset",
+                field(&sound, "bitmaps directory offset", Part::ExtensionLength, 0).at,
+            ),
+        ),
+    ] {
+        let mut built = sound.clone();
+        put(&mut built.bytes, &first, place as u64);
+        written(&dir, &built);
+        assert!(!check(&path).0, "{what}");
+        let found = inspected(&path);
+        let is_it =
+            |one: &&Finding| (one.field, one.at) == (Some(finding.0), Some(finding.1 as u64));
+        assert!(found.verdict == Verdict::Repairable, "{what}: {found:?}");
+        assert!(found.findings.iter().any(|one| is_it(&one)), "{what}: {found:?}");
         assert_eq!(qemu_bytes(&path).as_ref(), Some(&want), "{what}");
         assert_same(&open(&path), &want, what);
     }

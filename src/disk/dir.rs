@@ -82,13 +82,13 @@ impl Dir {
         Ok(Self { fd, path })
     }
 
-    /// Opens the directory `name` in here, made with mode 0755 if it is missing. A new one is
-    /// durable when this returns.
+    /// Opens the directory `name` in here, made for this user alone if it is missing: what is in it may be
+    /// somebody's machine. A new one is durable when this returns.
     ///
     /// # Errors
     /// [`DiskError::Io`].
     pub fn make_dir(&self, name: &str) -> Result<Self, DiskError> {
-        match rustix::fs::mkdirat(&self.fd, name, Mode::from_raw_mode(0o755)) {
+        match rustix::fs::mkdirat(&self.fd, name, Mode::from_raw_mode(0o700)) {
             Ok(()) => self.sync()?,
             Err(Errno::EXIST) => {}
             Err(e) => return Err(DiskError::io("make directory", &self.join(name), e.into())),

@@ -71,6 +71,11 @@ fn what_goes_in_comes_out_sparse_sealed_and_read_only() {
         let total = bytes.len() as u64;
         let mut filling = disk.filling(&id()).unwrap();
         filling.begin(&version(total)).unwrap();
+        let path = disk.data_path(&id());
+        for dir in path.ancestors().skip(1).take(2) {
+            let mode = dir.metadata().unwrap().mode() & 0o777;
+            assert_eq!(mode, 0o700, "{}: nobody else reads images", dir.display());
+        }
         let writer = Writer::start(&filling, probe).unwrap();
         send_range(&writer, &BufPool::new(3), &bytes, 0, total);
         writer.finish().unwrap();

@@ -64,8 +64,8 @@ async fn read_image(
     terms: &Terms<'_>,
     name: &Path,
 ) -> Result<(Image, Vec<Snapshot>, Tally), ImportError> {
-    let image = open_image(file, head, terms.given(), name).await?;
-    let snapshots = read_snapshots(file, &image, name).await?;
+    let mut image = open_image(file, head, terms.given(), name).await?;
+    let snapshots = read_snapshots(file, &mut image, name).await?;
     let tally = tables::tally(file, &image).await?;
     Ok((image, snapshots, tally))
 }
@@ -73,7 +73,7 @@ async fn read_image(
 /// Most tables are small; one that does not fit is fetched again, as far as a part goes.
 async fn read_snapshots(
     file: &SourceFile<'_>,
-    image: &Image,
+    image: &mut Image,
     name: &Path,
 ) -> Result<Vec<Snapshot>, ImportError> {
     let header = image.header();
@@ -84,7 +84,7 @@ async fn read_snapshots(
     for most in [FIRST_TABLE_BYTES, MAX_PART_BYTES] {
         let end = file.len_bytes().min(at + most);
         let bytes = file.read(at..end).await?;
-        match header.snapshots_in(&bytes[..], name) {
+        match image.take_snapshots(&bytes[..], name) {
             Err(_) if most < MAX_PART_BYTES && end < file.len_bytes() => {}
             listed => return Ok(listed?),
         }

@@ -480,7 +480,7 @@ const LIBERTIES: [(&str, &str); 17] = [
     ("at least 512", "a disk of no bytes is nothing to serve"),
     ("a multiple of 8 from 104 to the cluster size", "qemu does not look at the lowest bits"),
     (
-        "0, as no backing file was given",
+        "0, as no backing file was given (--base gives one)",
         "a name is not looked at, not even whether it is empty: qemu ends it at a zero byte",
     ),
     ("no external data file", "a name of another file is refused even where it is not used"),

@@ -18,6 +18,7 @@ use bytes::Bytes;
 use super::entry::{Limits, Packed};
 use super::header::Header;
 use super::open::Image;
+use super::snapshot::SnapshotPlaces;
 use super::table::{self, Entry};
 use super::word::{self, Meaning, Span};
 use crate::image::decoder::{self, Decoder, Room};
@@ -59,6 +60,8 @@ impl ClusterMap {
     pub fn new(mut image: Image, path: &Path) -> Result<Self, ImageError> {
         // Taken apart here: the place of an L2 table is in its span word from now on.
         let l1 = std::mem::take(&mut image.l1);
+        // Only a check needs them.
+        image.snapshot_places = SnapshotPlaces::default();
         let spans = l1.len();
         let empty = if image.header.backing { word::BENEATH } else { word::ZERO };
         let header = Self::table_header(&image.header, spans, empty);

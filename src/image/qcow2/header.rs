@@ -316,7 +316,10 @@ impl Features {
             Err(Fault::unsupported("incompatible_features", 72, found, need))
         };
         if self.incompatible & EXTERNAL_DATA != 0 && !given.data {
-            return refuse_bit(EXTERNAL_DATA, "bit 2 clear (no external data file)");
+            return refuse_bit(
+                EXTERNAL_DATA,
+                "bit 2 clear, as no external data file was given (--data-file gives one)",
+            );
         }
         if self.incompatible & !KNOWN_INCOMPATIBLE != 0 {
             return refuse_bit(!KNOWN_INCOMPATIBLE, "only bits 0 to 4");
@@ -373,7 +376,7 @@ fn check_other_files(raw: &RawHeader, bits: ClusterBits, given: Given) -> Result
     let len_bytes = u64::from(raw.backing_file_size.get());
     let backing = at != 0 && len_bytes != 0;
     if backing && !given.backing {
-        let need = "0, as no backing file was given";
+        let need = "0, as no backing file was given (--base gives one)";
         return Err(Fault::unsupported("backing_file_offset", 8, at, need));
     }
     if at > bits.size_bytes() {

@@ -15,7 +15,7 @@ use super::bitmaps::Bitmaps;
 use super::entry::{Limits, decode_l1};
 use super::header::{self, Given, Header};
 use super::places::{L1, L2Tables};
-use super::snapshot::{self, Snapshot, TableError};
+use super::snapshot::{self, Snapshot, SnapshotPlaces, TableError};
 use crate::image::fault::{EntryFault, Fault};
 use crate::image::info::read_up_to;
 use crate::image::{ImageError, Info, Source};
@@ -43,6 +43,8 @@ pub struct Image {
     pub(super) l2_tables: L2Tables,
     /// Number of L1 entries with reserved bits set.
     pub(super) odd_l1_entries: u64,
+    /// Of all its snapshots.
+    pub(super) snapshot_places: SnapshotPlaces,
 }
 
 /// What of an image is opened, and what the caller gives it beside its own file.
@@ -85,12 +87,16 @@ impl Image {
         let refused = |fault| ImageError::fault(path, fault);
         let mut header = Header::parse(&first, file_len_bytes, terms.given()).map_err(refused)?;
         check_bitmaps(&mut header, file, path, file_len_bytes)?;
-        let chosen = find_snapshot(&header, file, path, terms.snapshot)?;
+        let (chosen, mut places) =
+            find_snapshot(&header, file, path, file_len_bytes, terms.snapshot)?;
         if let Some(snapshot) = chosen {
+            // That table is the disk's own then.
+            places.l1.retain(|(at, _)| *at != snapshot.at);
             header = header.of_snapshot(&snapshot, file_len_bytes).map_err(refused)?;
         }
         let Range { start, end } = header.l1_needed();
         let mut image = Self::without_l1(header, file_len_bytes, terms.data_len_bytes);
+        image.snapshot_places = places;
         let mut buffer =
             vec![0; L1_READ_BYTES.min(usize::try_from(end - start).unwrap_or(L1_READ_BYTES))];
         for at in (start..end).step_by(L1_READ_BYTES) {
@@ -116,7 +122,17 @@ impl Image {
     fn without_l1(header: Header, file_len_bytes: u64, data_len_bytes: Option<u64>) -> Self {
         let l2_tables = L2Tables::of(std::iter::empty(), header.cluster_bits);
         let l1 = L1::new(header.l1_entries);
-        Self { header, file_len_bytes, data_len_bytes, l1, l2_tables, odd_l1_entries: 0 }
+        let snapshot_places = SnapshotPlaces::default();
+        let odd_l1_entries = 0;
+        Self {
+            header,
+            file_len_bytes,
+            data_len_bytes,
+            l1,
+            l2_tables,
+            odd_l1_entries,
+            snapshot_places,
+        }
     }
 
     fn with_l2_tables(mut self) -> Result<Self, Fault> {
@@ -131,7 +147,39 @@ impl Image {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn snapshots(&self, file: &dyn Source, path: &Path) -> Result<Vec<Snapshot>, ImageError> {
-        self.header.snapshots_in(ReadFrom { file, at: self.header.snapshots_at }, path)
+        let table = ReadFrom { file, at: self.header.snapshots_at };
+        self.list_snapshots(table, path).map(|(listed, _)| listed)
+    }
+
+    /// The same, of an image [`from_l1`](Self::from_l1); its check holds everything else against them then.
+    /// `table` reads from the snapshot table's first byte on; `path` is for messages.
+    ///
+    /// # Errors
+    /// [`ImageError`] with the entry at fault, or the read that failed.
+    pub fn take_snapshots(
+        &mut self,
+        table: impl Read,
+        path: &Path,
+    ) -> Result<Vec<Snapshot>, ImageError> {
+        let (listed, places) = self.list_snapshots(table, path)?;
+        self.snapshot_places = places;
+        Ok(listed)
+    }
+
+    fn list_snapshots(
+        &self,
+        table: impl Read,
+        path: &Path,
+    ) -> Result<(Vec<Snapshot>, SnapshotPlaces), ImageError> {
+        let (mut listed, mut places) = (Vec::new(), SnapshotPlaces::default());
+        let end = each_snapshot(&self.header, table, path, |entry| {
+            places.add(entry, &self.header, self.file_len_bytes);
+            if listed.len() < MAX_LISTED {
+                listed.push(entry.to_snapshot());
+            }
+        })?;
+        places.table = self.header.snapshots_at..end;
+        Ok((listed, places))
     }
 
     /// What the entries of this image are judged against.
@@ -212,31 +260,14 @@ impl Read for ReadFrom<'_> {
     }
 }
 
-impl Header {
-    /// The internal snapshots, the oldest first; at most 1000 of them. `table` reads from
-    /// the snapshot table's first byte on; `path` is for messages.
-    ///
-    /// # Errors
-    /// [`ImageError`] with the entry at fault, or the read that failed.
-    pub fn snapshots_in(&self, table: impl Read, path: &Path) -> Result<Vec<Snapshot>, ImageError> {
-        let mut listed = Vec::new();
-        each_snapshot(self, table, path, |entry| {
-            if listed.len() < MAX_LISTED {
-                listed.push(entry.to_snapshot());
-            }
-        })?;
-        Ok(listed)
-    }
-}
-
 fn each_snapshot(
     header: &Header,
     table: impl Read,
     path: &Path,
     visit: impl FnMut(&snapshot::Entry),
-) -> Result<(), ImageError> {
+) -> Result<u64, ImageError> {
     if header.snapshots == 0 {
-        return Ok(());
+        return Ok(header.snapshots_at);
     }
     let table = BufReader::with_capacity(TABLE_READ_BYTES, table);
     snapshot::each(header, table, visit).map_err(|error| match error {
@@ -271,16 +302,19 @@ fn check_bitmaps(
 }
 
 /// Reads the whole snapshot table, as qemu does, and gives the entry that is `wanted`: by its ID,
-/// else by its name; the first if there are several.
+/// else by its name; the first if there are several. Also where all of it is.
 fn find_snapshot(
     header: &Header,
     file: &dyn Source,
     path: &Path,
+    file_len_bytes: u64,
     wanted: Option<&str>,
-) -> Result<Option<Snapshot>, ImageError> {
+) -> Result<(Option<Snapshot>, SnapshotPlaces), ImageError> {
     let (mut by_id, mut by_name) = (None, None);
+    let mut places = SnapshotPlaces::default();
     let table = ReadFrom { file, at: header.snapshots_at };
-    each_snapshot(header, table, path, |entry| {
+    let end = each_snapshot(header, table, path, |entry| {
+        places.add(entry, header, file_len_bytes);
         let Some(wanted) = wanted else { return };
         if by_id.is_none() && entry.id.shown() == wanted {
             by_id = Some(entry.to_snapshot());
@@ -288,9 +322,10 @@ fn find_snapshot(
             by_name = Some(entry.to_snapshot());
         }
     })?;
+    places.table = header.snapshots_at..end;
     match (wanted, by_id.or(by_name)) {
-        (None, _) => Ok(None),
-        (Some(_), Some(found)) => Ok(Some(found)),
+        (None, _) => Ok((None, places)),
+        (Some(_), Some(found)) => Ok((Some(found), places)),
         (Some(wanted), None) => Err(ImageError::NoSnapshot {
             path: path.to_owned(),
             wanted: wanted.chars().take(80).collect(),

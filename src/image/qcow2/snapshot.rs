@@ -10,6 +10,7 @@
 
 use std::borrow::Cow;
 use std::io::{self, Read};
+use std::ops::Range;
 
 use zerocopy::FromBytes;
 
@@ -46,6 +47,28 @@ pub struct Snapshot {
     pub(super) at: u64,
 }
 
+/// Where the snapshot table is, and the L1 tables that it names, as far as they can be: what nothing else
+/// may lie on.
+#[derive(Debug, Default)]
+pub(super) struct SnapshotPlaces {
+    /// Empty without snapshots.
+    pub(super) table: Range<u64>,
+    /// The position of the entry's field, and the L1 table.
+    pub(super) l1: Vec<(u64, Range<u64>)>,
+}
+
+impl SnapshotPlaces {
+    /// Adds the L1 table of an entry, if it is inside the file and a table at all.
+    pub(super) fn add(&mut self, entry: &Entry, header: &Header, file_len_bytes: u64) {
+        let start = entry.raw.l1_table_offset.get();
+        let end = start.saturating_add(8 * u64::from(entry.raw.l1_size.get()));
+        // What is wrong with others, who wants the snapshot is told: `Header::check_snapshot`.
+        if start & header.cluster_bits.offset_mask() == 0 && start < end && end <= file_len_bytes {
+            self.l1.push((entry.at, start..end));
+        }
+    }
+}
+
 /// Why a snapshot table cannot be read.
 #[derive(Debug)]
 pub(super) enum TableError {
@@ -53,7 +76,8 @@ pub(super) enum TableError {
     Read(u64, io::Error),
 }
 
-/// Gives each of the header's snapshots to `visit`. `table` reads from the table's first byte on.
+/// Gives each of the header's snapshots to `visit`. `table` reads from the table's first byte on. Returns
+/// where it ends.
 ///
 /// # Errors
 /// An entry at fault, or a failed read with its place in the file.
@@ -61,7 +85,7 @@ pub(super) fn each(
     header: &Header,
     table: impl Read,
     mut visit: impl FnMut(&Entry),
-) -> Result<(), TableError> {
+) -> Result<u64, TableError> {
     let mut reader = Counted { inner: table, at: header.snapshots_at };
     for _ in 0..header.snapshots {
         let entry = entry(&mut reader)?;
@@ -72,7 +96,7 @@ pub(super) fn each(
         }
         visit(&entry);
     }
-    Ok(())
+    Ok(reader.at)
 }
 
 /// Reads, and counts where it is.

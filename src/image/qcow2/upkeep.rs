@@ -1,9 +1,11 @@
-//! What only writers use of an image: refcounts and bitmaps, held against the disk and each other.
+//! What the disk as it is now does not use of an image: refcounts, bitmaps and the tables of snapshots,
+//! held against the disk and each other.
 //!
 //! Why: no byte of the disk follows from them, so nothing is refused for them. But where one lies on
 //! a table or on data of the disk, the next writer destroys that: who has the image should know.
 //! How: [`Upkeep`] says which bytes of the file it wants next, and keeps the cluster numbers of what
-//! they name. Sorted, these are [`UpkeepPlaces`], in which each L2 entry of the disk is looked up.
+//! they name, and of what the snapshot table does. Sorted, these are [`UpkeepPlaces`], in which each L2
+//! entry of the disk is looked up.
 //! Never: reads a file, refuses an image, or keeps more than [`MAX_PLACES`] cluster numbers.
 //! Start at [`Upkeep::wanted`]. Format: qemu `docs/interop/qcow2.rst`, "Host cluster management"
 //! and "Bitmaps".
@@ -26,6 +28,7 @@ const PART_BYTES: u64 = MIB;
 /// at 64 KiB.
 const MAX_PLACES: usize = 1 << 19;
 const REFCOUNT_TABLE_FIELD: u64 = 48;
+const SNAPSHOTS_FIELD: u64 = 64;
 /// Bits of an entry of the refcount table that are not its offset.
 const REFCOUNT_RESERVED: u64 = 0x1ff;
 
@@ -34,13 +37,22 @@ const REFCOUNT_RESERVED: u64 = 0x1ff;
 pub(super) enum Use {
     RefcountTable,
     RefcountBlock,
+    SnapshotTable,
+    SnapshotL1,
     Directory,
     BitmapTable,
     Bits,
 }
 
-const USES: [Use; 5] =
-    [Use::RefcountTable, Use::RefcountBlock, Use::Directory, Use::BitmapTable, Use::Bits];
+const USES: [Use; 7] = [
+    Use::RefcountTable,
+    Use::RefcountBlock,
+    Use::SnapshotTable,
+    Use::SnapshotL1,
+    Use::Directory,
+    Use::BitmapTable,
+    Use::Bits,
+];
 
 impl Use {
     /// The field that names such a cluster.
@@ -48,6 +60,8 @@ impl Use {
         match self {
             Self::RefcountTable => "refcount_table_offset",
             Self::RefcountBlock => "refcount table entry",
+            Self::SnapshotTable => "snapshots_offset",
+            Self::SnapshotL1 => "snapshot l1_table_offset",
             Self::Directory => "bitmaps directory offset",
             Self::BitmapTable => "bitmap_table_offset",
             Self::Bits => "bitmap table entry",
@@ -59,6 +73,8 @@ impl Use {
         match self {
             Self::RefcountTable => "not in the refcount table",
             Self::RefcountBlock => "not a refcount block",
+            Self::SnapshotTable => "not in the snapshot table",
+            Self::SnapshotL1 => "not in the L1 table of a snapshot",
             Self::Directory => "not in the bitmap directory",
             Self::BitmapTable => "not in the table of a bitmap",
             Self::Bits => "not a cluster of a bitmap's bits",
@@ -91,7 +107,7 @@ impl Place {
     }
 }
 
-/// The parts of the file that only writers use, while they are read.
+/// The parts of the file that the disk as it is now does not use, while they are read.
 #[derive(Debug)]
 pub struct Upkeep<'a> {
     image: &'a Image,
@@ -122,6 +138,13 @@ impl<'a> Upkeep<'a> {
             all.odd(Use::RefcountTable, REFCOUNT_TABLE_FIELD, start, "a table inside the file");
         } else {
             all.add(Use::RefcountTable, REFCOUNT_TABLE_FIELD, &place);
+        }
+        let snapshots = &image.snapshot_places;
+        if !snapshots.table.is_empty() {
+            all.add(Use::SnapshotTable, SNAPSHOTS_FIELD, &snapshots.table);
+        }
+        for (at, l1) in &snapshots.l1 {
+            all.add(Use::SnapshotL1, *at, l1);
         }
         if let Some(Named { by, at, place }) = header.bitmaps.map(|directory| directory.named()) {
             all.add(by, at, &place);
@@ -257,7 +280,8 @@ impl<'a> Upkeep<'a> {
                 let index = self.tables.binary_search_by_key(&second.at(), |(at, _)| *at);
                 index.ok().and_then(|index| self.tables.get(index)).map_or(cluster, |(_, at)| *at)
             }
-            Use::RefcountBlock | Use::Bits => cluster,
+            Use::SnapshotTable => header.snapshots_at,
+            Use::RefcountBlock | Use::SnapshotL1 | Use::Bits => cluster,
         };
         self.odd(second.by(), second.at(), found, first.by().need());
     }
@@ -267,7 +291,7 @@ impl<'a> Upkeep<'a> {
     }
 }
 
-/// The clusters that only writers use, to be searched.
+/// The clusters that the disk as it is now does not use, to be searched.
 #[derive(Clone, Debug)]
 pub struct UpkeepPlaces {
     bits: ClusterBits,
