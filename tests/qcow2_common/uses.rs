@@ -46,6 +46,7 @@ pub fn uses(bytes: &[u8], owner: usize) -> Uses {
             add("refcount table entry", at, true, place, place + 1);
         }
     }
+    of_snapshots(&chart, bytes, owner, &mut add);
     let Some(directory) = &chart.bitmap_directory else { return uses };
     // As in `Chart`: the last extension of bitmaps.
     let named_at = chart
@@ -69,6 +70,31 @@ pub fn uses(bytes: &[u8], owner: usize) -> Uses {
         }
     }
     uses
+}
+
+/// The snapshot table, and the L1 tables of those whose disk this is not.
+fn of_snapshots(
+    chart: &Chart,
+    bytes: &[u8],
+    owner: usize,
+    add: &mut impl FnMut(&'static str, u64, bool, u64, u64),
+) {
+    let number = |at: u64, len| get(bytes, usize::try_from(at).unwrap(), len);
+    let (table, count) = (number(64, 8), number(60, 4));
+    let mut at = table;
+    for snapshot in 1..=count {
+        let (start, entries) = (number(at, 8), number(at + 8, 4));
+        let end = start.saturating_add(8 * entries);
+        let is_sound = start % chart.cluster == 0 && entries > 0 && end <= bytes.len() as u64;
+        if is_sound && snapshot != owner as u64 {
+            add("l1_table_offset", at, true, start, end);
+        }
+        let len = 40 + number(at + 36, 4) + number(at + 12, 2) + number(at + 14, 2);
+        at = (at + len).next_multiple_of(8);
+    }
+    if count > 0 {
+        add("snapshots_offset", 64, true, table, at);
+    }
 }
 
 /// What the tables of the disk name.
