@@ -289,6 +289,11 @@ fn nbdcopy_and_qemu_img_copy_the_image_as_it_is() {
     assert!(std::fs::read(&converted).unwrap() == bytes);
     let map = run("qemu-img", &["map", "--output=json", "-f", "raw", &uri]);
     assert!(map.contains("\"zero\": true") && map.contains("\"data\": true"), "{map}");
+    let info = run("qemu-img", &["info", "--output=json", "-f", "raw", &uri]);
+    assert!(info.contains(&format!("\"virtual-size\": {}", bytes.len())), "{info}");
+    // Fails if any of its reads does.
+    let bench = ["bench", "-f", "raw", "-c", "2000", "-d", "16", "-s", "4096", "-S", "69632", &uri];
+    assert!(run("qemu-img", &bench).contains("Run completed"));
 }
 
 #[test]

@@ -1,7 +1,8 @@
 """NBD reads of qcow2 images: plain, zlib and zstd clusters, against qemu-nbd.
 
 Two costs are shown apart: a server that has run a while (which may keep decoded clusters), and
-the first read through a server that was just started.
+the first read through a server that was just started. That one is the codec's work for both, and the
+same codec for zstd: it is to be no slower, although what was decoded is kept.
 """
 
 import re
@@ -15,7 +16,7 @@ _REFERENCE = "qemu-nbd"
 _LOADS = (nbd_load.RANDOM_1, nbd_load.RANDOM_16X2, nbd_load.SEQUENTIAL_4K,
           nbd_load.SEQUENTIAL_256K)
 _OURS, _OURS_RAW = "bedplate export", "bedplate export, the raw file"
-_OF_RAW, _TIMES = 0.9, 3.0
+_OF_RAW, _TIMES, _FIRST_TIMES = 0.9, 3.0, 1.0
 _KINDS = {"plain": [], "zlib": ["-c"], "zstd": ["-c", "-o", "compression_type=zstd"]}
 
 
@@ -57,7 +58,7 @@ def _one_kind(bench, kind, image, raw, size_bytes):
         else:
             nbd_load.bound_speed(bench, case, _OURS, _REFERENCE, _TIMES)
     if kind != "plain":
-        nbd_load.bound_speed(bench, first, _OURS, _REFERENCE, _TIMES)
+        nbd_load.bound_speed(bench, first, _OURS, _REFERENCE, _FIRST_TIMES)
     nbd_load.stop(bench, exports)
 
 
