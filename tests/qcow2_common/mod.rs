@@ -50,6 +50,21 @@ pub fn qemu_io_as(format: &str, image: &Path, commands: &[String]) {
     assert!(!said.contains("failed"), "{commands:?}: {said}");
 }
 
+/// Bytes that compress to half their length, and are hardly ever zero for long.
+pub fn half_random(seed: u64, len: usize) -> Vec<u8> {
+    let mut random = Random(seed);
+    (0..len).map(|_| random.next().to_le_bytes()[0] & 15).collect()
+}
+
+/// A QCOW2 image of these bytes, whose clusters are compressed with zlib.
+pub fn compressed(dir: &Path, name: &str, bytes: &[u8]) -> PathBuf {
+    let (raw, image) = (dir.join("raw"), dir.join(name));
+    std::fs::write(&raw, bytes).unwrap();
+    let (from, to) = (raw.to_str().unwrap(), image.to_str().unwrap());
+    run("qemu-img", &["convert", "-q", "-c", "-f", "raw", "-O", "qcow2", from, to]);
+    image
+}
+
 /// `qemu-img convert` to raw: the bytes, or `None` if qemu refuses the image or fails to read it.
 pub fn qemu_bytes(image: &Path) -> Option<Vec<u8>> {
     qemu_bytes_as(image, "qcow2")

@@ -7,7 +7,7 @@ use bedplate::image::{Bounds, DecodedCache, Memory};
 
 use crate::nbd_support::MIB;
 use crate::protocol::is_root;
-use crate::qcow2_common::{Random, have_qemu, run};
+use crate::qcow2_common::{compressed, half_random, have_qemu};
 use crate::reads::{MODES, assert_reads};
 use crate::server::TestServer;
 
@@ -17,14 +17,9 @@ fn readers_have_right_bytes_while_memory_is_given_back_under_their_eyes_and_come
         return;
     }
     let server = TestServer::start();
-    let dir = server.dir.path();
-    let (raw, image) = (dir.join("raw"), dir.join("image"));
-    let mut random = Random(9);
     // No zeroes: they are what is left of memory that was given back.
-    let bytes: Vec<u8> = (0..12 * MIB).map(|_| random.next().to_le_bytes()[0] & 15 | 16).collect();
-    std::fs::write(&raw, &bytes).unwrap();
-    let (from, to) = (raw.to_str().unwrap(), image.to_str().unwrap());
-    run("qemu-img", &["convert", "-q", "-c", "-f", "raw", "-O", "qcow2", from, to]);
+    let bytes: Vec<u8> = half_random(9, 12 * MIB).into_iter().map(|byte| byte | 16).collect();
+    let image = compressed(server.dir.path(), "image", &bytes);
     let mib = MIB as u64;
     let bounds = Bounds { floor_bytes: mib, most_bytes: 64 * mib, reserve_bytes: 64 * mib };
     let available = Arc::new(AtomicU64::new(u64::MAX));

@@ -14,7 +14,7 @@ use bedplate::serve::replica::{Limits, Session};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::nbd_support::patterned;
-use crate::qcow2_common::{Random, have_qemu, run};
+use crate::qcow2_common::{Random, compressed, have_qemu};
 use crate::server::TestServer;
 
 fn server() -> (TestServer, Vec<u8>) {
@@ -125,10 +125,7 @@ fn root_can_not_write_to_what_is_decoded() {
         return;
     }
     let server = TestServer::start();
-    let (raw, image) = (server.dir.path().join("raw"), server.dir.path().join("image"));
-    std::fs::write(&raw, vec![7; 1 << 20]).unwrap();
-    let (from, to) = (raw.to_str().unwrap(), image.to_str().unwrap());
-    run("qemu-img", &["convert", "-q", "-c", "-f", "raw", "-O", "qcow2", from, to]);
+    let image = compressed(server.dir.path(), "image", &[7; 1 << 20]);
     let view = server.add("disk", &image);
     let wire = Wire::connect(&server);
     let (_, body, descriptors) = wire.ask(&attach("disk"));

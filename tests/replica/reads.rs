@@ -8,7 +8,7 @@ use bedplate::image::DecodedCache;
 use bedplate::replica::{Extent, ExtentKind, Mode, Replica, ReplicaError};
 
 use crate::nbd_support::{MIB, patterned, write_sparse};
-use crate::qcow2_common::{Random, have_qemu, qemu_bytes, run};
+use crate::qcow2_common::{Random, compressed, half_random, have_qemu, qemu_bytes, run};
 use crate::server::TestServer;
 
 pub const MODES: [Mode; 2] = [Mode::Pread, Mode::Mapped];
@@ -178,13 +178,8 @@ fn what_is_decoded_once_is_read_by_all_without_a_question() {
         return;
     }
     let server = TestServer::start();
-    let dir = server.dir.path();
-    let (raw, image) = (dir.join("raw"), dir.join("image"));
-    let mut random = Random(7);
-    let bytes: Vec<u8> = (0..10 * MIB).map(|_| random.next().to_le_bytes()[0] & 15).collect();
-    std::fs::write(&raw, &bytes).unwrap();
-    let (from, to) = (raw.to_str().unwrap(), image.to_str().unwrap());
-    run("qemu-img", &["convert", "-q", "-c", "-f", "raw", "-O", "qcow2", from, to]);
+    let bytes = half_random(7, 10 * MIB);
+    let image = compressed(server.dir.path(), "image", &bytes);
     let view = server.add("disk", &image);
     let together = Barrier::new(16);
     std::thread::scope(|scope| {
@@ -212,13 +207,8 @@ fn a_long_read_of_what_is_not_decoded_is_one_question_for_many_clusters() {
         return;
     }
     let server = TestServer::start();
-    let dir = server.dir.path();
-    let (raw, image) = (dir.join("raw"), dir.join("image"));
-    let mut random = Random(9);
-    let bytes: Vec<u8> = (0..40 * MIB).map(|_| random.next().to_le_bytes()[0] & 15).collect();
-    std::fs::write(&raw, &bytes).unwrap();
-    let (from, to) = (raw.to_str().unwrap(), image.to_str().unwrap());
-    run("qemu-img", &["convert", "-q", "-c", "-f", "raw", "-O", "qcow2", from, to]);
+    let bytes = half_random(9, 40 * MIB);
+    let image = compressed(server.dir.path(), "image", &bytes);
     for (name, mode) in ["pread", "mapped"].into_iter().zip(MODES) {
         // Less than the image: what was prepared for one read has left when another wants it.
         let view = server.add_on(name, &image, None, DecodedCache::new(32 * MIB as u64));
@@ -244,13 +234,8 @@ fn a_cache_that_cannot_hold_the_image_gives_right_bytes_to_many_readers() {
         return;
     }
     let server = TestServer::start();
-    let dir = server.dir.path();
-    let (raw, image) = (dir.join("raw"), dir.join("image"));
-    let mut random = Random(8);
-    let bytes: Vec<u8> = (0..8 * MIB).map(|_| random.next().to_le_bytes()[0] & 15).collect();
-    std::fs::write(&raw, &bytes).unwrap();
-    let (from, to) = (raw.to_str().unwrap(), image.to_str().unwrap());
-    run("qemu-img", &["convert", "-q", "-c", "-f", "raw", "-O", "qcow2", from, to]);
+    let bytes = half_random(8, 8 * MIB);
+    let image = compressed(server.dir.path(), "image", &bytes);
     // Eight clusters of 128: slots are used again under the readers' eyes.
     server.add_on("disk", &image, None, DecodedCache::new(8 * 65_536 + 4096));
     std::thread::scope(|scope| {

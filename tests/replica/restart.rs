@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use bedplate::replica::{Mode, Options, Replica, ReplicaError};
 
 use crate::control_support::{Daemon, stderr};
-use crate::qcow2_common::{Random, have_qemu, run};
+use crate::qcow2_common::{Random, compressed, half_random, have_qemu};
 
 fn socket(dir: &Path) -> PathBuf {
     dir.join("disk/bedplate/replica.sock")
@@ -20,12 +20,8 @@ fn ok(daemon: &Daemon, args: &[&str]) {
 
 /// A compressed image of bytes that are returned.
 fn packed(dir: &Path, name: &str, seed: u64) -> (PathBuf, Vec<u8>) {
-    let (raw, image) = (dir.join("raw"), dir.join(name));
-    let mut random = Random(seed);
-    let bytes: Vec<u8> = (0..16 << 20).map(|_| random.next().to_le_bytes()[0] & 15).collect();
-    std::fs::write(&raw, &bytes).unwrap();
-    let (from, to) = (raw.to_str().unwrap(), image.to_str().unwrap());
-    run("qemu-img", &["convert", "-q", "-c", "-f", "raw", "-O", "qcow2", from, to]);
+    let bytes = half_random(seed, 16 << 20);
+    let image = compressed(dir, name, &bytes);
     (image, bytes)
 }
 
