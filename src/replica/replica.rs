@@ -138,7 +138,7 @@ impl Replica {
                 {
                     // One question for many clusters, which are then decoded on all cores; they are
                     // copied from where they are, and not out of a message.
-                    prepared = at + self.ask_to_prepare(at, (end - at).min(MAX_PREPARE_BYTES))?;
+                    prepared = self.ask_to_prepare(at, end)?;
                     continue;
                 }
                 (Found::Encoded | Found::Ask, _) => self.ask_bytes(part, at)?,
@@ -175,12 +175,18 @@ impl Replica {
         Ok(())
     }
 
-    /// Has the engine bring and decode what it has to of a range; how much of it was looked at.
+    /// Has the engine bring and decode what it has to of `[at, end)`; up to where it need not be asked
+    /// again, at least `at + 1`.
     #[cold]
-    fn ask_to_prepare(&self, at: u64, limit: u64) -> Result<u64, ReplicaError> {
-        let answer = self.ask(PREPARE, at, limit, &mut [])?;
+    fn ask_to_prepare(&self, at: u64, end: u64) -> Result<u64, ReplicaError> {
+        let limit = (end - at).min(MAX_PREPARE_BYTES);
+        let answer = match self.ask(PREPARE, at, limit, &mut []) {
+            // An older engine was started in the place of the one that has told that it knows this.
+            Err(ReplicaError::Refused { status: Status::Malformed, .. }) => return Ok(end),
+            answer => answer?,
+        };
         match answer.a {
-            1.. if answer.a <= limit => Ok(answer.a),
+            1.. if answer.a <= limit => Ok(at + answer.a),
             _ => Err(self.protocol("it has prepared nothing, or more than was asked for")),
         }
     }
