@@ -75,7 +75,7 @@ impl Pipeline {
         let stored = Stored { file: Arc::clone(filling.file()), path: filling.path() };
         let watched = Arc::clone(progress);
         let digest = DigestThread::start(stored, missing, most_held, digests, watched)?;
-        let writer = Writer::start(filling, &probe.when(!digests.is_empty()))?;
+        let writer = Writer::start(filling, probe)?;
         let to = Destination::File { writer: writer.sender(), digest: digest.feed() };
         let feed = Feed { to, progress: Arc::clone(progress), may_wait: true };
         Ok(Self { writer, digest, feed })

@@ -155,6 +155,11 @@ impl SourceUrl {
         matches!(self.0.scheme(), "nbd" | "nbd+unix")
     }
 
+    /// True if its bytes come encrypted; of an s3:// URL it is taken for granted.
+    pub(super) fn is_encrypted(&self) -> bool {
+        matches!(self.0.scheme(), "https" | "s3")
+    }
+
     /// Where the export is, if this is one.
     pub(super) fn nbd(&self) -> Option<Place> {
         Place::of(&self.0)?.ok()

@@ -247,15 +247,10 @@ impl Run<'_> {
         missing: &[Range<u64>],
         wanted: DigestSet,
     ) -> Result<Feed, FetchError> {
-        let engine = self.engine;
-        let pipeline = Pipeline::start(
-            self.filling,
-            missing,
-            usize::MAX,
-            &engine.probe,
-            wanted,
-            self.progress,
-        )?;
+        // Hashing and decrypting both leave the processor no time for uncached writes.
+        let probe = self.engine.probe.when(!wanted.is_empty() || self.url.is_encrypted());
+        let (filling, progress) = (&*self.filling, self.progress);
+        let pipeline = Pipeline::start(filling, missing, usize::MAX, &probe, wanted, progress)?;
         let feed = pipeline.feed();
         self.pipeline = Some(pipeline);
         self.progress.set_done(self.filling.present_bytes());

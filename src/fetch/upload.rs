@@ -226,7 +226,8 @@ pub async fn receive(
     let from = prepare(engine, total, filling)?;
     let missing = if from < total { vec![from..total] } else { Vec::new() };
     let wanted = expect.wanted();
-    let pipeline = Pipeline::start(filling, &missing, usize::MAX, &engine.probe, wanted, progress)?;
+    let probe = engine.probe.when(!wanted.is_empty());
+    let pipeline = Pipeline::start(filling, &missing, usize::MAX, &probe, wanted, progress)?;
     progress.set_total(Some(total));
     progress.begin_at(from);
     progress.set_phase(Phase::Fetching);

@@ -9,6 +9,7 @@
 //! Start at [`Sink`], then [`probe()`].
 
 mod buf;
+mod hints;
 mod probe;
 mod thread;
 #[cfg(feature = "tokio-uring")]
@@ -25,8 +26,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub use buf::{BLOCK_BYTES, Buf, BufPermits, BufPool, BufShare, PAGE_BYTES};
+pub use hints::{idle_io_priority, start_write_back, wake_at};
 pub use probe::{Choice, Probe, SinkKind, probe};
-pub use thread::{ThreadSink, idle_io_priority, start_write_back};
+pub use thread::ThreadSink;
 #[cfg(feature = "tokio-uring")]
 pub use tokio_uring::TokioUringSink;
 pub use uring::UringSink;

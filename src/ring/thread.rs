@@ -10,12 +10,11 @@
 //! Start at [`ThreadSink`].
 
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use rustix::io::{Errno, ReadWriteFlags};
 
-use super::{Done, Sink, WriteOp};
+use super::{Done, Sink, WriteOp, start_write_back};
 
 /// Bytes after which write-back is started.
 const WRITE_BACK_BYTES: u64 = 8 << 20;
@@ -76,30 +75,6 @@ impl ThreadSink {
 pub(super) fn try_uncached(file: &std::fs::File) -> io::Result<()> {
     rustix::io::pwritev2(file, &[io::IoSlice::new(&[0xB5])], 0, DONTCACHE)?;
     Ok(())
-}
-
-/// Asks the kernel to begin to write what is dirty of a file, and does not wait for it.
-pub fn start_write_back(file: &std::fs::File) {
-    // SAFETY: the call takes a descriptor, which `file` keeps open across it, and plain integers;
-    // (0, 0) means the whole file. It touches no memory of ours. A failure is only a lost hint.
-    unsafe {
-        libc::sync_file_range(file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE);
-    }
-}
-
-/// Lets this thread read and write only while nobody else does, where the scheduler of the disk
-/// knows priorities (bfq, mq-deadline); elsewhere it changes nothing.
-pub fn idle_io_priority() {
-    /// `IOPRIO_WHO_PROCESS`, and `IOPRIO_CLASS_IDLE` shifted by `IOPRIO_CLASS_SHIFT`, of
-    /// `linux/ioprio.h`.
-    const PROCESS: libc::c_long = 1;
-    const IDLE: libc::c_long = 3 << 13;
-    const SELF: libc::c_long = 0;
-    // SAFETY: ioprio_set takes three integers and touches no memory of ours; 0 is the calling
-    // thread. A failure is only a lost hint.
-    unsafe {
-        libc::syscall(libc::SYS_ioprio_set, PROCESS, SELF, IDLE);
-    }
 }
 
 impl Sink for ThreadSink {

@@ -47,7 +47,7 @@ def _https(bench, root):
 def _mixed(bench, root, workload, tls):
     source = root / "mixed.img"
     sha256, data_bytes = corpus.mixed(source, 256 * MIB if bench.quick else 2 * GIB)
-    nginx = Nginx(bench.scratch, root, bench.prefix, tls)
+    nginx = Nginx(bench.scratch, root, bench.prefix, tls, workers=True)
     rounds.say(f"  the file: half random, a quarter zero, a quarter text, 64 KiB units; "
                f"{rounds.size(data_bytes)} are data")
     rounds.say("  CPU time of kernel writeback threads is in nobody's column; what is written "

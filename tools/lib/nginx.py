@@ -1,5 +1,6 @@
-"""A web server of our own: nginx on a free loopback port, without privileges."""
+"""A web server of our own: nginx on a free loopback port, as the user who starts it."""
 
+import os
 import shutil
 import socket
 import urllib.error
@@ -8,9 +9,8 @@ import urllib.request
 from lib import procs
 
 _CONF = """
-# One process: its CPU time is one number, and it keeps the user who started it.
 daemon off;
-master_process off;
+{processes}
 pid {dir}/nginx.pid;
 error_log {dir}/error.log warn;
 events {{ worker_connections 256; }}
@@ -33,10 +33,17 @@ http {{
 """
 
 
-class Nginx:
-    """Serves the files below `root` at `url`, and with `tls` (certificate, key) at `tls_url`."""
+# Workers keep the user who started nginx; `user` is refused to anybody but root.
+_WORKERS = "worker_processes auto;" + (" user root;" if os.geteuid() == 0 else "")
 
-    def __init__(self, scratch, root, prefix=(), tls=None):
+
+class Nginx:
+    """Serves the files below `root` at `url`, and with `tls` (certificate, key) at `tls_url`.
+
+    With `workers` it has one process a core, as nginx is installed; else only one.
+    """
+
+    def __init__(self, scratch, root, prefix=(), tls=None, workers=False):
         conf_dir = scratch.dir("nginx")
         with socket.socket() as first, socket.socket() as second:
             first.bind(("127.0.0.1", 0))
@@ -47,7 +54,9 @@ class Nginx:
             lines = (f"listen 127.0.0.1:{tls_port} ssl; ssl_protocols TLSv1.3; "
                      f"ssl_certificate {tls[0]}; ssl_certificate_key {tls[1]};")
         conf = conf_dir / "nginx.conf"
-        conf.write_text(_CONF.format(dir=conf_dir, port=port, root=root, tls=lines))
+        processes = _WORKERS if workers else "master_process off;"
+        conf.write_text(_CONF.format(
+            dir=conf_dir, port=port, root=root, tls=lines, processes=processes))
         self.url = f"http://127.0.0.1:{port}"
         self.tls_url = f"https://127.0.0.1:{tls_port}"
         self._access = conf_dir / "access.log"

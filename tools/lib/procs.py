@@ -161,7 +161,8 @@ class Server:
         return self.process.pid
 
     def cpu_s(self):
-        return cpu_seconds(self.pid)
+        """CPU time of the process and of its children that are alive."""
+        return sum(cpu_seconds(pid) for pid in (self.pid, *descendants(self.pid)))
 
     def output(self):
         return self.log.read_text(errors="replace")

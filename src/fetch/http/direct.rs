@@ -27,13 +27,12 @@ use hyper_util::client::legacy::connect::dns::Name;
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, BufReader, ReadBuf};
-use tokio::net::TcpStream;
+use tokio::io::BufReader;
 use tokio_rustls::TlsConnector;
-use tokio_rustls::client::TlsStream;
 use tower_service::Service;
 
 use super::address::Guarded;
+use super::socket::Stream;
 use crate::fetch::error::HttpError;
 
 /// Longest head of an answer in bytes.
@@ -51,13 +50,6 @@ type Peer = (String, bool);
 /// Connections that are not in use.
 type Idle = Arc<Mutex<Vec<(Peer, Stream)>>>;
 type Wire = Connection<TokioIo<Stream>, Empty<Bytes>>;
-
-/// A connection to a server.
-#[derive(Debug)]
-pub(super) enum Stream {
-    Tcp(TcpStream),
-    Tls(Box<TlsStream<BufReader<TcpStream>>>),
-}
 
 /// Makes requests to servers that are reached without a proxy.
 #[derive(Clone, Debug)]
@@ -123,14 +115,14 @@ impl Direct {
         tls: Option<Arc<ClientConfig>>,
     ) -> Result<Stream, HttpError> {
         let stream = self.connector.clone().call(uri.clone()).await?.into_inner();
-        let Some(tls) = tls else { return Ok(Stream::Tcp(stream)) };
+        let Some(tls) = tls else { return Ok(Stream::tcp(stream)) };
         let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
         let name = ServerName::try_from(host)?;
         let stream = BufReader::with_capacity(TLS_READ_BYTES, stream);
         let shaken = TlsConnector::from(tls).connect(name, stream);
         let shaken = tokio::time::timeout(self.timeout, shaken).await;
         let shaken = shaken.map_err(|_elapsed| io::Error::from(io::ErrorKind::TimedOut))?;
-        Ok(Stream::Tls(Box::new(shaken?)))
+        Ok(Stream::tls(shaken?))
     }
 
     fn idle_to(&self, peer: &Peer) -> Option<Stream> {
@@ -180,50 +172,6 @@ impl Direct {
             },
         };
         Ok(Response::from_parts(head, body))
-    }
-}
-
-impl Stream {
-    fn as_read(&mut self) -> Pin<&mut (dyn AsyncRead + Send + Unpin)> {
-        match self {
-            Self::Tcp(stream) => Pin::new(stream),
-            Self::Tls(stream) => Pin::new(&mut **stream),
-        }
-    }
-
-    fn as_write(&mut self) -> Pin<&mut (dyn AsyncWrite + Send + Unpin)> {
-        match self {
-            Self::Tcp(stream) => Pin::new(stream),
-            Self::Tls(stream) => Pin::new(&mut **stream),
-        }
-    }
-}
-
-impl AsyncRead for Stream {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        room: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        self.as_read().poll_read(cx, room)
-    }
-}
-
-impl AsyncWrite for Stream {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        self.as_write().poll_write(cx, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.as_write().poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.as_write().poll_shutdown(cx)
     }
 }
 
@@ -305,7 +253,7 @@ impl Fixed {
         }
         let most = room.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
         let Some(stream) = self.stream.as_mut().filter(|_| most > 0) else { return Ok(0) };
-        let count = stream.read(&mut room[..most]).await?;
+        let count = stream.read_of(self.left, &mut room[..most]).await?;
         if count == 0 {
             let missing = format!("{} bytes of the body are missing", self.left);
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, missing));

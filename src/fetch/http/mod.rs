@@ -15,6 +15,7 @@ mod reply;
 mod route;
 mod s3;
 mod secret;
+mod socket;
 mod tls;
 
 pub use access::{Access, Basic, S3Access};
