@@ -19,6 +19,14 @@ use crate::ring::{BLOCK_BYTES, Buf, BufPermits, BufShare};
 /// Largest piece of one of several connections, in MiB.
 const MAX_PIECE_BLOCKS: usize = 16;
 
+/// Pieces for which there are buffers besides those of the connections.
+const SPARE_PIECES: usize = 2;
+
+/// Buffers with which each of so many connections may have a piece of `piece_bytes`, or the largest.
+pub(super) fn buffers_for(connections: usize, piece_bytes: u64) -> usize {
+    (connections + SPARE_PIECES) * blocks_of(&(0..piece_bytes)).min(MAX_PIECE_BLOCKS)
+}
+
 /// A piece in the hands of one connection.
 #[derive(Debug)]
 pub(super) struct Claim {
@@ -130,7 +138,7 @@ impl Book {
             return 1;
         }
         let left = blocks_of(&(0..self.todo.len_bytes())) / self.target;
-        (buffers / (self.target + 2)).min(left).clamp(1, MAX_PIECE_BLOCKS)
+        (buffers / (self.target + SPARE_PIECES)).min(left).clamp(1, MAX_PIECE_BLOCKS)
     }
 
     /// Takes the lowest piece for which `permits` are enough.

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use tokio::task::JoinSet;
 
+use super::book::buffers_for;
 use super::error::{Class, FetchError};
 use super::fleet::{End, First, Fleet, Outcome};
 use super::policy::Policy;
@@ -93,14 +94,16 @@ impl<'a> Crew<'a> {
         if self.fleet.book().has_left() {
             state.freed.notify_waiters();
         }
+        let latency = Duration::from_nanos(state.latency.load(Ordering::Relaxed));
         let target = self.scale.sample(Sample {
             now: self.begin.elapsed(),
             received: self.fleet.progress.received(),
             starved: Duration::from_nanos(state.starved.load(Ordering::Relaxed)),
-            latency: Duration::from_nanos(state.latency.load(Ordering::Relaxed)),
+            latency,
         });
-        if target > 1 && self.fleet.share.count() < self.fleet.share.most() {
+        if target > 1 {
             self.fleet.share.grow();
+            self.fleet.share.borrow(buffers_for(target, self.scale.piece_bytes(latency)));
         }
         self.fleet.book().target = target;
         while self.tasks.len() < target && self.fleet.book().has_untaken() {

@@ -20,6 +20,9 @@ const STEP: usize = 4;
 const GAIN: f64 = 1.15;
 /// Share of their time that connections wait for the network if it is the network that limits.
 const STARVED: f64 = 0.6;
+/// How many times as long as the way to its answer a piece is to take: else connections mostly wait for
+/// answers.
+const WORTH: f64 = 4.0;
 /// How long a step is not tried again after it brought too little; doubles each time.
 const HOLD: Duration = Duration::from_secs(2);
 const HOLD_MOST: Duration = Duration::from_secs(160);
@@ -44,6 +47,8 @@ pub(super) struct Sample {
 pub(super) struct Scale {
     most: usize,
     target: usize,
+    /// Bytes a second of one connection, as last measured.
+    rate_each: f64,
     base: Sample,
     settled_at: Duration,
     /// Number and rate before the last step, while that is on trial.
@@ -59,6 +64,7 @@ impl Scale {
         Self {
             most: most.max(1),
             target: 1,
+            rate_each: 0.0,
             base: Sample::default(),
             settled_at: zero,
             before: None,
@@ -82,6 +88,7 @@ impl Scale {
         let waited = at.starved.saturating_sub(self.base.starved).as_secs_f64();
         let starved = waited / (seconds * self.target as f64);
         self.base = at;
+        self.rate_each = rate / self.target as f64;
         if let Some((count, before)) = self.before.take()
             && rate < before * GAIN
         {
@@ -93,6 +100,11 @@ impl Scale {
             self.settled_at = at.now + SETTLE.max(at.latency * 2);
         }
         self.target
+    }
+
+    /// Bytes that a piece has to have to be worth its request, which is answered after `latency`.
+    pub(super) fn piece_bytes(&self, latency: Duration) -> u64 {
+        (self.rate_each * latency.as_secs_f64() * WORTH) as u64
     }
 
     /// A connection was refused or broke while `left` others go on.
@@ -153,6 +165,17 @@ mod tests {
     fn a_disk_or_a_digest_that_limits_brings_no_second_connection() {
         let used = play(16, 30, 0.3, |_| 900_000_000);
         assert!(used.iter().all(|&n| n == 1));
+    }
+
+    #[test]
+    fn a_piece_is_longer_where_answers_are_late() {
+        let mut scale = Scale::new(4);
+        let latency = Duration::from_millis(50);
+        assert_eq!(scale.piece_bytes(latency), 0);
+        let (now, starved) = (Duration::from_secs(1), Duration::ZERO);
+        scale.sample(Sample { now, received: 40_000_000, starved, latency });
+        assert_eq!(scale.piece_bytes(latency), 8_000_000);
+        assert_eq!(scale.piece_bytes(latency / 10), 800_000);
     }
 
     #[test]

@@ -55,10 +55,11 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// An engine for one transfer at a time, with `buffers` buffers of 1 MiB and no limit.
+    /// An engine for one transfer at a time, with `buffers` buffers of 1 MiB, as many again for a long
+    /// way, and no limit.
     #[must_use]
     pub fn alone(probe: Probe, policy: Policy, buffers: usize) -> Self {
-        let pool = BufPool::new(buffers);
+        let pool = BufPool::with_unshared(buffers, buffers);
         Self { pool, probe, policy, buffers, limit: Arc::default() }
     }
 }

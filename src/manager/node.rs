@@ -48,8 +48,10 @@ pub struct NodeOptions {
     pub sink: Choice,
     /// Bounds on transfers.
     pub policy: Policy,
-    /// Buffers of 1 MiB that all transfers share.
+    /// Buffers of 1 MiB that all transfers share, in equal parts.
     pub buffers: usize,
+    /// Those besides, for transfers whose answers have a long way.
+    pub more_buffers: usize,
     /// Transfers at the same time; further ones wait.
     pub max_transfers: usize,
     /// Bytes per second at most, of all transfers together.
@@ -68,6 +70,7 @@ impl NodeOptions {
             sink: Choice::Auto,
             policy: Policy::default(),
             buffers: 256,
+            more_buffers: 128,
             max_transfers: 8,
             rate_bytes_per_s: None,
         }
@@ -136,7 +139,7 @@ impl Node {
         Ok(Self {
             slots: Slots::open(options)?,
             tags: options.node_tags.clone(),
-            pool: BufPool::new(options.buffers),
+            pool: BufPool::with_unshared(options.buffers, options.more_buffers),
             policy: options.policy.clone(),
             limit: Arc::new(RateLimit::new(options.rate_bytes_per_s)),
             turns: Arc::new(Turns::new(options.max_transfers)),

@@ -18,11 +18,16 @@ pub const BLOCK_BYTES: usize = 1 << 20;
 /// Alignment of direct writes in bytes: covers every logical block size in use.
 pub const PAGE_BYTES: usize = 4096;
 
+/// Buffers whose memory stays when none is in use.
+const KEPT: usize = 16;
+
 #[derive(Debug)]
 struct Shared {
     free: Mutex<Vec<MmapMut>>,
     permits: Arc<Semaphore>,
     capacity: usize,
+    /// Those that no share is sure of, and that one may borrow.
+    unshared: Arc<Semaphore>,
 }
 
 /// A fixed number of buffers, shared by all transfers of a process.
@@ -30,13 +35,22 @@ struct Shared {
 pub struct BufPool(Arc<Shared>);
 
 impl BufPool {
-    /// A pool of `capacity` buffers of [`BLOCK_BYTES`]. Memory is taken when first used.
+    /// A pool of `capacity` buffers of [`BLOCK_BYTES`]. Memory is taken when first used, and most of it
+    /// given back when none is in use.
     #[must_use]
     pub fn new(capacity: usize) -> Self {
+        Self::with_unshared(capacity, 0)
+    }
+
+    /// One of `shared` buffers for its users' shares, and `unshared` that a share may borrow for a while.
+    #[must_use]
+    pub fn with_unshared(shared: usize, unshared: usize) -> Self {
+        let capacity = shared + unshared;
         Self(Arc::new(Shared {
             free: Mutex::new(Vec::new()),
             permits: Arc::new(Semaphore::new(capacity)),
             capacity,
+            unshared: Arc::new(Semaphore::new(unshared)),
         }))
     }
 
@@ -89,6 +103,7 @@ impl BufPool {
             permits: Arc::new(Semaphore::new(count)),
             count: Arc::new(AtomicUsize::new(count)),
             most: most.max(1),
+            borrowed: Arc::default(),
         }
     }
 }
@@ -101,6 +116,7 @@ pub struct BufShare {
     /// Buffers that this user may hold now, and at most.
     count: Arc<AtomicUsize>,
     most: usize,
+    borrowed: Arc<Mutex<Option<OwnedSemaphorePermit>>>,
 }
 
 impl BufShare {
@@ -142,17 +158,33 @@ impl BufShare {
         self.count.load(Ordering::Relaxed)
     }
 
-    /// Buffers that this user may hold at most, after [`BufShare::grow`].
+    /// Buffers that are this user's own, after [`BufShare::grow`].
     #[must_use]
     pub fn most(&self) -> usize {
         self.most
     }
 
-    /// Lets this user hold as many as it ever may. Until then it has few, which stay in the
+    /// Lets this user hold as many as are its own. Until then it has few, which stay in the
     /// processor's cache.
     pub fn grow(&self) {
-        let before = self.count.swap(self.most, Ordering::Relaxed);
-        self.permits.add_permits(self.most - before);
+        let before = self.count.fetch_max(self.most, Ordering::Relaxed);
+        self.permits.add_permits(self.most.saturating_sub(before));
+    }
+
+    /// Lets this user, which has grown, hold `count` of them, as far as there are some that are nobody's
+    /// own. They go back with the share.
+    pub fn borrow(&self, count: usize) {
+        let mut borrowed = self.borrowed.lock().unwrap_or_else(PoisonError::into_inner);
+        let unshared = &self.pool.0.unshared;
+        let more = count.saturating_sub(self.count()).min(unshared.available_permits());
+        let Ok(more @ 1..) = u32::try_from(more) else { return };
+        let Ok(permits) = Arc::clone(unshared).try_acquire_many_owned(more) else { return };
+        match borrowed.as_mut() {
+            Some(before) => before.merge(permits),
+            None => *borrowed = Some(permits),
+        }
+        self.count.fetch_add(more as usize, Ordering::Relaxed);
+        self.permits.add_permits(more as usize);
     }
 }
 
@@ -286,7 +318,55 @@ impl Buf {
 impl Drop for Buf {
     fn drop(&mut self) {
         if let Some(memory) = self.memory.take() {
-            self.pool.free.lock().unwrap_or_else(PoisonError::into_inner).push(memory);
+            let mut free = self.pool.free.lock().unwrap_or_else(PoisonError::into_inner);
+            free.push(memory);
+            let is_last = self.pool.permits.available_permits() + 1 == self.pool.capacity;
+            if is_last && free.len() > KEPT {
+                free.truncate(KEPT);
+            }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_borrowed_is_nobody_elses_until_its_share_is_gone() {
+        let pool = BufPool::with_unshared(8, 6);
+        let (first, second) = (pool.share(2, 4), pool.share(2, 4));
+        first.grow();
+        first.borrow(3);
+        assert_eq!(first.count(), 4);
+        first.borrow(8);
+        first.borrow(9);
+        assert_eq!(first.count(), 9);
+        first.grow();
+        assert_eq!((first.count(), first.most()), (9, 4));
+        second.grow();
+        second.borrow(100);
+        assert_eq!(second.count(), 5);
+        let (nine, five) = (first.reserve(100).await.unwrap(), second.reserve(100).await.unwrap());
+        assert_eq!((nine.len(), five.len()), (9, 5));
+        assert!(first.try_take().is_none() && second.try_take().is_none());
+        drop((nine, first));
+        second.borrow(100);
+        assert_eq!(second.count(), 10);
+    }
+
+    #[tokio::test]
+    async fn memory_goes_back_when_no_buffer_is_in_use() {
+        let pool = BufPool::new(40);
+        let free = || pool.0.free.lock().unwrap().len();
+        let mut all = Vec::new();
+        for _ in 0..40 {
+            all.push(pool.take().await.unwrap());
+        }
+        let last = all.pop();
+        drop(all);
+        assert_eq!((pool.in_use(), free()), (1, 39));
+        drop(last);
+        assert_eq!((pool.in_use(), free()), (0, KEPT));
     }
 }
