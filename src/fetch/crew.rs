@@ -30,6 +30,8 @@ pub(super) struct Crew<'a> {
     fleet: &'a Arc<Fleet>,
     tasks: JoinSet<End>,
     scale: Scale,
+    /// Connections that it may have if it is alone with its server.
+    most: usize,
     begin: Instant,
     /// Failed attempts in a row without a new byte.
     failures: u32,
@@ -41,7 +43,7 @@ impl<'a> Crew<'a> {
     /// A crew of nobody, later of at most `most`.
     pub(super) fn new(fleet: &'a Arc<Fleet>, most: usize) -> Self {
         let (tasks, scale, begin) = (JoinSet::new(), Scale::new(most), Instant::now());
-        Self { fleet, tasks, scale, begin, failures: 0, handed: 0 }
+        Self { fleet, tasks, scale, most, begin, failures: 0, handed: 0 }
     }
 
     /// Waits until everybody has ended, who were told to.
@@ -94,6 +96,7 @@ impl<'a> Crew<'a> {
         if self.fleet.book().has_left() {
             state.freed.notify_waiters();
         }
+        self.scale.limit(self.fleet.visit.part_of(self.most));
         let latency = Duration::from_nanos(state.latency.load(Ordering::Relaxed));
         let target = self.scale.sample(Sample {
             now: self.begin.elapsed(),

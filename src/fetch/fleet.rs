@@ -20,6 +20,7 @@ use super::book::{Book, Claim, Turn};
 use super::crew::Crew;
 use super::demand::{Demand, Urgency};
 use super::error::FetchError;
+use super::hosts::Visit;
 use super::http::Answer;
 use super::limit::RateLimit;
 use super::needs::{Idle, Need, unless_needed};
@@ -46,6 +47,8 @@ pub(super) struct Fleet {
     pub(super) limit: Arc<RateLimit>,
     pub(super) book: Mutex<Book>,
     pub(super) state: State,
+    /// Who else asks the same server.
+    pub(super) visit: Arc<Visit>,
     /// What readers wait for, if they can be served out of turn.
     pub(super) demand: Option<Demand>,
     /// What somebody else brings, and this lets pass.

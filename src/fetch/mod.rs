@@ -20,6 +20,7 @@ mod error;
 mod expect;
 mod fleet;
 mod foreseen;
+mod hosts;
 mod http;
 mod limit;
 mod local;
@@ -55,6 +56,7 @@ pub use backup::{BackupFault, BackupRecord};
 pub use duplicate::duplicate;
 pub use error::{Class, FetchError, HttpError, one_line};
 pub use expect::Expect;
+pub use hosts::Hosts;
 pub use http::{
     Access, AccessError, AddressClass, AddressPolicy, AddressRefused, Basic, S3Access, Secret,
     Trust, judge_address, parse_content_range,

@@ -15,6 +15,7 @@ use super::crew;
 use super::digest::{DigestThread, Stored};
 use super::error::{Class, FetchError};
 use super::fleet::{self, Fleet, Outcome};
+use super::hosts::Visit;
 use super::http::Client;
 use super::local::LocalFile;
 use super::pace::{Best, Level};
@@ -50,6 +51,8 @@ pub struct SourceFile<'a> {
     level: Level,
     /// What the fastest connections get.
     best: Arc<Best>,
+    /// Who else asks the same server.
+    visit: Arc<Visit>,
 }
 
 #[derive(Debug)]
@@ -97,7 +100,8 @@ impl<'a> SourceFile<'a> {
             return Err(FetchError::TooLarge { url: source.url.to_string(), total, limit });
         }
         let urgent = Arc::default();
-        let file = Self { engine, source, progress, total, kind, urgent, level, best };
+        let visit = Arc::new(engine.hosts.visit(&source.url));
+        let file = Self { engine, source, progress, total, kind, urgent, level, best, visit };
         let head = match head {
             Some(head) => head,
             None => file.read(0..HEAD_BYTES.min(total)).await?,
@@ -253,6 +257,7 @@ impl<'a> SourceFile<'a> {
             limit: Arc::clone(&self.engine.limit),
             book: Mutex::new(Book::new(ranges)),
             state: fleet::State::new(Arc::clone(&self.best)),
+            visit: Arc::clone(&self.visit),
             demand: None,
             urgent: Some(Arc::clone(&self.urgent)),
         });

@@ -22,12 +22,19 @@ const GAIN: f64 = 1.15;
 const STARVED: f64 = 0.6;
 /// How many times as long as the way to its answer a piece is to take: else connections mostly wait for
 /// answers.
-const WORTH: f64 = 4.0;
+const WORTH: u128 = 4;
 /// How long a step is not tried again after it brought too little; doubles each time.
 const HOLD: Duration = Duration::from_secs(2);
 const HOLD_MOST: Duration = Duration::from_secs(160);
 /// How long a connection that was refused or broke is not replaced.
 const HOLD_LOST: Duration = Duration::from_secs(10);
+
+/// Nanoseconds of a second.
+const NANOS: u128 = 1_000_000_000;
+
+fn saturating(value: u128) -> u64 {
+    u64::try_from(value).unwrap_or(u64::MAX)
+}
 
 /// What is known at one moment. All but `latency` only grow.
 #[derive(Clone, Copy, Debug, Default)]
@@ -48,7 +55,7 @@ pub(super) struct Scale {
     most: usize,
     target: usize,
     /// Bytes a second of one connection, as last measured.
-    rate_each: f64,
+    rate_each: u64,
     base: Sample,
     settled_at: Duration,
     /// Number and rate before the last step, while that is on trial.
@@ -64,7 +71,7 @@ impl Scale {
         Self {
             most: most.max(1),
             target: 1,
-            rate_each: 0.0,
+            rate_each: 0,
             base: Sample::default(),
             settled_at: zero,
             before: None,
@@ -87,8 +94,9 @@ impl Scale {
         let rate = (at.received - self.base.received) as f64 / seconds;
         let waited = at.starved.saturating_sub(self.base.starved).as_secs_f64();
         let starved = waited / (seconds * self.target as f64);
+        let each = u128::from(at.received - self.base.received) / self.target as u128;
+        self.rate_each = saturating(each * NANOS / elapsed.as_nanos());
         self.base = at;
-        self.rate_each = rate / self.target as f64;
         if let Some((count, before)) = self.before.take()
             && rate < before * GAIN
         {
@@ -102,9 +110,18 @@ impl Scale {
         self.target
     }
 
+    /// From now on at most `most` connections.
+    pub(super) fn limit(&mut self, most: usize) {
+        self.most = most.max(1);
+        if self.target > self.most {
+            self.target = self.most;
+            self.before = None;
+        }
+    }
+
     /// Bytes that a piece has to have to be worth its request, which is answered after `latency`.
     pub(super) fn piece_bytes(&self, latency: Duration) -> u64 {
-        (self.rate_each * latency.as_secs_f64() * WORTH) as u64
+        saturating(u128::from(self.rate_each) * latency.as_nanos() * WORTH / NANOS)
     }
 
     /// A connection was refused or broke while `left` others go on.
@@ -165,6 +182,22 @@ mod tests {
     fn a_disk_or_a_digest_that_limits_brings_no_second_connection() {
         let used = play(16, 30, 0.3, |_| 900_000_000);
         assert!(used.iter().all(|&n| n == 1));
+    }
+
+    #[test]
+    fn a_limit_that_falls_holds_at_once_and_one_that_rises_is_used() {
+        let mut scale = Scale::new(16);
+        (scale.target, scale.before) = (16, Some((4, 1.0)));
+        scale.limit(2);
+        let at = |ms| Sample {
+            now: Duration::from_millis(ms),
+            received: ms * 1000,
+            starved: Duration::from_millis(ms * 2),
+            latency: Duration::ZERO,
+        };
+        assert_eq!((scale.sample(at(1000)), scale.sample(at(2000))), (2, 2));
+        scale.limit(16);
+        assert_eq!(scale.sample(at(3000)), 8);
     }
 
     #[test]

@@ -17,6 +17,7 @@ use super::demand::Demand;
 use super::error::{Class, FetchError};
 use super::expect::Expect;
 use super::fleet::{self, First, Fleet, Outcome};
+use super::hosts::Hosts;
 use super::http::Access;
 use super::http::{Answer, Client};
 use super::limit::RateLimit;
@@ -52,6 +53,8 @@ pub struct Engine {
     pub buffers: usize,
     /// The limit on the bytes per second of all transfers together.
     pub limit: Arc<RateLimit>,
+    /// The servers that they ask.
+    pub hosts: Arc<Hosts>,
 }
 
 impl Engine {
@@ -60,7 +63,7 @@ impl Engine {
     #[must_use]
     pub fn alone(probe: Probe, policy: Policy, buffers: usize) -> Self {
         let pool = BufPool::with_unshared(buffers, buffers);
-        Self { pool, probe, policy, buffers, limit: Arc::default() }
+        Self { pool, probe, policy, buffers, limit: Arc::default(), hosts: Arc::default() }
     }
 }
 
@@ -297,6 +300,7 @@ impl Run<'_> {
             limit: Arc::clone(&self.engine.limit),
             book: Mutex::new(Book::new(missing)),
             state: fleet::State::new(Arc::default()),
+            visit: Arc::new(self.engine.hosts.visit(self.url)),
             demand,
             urgent: None,
         });

@@ -24,7 +24,7 @@ use super::views::Views;
 use super::worker::{self, Worker};
 use super::{Cancel, ScrubReport, WorkerEvent, mend};
 use crate::disk::{self, CopyRecord, Disk, DiskError, Found};
-use crate::fetch::{Policy, RateLimit, Upload, one_line};
+use crate::fetch::{Hosts, Policy, RateLimit, Upload, one_line};
 use crate::image::qcow2::Terms;
 use crate::image::{self, Format, ImageError, Inspection, Opening, View};
 use crate::names::{DiskUuid, Tag};
@@ -116,6 +116,7 @@ pub struct Node {
     pool: BufPool,
     policy: Policy,
     limit: Arc<RateLimit>,
+    hosts: Arc<Hosts>,
     turns: Arc<Turns>,
     /// Of copies between disks.
     copy_limit: Arc<RateLimit>,
@@ -142,6 +143,7 @@ impl Node {
             pool: BufPool::with_unshared(options.buffers, options.more_buffers),
             policy: options.policy.clone(),
             limit: Arc::new(RateLimit::new(options.rate_bytes_per_s)),
+            hosts: Arc::default(),
             turns: Arc::new(Turns::new(options.max_transfers)),
             copy_limit: Arc::default(),
             copy_turns: Arc::new(Turns::new(1)),
@@ -167,6 +169,7 @@ impl Node {
             policy: self.policy.clone(),
             buffers: self.buffers_each,
             limit: Arc::clone(&self.limit),
+            hosts: Arc::clone(&self.hosts),
             turns: Arc::clone(&self.turns),
             copy_limit: Arc::clone(&self.copy_limit),
             copy_turns: Arc::clone(&self.copy_turns),

@@ -25,7 +25,7 @@ use super::turns::{Turn, Turns};
 use super::uploads::Uploads;
 use crate::disk::{self, CopyState, DigestKind, DiskError, Filling, SealRecord};
 use crate::fetch::{
-    self, Class, Engine, Expect, FetchError, Fetched, Policy, RateLimit, SourceUrl, one_line,
+    self, Class, Engine, Expect, FetchError, Fetched, Hosts, Policy, RateLimit, SourceUrl, one_line,
 };
 use crate::image::{self, Format, ImageError};
 use crate::import::{ImportError, Layout, import};
@@ -43,6 +43,7 @@ pub(super) struct Shared {
     pub(super) policy: Policy,
     pub(super) buffers: usize,
     pub(super) limit: Arc<RateLimit>,
+    pub(super) hosts: Arc<Hosts>,
     pub(super) turns: Arc<Turns>,
     /// Of copies between disks.
     pub(super) copy_limit: Arc<RateLimit>,
@@ -266,6 +267,7 @@ impl Worker {
             policy: self.shared.policy.clone(),
             buffers: self.shared.buffers,
             limit: Arc::clone(&self.shared.limit),
+            hosts: Arc::clone(&self.shared.hosts),
         }
     }
 

@@ -90,7 +90,7 @@ impl BufPool {
             None => MmapMut::map_anon(BLOCK_BYTES)?,
         };
         let pool = Arc::clone(&self.0);
-        Ok(Buf { memory: Some(memory), len: 0, pool, _permit: permit, _share: None })
+        Ok(Buf { memory: Some(memory), len: 0, pool, permit: Some(permit), _share: None })
     }
 
     /// A part of the pool for one user: at most `most` of its buffers at a time, and `count` until
@@ -245,7 +245,7 @@ pub struct Buf {
     memory: Option<MmapMut>,
     len: usize,
     pool: Arc<Shared>,
-    _permit: OwnedSemaphorePermit,
+    permit: Option<OwnedSemaphorePermit>,
     _share: Option<OwnedSemaphorePermit>,
 }
 
@@ -318,11 +318,17 @@ impl Buf {
 impl Drop for Buf {
     fn drop(&mut self) {
         if let Some(memory) = self.memory.take() {
-            let mut free = self.pool.free.lock().unwrap_or_else(PoisonError::into_inner);
-            free.push(memory);
-            let is_last = self.pool.permits.available_permits() + 1 == self.pool.capacity;
-            if is_last && free.len() > KEPT {
-                free.truncate(KEPT);
+            let free = || self.pool.free.lock().unwrap_or_else(PoisonError::into_inner);
+            free().push(memory);
+            // Whoever lets go last sees that none is in use.
+            drop(self.permit.take());
+            if self.pool.permits.available_permits() == self.pool.capacity {
+                let mut list = free();
+                let kept = list.len().min(KEPT);
+                let rest = list.split_off(kept);
+                // What goes back does so without the lock.
+                drop(list);
+                drop(rest);
             }
         }
     }

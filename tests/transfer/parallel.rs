@@ -78,6 +78,60 @@ fn a_server_that_limits_each_connection_is_asked_on_several() {
 }
 
 #[test]
+fn transfers_from_one_server_share_its_connections() {
+    const TRANSFERS: usize = 4;
+    const MOST: usize = 8;
+    let bytes = content(32 * MIB, 34);
+    let (served, arrived) = (bytes.clone(), Arc::new(AtomicUsize::new(0)));
+    let server = FaultServer::start(move |request| {
+        // They begin together.
+        arrived.fetch_add(1, Ordering::SeqCst);
+        while arrived.load(Ordering::SeqCst) < TRANSFERS {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        paced(request, &served, ETAG)
+    });
+    let temp = tempfile::tempdir().unwrap();
+    let policy = Policy { max_connections: MOST, ..Policy::default() };
+    let engine = bedplate::fetch::Engine::alone(
+        probe(temp.path(), Choice::Auto).unwrap(),
+        policy,
+        32 * TRANSFERS,
+    );
+    let engine = bedplate::fetch::Engine { buffers: 32, ..engine };
+    let progress: Vec<Arc<Progress>> = (0..TRANSFERS).map(|_| Arc::default()).collect();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let (watched, most) = (progress.clone(), Arc::new(AtomicUsize::new(0)));
+    let seen = Arc::clone(&most);
+    runtime.spawn(async move {
+        loop {
+            let all = watched.iter().map(|one| one.snapshot().connections as usize).sum();
+            seen.fetch_max(all, Ordering::Relaxed);
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    });
+    let url = SourceUrl::parse(&format!("{}/x", server.url)).unwrap();
+    let pulls: Vec<_> = progress
+        .into_iter()
+        .enumerate()
+        .map(|(index, progress)| {
+            let (engine, output) = (engine.clone(), temp.path().join(format!("{index}.img")));
+            let source = Source::new(url.clone()).expecting(expect(&bytes));
+            let request = PullRequest { source, layout: Layout::AsIs, output };
+            runtime.spawn(async move { pull(&engine, &request, &progress).await })
+        })
+        .collect();
+    for pulled in pulls {
+        runtime.block_on(pulled).unwrap().unwrap();
+    }
+    for index in 0..TRANSFERS {
+        assert!(std::fs::read(temp.path().join(format!("{index}.img"))).unwrap() == bytes);
+    }
+    let most = most.load(Ordering::Relaxed);
+    assert!((TRANSFERS + 1..=MOST).contains(&most), "{most} connections");
+}
+
+#[test]
 fn without_a_strong_etag_there_is_one_connection() {
     let bytes = content(20 * MIB, 32);
     let served = bytes.clone();

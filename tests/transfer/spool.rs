@@ -211,7 +211,9 @@ fn what_follows_is_fetched_and_kept_while_what_was_kept_is_decoded() {
     let error = runtime.block_on(pull(&engine, &request, &progress)).unwrap_err();
     assert_eq!(error.class(), Class::Cancelled, "{}", error.report());
     let done = runtime.block_on(done).unwrap();
-    assert!(done < bytes.len() as u64 / 2, "the network has waited until {done} were decoded");
+    // Three quarters, had it waited for what was kept.
+    let most = bytes.len() as u64 / 10 * 7;
+    assert!(done < most, "the network has waited until {done} were decoded");
     // What came meanwhile is durable.
     assert_eq!(source.kept(), len as u64);
     assert_eq!(source.ends_with(&bytes, "all is kept"), [len as u64 - 1]);

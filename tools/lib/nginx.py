@@ -40,7 +40,8 @@ _WORKERS = "worker_processes auto;" + (" user root;" if os.geteuid() == 0 else "
 class Nginx:
     """Serves the files below `root` at `url`, and with `tls` (certificate, key) at `tls_url`.
 
-    With `workers` it has one process a core, as nginx is installed; else only one.
+    With `workers` it has one process a core, as nginx is installed; else only one. Workers outlive a
+    program that is killed outright.
     """
 
     def __init__(self, scratch, root, prefix=(), tls=None, workers=False):

@@ -162,7 +162,11 @@ class Server:
 
     def cpu_s(self):
         """CPU time of the process and of its children that are alive."""
-        return sum(cpu_seconds(pid) for pid in (self.pid, *descendants(self.pid)))
+        total = cpu_seconds(self.pid)
+        for pid in descendants(self.pid):
+            with contextlib.suppress(OSError):
+                total += cpu_seconds(pid)
+        return total
 
     def output(self):
         return self.log.read_text(errors="replace")

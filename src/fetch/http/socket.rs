@@ -30,6 +30,10 @@ const TELLING_BYTES: u64 = 1 << 20;
 const FAST: Duration = Duration::from_millis(20);
 /// So long the mark is waited for.
 const PATIENCE: Duration = Duration::from_millis(10);
+/// Marks that may be late, one soon after the other.
+const TOO_OFTEN: u32 = 4;
+/// Bytes between two after which one is not soon after the other.
+const SELDOM_BYTES: u64 = 64 << 20;
 
 /// A connection to a server.
 #[derive(Debug)]
@@ -38,6 +42,10 @@ pub(super) struct Stream {
     pace: Pace,
     /// True while the kernel waits for [`MARK_BYTES`].
     is_marked: bool,
+    /// False once it has refused to, or was late too often.
+    may_mark: bool,
+    /// How often the mark was late of late, and the bytes that have come since.
+    late: (u32, u64),
 }
 
 #[derive(Debug)]
@@ -80,7 +88,13 @@ impl Stream {
     }
 
     fn of(wire: Wire) -> Self {
-        Self { wire, pace: Pace::new(Instant::now()), is_marked: false }
+        Self {
+            wire,
+            pace: Pace::new(Instant::now()),
+            is_marked: false,
+            may_mark: true,
+            late: (0, 0),
+        }
     }
 
     /// The next bytes of a body of which `left` are to come; 0 at the end of the connection.
@@ -88,24 +102,40 @@ impl Stream {
     /// # Errors
     /// The connection's.
     pub(super) async fn read_of(&mut self, left: u64, room: &mut [u8]) -> io::Result<usize> {
-        self.mark(self.pace.is_fast && left >= FAR_BYTES)?;
+        let is_far = self.pace.is_fast && left >= FAR_BYTES;
+        // Without it, it only costs more.
+        if self.mark(is_far && self.may_mark).is_err() {
+            self.may_mark = false;
+            self.mark(false)?;
+        }
         let count = match self.is_marked {
             false => self.read(room).await?,
             true => match tokio::time::timeout(PATIENCE, self.read(room)).await {
                 Ok(count) => count?,
                 Err(_late) => {
                     self.pace = Pace::new(Instant::now());
+                    self.was_late();
                     self.mark(false)?;
                     self.read(room).await?
                 }
             },
         };
         self.pace.came(count as u64, Instant::now);
+        self.late.1 += count as u64;
         // Who reads what follows this body knows nothing of marks.
         if count as u64 >= left {
             self.mark(false)?;
         }
         Ok(count)
+    }
+
+    /// The mark was not reached in time. Where that goes on, a window smaller than it may be why: each
+    /// would cost as long again.
+    fn was_late(&mut self) {
+        let (times, since) = self.late;
+        let times = if since < SELDOM_BYTES { times + 1 } else { 1 };
+        self.late = (times, 0);
+        self.may_mark &= times < TOO_OFTEN;
     }
 
     fn mark(&mut self, is_marked: bool) -> io::Result<()> {
@@ -204,6 +234,7 @@ mod tests {
         let mut room = vec![0; 512 << 10];
         for bytes in PIECES {
             stream.pace.is_fast = true;
+            stream.may_mark = true;
             next.send(()).unwrap();
             let mut read = 0;
             while read < bytes {
@@ -215,6 +246,24 @@ mod tests {
             assert_eq!(read, bytes);
         }
         server.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_mark_that_is_late_again_and_again_is_given_up() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut stream = Stream::tcp(TcpStream::connect(address).await.unwrap());
+        for _ in 0..2 {
+            for _ in 0..3 {
+                stream.was_late();
+            }
+            assert!(stream.may_mark);
+            stream.late.1 += SELDOM_BYTES;
+        }
+        for may_mark in [true, true, true, false] {
+            stream.was_late();
+            assert_eq!(stream.may_mark, may_mark);
+        }
     }
 
     #[tokio::test(flavor = "multi_thread")]
