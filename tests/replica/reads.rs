@@ -219,9 +219,11 @@ fn a_long_read_of_what_is_not_decoded_is_one_question_for_many_clusters() {
             replica.read_at(&mut buf, at as u64).unwrap();
             assert!(buf == bytes[at..at + buf.len()], "{name}: {at}");
             let counted = export.counters().values();
-            // For up to 2 MiB each; what is decoded ahead is not asked for. No byte comes by message.
-            assert!(counted.requests <= 4 * (read as u64 + 1), "{name}: {counted:?}");
-            assert_eq!(counted.bytes, 0, "{name}");
+            // For up to 2 MiB each; what is decoded ahead is not asked for. Only what has left again before
+            // a reader who was held up came to copy it comes by message: a cluster now and then.
+            let again = counted.bytes.div_ceil(65_536);
+            assert!(again <= 128 * (read as u64 + 1) / 16, "{name}: {counted:?}");
+            assert!(counted.requests - again <= 4 * (read as u64 + 1), "{name}: {counted:?}");
         }
         assert!(view.cache().decodes() <= 40 * 16 * 5 / 4, "{}", view.cache().decodes());
         assert_reads(&replica, &bytes, 3);
