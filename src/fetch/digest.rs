@@ -5,7 +5,8 @@
 //! early waits here, in memory that its connection had reserved. Bytes that were here before this
 //! run are read back from the file when the order reaches them; what arrives meanwhile is let go
 //! once it is written, and read back in its turn, so that a long file that is resumed does not hold
-//! up the network. Where no digest of the whole is made, there is no order to keep: see [`Loose`].
+//! up the network. Where no digest of the whole is made, there is no order to keep: who hands a MiB
+//! over hashes it while it is in his processor's cache, and [`Loose`] does the rest.
 //! Never: takes bytes out of order, or reads back what the writer has not written.
 //! Start at [`DigestThread::start`].
 
@@ -20,13 +21,14 @@ use std::thread::JoinHandle;
 
 use super::loose::Loose;
 use super::progress::Progress;
-use crate::disk::{Block, DigestSet, Digests, DiskError, Hasher, hash_range};
+use crate::disk::{Block, DigestSet, Digests, DiskError, Hasher, hash_range, xxh3_of};
 use crate::ring::Buf;
+use crate::units::MIB;
 
 /// A running digest thread.
 #[derive(Debug)]
 pub(super) struct DigestThread {
-    blocks: Sender<Handed>,
+    feed: DigestFeed,
     end: Sender<u64>,
     quit: Arc<AtomicBool>,
     thread: JoinHandle<Result<Digests, DiskError>>,
@@ -38,17 +40,37 @@ pub(super) struct Handed {
     pub(super) block: Block,
     /// It may wait in memory for its turn. What was taken out of turn is read back in its own.
     pub(super) may_wait: bool,
+    /// The xxh3 of a whole MiB, if it was made already.
+    pub(super) xxh3: Option<u64>,
+}
+
+impl Handed {
+    /// `hash`: makes the digest of a whole MiB now.
+    pub(super) fn new(block: Block, may_wait: bool, hash: bool) -> Self {
+        let xxh3 = match &block {
+            Block::Data { at, buf } if hash => {
+                let is_whole = at.0.is_multiple_of(MIB) && buf.len() as u64 == MIB;
+                is_whole.then(|| xxh3_of(buf.bytes()))
+            }
+            Block::Data { .. } | Block::Written { .. } | Block::Zero { .. } => None,
+        };
+        Self { block, may_wait, xxh3 }
+    }
 }
 
 /// A way to hand blocks over.
 #[derive(Clone, Debug)]
-pub(super) struct DigestFeed(Sender<Handed>);
+pub(super) struct DigestFeed {
+    blocks: Sender<Handed>,
+    /// MiBs are hashed by who hands them over. Another core would have to fetch them from memory.
+    hash: bool,
+}
 
 impl DigestFeed {
     /// Hands bytes over; false if the thread has ended, with an error that
     /// [`DigestThread::finish`] tells.
     pub(super) fn send(&self, block: Block, may_wait: bool) -> bool {
-        self.0.send(Handed { block, may_wait }).is_ok()
+        self.blocks.send(Handed::new(block, may_wait, self.hash)).is_ok()
     }
 }
 
@@ -71,6 +93,7 @@ impl DigestThread {
         progress: Arc<Progress>,
     ) -> Result<Self, DiskError> {
         let (blocks, queue) = mpsc::channel();
+        let feed = DigestFeed { blocks, hash: set.is_empty() };
         let (end, end_queue) = mpsc::channel();
         let path = stored.path.clone();
         let quit = Arc::new(AtomicBool::new(false));
@@ -96,12 +119,12 @@ impl DigestThread {
                 Ok(work.hasher.finish())
             })
             .map_err(|e| DiskError::io("start a digest thread for", &path, e))?;
-        Ok(Self { blocks, end, quit, thread })
+        Ok(Self { feed, end, quit, thread })
     }
 
     /// A way to hand blocks over; the thread ends when all are gone.
     pub(super) fn feed(&self) -> DigestFeed {
-        DigestFeed(self.blocks.clone())
+        self.feed.clone()
     }
 
     /// Ends without a result. Blocks the thread until the other has let go of the file.
@@ -110,7 +133,7 @@ impl DigestThread {
     /// The error that had ended it before.
     pub(super) fn abandon(self) -> Result<(), DiskError> {
         self.quit.store(true, Ordering::Relaxed);
-        drop((self.end, self.blocks));
+        drop((self.end, self.feed));
         let ended = self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         match ended {
             Err(DiskError::Io { source, .. })
@@ -127,7 +150,7 @@ impl DigestThread {
     pub(super) fn finish(self, total_bytes: u64) -> Result<Digests, DiskError> {
         let _ended = self.end.send(total_bytes);
         drop(self.end);
-        drop(self.blocks);
+        drop(self.feed);
         self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 }
@@ -174,7 +197,7 @@ struct Work {
 impl Work {
     fn run(&mut self, end: &Receiver<u64>, go_on: &dyn Fn() -> bool) -> Result<(), DiskError> {
         self.advance(go_on)?;
-        while let Ok(Handed { block, may_wait }) = self.queue.recv() {
+        while let Ok(Handed { block, may_wait, .. }) = self.queue.recv() {
             let start = block.range().start;
             let early = Early::of(block, may_wait && self.held < self.most_held);
             self.held += usize::from(matches!(early, Early::Held(_)));

@@ -2,7 +2,7 @@
 //!
 //! Why: the clusters of an expanded image come in an order of their own; to hash them in the file's
 //! order, most would have to be read back from the disk.
-//! How: a whole MiB is hashed when it comes. Parts of one are gathered until it is whole, a bounded
+//! How: a whole MiB is hashed when it comes, if who handed it over has not done so. Parts of one are gathered until it is whole, a bounded
 //! number of them; what was here before this run is read back while nothing comes, and what could
 //! not be gathered at the end.
 //! Never: keeps a buffer, or reads back what the writer has not written.
@@ -111,8 +111,11 @@ impl Loose {
                 }
                 next => next.ok(),
             };
-            let Some(Handed { block, .. }) = next else { break };
-            self.take(&block);
+            let Some(Handed { block, xxh3, .. }) = next else { break };
+            match xxh3 {
+                Some(digest) => drop(self.done.insert(block.range().start / MIB, digest)),
+                None => self.take(&block),
+            }
         }
         // No end means that the transfer failed: then the digests are wanted by nobody.
         let Ok(total) = end.recv() else { return Ok(Digests::default()) };
@@ -322,7 +325,7 @@ mod tests {
             }
             let (send, queue) = mpsc::channel();
             let (end, end_queue) = mpsc::channel();
-            let handed = |block| Handed { block, may_wait: true };
+            let handed = |block| Handed::new(block, true, true);
             blocks.into_iter().for_each(|block| send.send(handed(block)).unwrap());
             end.send(total).unwrap();
             drop(send);
@@ -333,6 +336,32 @@ mod tests {
             prop_assert_eq!(found, hasher.finish());
             prop_assert_eq!(pool.in_use(), 0);
         }
+    }
+
+    #[test]
+    fn a_whole_mib_is_hashed_by_who_hands_it_over() {
+        let (pool, mib) = (BufPool::new(2), usize::try_from(MIB).unwrap());
+        let block = |at, len: usize| {
+            let mut buf = pool.try_take().unwrap();
+            buf.fill(&vec![3; len], len);
+            Block::Data { at: FileOffset(at), buf: Arc::new(buf) }
+        };
+        let whole = xxh3_of(&vec![3; mib]);
+        assert_eq!(Handed::new(block(5 * MIB, mib), true, true).xxh3, Some(whole));
+        assert_eq!(Handed::new(block(5 * MIB, mib), true, false).xxh3, None);
+        assert_eq!(Handed::new(block(0, mib - 1), true, true).xxh3, None);
+        // Of the next MiB another part comes.
+        assert_eq!(Handed::new(block(UNIT_BYTES, mib), true, true).xxh3, None);
+        let (send, queue) = mpsc::channel();
+        let (end, end_queue) = mpsc::channel();
+        send.send(Handed::new(block(0, mib), true, true)).unwrap();
+        send.send(Handed::new(block(MIB, 7), true, true)).unwrap();
+        end.send(MIB + 7).unwrap();
+        drop(send);
+        let stored = Stored { file: Arc::new(tempfile::tempfile().unwrap()), path: "x".into() };
+        let missing = VecDeque::from([0..MIB + 7]);
+        let found = Loose::new(stored, missing).run(&queue, &end_queue, &|| true).unwrap();
+        assert_eq!(found.xxh3_per_mib, [whole, xxh3_of(&[3; 7])]);
     }
 
     #[test]

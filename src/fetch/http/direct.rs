@@ -27,11 +27,10 @@ use hyper_util::client::legacy::connect::dns::Name;
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
-use tokio::io::BufReader;
-use tokio_rustls::TlsConnector;
 use tower_service::Service;
 
 use super::address::Guarded;
+use super::secured::Secured;
 use super::socket::Stream;
 use crate::fetch::error::HttpError;
 
@@ -41,9 +40,6 @@ const MAX_HEAD_BYTES: usize = 256 * 1024;
 const MAX_IDLE: usize = 16;
 /// Bytes of a chunk, for who does not bring a buffer.
 const CHUNK_BYTES: usize = 128 * 1024;
-
-/// Bytes that are read at once below TLS: its own reads are of a quarter of a record.
-const TLS_READ_BYTES: usize = 128 * 1024;
 
 /// Whose a connection is: scheme and authority, and whether our certificate was shown.
 type Peer = (String, bool);
@@ -118,9 +114,7 @@ impl Direct {
         let Some(tls) = tls else { return Ok(Stream::tcp(stream)) };
         let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
         let name = ServerName::try_from(host)?;
-        let stream = BufReader::with_capacity(TLS_READ_BYTES, stream);
-        let shaken = TlsConnector::from(tls).connect(name, stream);
-        let shaken = tokio::time::timeout(self.timeout, shaken).await;
+        let shaken = tokio::time::timeout(self.timeout, Secured::connect(stream, tls, name)).await;
         let shaken = shaken.map_err(|_elapsed| io::Error::from(io::ErrorKind::TimedOut))?;
         Ok(Stream::tls(shaken?))
     }

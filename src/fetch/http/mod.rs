@@ -15,6 +15,7 @@ mod reply;
 mod route;
 mod s3;
 mod secret;
+mod secured;
 mod socket;
 mod tls;
 

@@ -14,10 +14,10 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, BufReader, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use tokio_rustls::client::TlsStream;
 
+use super::secured::Secured;
 use crate::ring;
 
 /// Bytes that are waited for while they come fast: at least 50 MiB a second, so 5 ms at most.
@@ -51,7 +51,7 @@ pub(super) struct Stream {
 #[derive(Debug)]
 enum Wire {
     Tcp(TcpStream),
-    Tls(Box<TlsStream<BufReader<TcpStream>>>),
+    Tls(Box<Secured>),
 }
 
 /// How fast bytes have come lately.
@@ -83,7 +83,7 @@ impl Stream {
         Self::of(Wire::Tcp(stream))
     }
 
-    pub(super) fn tls(stream: TlsStream<BufReader<TcpStream>>) -> Self {
+    pub(super) fn tls(stream: Secured) -> Self {
         Self::of(Wire::Tls(Box::new(stream)))
     }
 
@@ -142,7 +142,7 @@ impl Stream {
         if self.is_marked != is_marked {
             let tcp = match &self.wire {
                 Wire::Tcp(stream) => stream,
-                Wire::Tls(stream) => stream.get_ref().0.get_ref(),
+                Wire::Tls(stream) => stream.tcp(),
             };
             ring::wake_at(tcp.as_fd(), if is_marked { MARK_BYTES } else { 1 })?;
             self.is_marked = is_marked;
