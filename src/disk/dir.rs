@@ -57,6 +57,15 @@ impl Dir {
         self.fd.as_fd()
     }
 
+    /// The same directory once more.
+    ///
+    /// # Errors
+    /// [`DiskError::Io`] if the process has no descriptor left.
+    pub fn try_clone(&self) -> Result<Self, DiskError> {
+        let fd = self.fd.try_clone().map_err(|e| DiskError::io("open", &self.path, e))?;
+        Ok(Self { fd, path: self.path.clone() })
+    }
+
     fn open_raw(&self, name: &str, flags: OFlags, mode: Mode) -> Result<OwnedFd, Errno> {
         let one_component = !name.is_empty() && !name.contains('/') && name != "." && name != "..";
         if !one_component {
@@ -178,8 +187,17 @@ impl Dir {
     /// # Errors
     /// [`DiskError::Io`].
     pub fn remove_file(&self, name: &str) -> Result<(), DiskError> {
+        self.remove_if_there(name).map(drop)
+    }
+
+    /// As [`Dir::remove_file`]; true if there was one.
+    ///
+    /// # Errors
+    /// [`DiskError::Io`].
+    pub fn remove_if_there(&self, name: &str) -> Result<bool, DiskError> {
         match rustix::fs::unlinkat(&self.fd, name, AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Ok(()) => Ok(true),
+            Err(Errno::NOENT) => Ok(false),
             Err(e) => Err(DiskError::io("remove", &self.join(name), e.into())),
         }
     }

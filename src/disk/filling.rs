@@ -13,6 +13,7 @@ use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use rustix::fs::{FallocateFlags, FlockOperation, OFlags, SeekFrom};
 use rustix::io::Errno;
@@ -26,6 +27,10 @@ use super::space::{Reservation, Space};
 use super::spool::Spool;
 use super::{Dir, DiskError, Sealed};
 use crate::ring::PAGE_BYTES;
+
+/// How often a file is tried that somebody else has, and the pause after each try.
+const LOCK_TRIES: u32 = 20;
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// A file that is being brought in.
 #[derive(Debug)]
@@ -181,11 +186,13 @@ impl Filling {
         self.presence = None;
         self.reservation = None;
         // The bits must be gone for good before the bytes that they speak for are.
-        self.dir.remove_file(&self.layout.presence)?;
+        let mut is_gone = self.dir.remove_if_there(&self.layout.presence)?;
         if !keep_spool {
-            self.drop_spool()?;
+            is_gone |= self.dir.remove_if_there(&self.layout.spool)?;
         }
-        self.dir.sync()?;
+        if is_gone {
+            self.dir.sync()?;
+        }
         if let Some(place) = &self.place {
             // Whoever reads the old file must not see it become another.
             self.dir.remove_file(&self.layout.partial)?;
@@ -423,10 +430,17 @@ fn lock_partial(dir: &Dir, name: &str) -> Result<File, DiskError> {
     let inode = |file: &File| {
         file.metadata().map(|meta| meta.ino()).map_err(|e| DiskError::io("stat", &path, e))
     };
+    let mut patience = LOCK_TRIES;
     loop {
         let file = dir.open_file(name, OFlags::RDWR | OFlags::CREATE)?;
         if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-            return Err(DiskError::Busy { path });
+            // Who has let go of it may have a child that has not: one that begins, or is being killed.
+            patience -= 1;
+            if patience == 0 {
+                return Err(DiskError::Busy { path });
+            }
+            std::thread::sleep(LOCK_PAUSE);
+            continue;
         }
         // Another process may have sealed or removed the file between the open and the lock.
         let now = dir.try_open_file(name, OFlags::RDONLY)?;

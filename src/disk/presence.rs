@@ -19,6 +19,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{FallocateFlags, OFlags};
 use rustix::io::Errno;
@@ -83,9 +84,46 @@ impl Version {
 pub struct Presence {
     file: Arc<File>,
     path: PathBuf,
+    /// Where the file has its name, which may not be durable yet.
+    new: Arc<New>,
     version: Version,
     words: Vec<u64>,
     sequence: Vec<u64>,
+}
+
+#[derive(Debug)]
+struct New {
+    dir: Dir,
+    is_durable: AtomicBool,
+}
+
+impl New {
+    fn file_in(dir: &Dir) -> Result<Arc<Self>, DiskError> {
+        Ok(Arc::new(Self { dir: dir.try_clone()?, is_durable: AtomicBool::new(false) }))
+    }
+}
+
+/// Bits that were written.
+#[derive(Debug)]
+pub(super) struct Written {
+    file: Arc<File>,
+    path: PathBuf,
+    new: Arc<New>,
+}
+
+impl Written {
+    /// Makes them durable, and the file's name if it is not.
+    ///
+    /// # Errors
+    /// [`DiskError::Io`].
+    pub(super) fn sync(&self) -> Result<(), DiskError> {
+        self.file.sync_data().map_err(|e| DiskError::io("sync", &self.path, e))?;
+        if !self.new.is_durable.load(Ordering::SeqCst) {
+            self.new.dir.sync()?;
+            self.new.is_durable.store(true, Ordering::SeqCst);
+        }
+        Ok(())
+    }
 }
 
 fn page_of(word: usize) -> usize {
@@ -93,13 +131,16 @@ fn page_of(word: usize) -> usize {
 }
 
 impl Presence {
-    /// A new presence file with no bit set, durable when this returns.
+    /// A new presence file with no bit set. It becomes durable with the first bits: until then there is
+    /// nothing that it speaks of. An older one of that name is gone for good before.
     ///
     /// # Errors
     /// [`DiskError::Io`], [`DiskError::Full`], or a version too long to be kept.
     pub fn create(dir: &Dir, name: &str, version: Version) -> Result<Self, DiskError> {
         let path = dir.join(name);
-        dir.remove_file(name)?;
+        if dir.remove_if_there(name)? {
+            dir.sync()?;
+        }
         let file = dir.open_file(name, OFlags::RDWR | OFlags::CREATE | OFlags::EXCL)?;
         let Some(mut page) = version.header(MAGIC, UNIT_BYTES) else {
             let why = "the source's version is too long".to_owned();
@@ -107,10 +148,9 @@ impl Presence {
         };
         page.write(&file, 0).map_err(|e| DiskError::write(&path, 0, e))?;
         allocate(&file, &version).map_err(|e| DiskError::write(&path, 0, e.into()))?;
-        file.sync_all().map_err(|e| DiskError::io("sync", &path, e))?;
-        dir.sync()?;
         let file = Arc::new(file);
-        Ok(Self { file, path, version, words: Vec::new(), sequence: Vec::new() })
+        let new = New::file_in(dir)?;
+        Ok(Self { file, path, new, version, words: Vec::new(), sequence: Vec::new() })
     }
 
     /// The presence file of an earlier run; `None` if there is none that can be believed.
@@ -125,7 +165,10 @@ impl Presence {
         let Some(version) = Version::of_header(&header, MAGIC, UNIT_BYTES) else { return Ok(None) };
         let units = version.total_bytes.unwrap_or(0).div_ceil(UNIT_BYTES);
         let file = Arc::new(file);
-        let mut presence = Self { file, path, version, words: Vec::new(), sequence: Vec::new() };
+        // An earlier run may have ended before its name was durable.
+        let new = New::file_in(dir)?;
+        let (words, sequence) = (Vec::new(), Vec::new());
+        let mut presence = Self { file, path, new, version, words, sequence };
         for index in 0..units.div_ceil(UNITS_PER_PAGE) {
             presence.load_page(index)?;
         }
@@ -226,12 +269,11 @@ impl Presence {
     /// [`DiskError::Io`] or [`DiskError::Full`]: the bits may or may not be on disk, and nothing
     /// that was there is lost.
     pub fn commit(&mut self, ranges: &[Range<u64>]) -> Result<(), DiskError> {
-        let file = self.write(ranges)?;
-        file.sync_data().map_err(|e| DiskError::io("sync", &self.path, e))
+        self.write(ranges)?.sync()
     }
 
-    /// As [`Presence::commit`], but leaves it to the caller to sync the file that it gives.
-    pub(super) fn write(&mut self, ranges: &[Range<u64>]) -> Result<Arc<File>, DiskError> {
+    /// As [`Presence::commit`], but leaves it to the caller to make durable what it gives.
+    pub(super) fn write(&mut self, ranges: &[Range<u64>]) -> Result<Written, DiskError> {
         let mut dirty = std::collections::BTreeSet::new();
         for range in ranges {
             let at_end = self.version.total_bytes == Some(range.end);
@@ -251,7 +293,8 @@ impl Presence {
         for index in dirty {
             self.store_page(index)?;
         }
-        Ok(Arc::clone(&self.file))
+        let (file, path, new) = (Arc::clone(&self.file), self.path.clone(), Arc::clone(&self.new));
+        Ok(Written { file, path, new })
     }
 
     fn store_page(&mut self, index: usize) -> Result<(), DiskError> {

@@ -408,7 +408,7 @@ impl Commit {
             presence.write(ranges)?
         };
         // Outside the lock: whoever asks what is here must not wait for the disk.
-        bits.sync_data().map_err(|e| DiskError::io("sync the presence of", &self.path, e))?;
+        bits.sync()?;
         let bytes = ranges.iter().map(|range| range.end - range.start).sum();
         self.stats.durable_bytes.fetch_add(bytes, Ordering::Relaxed);
         Ok(())

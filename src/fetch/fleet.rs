@@ -318,7 +318,10 @@ impl Fleet {
         loop {
             let piece = match self.demand.as_ref().filter(|_| in_turn) {
                 Some(demand) => Some((demand, self.heed(demand, cutter, held)?)),
-                None => None,
+                None => {
+                    handed_bytes += self.give_open(cutter).await?;
+                    None
+                }
             };
             let at = cutter.at();
             // A body without a length of its own may go on: that is a lie to be found.
@@ -339,12 +342,13 @@ impl Fleet {
             }
             let portion = self.limit.portion().min(self.progress.limit().portion());
             let most = portion.min(held.claim().range.end.min(end) - at);
+            let open = cutter.open_units();
             let room = if at < end { cutter.room(most).await? } else { &mut beyond[..] };
             let begin = Instant::now();
             held.pace.wait();
             let filling = answer.fill(at, room, &way.client, patience);
             let filled = match in_turn {
-                false => Ok(filling.await),
+                false => unless_needed(filling, self.waited_for(&open)).await,
                 true => unless_needed(filling, self.needed(piece.as_ref(), held, at)).await,
             };
             let filled = match filled {

@@ -140,6 +140,32 @@ impl Fleet {
         Ok(piece)
     }
 
+    /// Hands over what has come of a piece out of turn, if that is all that somebody waits for; bytes. Who
+    /// has asked may begin to wait only when they are here, and maybe no more come.
+    pub(super) async fn give_open(&self, cutter: &mut Cutter) -> Result<u64, Broken> {
+        let open = cutter.open_units();
+        let Some(demand) = self.demand.as_ref().filter(|_| !open.is_empty()) else { return Ok(0) };
+        if !demand.arriving.would_suffice(&open) {
+            return Ok(0);
+        }
+        cutter.hand_over().await?.map_err(|Stopped| Broken::Stopped)?;
+        Ok(open.end - open.start)
+    }
+
+    /// Waits until `open`, which has come of a piece out of turn, is all that somebody waits for.
+    pub(super) async fn waited_for(&self, open: &Range<u64>) -> Need {
+        let Some(demand) = self.demand.as_ref().filter(|_| !open.is_empty()) else {
+            return std::future::pending().await;
+        };
+        loop {
+            let changed = demand.arriving.waits_changed();
+            if demand.arriving.would_suffice(open) {
+                return Need::Heed;
+            }
+            changed.await;
+        }
+    }
+
     /// Waits until others need something of a piece in its turn; of `piece`, if there may be readers.
     pub(super) async fn needed(
         &self,

@@ -311,13 +311,8 @@ impl Run<'_> {
     /// Hands the next bytes to the spool, if there is one. If it fails, there is none any more.
     async fn keep(&self, stream: &mut Stream, bytes: &Bytes) -> Result<(), FetchError> {
         let Some(spooler) = &stream.spooler else { return Ok(()) };
-        let kept = tokio::select! {
-            // What has come is kept, also when this is to stop.
-            biased;
-            kept = spooler.push(bytes.clone()) => kept,
-            () = self.progress.stopped() => return Err(FetchError::Cancelled),
-        };
-        if !kept
+        // What has come is kept, also when this is to stop: that waits for the spool's thread anyway.
+        if !spooler.push(bytes.clone()).await
             && let Some(spooler) = stream.spooler.take()
             && let Err(error) = blocking(move || spooler.end(false)).await
         {

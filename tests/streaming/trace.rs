@@ -266,6 +266,20 @@ fn a_source_that_sends_nothing_more_of_a_wanted_piece_is_asked_again_on_another_
 
 #[test]
 fn a_wanted_piece_is_readable_as_far_as_it_has_come() {
+    of_a_piece_that_stops_what_has_come_is_read(|_| {});
+}
+
+#[test]
+fn what_has_come_before_anybody_waits_for_it_is_readable_as_well() {
+    of_a_piece_that_stops_what_has_come_is_read(|wire| {
+        // CACHE asks for it, and does not wait.
+        wire.request(0, 5, 8, 50 << 20, 4096);
+        assert_eq!(wire.chunks().len(), 1);
+        std::thread::sleep(std::time::Duration::from_secs(1));
+    });
+}
+
+fn of_a_piece_that_stops_what_has_come_is_read(before: impl FnOnce(&mut Wire)) {
     use crate::fault_server::{Cut, FaultServer};
 
     let bytes = noise();
@@ -283,7 +297,30 @@ fn a_wanted_piece_is_readable_as_far_as_it_has_come() {
     assert_eq!(daemon.curl("POST", "/v1/images", Some(&image)).0, 201);
     stream(&daemon);
     let mut wire = nbd(&daemon);
+    before(&mut wire);
     assert!(wire.read_structured(0, at as u64, 4096) == bytes[at..at + 4096]);
+}
+
+#[test]
+fn what_does_not_come_for_a_minute_is_an_error_and_not_zeroes() {
+    use crate::fault_server::{Cut, FaultServer};
+
+    let bytes = noise();
+    let server = FaultServer::start(move |request| {
+        let start = request.range.clone().map_or(0, |range| range.start);
+        Reply::ranged(request, &bytes, "\"one\"").cut(Cut::Stall(if start == 0 {
+            1 << 20
+        } else {
+            0
+        }))
+    });
+    let daemon = Daemon::start();
+    let image = json!({"name": "img", "url": format!("{}/disk.img", server.url)}).to_string();
+    assert_eq!(daemon.curl("POST", "/v1/images", Some(&image)).0, 201);
+    stream(&daemon);
+    let mut wire = nbd(&daemon);
+    wire.request(0, 0, 9, 50 << 20, 4096);
+    assert_eq!(wire.error(true), 5, "EIO");
 }
 
 #[test]

@@ -97,7 +97,7 @@ impl<T: Transport> Session<'_, T> {
             }
             let run = match self.run_at(walk.at, u64::from(walk.left)) {
                 Ok(run) => run,
-                Err(error) => return self.unreadable(&walk, &error),
+                Err(error) => return self.cannot_read(walk.at, &error),
             };
             // Only what takes room is cut to the room there is: a hole is 32 bytes.
             let len_bytes =
@@ -113,14 +113,19 @@ impl<T: Transport> Session<'_, T> {
                     self.batch.zeroes(clipped as usize);
                     walk.advance(clipped);
                 }
-                RunKind::Data(stored) => self.data(&mut walk, stored, clipped),
+                RunKind::Data(stored) => {
+                    if let Err(error) = self.bring(walk.at, clipped) {
+                        return self.cannot_read(walk.at, &error);
+                    }
+                    self.data(&mut walk, stored, clipped);
+                }
                 RunKind::Encoded => {
                     if len_bytes < walk.left && walk.prepared.0 <= walk.at.0 {
                         let view = self.agreed.attachment.export().view();
                         walk.prepared = view.prepare(walk.at, walk.left.into());
                     }
                     if let Err(error) = self.encoded(&mut walk, clipped) {
-                        return self.unreadable(&walk, &error);
+                        return self.cannot_read(walk.at, &error);
                     }
                 }
             }
@@ -169,8 +174,15 @@ impl<T: Transport> Session<'_, T> {
         }
     }
 
-    fn unreadable(&mut self, walk: &Walk, error: &ReadError) -> Result<(), End> {
-        self.log(walk.at, error);
+    /// Waits until a run is here: of a file that is still arriving, the map has zeroes where nothing is yet.
+    fn bring(&self, at: GuestOffset, len_bytes: u32) -> Result<(), ReadError> {
+        let view = self.agreed.attachment.export().view();
+        if view.is_arriving() { view.bring(at, len_bytes.into()) } else { Ok(()) }
+    }
+
+    /// Tells the client that this can't be read, and the log why.
+    pub(super) fn cannot_read(&mut self, at: GuestOffset, error: &ReadError) -> Result<(), End> {
+        self.log(at, error);
         self.fail(NbdError::Io, UNREADABLE)
     }
 

@@ -235,9 +235,16 @@ impl<T: Transport> Session<'_, T> {
         for request in std::mem::take(&mut self.deferred) {
             let view = self.agreed.attachment.export().view();
             let len_bytes = request.len_bytes.min(MAX_READ_BYTES.into());
-            // An error is met again by the read, which tells the client.
-            let _met_again = view.bring(GuestOffset(request.offset), len_bytes);
-            self.answer(&request)?;
+            let at = GuestOffset(request.offset);
+            match view.bring(at, len_bytes) {
+                Ok(()) => self.answer(&request)?,
+                Err(error) => {
+                    self.tally.requests += 1;
+                    let (cookie, offset) = (request.cookie, U64::new(request.offset));
+                    self.batch.begin(Asked { cookie, offset });
+                    self.cannot_read(at, &error)?;
+                }
+            }
             self.flush()?;
         }
         Ok(())
