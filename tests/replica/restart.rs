@@ -96,7 +96,7 @@ fn what_was_handed_out_is_read_without_any_engine_and_the_rest_is_an_error() {
     let (image, bytes) = packed(dir.path(), "image.qcow2", 2);
     let daemon = Daemon::start_in(dir, "");
     ok(&daemon, &["create", image.to_str().unwrap(), "--name", "disk", "--wait"]);
-    let options = Options { patience: std::time::Duration::from_millis(100), ..Options::default() };
+    let options = Options { patience: std::time::Duration::from_secs(3), ..Options::default() };
     let replica = Replica::attach(socket(daemon.dir.path()), "disk", options).unwrap();
     let mut half = vec![0; 8 << 20];
     replica.read_at(&mut half, 0).unwrap();
