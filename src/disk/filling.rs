@@ -186,13 +186,11 @@ impl Filling {
         self.presence = None;
         self.reservation = None;
         // The bits must be gone for good before the bytes that they speak for are.
-        let mut is_gone = self.dir.remove_if_there(&self.layout.presence)?;
+        self.dir.remove_file(&self.layout.presence)?;
         if !keep_spool {
-            is_gone |= self.dir.remove_if_there(&self.layout.spool)?;
+            self.drop_spool()?;
         }
-        if is_gone {
-            self.dir.sync()?;
-        }
+        self.dir.sync()?;
         if let Some(place) = &self.place {
             // Whoever reads the old file must not see it become another.
             self.dir.remove_file(&self.layout.partial)?;

@@ -91,8 +91,10 @@ pub struct Presence {
     sequence: Vec<u64>,
 }
 
+/// The name of a presence file. It has to be durable before there are bits: else they could be found
+/// beside an older file of bytes.
 #[derive(Debug)]
-struct New {
+pub(super) struct New {
     dir: Dir,
     is_durable: AtomicBool,
 }
@@ -101,6 +103,18 @@ impl New {
     fn file_in(dir: &Dir) -> Result<Arc<Self>, DiskError> {
         Ok(Arc::new(Self { dir: dir.try_clone()?, is_durable: AtomicBool::new(false) }))
     }
+
+    /// Makes it durable if it is not.
+    ///
+    /// # Errors
+    /// [`DiskError::Io`].
+    pub(super) fn sync(&self) -> Result<(), DiskError> {
+        if !self.is_durable.load(Ordering::SeqCst) {
+            self.dir.sync()?;
+            self.is_durable.store(true, Ordering::SeqCst);
+        }
+        Ok(())
+    }
 }
 
 /// Bits that were written.
@@ -108,21 +122,15 @@ impl New {
 pub(super) struct Written {
     file: Arc<File>,
     path: PathBuf,
-    new: Arc<New>,
 }
 
 impl Written {
-    /// Makes them durable, and the file's name if it is not.
+    /// Makes them durable.
     ///
     /// # Errors
     /// [`DiskError::Io`].
     pub(super) fn sync(&self) -> Result<(), DiskError> {
-        self.file.sync_data().map_err(|e| DiskError::io("sync", &self.path, e))?;
-        if !self.new.is_durable.load(Ordering::SeqCst) {
-            self.new.dir.sync()?;
-            self.new.is_durable.store(true, Ordering::SeqCst);
-        }
-        Ok(())
+        self.file.sync_data().map_err(|e| DiskError::io("sync", &self.path, e))
     }
 }
 
@@ -269,10 +277,17 @@ impl Presence {
     /// [`DiskError::Io`] or [`DiskError::Full`]: the bits may or may not be on disk, and nothing
     /// that was there is lost.
     pub fn commit(&mut self, ranges: &[Range<u64>]) -> Result<(), DiskError> {
+        self.new.sync()?;
         self.write(ranges)?.sync()
     }
 
-    /// As [`Presence::commit`], but leaves it to the caller to make durable what it gives.
+    /// The file's name, which has to be durable before [`Presence::write`].
+    pub(super) fn name(&self) -> Arc<New> {
+        Arc::clone(&self.new)
+    }
+
+    /// As [`Presence::commit`], but leaves it to the caller to make durable its name before, and what it
+    /// gives after.
     pub(super) fn write(&mut self, ranges: &[Range<u64>]) -> Result<Written, DiskError> {
         let mut dirty = std::collections::BTreeSet::new();
         for range in ranges {
@@ -293,8 +308,7 @@ impl Presence {
         for index in dirty {
             self.store_page(index)?;
         }
-        let (file, path, new) = (Arc::clone(&self.file), self.path.clone(), Arc::clone(&self.new));
-        Ok(Written { file, path, new })
+        Ok(Written { file: Arc::clone(&self.file), path: self.path.clone() })
     }
 
     fn store_page(&mut self, index: usize) -> Result<(), DiskError> {

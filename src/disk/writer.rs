@@ -403,6 +403,8 @@ struct Commit {
 impl Commit {
     fn run(&self, ranges: &[Range<u64>]) -> Result<(), DiskError> {
         self.file.sync_data().map_err(|e| DiskError::io("sync", &self.path, e))?;
+        let name = self.presence.lock().unwrap_or_else(PoisonError::into_inner).name();
+        name.sync()?;
         let bits = {
             let mut presence = self.presence.lock().unwrap_or_else(PoisonError::into_inner);
             presence.write(ranges)?
