@@ -168,6 +168,7 @@ impl Secured {
             // The alert, if there is one. Whether it arrives makes no difference here.
             let _ = self.step(&mut ReadBuf::new(&mut []));
             let _ = self.tcp.try_write(&self.outgoing[self.sent..]);
+            self.sent = self.outgoing.len();
         }
         stepped
     }
