@@ -288,7 +288,10 @@ impl Fleet {
         let at = cutter.at();
         self.state.best.note_end(&held.pace);
         // A body that ended well ends where a range does; one that broke goes on in its buffer.
-        let flushed = if read.is_ok() { cutter.flush(true) } else { Ok(()) };
+        let flushed = match read.is_ok() {
+            true => cutter.flush(true).map_err(|Stopped| Broken::Stopped),
+            false => self.give_broken(&mut cutter, urgency).await,
+        };
         self.book().advanced(start, at);
         let claim = held.claim_mut();
         claim.range.start = at.min(claim.range.end);
@@ -298,7 +301,7 @@ impl Fleet {
             self.book().close();
         }
         read?;
-        flushed.map_err(|Stopped| Broken::Stopped)
+        flushed
     }
 
     async fn read(

@@ -152,6 +152,23 @@ impl Fleet {
         Ok(open.end - open.start)
     }
 
+    /// Hands over what is whole of a piece that broke, if there may be readers: who goes on with it may be
+    /// long in coming.
+    pub(super) async fn give_broken(
+        &self,
+        cutter: &mut Cutter,
+        urgency: Urgency,
+    ) -> Result<(), Broken> {
+        if self.demand.is_none() || cutter.open_units().is_empty() {
+            return Ok(());
+        }
+        let handed = match urgency {
+            Urgency::InTurn => cutter.try_to_hand_over().map(drop),
+            Urgency::Wanted | Urgency::Foreseen => cutter.hand_over().await?,
+        };
+        handed.map_err(|Stopped| Broken::Stopped)
+    }
+
     /// Waits until `open`, which has come of a piece out of turn, is all that somebody waits for.
     pub(super) async fn waited_for(&self, open: &Range<u64>) -> Need {
         let Some(demand) = self.demand.as_ref().filter(|_| !open.is_empty()) else {

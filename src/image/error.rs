@@ -232,6 +232,18 @@ impl ReadError {
         }
     }
 
+    /// True if it was waited for, and nothing came for a long time.
+    #[must_use]
+    pub fn has_timed_out(&self) -> bool {
+        match self {
+            Self::Io { source, .. } => source.kind() == io::ErrorKind::TimedOut,
+            Self::PastEnd { .. }
+            | Self::Malformed { .. }
+            | Self::Decode { .. }
+            | Self::NotEncoded { .. } => false,
+        }
+    }
+
     pub(super) fn fault(path: &Path, fault: Fault) -> Self {
         let Fault { kind: _, field, at, found, need } = fault;
         Self::Malformed { path: path.to_owned(), field, at, found, need }

@@ -19,6 +19,7 @@ use super::reply::{Batch, Extent, Sent, send_all};
 use super::style::{Asked, Incoming, Style};
 use super::transport::Transport;
 use super::wire::{NbdError, command, command_flag};
+use crate::image::ReadError;
 use crate::serve::{CounterValues, Exports, Socket, Via};
 use crate::units::GuestOffset;
 
@@ -230,19 +231,27 @@ impl<T: Transport> Session<'_, T> {
         !is_here
     }
 
-    /// Answers what waited, as it comes.
+    /// Answers what waited, as it comes. All of it has waited as long as the first: where that was in
+    /// vain, as nothing comes at all, the others do not wait once more.
     fn answer_deferred(&mut self) -> Result<(), End> {
+        let mut in_vain = None;
         for request in std::mem::take(&mut self.deferred) {
             let view = self.agreed.attachment.export().view();
             let len_bytes = request.len_bytes.min(MAX_READ_BYTES.into());
             let at = GuestOffset(request.offset);
-            match view.bring(at, len_bytes) {
+            let brought = match in_vain.take() {
+                None => view.bring(at, len_bytes),
+                Some(_) if view.ask(at, len_bytes) => Ok(()),
+                Some(error) => Err(error),
+            };
+            match brought {
                 Ok(()) => self.answer(&request)?,
                 Err(error) => {
                     self.tally.requests += 1;
                     let (cookie, offset) = (request.cookie, U64::new(request.offset));
                     self.batch.begin(Asked { cookie, offset });
                     self.cannot_read(at, &error)?;
+                    in_vain = Some(error).filter(ReadError::has_timed_out);
                 }
             }
             self.flush()?;
