@@ -17,6 +17,14 @@ pub struct Peer {
     pub pid: Option<i32>,
 }
 
+impl Peer {
+    /// True for root and the daemon's own user.
+    #[must_use]
+    pub fn is_owner(self) -> bool {
+        self.uid == 0 || self.uid == rustix::process::geteuid().as_raw()
+    }
+}
+
 /// Who is let in besides root and the daemon's own user.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Allowed {
@@ -30,9 +38,8 @@ impl Allowed {
     /// Whether this peer may come in.
     #[must_use]
     pub fn admits(&self, peer: Peer) -> bool {
-        let own = rustix::process::geteuid().as_raw();
         let Peer { uid, gid, pid } = peer;
-        if uid == 0 || uid == own || self.uids.contains(&uid) || self.gids.contains(&gid) {
+        if peer.is_owner() || self.uids.contains(&uid) || self.gids.contains(&gid) {
             return true;
         }
         !self.gids.is_empty()

@@ -273,6 +273,16 @@ fn a_configured_user_and_members_of_a_configured_group_are_let_in() {
         let (_, body) = as_user(&daemon, &user);
         assert_eq!(body.contains("\"ok\""), welcome, "{user:?}: {body}");
     }
+    // What lies in a directory would be taken for the node's own.
+    let dir = daemon.dir.path().join("mine");
+    std::fs::create_dir(&dir).unwrap();
+    let disk = json!({ "path": dir }).to_string();
+    let mut add = Command::new("setpriv");
+    add.args(["--reuid=4242", "--regid=65534", "--clear-groups", "curl", "-s", "--unix-socket"]);
+    add.arg(&daemon.socket).args(["-d", &disk, "-H", "content-type: application/json"]);
+    let answer = stdout(&add.arg("http://localhost/v1/disks").output().unwrap());
+    assert!(answer.contains("only root and the daemon's own user add disks"), "{answer}");
+    assert_eq!(daemon.curl("POST", "/v1/disks", Some(&disk)).0, 201);
 }
 
 #[test]

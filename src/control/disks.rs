@@ -5,17 +5,18 @@
 
 use std::path::PathBuf;
 
-use axum::Json;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use serde::Deserialize;
 
 use super::App;
 use super::body::Body;
 use super::error::ApiError;
 use super::handlers::{Answer, blocking};
+use super::routes::Caller;
 use super::types_disk::{AddDisk, ChangeDisk, Disk, Disks};
 use super::wire;
 use crate::manager::{DiskChange, ManagerError};
@@ -39,7 +40,18 @@ pub(super) async fn get(State(app): State<App>, Path(uuid): Path<String>) -> Ans
     Ok(Json(wire::disk(&found.ok_or(ManagerError::NoSuchDisk { disk })?)))
 }
 
-pub(super) async fn add(State(app): State<App>, Body(body): Body<AddDisk>) -> Answer<Response> {
+/// Only for who could write there anyhow: what lies in the directory is taken for the node's own, and
+/// what others may name must not be.
+pub(super) async fn add(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+    Body(body): Body<AddDisk>,
+) -> Answer<Response> {
+    if caller != Caller::Owner {
+        let message = "only root and the daemon's own user add disks";
+        let hint = "ask one of them to, or name the directory in the daemon's configuration";
+        return Err(ApiError::new(StatusCode::FORBIDDEN, "forbidden", message, hint));
+    }
     let (disk, is_new) = app.manager.add_disk(PathBuf::from(body.path)).await?;
     let status = if is_new { StatusCode::CREATED } else { StatusCode::OK };
     Ok((status, Json(wire::disk(&disk))).into_response())

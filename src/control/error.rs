@@ -84,6 +84,11 @@ impl From<ManagerError> for ApiError {
                 "name-taken",
                 "drop the expectation, give another name, or delete that image",
             ),
+            ManagerError::OtherWay { .. } => (
+                StatusCode::CONFLICT,
+                "name-taken",
+                "give mirrors and checksum_url as the image has them, or delete that image",
+            ),
             ManagerError::OtherTrace { .. } => (
                 StatusCode::CONFLICT,
                 "refused-trace",

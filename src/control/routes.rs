@@ -81,8 +81,17 @@ pub fn table() -> Vec<Route> {
     ]
 }
 
-/// The router over [`table`], with JSON for what no route matches.
-pub fn router(app: App) -> Router {
+/// Who asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Caller {
+    /// Root, or the daemon's own user.
+    Owner,
+    /// Whoever else may use the socket.
+    Other,
+}
+
+/// The router over [`table`] for one kind of callers, with JSON for what no route matches.
+pub fn router(app: App, caller: Caller) -> Router {
     let mut router = Router::new();
     for route in table() {
         router = router.route(route.path, route.handler);
@@ -98,6 +107,7 @@ pub fn router(app: App) -> Router {
             ApiError::new(StatusCode::METHOD_NOT_ALLOWED, code, message, hint)
         })
         .layer(axum::middleware::from_fn_with_state(app.clone(), count))
+        .layer(axum::Extension(caller))
         .with_state(app)
 }
 

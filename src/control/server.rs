@@ -25,7 +25,7 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use super::App;
 use super::error::ApiError;
-use super::routes::router;
+use super::routes::{Caller, router};
 use crate::peer::{Allowed, Peer};
 use crate::serve::activation::Passed;
 
@@ -106,7 +106,11 @@ impl Server {
 
     fn start(listener: UnixListener, path: &Path, made: bool, app: App, allowed: Allowed) -> Self {
         let (stop, stopping) = watch::channel(false);
-        let task = tokio::spawn(accept(listener, router(app), allowed, stopping));
+        let routers = Routers {
+            owner: router(app.clone(), Caller::Owner),
+            others: router(app, Caller::Other),
+        };
+        let task = tokio::spawn(accept(listener, routers, allowed, stopping));
         Self { path: path.to_owned(), made, stop, task }
     }
 
@@ -145,9 +149,15 @@ async fn remove_stale(path: &Path) -> Result<(), BindError> {
     }
 }
 
+/// What is answered to whom.
+struct Routers {
+    owner: Router,
+    others: Router,
+}
+
 async fn accept(
     listener: UnixListener,
-    router: Router,
+    routers: Routers,
     allowed: Allowed,
     mut stopping: watch::Receiver<bool>,
 ) {
@@ -168,14 +178,18 @@ async fn accept(
             tokio::time::sleep(Duration::from_millis(50)).await;
             continue;
         };
-        let admitted = stream.peer_cred().is_ok_and(|peer| {
+        let peer = stream.peer_cred().ok().map(|peer| {
             let (uid, gid, pid) = (peer.uid(), peer.gid(), peer.pid());
-            allowed.admits(Peer { uid, gid, pid })
+            Peer { uid, gid, pid }
         });
-        let (router, stopping) = (router.clone(), stopping.clone());
+        let router = peer.filter(|peer| allowed.admits(*peer)).map(|peer| match peer.is_owner() {
+            true => routers.owner.clone(),
+            false => routers.others.clone(),
+        });
+        let stopping = stopping.clone();
         connections.spawn(async move {
             let _place = place;
-            if admitted {
+            if let Some(router) = router {
                 serve(stream, router, stopping).await;
             } else {
                 let _slow = tokio::time::timeout(REFUSAL, serve(stream, refusal(), stopping)).await;

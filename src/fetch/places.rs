@@ -7,6 +7,8 @@
 //! Never: says whether a place that is refused exists.
 //! Start at [`Places::real`].
 
+use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
@@ -49,6 +51,23 @@ impl Places {
         })
     }
 
+    /// Opens what is below a directory that [`real`](Self::real) has given. Where places are bound, there
+    /// is no link on the way: it could lead out of them.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(super) fn open_below(&self, path: &Path) -> io::Result<File> {
+        // A pipe in its place would be waited for.
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let opened = match self {
+            Self::Any => rustix::fs::open(path, flags, Mode::empty()),
+            Self::Below(_) => {
+                rustix::fs::openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS)
+            }
+        };
+        Ok(opened?.into())
+    }
+
     /// Opens a file of this node as a source.
     ///
     /// # Errors
@@ -59,13 +78,9 @@ impl Places {
         let opened = match self {
             Self::Any => Sealed::open_path(path),
             Self::Below(_) => {
-                let real = self.real(path)?;
-                let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
                 // A directory that became a link meanwhile leads nowhere.
-                let resolve = ResolveFlags::NO_SYMLINKS;
-                let fd = rustix::fs::openat2(CWD, &real, flags, Mode::empty(), resolve)
-                    .map_err(|errno| failed(errno.into()))?;
-                Sealed::of_opened(fd.into(), path)
+                let file = self.open_below(&self.real(path)?).map_err(failed)?;
+                Sealed::of_opened(file, path)
             }
         };
         opened.map_err(|error| {
@@ -107,6 +122,11 @@ mod tests {
             assert!(error.contains("source_dirs"), "{error}");
         }
         assert!(Places::Any.open(&inside.join("out")).is_ok());
+        // What is below a directory that was judged is not judged again.
+        let real = places.real(&inside).unwrap();
+        assert!(places.open_below(&real.join("disk")).is_ok());
+        assert!(places.open_below(&real.join("out")).is_err());
+        assert!(Places::Any.open_below(&real.join("out")).is_ok());
         assert!(matches!(places.open(&inside).unwrap_err(), FetchError::Disk(_)));
     }
 }

@@ -17,6 +17,8 @@ use super::nbd::Place;
 
 /// What replaces each secret part.
 const REDACTED: &str = "***";
+/// Longest name in a query that is shown: `response-content-disposition` and its like fit.
+const MAX_KEY_LEN: usize = 40;
 
 /// An http, https, s3, file, NBD or backup URL. Prints itself without userinfo and without query values.
 #[derive(Clone, PartialEq, Eq)]
@@ -222,13 +224,31 @@ impl fmt::Display for SourceUrl {
         let Some(query) = url.query() else { return Ok(()) };
         for (index, pair) in query.split('&').enumerate() {
             f.write_str(if index == 0 { "?" } else { "&" })?;
-            match pair.split_once('=') {
+            // Of a token alone, `=` may be the padding.
+            let key = pair
+                .split_once('=')
+                .filter(|(key, value)| is_plain_key(key) && value.bytes().any(|byte| byte != b'='));
+            match key {
                 Some((key, _value)) => write!(f, "{key}={REDACTED}")?,
                 None => f.write_str(REDACTED)?,
             }
         }
         Ok(())
     }
+}
+
+impl SourceUrl {
+    /// True if it has a part that is never shown.
+    #[must_use]
+    pub fn may_hold_secrets(&self) -> bool {
+        self.to_string().contains(REDACTED)
+    }
+}
+
+/// True for what may be the name of a query's pair; a longer one, or an odd one, may be a secret.
+fn is_plain_key(key: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte);
+    (1..=MAX_KEY_LEN).contains(&key.len()) && key.bytes().all(plain)
 }
 
 impl fmt::Debug for SourceUrl {
@@ -319,6 +339,9 @@ mod tests {
                 "https://h/a?X-Amz-Signature=***&v=***",
             ),
             ("https://h/a?hunter2", "https://h/a?***"),
+            ("https://h/a?aHVudGVyMg==", "https://h/a?***"),
+            ("https://h/a?hunter2=&v=1", "https://h/a?***&v=***"),
+            ("https://h/a?hunter2/hunter2=hunter2", "https://h/a?***"),
             ("https://h/a#hunter2", "https://h/a"),
             ("file:///data/a%20b.img", "file:///data/a%20b.img"),
             ("nbd://h:7/a", "nbd://h:7/a"),

@@ -24,6 +24,12 @@ pub enum ManagerError {
     /// The image exists and differs in what is expected of it.
     #[error("image {name}: exists, and its {what} is {found}, not {given}")]
     OtherExpectation { name: ImageName, what: &'static str, found: String, given: String },
+    /// Credentials of the image would go another way.
+    #[error(
+        "image {name}: exists, and its mirrors or checksum_url hold credentials that another proxy or CA \
+         would see; give them too, as they are"
+    )]
+    OtherWay { name: ImageName },
     /// The trace was recorded on another image.
     #[error(
         "image {name}: its {kind} is {found}, and the trace was recorded on an image with {given}"

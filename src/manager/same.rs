@@ -10,7 +10,7 @@ use super::command::NewImage;
 use super::error::ManagerError;
 use super::records::ImageRecord;
 use super::selectors::list;
-use crate::fetch::SourceUrl;
+use crate::fetch::{Access, SourceUrl};
 use crate::names::{ImageName, Tag};
 
 /// The existing image is the one that is asked for, as far as both say.
@@ -27,6 +27,7 @@ pub(super) fn same_image(record: &ImageRecord, new: &NewImage) -> Result<(), Man
         };
         return Err(ManagerError::OtherSource { name, source_text });
     }
+    check_way(record, new)?;
     let facts = record.facts.as_ref();
     let known = |kind| {
         let digest = record.expected.digests.get(kind).or_else(|| facts?.digests.get(kind));
@@ -75,4 +76,20 @@ pub(super) fn same_image(record: &ImageRecord, new: &NewImage) -> Result<(), Man
         }
     }
     Ok(())
+}
+
+/// Mirrors and the file of digests are reached the same way as the source. Who changes that way, and with
+/// it who sees their credentials, has to know them.
+fn check_way(record: &ImageRecord, new: &NewImage) -> Result<(), ManagerError> {
+    let way = |access: &Access| {
+        (access.ca.clone(), access.proxy.clone(), access.no_proxy.clone(), access.direct)
+    };
+    let goes_on = new.access.is_empty() || way(&new.access) == way(&record.access);
+    let (sums, new_sums) = (&record.expected.checksum_url, &new.expected.checksum_url);
+    let is_known = record.mirrors == new.mirrors && sums == new_sums;
+    let has_secrets = record.mirrors.iter().chain(sums).any(SourceUrl::may_hold_secrets);
+    if goes_on || is_known || !has_secrets {
+        return Ok(());
+    }
+    Err(ManagerError::OtherWay { name: record.name.clone() })
 }

@@ -132,6 +132,12 @@ fn a_private_authority_and_a_client_s_certificate_open_the_way() {
     assert!(proxy.take()[0].to_ascii_lowercase().contains("proxy-authorization: basic "));
     place.pulled(&[&open, "--cacert", &ca], &[("HTTPS_PROXY", &proxy.url())], &bytes);
     assert_eq!(proxy.take().len(), 1);
+    // The way to such a proxy is within TLS too: the certificate is for the source alone.
+    let secure = proxy.url().replace("http:", "https:");
+    let shown = ["--cert", &cert, "--key", &key, "--proxy", &secure];
+    let args = [&[strict.as_str()], &trust[..], &shown[..]].concat();
+    place.refused(&args, &[], &["client certificate", "https"]);
+    assert!(proxy.take().is_empty());
     // Trying again would not help: it is told at once.
     let unknown = place.pull(&[&open], &[]);
     let text = String::from_utf8_lossy(&unknown.stderr);

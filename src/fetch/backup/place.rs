@@ -8,9 +8,7 @@
 //! Never: makes a path of a name that is neither checked nor a digest; opens what is no regular file.
 //! Start at [`BackupPlace::of`].
 
-use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,6 +18,7 @@ use super::super::error::{Class, FetchError};
 use super::super::http::{Access, Client};
 use super::super::pace::{Best, Level};
 use super::super::parts::whole;
+use super::super::places::Places;
 use super::super::policy::Policy;
 use super::super::progress::Progress;
 use super::super::remote::retried;
@@ -214,8 +213,8 @@ impl Store {
         let at_fault = |source| FetchError::Backup { url: url.to_owned(), source };
         match &self.from {
             From::Directory(store) => {
-                let path = store.join(path);
-                blocking(move || read(&path, most)).await.map_err(at_fault)
+                let (path, places) = (store.join(path), self.policy.places.clone());
+                blocking(move || read(&places, &path, most)).await.map_err(at_fault)
             }
             From::Bucket(client) => {
                 let client = client.beneath(path);
@@ -230,12 +229,9 @@ impl Store {
 }
 
 /// All of a regular file of at most `most` bytes.
-fn read(path: &Path, most: u64) -> Result<Vec<u8>, BackupFault> {
+fn read(places: &Places, path: &Path, most: u64) -> Result<Vec<u8>, BackupFault> {
     let failed = |source| BackupFault::File { path: path.to_owned(), source };
-    let nonblock = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).unwrap_or(0);
-    // A pipe in its place would be waited for.
-    let file: File =
-        OpenOptions::new().read(true).custom_flags(nonblock).open(path).map_err(failed)?;
+    let file = places.open_below(path).map_err(failed)?;
     let meta = file.metadata().map_err(failed)?;
     if !meta.is_file() || meta.len() > most {
         return Err(BackupFault::NotAFile { path: path.to_owned(), most });

@@ -6,9 +6,11 @@
 //! Never: takes a record that is not complete, or a block outside of the image.
 //! Start at [`BackupRecord::parse`].
 
+use std::fmt;
 use std::ops::Range;
 
-use serde::Deserialize;
+use serde::de::{IgnoredAny, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use sha2::{Digest, Sha512};
 
 use super::BackupFault;
@@ -85,7 +87,38 @@ struct Written {
     #[serde(default)]
     complete_time: String,
     #[serde(default)]
-    blocks: Option<Vec<WrittenBlock>>,
+    blocks: Option<WrittenBlocks>,
+}
+
+/// At most [`MAX_BLOCKS`] of them; `None` if there are more. What would be too much is not kept.
+struct WrittenBlocks(Option<Vec<WrittenBlock>>);
+
+impl<'de> Deserialize<'de> for WrittenBlocks {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Blocks;
+
+        impl<'de> Visitor<'de> for Blocks {
+            type Value = WrittenBlocks;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a list of blocks")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<WrittenBlocks, A::Error> {
+                let mut blocks = Vec::new();
+                while let Some(block) = seq.next_element()? {
+                    if blocks.len() == MAX_BLOCKS {
+                        while seq.next_element::<IgnoredAny>()?.is_some() {}
+                        return Ok(WrittenBlocks(None));
+                    }
+                    blocks.push(block);
+                }
+                Ok(WrittenBlocks(Some(blocks)))
+            }
+        }
+
+        from.deserialize_seq(Blocks)
+    }
 }
 
 #[derive(Deserialize)]
@@ -107,8 +140,11 @@ impl BackupRecord {
     /// [`BackupFault::Record`] with what is wrong; [`BackupFault::Unfinished`].
     pub fn parse(json: &[u8]) -> Result<Self, BackupFault> {
         let bad = |fault: String| BackupFault::Record { fault };
-        let written: Written =
-            serde_json::from_slice(json).map_err(|error| bad(error.to_string()))?;
+        // The library's own words would repeat what is there, and that need not be a record.
+        let written: Written = serde_json::from_slice(json).map_err(|error| {
+            let (line, column) = (error.line(), error.column());
+            bad(format!("not what a record is at line {line}, column {column}"))
+        })?;
         if written.complete_time.is_empty() {
             return Err(BackupFault::Unfinished);
         }
@@ -123,10 +159,9 @@ impl BackupRecord {
             let method: String = method.chars().take(40).collect();
             bad(format!("CompressionMethod {method:?} is not known; there are gzip, lz4 and none"))
         })?;
-        let blocks = written.blocks.unwrap_or_default();
-        if blocks.len() > MAX_BLOCKS {
-            return Err(bad(format!("{} blocks; at most {MAX_BLOCKS} are read", blocks.len())));
-        }
+        let blocks = written.blocks.map_or(Some(Vec::new()), |blocks| blocks.0);
+        let too_many = || bad(format!("at most {MAX_BLOCKS} blocks are read, and it has more"));
+        let blocks = blocks.ok_or_else(too_many)?;
         let ends = blocks.iter().skip(1).map(|block| block.offset).chain([size_bytes]);
         let ends: Vec<u64> = ends.collect();
         let judged = blocks.into_iter().zip(ends).map(|(block, end)| {
@@ -211,11 +246,15 @@ mod tests {
             ("9999999", block(4096), "multiple"),
             ("9999999", good.replace("ab", "zz"), "digest"),
             ("9999999", good.replace("abab", "../x"), "digest"),
-            ("9999999", r#"{"Offset":-1,"BlockChecksum":""}"#.to_owned(), "invalid"),
+            ("9999999", r#"{"Offset":-1,"BlockChecksum":""}"#.to_owned(), "line 3"),
+            ("9999999", "\"secret\"".to_owned(), "line 3"),
         ] {
             let error = record(size, &blocks).unwrap_err().to_string();
-            assert!(error.contains(why), "{error}");
+            assert!(error.contains(why) && !error.contains("secret"), "{error}");
         }
+        let many = vec![r#"{"Offset":0,"BlockChecksum":""}"#; MAX_BLOCKS + 1].join(",");
+        let error = record("9999999", &many).unwrap_err().to_string();
+        assert!(error.contains("at most"), "{error}");
         let unfinished = br#"{"Size":"1","CompleteTime":""}"#;
         assert!(matches!(BackupRecord::parse(unfinished), Err(BackupFault::Unfinished)));
         let odd = br#"{"Size":"1","CompleteTime":"x","CompressionMethod":"zip"}"#;

@@ -119,10 +119,17 @@ impl Direct {
         Ok(Stream::tls(shaken?))
     }
 
+    /// A connection to `peer` that is kept. One on which something lies is none: it would be taken for
+    /// the answer to what is asked next.
     fn idle_to(&self, peer: &Peer) -> Option<Stream> {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        let index = idle.iter().rposition(|(other, _)| other == peer)?;
-        Some(idle.swap_remove(index).1)
+        loop {
+            let index = idle.iter().rposition(|(other, _)| other == peer)?;
+            let stream = idle.swap_remove(index).1;
+            if stream.is_quiet() {
+                return Some(stream);
+            }
+        }
     }
 
     async fn exchange(
@@ -331,7 +338,7 @@ fn poll_framed(wire: &mut Option<Wire>, body: &mut Incoming, cx: &mut Context<'_
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
-    use std::net::TcpListener;
+    use std::net::{TcpListener, TcpStream};
 
     use super::*;
     use crate::fetch::AddressPolicy;
@@ -387,6 +394,42 @@ mod tests {
         for _ in 0..3 {
             assert_eq!(read(&client, &url).await.unwrap(), (b"0123456789".to_vec(), true));
         }
+        server.join().unwrap();
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_was_sent_before_it_was_asked_for_is_no_answer() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/", listener.local_addr().unwrap());
+        let (go_on, next) = std::sync::mpsc::channel();
+        let (said, is_said) = std::sync::mpsc::channel();
+        let server = std::thread::spawn(move || {
+            let asked = |stream: &mut TcpStream| {
+                let (mut head, mut byte) = (Vec::new(), [0]);
+                while !head.ends_with(b"\r\n\r\n") {
+                    stream.read_exact(&mut byte).unwrap();
+                    head.push(byte[0]);
+                }
+            };
+            let answer = |stream: &mut TcpStream, body: &str| {
+                let head = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n";
+                stream.write_all(format!("{head}{body}").as_bytes()).unwrap();
+            };
+            let mut first = listener.accept().unwrap().0;
+            asked(&mut first);
+            answer(&mut first, "first");
+            next.recv().unwrap();
+            answer(&mut first, "wrong");
+            said.send(()).unwrap();
+            let mut second = listener.accept().unwrap().0;
+            asked(&mut second);
+            answer(&mut second, "right");
+        });
+        let client = direct(AddressPolicy::person());
+        assert_eq!(read(&client, &url).await.unwrap().0, b"first");
+        go_on.send(()).unwrap();
+        is_said.recv().unwrap();
+        assert_eq!(read(&client, &url).await.unwrap().0, b"right");
         server.join().unwrap();
     }
 

@@ -21,7 +21,7 @@ use reqwest::{Proxy, StatusCode, redirect};
 use rustls::ClientConfig;
 use url::Url;
 
-use super::access::{Access, Authorization, proxy_url};
+use super::access::{Access, Authorization, proxy_url, unusable};
 use super::address::{AddressPolicy, AddressRefused, Guarded};
 use super::direct::Direct;
 use super::reply::Reply;
@@ -34,6 +34,9 @@ use crate::fetch::source::{self, SourceUrl};
 
 /// Every name and every address, as exceptions from a proxy.
 const ALL_HOSTS: &str = "*,0.0.0.0/0,::/0";
+
+const CERT_AND_PROXY: &str = "a proxy that is itself reached over https would be shown it; use an http \
+                              proxy, or none";
 
 /// What this program calls itself.
 const AGENT: &str = concat!("bedplate/", env!("CARGO_PKG_VERSION"));
@@ -263,6 +266,11 @@ impl Route {
 
     /// The client for a proxy: with the client's certificate (`own`), and without.
     fn client(&self, proxy: &Intercept, own: bool) -> Result<reqwest::Client, FetchError> {
+        if own && self.tls.has_identity() && proxy.uri().scheme_str() == Some("https") {
+            // What shakes hands with the source there would shake hands with the proxy too.
+            let source = unusable("client certificate", CERT_AND_PROXY);
+            return Err(FetchError::Access { url: self.shown.clone(), source });
+        }
         let via = (proxy.uri().clone(), own);
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(client) = clients.get(&via) {

@@ -107,6 +107,12 @@ impl Secured {
         &self.tcp
     }
 
+    /// True if everything that was read of the socket has been taken, and more may come.
+    pub(super) fn is_read(&self) -> bool {
+        let is_alive = !self.is_over && !self.is_broken && self.failed.is_none();
+        is_alive && self.unread.is_empty() && self.ahead.is_empty()
+    }
+
     /// Looks at the next record, or at what is to be said about those before. What it holds goes into
     /// `room`, and what does not fit ahead of it.
     fn step(&mut self, room: &mut ReadBuf<'_>) -> io::Result<Next> {

@@ -14,6 +14,8 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
@@ -127,6 +129,17 @@ impl Stream {
             self.mark(false)?;
         }
         Ok(count)
+    }
+
+    /// True if nothing that the peer has said is left, and it has not closed the connection. A record of
+    /// TLS that only the session would have read counts too: then there is one handshake more.
+    pub(super) fn is_quiet(&self) -> bool {
+        let (tcp, is_read) = match &self.wire {
+            Wire::Tcp(stream) => (stream, true),
+            Wire::Tls(stream) => (stream.tcp(), stream.is_read()),
+        };
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        is_read && recv(tcp, &mut [0; 1][..], flags) == Err(Errno::WOULDBLOCK)
     }
 
     /// The mark was not reached in time. Where that goes on, a window smaller than it may be why: each
@@ -246,6 +259,22 @@ mod tests {
             assert_eq!(read, bytes);
         }
         server.join().unwrap();
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_connection_is_quiet_until_something_lies_on_it_or_it_is_closed() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        for says in [&b"x"[..], b""] {
+            let stream = Stream::tcp(TcpStream::connect(address).await.unwrap());
+            let mut server = listener.accept().unwrap().0;
+            assert!(stream.is_quiet());
+            server.write_all(says).unwrap();
+            drop(server);
+            let Wire::Tcp(tcp) = &stream.wire else { panic!("it is plain") };
+            tcp.readable().await.unwrap();
+            assert!(!stream.is_quiet());
+        }
     }
 
     #[tokio::test]

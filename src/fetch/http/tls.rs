@@ -51,6 +51,11 @@ impl Tls {
         Ok(tls)
     }
 
+    /// True if there is a client's certificate.
+    pub(super) fn has_identity(&self) -> bool {
+        self.identity.is_some()
+    }
+
     /// A configuration; with the client's certificate if it is for the source's own origin.
     pub(super) fn config(&self, own: bool) -> Result<ClientConfig, rustls::Error> {
         let extra = self.authorities.iter().cloned();

@@ -287,8 +287,9 @@ impl<S: AsyncRead + AsyncWrite + Send> Session<S> {
                     block.part(&range).fill(0);
                 }
             }
-            (CHUNK_STATUS, Asked::Status { told, end }) => {
+            (CHUNK_STATUS, Asked::Status { told, end }) if *told < *end => {
                 *told = self.take_extents(plan, *told, *end, len).await?;
+                outlet.arrived(usize::try_from(len).unwrap_or(0)).await;
             }
             (kind, _) if kind & CHUNK_ERROR_BIT != 0 => {
                 let (errno, text) = self.take_error(len).await?;

@@ -197,6 +197,35 @@ fn rule_13_the_same_name_with_another_source_is_refused_without_its_secrets() {
 }
 
 #[test]
+fn credentials_of_mirrors_go_no_other_way_unless_they_are_known() {
+    let mut node = Node::new();
+    let with = |mirror: Option<&str>, sums: Option<&str>, access: &str| {
+        let Command::Create(mut new) = create_from("a", "https://h/a") else { panic!() };
+        new.mirrors = mirror.map(|url| SourceUrl::parse(url).unwrap()).into_iter().collect();
+        new.expected.checksum_url = sums.map(|url| SourceUrl::parse(url).unwrap());
+        new.access = serde_json::from_str(access).unwrap();
+        Command::Create(new)
+    };
+    let (mirror, sums) = (Some("https://u:pw@m/a"), Some("https://s/sums?sig=pw"));
+    let evil = r#"{"proxy":"http://evil:3128"}"#;
+    node.command(with(mirror, sums, r#"{"bearer":"one"}"#)).unwrap();
+    for new in [
+        with(None, None, evil),
+        with(mirror, None, evil),
+        with(None, sums, r#"{"ca":"another"}"#),
+        with(Some("https://u:other@m/a"), sums, r#"{"direct":true}"#),
+        with(mirror, Some("https://s/sums?sig=other"), r#"{"no_proxy":["m"]}"#),
+    ] {
+        let error = node.command(new).unwrap_err();
+        assert!(matches!(error, ManagerError::OtherWay { .. }), "{error}");
+    }
+    // Another token goes where the one before it went.
+    node.command(with(None, None, r#"{"bearer":"two"}"#)).unwrap();
+    node.command(with(mirror, sums, evil)).unwrap();
+    node.command(with(None, None, evil)).unwrap();
+}
+
+#[test]
 fn rule_20_a_copy_that_differs_from_the_first_is_refused() {
     let mut node = Node::new();
     node.command(create("a")).unwrap();
