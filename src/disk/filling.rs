@@ -241,6 +241,25 @@ impl Filling {
         self.prepare(None)
     }
 
+    /// As [`Filling::resume`], with what is durable up to the first byte that is missing: what is behind it
+    /// counts as missing too. For bytes that come in their order, from somebody who may have others now.
+    ///
+    /// # Errors
+    /// As [`Filling::begin`].
+    pub fn resume_prefix(&mut self) -> Result<(), DiskError> {
+        let (missing, total) = (self.missing(), self.total_bytes);
+        let Some((first, version)) = missing.first().zip(self.version()) else {
+            return self.resume();
+        };
+        if Some(first.end) != total {
+            // Fewer bits at every instant: none, and then those of the prefix.
+            let mut presence = Presence::create(&self.dir, &self.layout.presence, version)?;
+            presence.commit(&[0..first.start])?;
+            self.presence = Some(Arc::new(Mutex::new(presence)));
+        }
+        self.resume()
+    }
+
     /// True if readers have been given bytes that never became durable, as a sync has failed: these
     /// would have to be written again under their eyes.
     fn is_unsure(&self) -> bool {

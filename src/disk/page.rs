@@ -108,7 +108,9 @@ impl Page {
         let mut newest: Option<Self> = None;
         for place in 0..2 {
             let page = Self::read(file, 2 + 2 * index + place)?;
-            let Some(page) = page.filter(|page| page.word(8) == index) else { continue };
+            // The last number has no next one; nobody has come there by counting.
+            let is_valid = |page: &Self| page.word(8) == index && page.word(0) < u64::MAX;
+            let Some(page) = page.filter(is_valid) else { continue };
             if newest.as_ref().is_none_or(|old| old.word(0) < page.word(0)) {
                 newest = Some(page);
             }

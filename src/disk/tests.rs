@@ -254,3 +254,31 @@ fn a_disk_that_is_not_at_its_path_any_more_is_gone_and_comes_back() {
     std::fs::rename(&away, &path).unwrap();
     assert!(disk.usage().is_ok());
 }
+
+#[test]
+fn what_comes_in_its_order_goes_on_at_the_first_gap_and_finds_holes_behind_it() {
+    let temp = tempfile::tempdir().unwrap();
+    let disk = Disk::open(temp.path(), true).unwrap();
+    let (total, bytes) = (8 * MIB, content(8 * MIB));
+    for gap in [0, 2 * MIB] {
+        let mut filling = disk.filling(&id()).unwrap();
+        filling.begin(&version(total)).unwrap();
+        let probe = probe(temp.path(), Choice::Threads).unwrap();
+        let writer = Writer::start(&filling, &probe).unwrap();
+        send_range(&writer, &BufPool::new(3), &bytes, 0, gap);
+        send_range(&writer, &BufPool::new(3), &bytes, gap + MIB, 5 * MIB);
+        writer.finish().unwrap();
+        drop(filling);
+        let mut filling = disk.filling(&id()).unwrap();
+        assert_eq!(filling.missing(), [gap..gap + MIB, 5 * MIB..total]);
+        filling.resume_prefix().unwrap();
+        assert_eq!(filling.missing(), std::iter::once(gap..total).collect::<Vec<_>>());
+        let mut behind = vec![1; usize::try_from(total - gap).unwrap()];
+        filling.file().read_exact_at(&mut behind, gap).unwrap();
+        assert!(behind.iter().all(|&byte| byte == 0), "from {gap} on");
+        drop(filling);
+        let filling = disk.filling(&id()).unwrap();
+        assert_eq!(filling.missing(), std::iter::once(gap..total).collect::<Vec<_>>());
+        filling.discard().unwrap();
+    }
+}

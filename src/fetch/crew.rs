@@ -18,6 +18,7 @@ use super::fleet::{End, First, Fleet, Outcome};
 use super::policy::Policy;
 use super::progress::{Phase, Progress};
 use super::scale::{Sample, Scale};
+use super::version::no_ranges;
 use super::ways::Way;
 
 /// How often it is looked at how many connections there should be.
@@ -149,6 +150,10 @@ impl<'a> Crew<'a> {
         }
         let attempts = self.failures;
         if attempts >= fleet.policy.max_attempts {
+            if let FetchError::WholeAnswer { url } = *source {
+                // All of it comes anew, in one piece.
+                return Err(Outcome::Failed(no_ranges(url)));
+            }
             return Err(Outcome::Failed(FetchError::GaveUp { attempts, source }));
         }
         self.scale.lost(self.begin.elapsed(), 1);

@@ -89,6 +89,8 @@ pub enum FetchError {
     },
     #[error("{url}: header {field} is {found:?}, need {need}; the server or a proxy is broken")]
     Header { url: String, field: &'static str, found: String, need: String },
+    #[error("{url}: the server sent all of it where a part was asked for")]
+    WholeAnswer { url: String },
     #[error(
         "{url}: parts of it cannot be asked for: {why}; bring it in as it is, without a layout"
     )]
@@ -159,6 +161,7 @@ impl FetchError {
             | Self::Stalled { .. }
             | Self::Broken { .. }
             | Self::Short { .. }
+            | Self::WholeAnswer { .. }
             | Self::CannotResume { .. }
             | Self::Changed { .. }
             | Self::GaveUp { .. }

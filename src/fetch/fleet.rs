@@ -370,6 +370,8 @@ impl Fleet {
                     let url = way.client.shown();
                     return Err(FetchError::Short { url, at, total: end }.into());
                 }
+                // More than was asked for, and no more than there is.
+                Ok(_) if at == end && self.total.is_some_and(|total| at < total) => return Ok(()),
                 Ok(_) if at == end => {
                     let url = way.client.shown();
                     return Err(FetchError::TooMuch { url, total: end }.into());

@@ -32,7 +32,7 @@ pub(super) struct LocalFile {
     path: PathBuf,
     /// Length in bytes.
     pub(super) len_bytes: u64,
-    /// Its version: inode, size and change time, in the form of a strong validator.
+    /// Its version: inode, size, and the times of its content and of its last change, in the form of a strong validator.
     pub(super) remote: Remote,
 }
 
@@ -42,8 +42,11 @@ fn version_of(file: &File, path: &Path) -> Result<(u64, Remote), FetchError> {
         path: path.to_owned(),
         source,
     })?;
-    let (inode, len, time, nanos) = (meta.ino(), meta.len(), meta.mtime(), meta.mtime_nsec());
-    let tag = format!("\"file-{inode}-{len}-{time}.{nanos}\"");
+    let (inode, len) = (meta.ino(), meta.len());
+    // Whoever copies with `-p` sets the time of the content; nobody sets that of the change.
+    let (time, nanos) = (meta.mtime(), meta.mtime_nsec());
+    let (changed, changed_nanos) = (meta.ctime(), meta.ctime_nsec());
+    let tag = format!("\"file-{inode}-{len}-{time}.{nanos}-{changed}.{changed_nanos}\"");
     Ok((len, Remote::new(Some(&tag), None)))
 }
 
@@ -163,5 +166,34 @@ impl LocalFile {
         }
         self.unchanged()?;
         Ok(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn other_bytes_are_another_version_whatever_time_they_are_given() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        std::fs::write(&path, "one").unwrap();
+        let open = || LocalFile::open(&path, &Places::Any).unwrap();
+        let before = open();
+        assert!(before.unchanged().is_ok() && before.remote == open().remote);
+        let mut file = File::options().write(true).open(&path).unwrap();
+        let time = file.metadata().unwrap().modified().unwrap();
+        // The clock that files are stamped with goes in steps.
+        while open().remote == before.remote {
+            file.set_modified(time).unwrap();
+        }
+        let middle = open();
+        while open().remote == middle.remote {
+            file.write_all(b"two").unwrap();
+            file.set_modified(time).unwrap();
+        }
+        assert!(matches!(before.unchanged(), Err(FetchError::Changed { .. })));
     }
 }

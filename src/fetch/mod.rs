@@ -27,6 +27,7 @@ mod local;
 mod loose;
 mod nbd;
 mod needs;
+mod opening;
 mod pace;
 mod packed;
 mod parts;

@@ -122,7 +122,7 @@ impl Parts<'_> {
         let total = Some(self.total);
         match self.agreed.judge(&answer.remote, answer.ranged, answer.total, total) {
             Ok(_same) => Ok(answer),
-            Err(what) => Err(FetchError::Changed { url: self.client.shown(), what }),
+            Err(misfit) => Err(misfit.at(self.client.shown())),
         }
     }
 }

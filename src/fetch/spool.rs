@@ -168,12 +168,13 @@ impl Run<'_> {
         let same = match judged {
             Ok(same) => same,
             Err(_) if by_digest => Resume::Unproven,
-            Err(what) => return Err(FetchError::Changed { url: client.shown(), what }),
+            Err(misfit) => return Err(misfit.at(client.shown())),
         };
         // A part of it may have come from a mirror.
         self.unproven |= same == Resume::Unproven || self.mirrors && has_digest;
-        let byte = answer.read_all(at..at + 1, client, policy).await?;
-        self.progress.add_received(byte.len() as u64);
+        // A cache may give more than was asked for; it is the answer that tells.
+        let bytes = answer.chunk(at, client, policy.stall_timeout).await?;
+        self.progress.add_received(bytes.map_or(0, |bytes| bytes.len() as u64));
         Ok(Agreed { remote: answer.remote, ..agreed })
     }
 

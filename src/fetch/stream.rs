@@ -24,7 +24,7 @@ use super::spool::Spooler;
 use super::threads::blocking;
 use super::transfer::Run;
 use super::unpack::Unpacker;
-use super::version::Agreed;
+use super::version::{Agreed, no_ranges};
 use super::ways::{Way, Ways};
 use crate::units::MIB;
 
@@ -209,6 +209,9 @@ impl Run<'_> {
             return Err(FetchError::CannotResume { url, at, source });
         }
         if failures >= self.engine.policy.max_attempts {
+            if let FetchError::WholeAnswer { url } = *source {
+                return Err(no_ranges(url));
+            }
             return Err(FetchError::GaveUp { attempts: failures, source });
         }
         Ok(*source)

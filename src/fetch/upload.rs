@@ -284,7 +284,7 @@ fn prepare(engine: &Engine, total: u64, filling: &mut Filling) -> Result<u64, Fe
     let tag = format!("upload:{total}");
     let same = filling.version().is_some_and(|known| known.tag == tag);
     if same && filling.total_bytes() == Some(total) {
-        in_place(|| filling.resume())?;
+        in_place(|| filling.resume_prefix())?;
     } else {
         let version = Version { total_bytes: Some(total), tag };
         in_place(|| filling.begin(&version))?;

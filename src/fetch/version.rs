@@ -9,6 +9,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::error::FetchError;
+
 /// Longest validator that is kept, in bytes; a longer one counts as none.
 const MAX_VALIDATOR_BYTES: usize = 1024;
 
@@ -88,23 +90,48 @@ impl Agreed {
     /// Holds a further answer, with its version, its range and its total, against the first.
     ///
     /// # Errors
-    /// What differs, in words.
+    /// [`Misfit`]: it is of no use.
     pub(super) fn judge(
         &self,
         now: &Remote,
         ranged: bool,
         total: Option<u64>,
         expected_total: Option<u64>,
-    ) -> Result<Resume, String> {
+    ) -> Result<Resume, Misfit> {
         match self.remote.may_resume(now, self.has_digest) {
-            Resume::No => Err("another ETag or time".to_owned()),
+            Resume::No => Err(Misfit::Version("another ETag or time")),
             Resume::Same | Resume::Unproven if total.is_some() && total != expected_total => {
-                Err("another length".to_owned())
+                Err(Misfit::Version("another length"))
             }
-            Resume::Same | Resume::Unproven if !ranged => Err("no ranges now".to_owned()),
+            Resume::Same | Resume::Unproven if !ranged => Err(Misfit::Whole),
             same @ (Resume::Same | Resume::Unproven) => Ok(same),
         }
     }
+}
+
+/// Why an answer is of no use beside those before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Misfit {
+    /// It is of another version: in what it differs.
+    Version(&'static str),
+    /// It is of the same version, and all of it where a part was asked for. One of several servers behind
+    /// a name may do that, or a proxy once.
+    Whole,
+}
+
+impl Misfit {
+    /// The error of who asked for it at `url`.
+    pub(super) fn at(self, url: String) -> FetchError {
+        match self {
+            Self::Version(what) => FetchError::Changed { url, what: what.to_owned() },
+            Self::Whole => FetchError::WholeAnswer { url },
+        }
+    }
+}
+
+/// What it is called where a server sends all of it again and again.
+pub(super) fn no_ranges(url: String) -> FetchError {
+    FetchError::Changed { url, what: "it has no ranges now".to_owned() }
 }
 
 #[cfg(test)]

@@ -80,7 +80,7 @@ impl Way {
         });
         let agreed = Agreed { remote: remote.clone(), ..agreed.clone() };
         match agreed.judge(&answer.remote, answer.ranged, answer.total, total) {
-            Err(what) => Err(FetchError::Changed { url: self.client.shown(), what }),
+            Err(misfit) => Err(misfit.at(self.client.shown())),
             Ok(same) => Ok((answer, is_unproven || same == Resume::Unproven)),
         }
     }

@@ -95,7 +95,13 @@ impl ImportError {
                 !matches!(source, DecodeError::NoMemory { .. })
             }
             Self::Fetch(error) => {
-                matches!(error, FetchError::Digest { .. } | FetchError::TooMuch { .. })
+                // What cannot be read back is on bad blocks: it has to be written anew.
+                matches!(
+                    error,
+                    FetchError::Digest { .. }
+                        | FetchError::TooMuch { .. }
+                        | FetchError::ReadBack { .. }
+                )
             }
             Self::Image(_) | Self::Decode(_) => self.class() == Class::Refuse,
             Self::PackedQcow2 { .. } | Self::NotExpanded { .. } | Self::Unsteady { .. } => true,

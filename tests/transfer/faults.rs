@@ -178,6 +178,36 @@ fn an_object_replaced_in_the_middle_is_never_mixed() {
 }
 
 #[test]
+fn a_server_that_sends_all_of_it_once_costs_nothing_that_is_here() {
+    let bytes = content(LEN, 41);
+    // In one run, and in two; then one that has no ranges any more.
+    for (refusals, wholes) in [(0, 1), (1, 1), (0, usize::MAX), (1, usize::MAX)] {
+        let served = bytes.clone();
+        let case = Case::new(FaultServer::start(move |request| {
+            let reply = Reply::ranged(request, &served, ETAG);
+            let index = match request.index {
+                0 => return reply.cut(Cut::Close(2 << 20)),
+                index if index <= refusals => return Reply::status("403 Forbidden"),
+                index => index - refusals,
+            };
+            if index > wholes {
+                return reply;
+            }
+            let mut reply = Reply::whole(&served);
+            reply.headers.push(format!("ETag: {ETAG}"));
+            reply
+        }));
+        for _ in 0..refusals {
+            assert!(case.refused(&Expect::default()).contains("403"));
+        }
+        case.pull("/x", &Expect::default()).unwrap();
+        assert!(std::fs::read(case.output()).unwrap() == bytes);
+        let last = case.server.requests().pop().unwrap().range.unwrap_or(0..0);
+        assert!(last.start > 0 || wholes > 1, "{refusals}: {last:?}");
+    }
+}
+
+#[test]
 fn a_length_that_changes_starts_over() {
     let (old, new) = (content(LEN, 9), content(LEN - 1000, 10));
     let served = new.clone();

@@ -176,33 +176,6 @@ impl Answer {
         self.body.has_length()
     }
 
-    /// The whole body of an answer to a bounded `range`.
-    pub(in crate::fetch) async fn read_all(
-        &mut self,
-        range: Range<u64>,
-        client: &Client,
-        policy: &Policy,
-    ) -> Result<Vec<u8>, FetchError> {
-        let len = range.end - range.start;
-        let mut bytes = Vec::with_capacity(usize::try_from(len).unwrap_or(0));
-        loop {
-            let at = range.start + bytes.len() as u64;
-            if at == range.end && self.has_length() {
-                return Ok(bytes);
-            }
-            match self.chunk(at, client, policy.stall_timeout).await? {
-                Some(chunk) if chunk.len() as u64 > range.end - at => {
-                    return Err(FetchError::TooMuch { url: client.shown(), total: range.end });
-                }
-                Some(chunk) => bytes.extend_from_slice(&chunk),
-                None if at == range.end => return Ok(bytes),
-                None => {
-                    return Err(FetchError::Short { url: client.shown(), at, total: range.end });
-                }
-            }
-        }
-    }
-
     /// The whole body, from the object's beginning; `None` if it has more than `most` bytes.
     pub(in crate::fetch) async fn all(
         mut self,

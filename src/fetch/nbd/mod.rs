@@ -42,7 +42,7 @@ impl Run<'_> {
         let (mut failures, mut fresh) = (0, fresh);
         loop {
             let before = self.progress.received();
-            let error = match self.nbd_once(place, fresh).await {
+            let error = match self.nbd_once(place, &mut fresh).await {
                 Err(error @ FetchError::Nbd { .. }) if error.class() == Class::Retry => error,
                 other => return other,
             };
@@ -58,11 +58,11 @@ impl Run<'_> {
             tracing::warn!(error = %error.report(), "trying the export again");
             self.progress.failed_once(error.report());
             rest(&error, failures, &self.engine.policy, self.progress).await?;
-            fresh = false;
         }
     }
 
-    async fn nbd_once(&mut self, place: &Place, fresh: bool) -> Result<Fetched, FetchError> {
+    /// `fresh`: what is here is not to be gone on with, until it was begun anew.
+    async fn nbd_once(&mut self, place: &Place, fresh: &mut bool) -> Result<Fetched, FetchError> {
         let (policy, progress) = (&self.engine.policy, Arc::clone(self.progress));
         let failed = |source| FetchError::Nbd { url: self.url.to_string(), source };
         progress.set_phase(Phase::Connecting);
@@ -76,13 +76,14 @@ impl Run<'_> {
             () = progress.stopped() => return Err(FetchError::Cancelled),
         };
         let (total, remote) = (session.export().size, Remote::default());
-        let known = self.known_version().filter(|_| !fresh && self.filling.present_bytes() > 0);
+        let known = self.known_version().filter(|_| !*fresh && self.filling.present_bytes() > 0);
         let may = known.map_or(Resume::No, |k| k.may_resume(&remote, self.expect.is_some()));
         if may != Resume::No && self.filling.total_bytes() == Some(total) {
             self.unproven = true;
             in_place(|| self.filling.resume())?;
         } else {
             self.begin(&remote, Some(total))?;
+            *fresh = false;
         }
         progress.set_total(Some(total));
         progress.set_connections(1);
