@@ -194,7 +194,7 @@ impl Progress {
         message.clone_into(&mut self.message.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    pub(super) fn failed_once(&self, message: String) {
+    pub(crate) fn failed_once(&self, message: String) {
         self.retries.fetch_add(1, Ordering::Relaxed);
         *self.message.lock().unwrap_or_else(PoisonError::into_inner) = message;
     }

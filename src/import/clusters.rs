@@ -166,6 +166,11 @@ impl Shared {
         self.stopped.store(true, Ordering::Relaxed);
     }
 
+    /// What is here of the bytes at `at` of the source is not what came.
+    fn unsteady(&self, at: u64) -> ImportError {
+        ImportError::Unsteady { url: self.name.display().to_string(), at }
+    }
+
     /// Makes entries of which `bytes`, which begin at `at` of the source, have all, before their turn.
     /// Blocks.
     pub(super) fn make_early(&self, entries: &[usize], at: u64, bytes: &[u8]) {
@@ -243,13 +248,31 @@ impl Decoder<'_> {
     /// Makes a cluster whose turn has come, unless it was made before.
     fn in_turn(&mut self, index: usize, entry: &Entry, stored: &[u8]) -> Result<(), ImportError> {
         match self.shared.marks.begin_in_turn(index, stored) {
+            InTurn::Make if entry.kept => self.compare(entry, stored),
             InTurn::Make => self.cluster(entry, stored),
             InTurn::IsMade => Ok(()),
-            InTurn::Differs => {
-                let url = self.shared.name.display().to_string();
-                Err(ImportError::Unsteady { url, at: entry.at })
-            }
+            InTurn::Differs => Err(self.shared.unsteady(entry.at)),
         }
+    }
+
+    /// Holds a cluster that an earlier run has made against what came now.
+    fn compare(&mut self, entry: &Entry, stored: &[u8]) -> Result<(), ImportError> {
+        let guest = self.shared.plan.guest(entry);
+        let visible = usize::try_from(guest.end - guest.start).unwrap_or(usize::MAX);
+        let (mut made, mut kept) = (Vec::new(), vec![0; visible]);
+        let made = match entry.packed {
+            true => {
+                let size = self.shared.plan.bits.size_bytes();
+                made.resize(usize::try_from(size).unwrap_or(usize::MAX), 0);
+                self.unpack(entry, stored, &mut made)?;
+                &made[..visible]
+            }
+            false => stored,
+        };
+        let (file, path) = (&self.shared.file, &self.shared.path);
+        let read = file.read_exact_at(&mut kept, guest.start);
+        read.map_err(|e| DiskError::io("read back", path, e))?;
+        if kept == made { Ok(()) } else { Err(self.shared.unsteady(entry.at)) }
     }
 
     /// Keeps a part of a cluster; gives all of it once it is complete.

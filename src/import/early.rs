@@ -231,7 +231,8 @@ impl<'a> Early<'a> {
 fn by_guest(plan: &Plan) -> Vec<u32> {
     // A plan has some millions of entries at most.
     let count = u32::try_from(plan.entries.len()).unwrap_or(u32::MAX);
-    let mut order: Vec<u32> = (0..count).collect();
+    let is_made = |index: &u32| !plan.entries[*index as usize].kept;
+    let mut order: Vec<u32> = (0..count).filter(is_made).collect();
     order.sort_unstable_by_key(|&index| plan.entries[index as usize].guest_at);
     order
 }

@@ -50,7 +50,7 @@ pub enum ImportError {
         /// By its first bytes.
         format: Format,
     },
-    /// What readers were given before its turn came otherwise in its turn.
+    /// What was made of it before, out of its turn or in an earlier run, is not what it is now.
     #[error(
         "{url}: its bytes at {at:#x} were others when they were asked for again; what is here is discarded"
     )]

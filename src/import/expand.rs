@@ -11,6 +11,8 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
 use tokio::sync::watch;
 
 use crate::disk::{DigestSet, DiskError, Filling, Version};
@@ -21,7 +23,7 @@ use crate::fetch::{
 };
 use crate::image::qcow2::{Bitmaps, Given, Header, Image};
 use crate::image::{Format, ImageError, detect};
-use crate::ring::BufShare;
+use crate::ring::{BLOCK_BYTES, BufShare, is_zero};
 
 use super::clusters::Clusters;
 use super::early::Early;
@@ -75,9 +77,6 @@ pub(super) async fn expand(
     }
     let tag = format!("{TAG_PREFIX}{}", file.tag());
     let version = Version { total_bytes: Some(virtual_bytes), tag };
-    // A digest of the source proves what this run makes of it, and nothing that an earlier one has made.
-    let keep = !source.expect.is_some() && filling.version().as_ref() == Some(&version);
-    in_place(|| filling.begin_sparse(&version, keep))?;
     progress.set_total(Some(virtual_bytes));
     // Half of the buffers for what arrives, half for what is made of it.
     let half = (engine.buffers / 2).max(4);
@@ -91,6 +90,17 @@ pub(super) async fn expand(
         made: engine.pool.share(half, half),
         progress,
     };
+    if filling.version().as_ref() == Some(&version) {
+        in_place(|| filling.begin_sparse(&version, true))?;
+        match work.run(filling).await {
+            Err(error @ ImportError::Unsteady { .. }) => {
+                tracing::warn!(error = %error.report(), "starting over");
+                progress.failed_once(error.report());
+            }
+            ended => return ended,
+        }
+    }
+    in_place(|| filling.begin_sparse(&version, false))?;
     work.run(filling).await
 }
 
@@ -173,6 +183,31 @@ pub(super) fn whole_clusters(header: &Header, missing: Vec<Range<u64>>) -> Vec<R
     whole
 }
 
+/// True if nothing but zeroes is here in `range`.
+fn is_hole(filling: &Filling, range: &Range<u64>) -> Result<bool, DiskError> {
+    let failed = |e| DiskError::io("read back", &filling.path(), e);
+    let (mut at, mut room) = (range.start, vec![0; BLOCK_BYTES]);
+    while at < range.end {
+        at = match rustix::fs::seek(&**filling.file(), SeekFrom::Data(at)) {
+            Ok(data) => data.max(at),
+            Err(Errno::NXIO) => return Ok(true),
+            // A file system that cannot tell has data everywhere.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => at,
+            Err(e) => return Err(failed(e.into())),
+        };
+        if at >= range.end {
+            break;
+        }
+        let len = usize::try_from(range.end - at).unwrap_or(BLOCK_BYTES).min(BLOCK_BYTES);
+        filling.file().read_exact_at(&mut room[..len], at).map_err(failed)?;
+        if !is_zero(&room[..len]) {
+            return Ok(false);
+        }
+        at += len as u64;
+    }
+    Ok(true)
+}
+
 struct Work<'a> {
     engine: &'a Engine,
     file: &'a SourceFile<'a>,
@@ -224,7 +259,9 @@ impl Work<'_> {
         let tables: Vec<_> = self.image.tables().collect();
         let mut next = 0;
         while next < tables.len() {
-            let mut plan = Plan::new(self.image, missing, tables[next].first_cluster);
+            // The digest proves what comes now, and so what is here as far as it is the same.
+            let plan = Plan::new(self.image, missing, tables[next].first_cluster);
+            let mut plan = plan.checking_kept(proves);
             next = tables::read_batch(
                 self.file, self.image, &tables, next, most, &mut plan, &self.name,
             )
@@ -246,6 +283,12 @@ impl Work<'_> {
         pipeline: &Pipeline,
         proves: bool,
     ) -> Result<(), ImportError> {
+        for range in plan.kept_zeroes() {
+            if !in_place(|| is_hole(filling, &range))? {
+                let url = self.name.display().to_string();
+                return Err(ImportError::Unsteady { url, at: range.start });
+            }
+        }
         let feed = pipeline.feed();
         for zero in plan.zeroes() {
             let len = zero.end - zero.start;

@@ -26,6 +26,8 @@ pub(super) struct Entry {
     pub(super) packed: bool,
     /// Where in the guest they belong; at a unit of the tables.
     pub(super) guest_at: u64,
+    /// True if it is here already: it is only held against what comes.
+    pub(super) kept: bool,
 }
 
 impl Entry {
@@ -50,6 +52,8 @@ pub(super) struct Plan {
     /// Longest entry, for finding those that reach into a range.
     pub(super) longest: u64,
     missing: Vec<Range<u64>>,
+    /// Whether what is here is to be held against what comes.
+    checks_kept: bool,
     span: Range<u64>,
 }
 
@@ -67,8 +71,14 @@ impl Plan {
             units: HashMap::new(),
             longest: 0,
             missing: missing.to_vec(),
+            checks_kept: false,
             span: start..start,
         }
+    }
+
+    /// With entries for what is here too, to be held against what comes.
+    pub(super) fn checking_kept(self, checks_kept: bool) -> Self {
+        Self { checks_kept, ..self }
     }
 
     /// The guest's bytes of an entry; fewer than a cluster at the disk's end.
@@ -95,12 +105,13 @@ impl Plan {
             Cluster::Data(at) => (at.0, guest.end - guest.start, false),
             Cluster::Compressed(packed) => (packed.at.0, packed.len_bytes, true),
         };
-        if !self.is_missing(&guest) {
+        let kept = !self.is_missing(&guest);
+        if kept && !self.checks_kept {
             return;
         }
         let len = u32::try_from(len).expect("an entry has at most 4 MiB");
         self.longest = self.longest.max(len.into());
-        self.entries.push(Entry { at, len, packed, guest_at: guest.start });
+        self.entries.push(Entry { at, len, packed, guest_at: guest.start, kept });
     }
 
     /// The next `count` clusters, none of which is stored.
@@ -118,19 +129,50 @@ impl Plan {
     /// Everything was added.
     pub(super) fn close(&mut self) {
         if self.is_fine() {
-            for index in 0..self.entries.len() {
-                for unit in units_of(&self.guest(&self.entries[index])) {
-                    *self.units.entry(unit).or_default() += 1;
+            let mut units = HashMap::new();
+            for guest in self.made() {
+                for unit in units_of(&guest) {
+                    *units.entry(unit).or_default() += 1;
                 }
             }
+            self.units = units;
         }
         self.entries.sort_unstable_by_key(|entry| entry.at);
+    }
+
+    /// The guest's bytes of the entries that are to be made.
+    fn made(&self) -> impl Iterator<Item = Range<u64>> {
+        self.entries.iter().filter(|entry| !entry.kept).map(|entry| self.guest(entry))
+    }
+
+    /// The ranges of the guest that are here, and of which nothing is stored; none if what is here is not
+    /// held against what comes.
+    pub(super) fn kept_zeroes(&self) -> Vec<Range<u64>> {
+        let mut zeroes = Vec::new();
+        if !self.checks_kept {
+            return zeroes;
+        }
+        let kept = self.entries.iter().filter(|entry| entry.kept).map(|entry| self.guest(entry));
+        let mut others: Vec<Range<u64>> = self.missing.iter().cloned().chain(kept).collect();
+        others.sort_unstable_by_key(|range| range.start);
+        let mut at = self.span.start;
+        for other in others {
+            let end = other.start.min(self.span.end);
+            if end > at {
+                zeroes.push(at..end);
+            }
+            at = at.max(other.end);
+        }
+        if at < self.span.end {
+            zeroes.push(at..self.span.end);
+        }
+        zeroes
     }
 
     /// Bytes of the guest's units that will be written.
     pub(super) fn data_bytes(&self) -> u64 {
         match self.units.len() as u64 {
-            0 => self.entries.iter().map(|entry| self.guest(entry)).map(|g| g.end - g.start).sum(),
+            0 => self.made().map(|guest| guest.end - guest.start).sum(),
             units => units * UNIT_BYTES,
         }
     }
@@ -139,7 +181,7 @@ impl Plan {
     pub(super) fn zeroes(&self) -> Vec<Range<u64>> {
         let unit_end = |at: u64| at.next_multiple_of(UNIT_BYTES);
         let mut stored: Vec<Range<u64>> = match self.units.is_empty() {
-            true => self.entries.iter().map(|entry| self.guest(entry)).collect(),
+            true => self.made().collect(),
             false => self.units.keys().map(|u| u * UNIT_BYTES..(u + 1) * UNIT_BYTES).collect(),
         };
         stored.sort_unstable_by_key(|range| range.start);

@@ -91,6 +91,22 @@ proptest! {
             prop_assert!(ranges.iter().any(|r| r.start <= stored.start && stored.end <= r.end));
         }
         prop_assert!(ranges.windows(2).all(|pair| pair[0].end < pair[1].start));
+        // What is here is held against what comes: it is all there is besides, and nothing more is made.
+        let mut checking = Plan::new(&image, &missing, 0).checking_kept(true);
+        for (index, kind) in kinds.iter().enumerate() {
+            let index = index as u64;
+            checking.add(index..index + 1, meaning(*kind, bits, index));
+        }
+        checking.close();
+        prop_assert_eq!((checking.zeroes(), checking.data_bytes()), (zeroes, plan.data_bytes()));
+        let (kept, made): (Vec<_>, Vec<_>) = checking.entries.iter().partition(|entry| entry.kept);
+        prop_assert!(made.into_iter().eq(&plan.entries));
+        let kept: Vec<_> = kept.into_iter().map(|entry| checking.guest(entry)).collect();
+        let kept_zeroes = checking.kept_zeroes();
+        for at in (0..total).step_by(512) {
+            let found = [&kept, &kept_zeroes, &missing].map(|ranges| covers(ranges, at));
+            prop_assert_eq!(found.into_iter().filter(|found| *found).count(), 1, "byte {}", at);
+        }
     }
 }
 

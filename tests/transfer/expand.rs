@@ -256,34 +256,49 @@ fn a_digest_of_the_source_does_not_speak_for_what_an_earlier_run_has_made() {
     if !have_qemu() {
         return;
     }
-    let temp = tempfile::tempdir().unwrap();
-    let (image, raw) = qcow2(temp.path(), &content(32 * MIB, 57), "cluster_size=64k", false, &[]);
-    // Other bytes in the first clusters of data; the tables are the same.
-    let first = image.windows(64).position(|bytes| bytes == &raw[..64]).unwrap();
-    let mut other = image.clone();
-    other[first..first + MIB].iter_mut().for_each(|byte| *byte ^= 1);
-    for etag in [ETAG, "W/\"weak\""] {
-        let (is_good, is_cut) = (Arc::new(AtomicBool::new(false)), AtomicBool::new(false));
-        let (good, bad, becomes_good) = (image.clone(), other.clone(), Arc::clone(&is_good));
-        let server = FaultServer::start(move |request: &Request| {
-            if becomes_good.load(Ordering::SeqCst) {
-                return Reply::ranged(request, &good, etag);
-            }
-            let reply = Reply::ranged(request, &bad, etag);
-            match reply.body.len() > MIB {
-                true if is_cut.swap(true, Ordering::SeqCst) => Reply::status("403 Forbidden"),
-                true => reply.cut(Cut::Close(bad.len() / 2)),
-                false => reply,
-            }
-        });
-        let expect = || Expect::parse(Some(&sha256(&image)), None).unwrap();
-        let engine = engine(temp.path(), Choice::Auto);
-        let error = expand(&engine, &server, temp.path(), expect()).unwrap_err();
-        assert!(error.report().contains("403"), "{}", error.report());
-        is_good.store(true, Ordering::SeqCst);
-        expand(&engine, &server, temp.path(), expect()).unwrap();
-        assert!(output(temp.path()) == raw, "{etag}: it has bytes that no digest has proved");
-        std::fs::remove_file(temp.path().join("out.raw")).unwrap();
+    for (options, packed) in [
+        ("cluster_size=64k", false),
+        ("cluster_size=64k", true),
+        ("cluster_size=4k", false),
+        ("cluster_size=2M", true),
+    ] {
+        let temp = tempfile::tempdir().unwrap();
+        let (image, raw) = qcow2(temp.path(), &disk(32 * MIB, 57), options, packed, &[]);
+        let (others, _) = qcow2(temp.path(), &content(32 * MIB, 58), options, packed, &[]);
+        // Other bytes in the same tables, other tables, and the same.
+        let mut cases = vec![("W/\"weak\"", others, false), (ETAG, image.clone(), true)];
+        if !packed {
+            let first = image.windows(64).position(|bytes| bytes == &raw[..64]).unwrap();
+            let mut damaged = image.clone();
+            damaged[first..first + MIB / 4].iter_mut().for_each(|byte| *byte ^= 1);
+            cases.push((ETAG, damaged, false));
+        }
+        for (etag, before, is_same) in cases {
+            let (is_good, is_cut) = (Arc::new(AtomicBool::new(false)), AtomicBool::new(false));
+            let (good, becomes_good) = (image.clone(), Arc::clone(&is_good));
+            let server = FaultServer::start(move |request: &Request| {
+                if becomes_good.load(Ordering::SeqCst) {
+                    return Reply::ranged(request, &good, etag);
+                }
+                let reply = Reply::ranged(request, &before, etag);
+                match reply.body.len() > before.len() / 2 {
+                    true if is_cut.swap(true, Ordering::SeqCst) => Reply::status("403 Forbidden"),
+                    true => reply.cut(Cut::Close(before.len() * 2 / 3)),
+                    false => Reply::status("403 Forbidden"),
+                }
+            });
+            let expect = || Expect::parse(Some(&sha256(&image)), None).unwrap();
+            let engine = engine(temp.path(), Choice::Auto);
+            let error = expand(&engine, &server, temp.path(), expect()).unwrap_err();
+            assert!(error.report().contains("403"), "{}", error.report());
+            is_good.store(true, Ordering::SeqCst);
+            let received = expand(&engine, &server, temp.path(), expect()).unwrap().received_bytes;
+            let label = format!("{options} {packed} {etag} {is_same}");
+            assert!(output(temp.path()) == raw, "{label}: it has bytes that no digest has proved");
+            let once = received < image.len() as u64 * 3 / 2;
+            assert!(once || !is_same, "{label}: what is the same was made again, {received} bytes");
+            std::fs::remove_file(temp.path().join("out.raw")).unwrap();
+        }
     }
 }
 
