@@ -124,6 +124,9 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         let _ended = self.child.kill();
         let _ended = self.child.wait();
+        if std::thread::panicking() {
+            println!("the daemon's log:\n{}", self.log());
+        }
     }
 }
 
