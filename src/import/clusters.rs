@@ -271,7 +271,9 @@ impl Decoder<'_> {
         };
         let (file, path) = (&self.shared.file, &self.shared.path);
         let read = file.read_exact_at(&mut kept, guest.start);
-        read.map_err(|e| DiskError::io("read back", path, e))?;
+        read.map_err(|e| FetchError::ReadBack {
+            source: Box::new(DiskError::io("read back", path, e)),
+        })?;
         if kept == made { Ok(()) } else { Err(self.shared.unsteady(entry.at)) }
     }
 

@@ -184,8 +184,11 @@ pub(super) fn whole_clusters(header: &Header, missing: Vec<Range<u64>>) -> Vec<R
 }
 
 /// True if nothing but zeroes is here in `range`.
-fn is_hole(filling: &Filling, range: &Range<u64>) -> Result<bool, DiskError> {
-    let failed = |e| DiskError::io("read back", &filling.path(), e);
+fn is_hole(filling: &Filling, range: &Range<u64>) -> Result<bool, FetchError> {
+    let failed = |e| {
+        let source = Box::new(DiskError::io("read back", &filling.path(), e));
+        FetchError::ReadBack { source }
+    };
     let (mut at, mut room) = (range.start, vec![0; BLOCK_BYTES]);
     while at < range.end {
         at = match rustix::fs::seek(&**filling.file(), SeekFrom::Data(at)) {
