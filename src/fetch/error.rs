@@ -89,7 +89,9 @@ pub enum FetchError {
     },
     #[error("{url}: header {field} is {found:?}, need {need}; the server or a proxy is broken")]
     Header { url: String, field: &'static str, found: String, need: String },
-    #[error("{url}: the server sent all of it where a part was asked for")]
+    #[error(
+        "{url}: the server sent all of it where a part was asked for; the server or a proxy is broken"
+    )]
     WholeAnswer { url: String },
     #[error(
         "{url}: parts of it cannot be asked for: {why}; bring it in as it is, without a layout"
@@ -127,7 +129,7 @@ pub enum FetchError {
     Duplicate { path: PathBuf, at: u64 },
     #[error(transparent)]
     Disk(#[from] DiskError),
-    #[error("bytes of an earlier run cannot be read back for their digest")]
+    #[error("bytes of an earlier run cannot be read back; they are fetched anew, check the disk")]
     ReadBack {
         #[source]
         source: Box<DiskError>,

@@ -241,7 +241,8 @@ impl SourceUrl {
     /// True if it has a part that is never shown.
     #[must_use]
     pub fn may_hold_secrets(&self) -> bool {
-        self.to_string().contains(REDACTED)
+        let url = &self.0;
+        !url.username().is_empty() || url.password().is_some() || url.query().is_some()
     }
 }
 
