@@ -297,10 +297,11 @@ impl Run<'_> {
         to: To<'_>,
     ) -> Result<bool, FetchError> {
         let len = bytes.len();
+        // Kept before it is counted, or anything is waited for: whoever stops this then loses nothing.
+        self.keep(stream, &bytes).await?;
         self.progress.add_received(len as u64);
         self.engine.limit.spend(len).await;
         self.progress.limit().spend(len).await;
-        self.keep(stream, &bytes).await?;
         let is_taken = match to {
             To::Decoder(unpacker) => self.hand_over(unpacker, bytes).await?,
             To::Spool(_) => stream.spooler.is_some(),
